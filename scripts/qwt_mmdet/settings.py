@@ -1,0 +1,152 @@
+"""Settings of a quantization and of a compensation: checked once, then never changed."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .errors import QwtError
+
+SCOPES = ("backbone", "backbone+neck", "detector")
+RANGE_ESTIMATORS = ("minmax", "percentile", "mse")
+COMPENSATION_KINDS = ("linear",)
+COMPENSATION_TARGETS = ("block", "reference")
+GATES = ("holdout", "fit", "none")
+
+T = TypeVar("T")
+
+
+def _check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise QwtError(f"{key} is {value!r}; choose one of {', '.join(allowed)}.")
+
+
+def _check_bits(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
+        raise QwtError(f"{key} is {value!r}; bit widths are whole numbers from 2 to 8.")
+
+
+def _check_number(key: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        raise QwtError(f"{key} is {value!r}; it must be a number from {low} to below {high}.")
+
+
+def _from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise QwtError(f"{key!r} is not a setting of {cls.__name__}; known: {', '.join(known)}.")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    for key in required:
+        if key not in values:
+            raise QwtError(f"{cls.__name__} needs {key!r}.")
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other bit widths for the layers whose name matches ``pattern`` (fnmatch), or none at all."""
+
+    pattern: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise QwtError(f"overrides: pattern is {self.pattern!r}; it must be a module name pattern.")
+        where = f"overrides[{self.pattern}]"
+        for key in ("weight_bits", "activation_bits"):
+            if getattr(self, key) is not None:
+                _check_bits(f"{where}.{key}", getattr(self, key))
+        has_bits = self.weight_bits is not None or self.activation_bits is not None
+        if self.skip == has_bits:
+            raise QwtError(
+                f"{where} must either set weight_bits and/or activation_bits, or skip: true, not both."
+            )
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """Uniform affine post-training quantization (Nagel et al., arXiv 2106.08295, section 2).
+
+    Args:
+        weight_bits, activation_bits: 2 to 8.
+        input_bits: bits of the activations that enter the first layer (the image).
+        scope: which part of the detector is quantized.
+        weight_range, activation_range: estimator of the clipping range.
+        percentile: two-sided percentile in percent for the ``percentile`` estimator.
+        overrides: exceptions by module name; the last match wins.
+
+    Raises:
+        QwtError: a value is outside of what is allowed.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    input_bits: int = 8
+    scope: str = "backbone"
+    weight_range: str = "mse"
+    activation_range: str = "mse"
+    percentile: float = 99.99
+    overrides: tuple[Override, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("weight_bits", "activation_bits", "input_bits"):
+            _check_bits(key, getattr(self, key))
+        _check_choice("scope", self.scope, SCOPES)
+        _check_choice("weight_range", self.weight_range, RANGE_ESTIMATORS)
+        _check_choice("activation_range", self.activation_range, RANGE_ESTIMATORS)
+        _check_number("percentile", self.percentile, 50, 100)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "QuantizationSettings":
+        """Build from a config's dictionary; unknown or missing keys raise QwtError."""
+        overrides = tuple(_from_mapping(Override, entry) for entry in values.get("overrides", ()))
+        return _from_mapping(cls, {**values, "overrides": overrides})
+
+
+@dataclass(frozen=True)
+class CompensationSettings:
+    """Closed-form compensation of each block's quantization error (QwT, arXiv 2411.13918).
+
+    Args:
+        kind: form of the compensation; ``linear`` is ``x W + b``.
+        target: ``block`` fits the block's own full-precision output for the same input (the paper);
+            ``reference`` fits the full-precision network's output at that block for the same image.
+        ridge: strength relative to the mean of the diagonal of the centred X'X, or ``auto``: the
+            value with the smallest error on the held-out images.
+        gate: ``holdout`` keeps a block's compensation only where it lowers the held-out error,
+            ``fit`` where r2 on the fitting images is above 0 (the paper), ``none`` always.
+        holdout_fraction: part of the calibration images that is kept out of the fit.
+        blocks: module name patterns (fnmatch); empty means the blocks registered for the backbone.
+
+    Raises:
+        QwtError: a value is outside of what is allowed.
+    """
+
+    kind: str = "linear"
+    target: str = "block"
+    ridge: float | str = "auto"
+    gate: str = "holdout"
+    holdout_fraction: float = 0.2
+    blocks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("kind", self.kind, COMPENSATION_KINDS)
+        _check_choice("target", self.target, COMPENSATION_TARGETS)
+        _check_choice("gate", self.gate, GATES)
+        if self.ridge != "auto":
+            _check_number("ridge", self.ridge, 0, float("inf"))
+        _check_number("holdout_fraction", self.holdout_fraction, 0, 1)
+        needs_holdout = self.gate == "holdout" or self.ridge == "auto"
+        if needs_holdout and self.holdout_fraction == 0:
+            raise QwtError(
+                "holdout_fraction is 0, but gate: holdout and ridge: auto need held-out images; "
+                "set holdout_fraction above 0, or gate: fit and a number for ridge."
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "CompensationSettings":
+        """Build from a config's dictionary; unknown or missing keys raise QwtError."""
+        return _from_mapping(cls, {**values, "blocks": tuple(values.get("blocks", ()))})
