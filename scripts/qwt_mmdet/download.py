@@ -1,0 +1,383 @@
+"""Downloads that survive broken connections and never leave half a file under its final name."""
+
+import email.utils
+import json
+import logging
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import tenacity
+from tqdm import tqdm
+
+from . import progress as progress_module
+from .errors import QwtError
+from .files import sha256_file, write_json
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS_WITHOUT_PROGRESS = 6
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 120.0
+TIMEOUT_SECONDS = (15.0, 60.0)  # to connect, and between two pieces of data
+CHUNK_BYTES = 1 << 14  # at most so much is lost when a connection breaks
+PASSING_STATUS = (408, 425, 429)  # worth another attempt, as is every 5xx
+
+
+class _PassingError(Exception):
+    """A failure that another attempt may not meet; ``retry_after`` is the server's wish."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+def is_url(source: str) -> bool:
+    """Say whether ``source`` is an address that :func:`download` understands, not a path."""
+    return urlsplit(str(source)).scheme in ("http", "https")
+
+
+def download(
+    url: str, path: str | Path, *, sha256: str | None = None, progress: bool = True
+) -> None:
+    """Fetch ``url`` into the file ``path``.
+
+    The bytes gather in ``{path}.part``. After a broken connection, in this run or a later one, the
+    download goes on where it stopped if the server still has the same file (by ETag or
+    modification time), and starts anew otherwise. Connection errors, 5xx, 408, 425 and 429 are
+    retried with growing pauses, as long as one of six attempts in a row brings more bytes. The
+    length and the hash are checked before the file gets its name. A file that is already there is
+    kept if it has the wanted hash, and replaced otherwise.
+
+    Args:
+        sha256: the hash that the file must have, in hexadecimal.
+        progress: show a bar on a terminal, or log lines elsewhere.
+
+    Raises:
+        QwtError: the address is wrong, the server does not deliver, the file cannot be written, or
+            its hash is another one (the bad file is removed).
+    """
+    with requests.Session() as session:
+        _Transfer(url, Path(path), session, sha256=sha256, show=progress).run()
+
+
+def download_many(
+    items: Iterable[tuple[str, str]],
+    folder: str | Path,
+    workers: int = 8,
+    *,
+    check: Callable[[str, Path], None] | None = None,
+    description: str = "Downloading",
+) -> None:
+    """Fetch many small files at the same time.
+
+    Files that are already there and pass ``check`` are kept, so an interrupted call can be
+    repeated. The first file that cannot be had stops the rest.
+
+    Args:
+        items: pairs of address and file name relative to ``folder``.
+        workers: number of downloads at a time.
+        check: called with the file name and the path of its content, before the file gets its
+            name; raises QwtError when the content is not what it should be.
+
+    Raises:
+        QwtError: a file cannot be fetched or does not pass ``check``.
+    """
+    items = list(items)
+    folder = Path(folder)
+    cancelled = threading.Event()
+    local = threading.local()  # requests does not promise that threads may share a session
+    sessions: list[requests.Session] = []
+
+    def fetch(url: str, name: str) -> None:
+        target = folder / name
+        if target.exists():
+            try:
+                if check is not None:
+                    check(name, target)
+                return
+            except QwtError as error:
+                logger.warning("%s It is fetched again.", error)
+        if not hasattr(local, "session"):
+            local.session = requests.Session()
+            sessions.append(local.session)
+        _Transfer(url, target, local.session, check=check, name=name, cancelled=cancelled).run()
+
+    done = 0
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as executor:
+        futures = [executor.submit(fetch, url, name) for url, name in items]
+        try:
+            for future in progress_module.progress(
+                as_completed(futures), description, total=len(futures)
+            ):
+                future.result()
+                done += 1
+        except BaseException as error:  # an interrupt, too, must not wait for the whole queue
+            cancelled.set()
+            executor.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, QwtError):
+                raise QwtError(
+                    f"{error} ({done} of {len(items)} files were there by then and are kept.)"
+                ) from error
+            raise
+        finally:
+            for session in sessions:
+                session.close()
+
+
+class _Transfer:
+    """One file on its way: what has arrived, and how often nothing did."""
+
+    def __init__(
+        self,
+        url: str,
+        path: Path,
+        session: requests.Session,
+        *,
+        sha256: str | None = None,
+        show: bool = False,
+        check: Callable[[str, Path], None] | None = None,
+        name: str | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        self.url = url
+        self.path = path
+        self.session = session
+        self.sha256 = sha256.lower() if sha256 else None
+        self.show = show
+        self.check = check
+        self.name = name or path.name
+        self.cancelled = cancelled or threading.Event()
+        self.part = path.with_name(path.name + ".part")
+        self.note = path.with_name(path.name + ".part.json")  # which remote file the bytes are of
+        self.failures = 0
+        self.most_bytes = 0
+
+    def run(self) -> None:
+        if self.sha256 and self.path.is_file() and sha256_file(self.path) == self.sha256:
+            logger.info("%s is there already, with the wanted sha256.", self.path)
+            return
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_PassingError),
+            stop=tenacity.stop_any(
+                lambda state: self.failures >= ATTEMPTS_WITHOUT_PROGRESS,
+                tenacity.stop_when_event_set(self.cancelled),
+            ),
+            wait=self._wait,
+            sleep=tenacity.sleep_using_event(self.cancelled),
+            before_sleep=self._announce_retry,
+            reraise=True,
+        )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            retrying(self._attempt)
+            self._finish()
+        except _PassingError as error:
+            kept = self._part_bytes()
+            raise QwtError(
+                f"{self.url} could not be downloaded: {error} (given up after "
+                f"{self.failures} attempts without progress). Check the network and the address, "
+                f"then run again; the {kept} bytes in {self.part} are used then if they still fit."
+            ) from error
+        except OSError as error:
+            raise QwtError(
+                f"{self.url} cannot be stored as {self.path}: {error}. Check free space and rights."
+            ) from error
+
+    def _attempt(self) -> None:
+        self.failures += 1
+        validator = self._known_validator()
+        offset = self._part_bytes() if validator else 0
+        headers = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
+        if offset:
+            headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
+        try:
+            with self.session.get(
+                self.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS
+            ) as response:
+                self._receive(response, offset, validator)
+        except requests.exceptions.SSLError as error:
+            raise QwtError(
+                f"{self.url} has no valid certificate: {error}. Check the address and the clock."
+            ) from error
+        except (
+            requests.exceptions.ConnectionError,
+            requests.exceptions.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+        ) as error:
+            raise _PassingError(f"{type(error).__name__}: {error}") from error
+        except requests.exceptions.RequestException as error:
+            raise QwtError(f"{self.url} cannot be fetched: {error}. Check the address.") from error
+
+    def _receive(self, response: requests.Response, offset: int, validator: str | None) -> None:
+        status = response.status_code
+        if status in PASSING_STATUS or status >= 500:
+            raise _PassingError(
+                f"the server answered {status} {response.reason}", _retry_after(response)
+            )
+        if status == 416 and offset:
+            if _total_bytes(response) == offset:
+                return  # everything had arrived before the interruption
+            self._discard()
+            raise _PassingError("the remote file has changed")
+        if status not in (200, 206):
+            raise QwtError(f"{self.url} answered {status} {response.reason}; check the address.")
+        if status == 206 and (
+            _first_byte(response) != offset or _validator(response) not in (None, validator)
+        ):
+            self._discard()
+            raise _PassingError("the server sent another part, or the remote file has changed")
+        if status == 200:
+            offset = 0
+            write_json(self.note, {"url": self.url, "validator": _validator(response)})
+        total = _total_bytes(response)
+        arrived = offset
+        with (
+            open(self.part, "ab" if offset else "wb") as stream,
+            _ByteProgress(self.name, offset, total, show=self.show) as shown,
+        ):
+            for chunk in response.iter_content(CHUNK_BYTES):
+                stream.write(chunk)
+                arrived += len(chunk)
+                shown.update(len(chunk))
+                if arrived > self.most_bytes:
+                    self.most_bytes = arrived
+                    self.failures = 0
+        if total is not None and arrived != total:
+            if arrived > total:
+                self._discard()
+            raise _PassingError(f"{arrived} of {total} bytes arrived")
+
+    def _finish(self) -> None:
+        if self.sha256:
+            found = sha256_file(self.part)
+            if found != self.sha256:
+                self._discard()
+                raise QwtError(
+                    f"{self.url} has the sha256 {found}, but {self.sha256} was asked for. The file "
+                    "was removed; check the address and the sha256 in the configuration."
+                )
+        if self.check is not None:
+            try:
+                self.check(self.name, self.part)
+            except QwtError as error:
+                self._discard()
+                raise QwtError(f"{self.url}: {error}") from error
+        self.part.replace(self.path)
+        self.note.unlink(missing_ok=True)
+
+    def _known_validator(self) -> str | None:
+        """What identified the remote file that the bytes so far are of."""
+        try:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return note.get("validator") if note.get("url") == self.url else None
+
+    def _part_bytes(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def _discard(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self.note.unlink(missing_ok=True)
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception()
+        if error.retry_after is not None:
+            return min(error.retry_after, LONGEST_WAIT_SECONDS)
+        wait = FIRST_WAIT_SECONDS * 2 ** max(0, self.failures - 1)
+        # Not all workers should come back at the same moment.
+        return min(wait, LONGEST_WAIT_SECONDS) * random.uniform(0.75, 1.25)
+
+    def _announce_retry(self, state: tenacity.RetryCallState) -> None:
+        logger.warning(
+            "%s: %s; next attempt in %.1f s.",
+            self.url,
+            state.outcome.exception(),
+            state.next_action.sleep,
+        )
+
+
+class _ByteProgress:
+    """How many bytes have arrived: a bar on a terminal, log lines elsewhere."""
+
+    def __init__(self, name: str, offset: int, total: int | None, *, show: bool) -> None:
+        self.name = name
+        self.done = self.start_bytes = offset
+        self.total = total
+        self.show = show
+        self.bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> "_ByteProgress":
+        self.start = self.last = time.monotonic()
+        if self.show and sys.stderr.isatty():
+            self.bar = tqdm(
+                desc=self.name, total=self.total, initial=self.done,
+                unit="B", unit_scale=True, dynamic_ncols=True,
+            )  # fmt: skip
+        elif self.show:
+            resumed = f", resumed at {self.done / 1e6:.1f} MB" if self.done else ""
+            size = f"{self.total / 1e6:.1f} MB" if self.total is not None else "size unknown"
+            logger.info("Downloading %s (%s%s)", self.name, size, resumed)
+        return self
+
+    def update(self, count: int) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+            return
+        now = time.monotonic()
+        if self.show and now - self.last >= progress_module.LOG_EVERY_SECONDS:
+            self.last = now
+            rate = (self.done - self.start_bytes) / (now - self.start)
+            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total else ""
+            logger.info(
+                "%s: %.1f MB, %.2f MB per second%s", self.name, self.done / 1e6, rate / 1e6, left
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _validator(response: requests.Response) -> str | None:
+    """What If-Range may hold to mean this very file: a strong ETag, else the modification time."""
+    etag = response.headers.get("ETag")
+    if etag and not etag.startswith("W/"):
+        return etag
+    return response.headers.get("Last-Modified")
+
+
+def _first_byte(response: requests.Response) -> int | None:
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def _total_bytes(response: requests.Response) -> int | None:
+    """Length of the whole remote file, where the server tells."""
+    found = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
+    if found:
+        return int(found[1])
+    if response.status_code == 200 and "Content-Encoding" not in response.headers:
+        length = response.headers.get("Content-Length", "")
+        return int(length) if length.isdigit() else None
+    return None
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """Seconds that the server asks to wait (Retry-After: a number, or a date)."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,151 @@
+"""A local HTTP server that misbehaves on request, for tests of downloads."""
+
+import hashlib
+import re
+import threading
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Send this many bytes of the body, then cut the connection."""
+
+    after: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """Answer with this status and no body."""
+
+    code: int
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class FlakyServer:
+    """Serves ``files`` (address path without the leading slash -> content) and a ``folder``.
+
+    Args:
+        ranges: honour Range requests.
+        check_if_range: compare If-Range with the ETag, as a server must; a careless one does not.
+        etags: send an ETag.
+        unavailable_every, drop_every: every so many requests, counted over all files, the answer is
+            503, or the connection is cut in the middle of the body.
+
+    ``plan[path]`` is a queue of Drop and Status, used up one by one before the file is served.
+    ``requests`` lists (path, Range header or None) in order of arrival.
+    """
+
+    def __init__(
+        self,
+        files: dict[str, bytes] | None = None,
+        *,
+        folder: str | Path | None = None,
+        ranges: bool = True,
+        check_if_range: bool = True,
+        etags: bool = True,
+        unavailable_every: int = 0,
+        drop_every: int = 0,
+    ) -> None:
+        self.files = dict(files or {})
+        self.folder = Path(folder) if folder is not None else None
+        self.ranges = ranges
+        self.check_if_range = check_if_range
+        self.etags = etags
+        self.unavailable_every = unavailable_every
+        self.drop_every = drop_every
+        self.plan: dict[str, deque[Drop | Status]] = defaultdict(deque)
+        self.requests: list[tuple[str, str | None]] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "FlakyServer":
+        handler = type("Handler", (_Handler,), {"world": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+        self.base = f"http://127.0.0.1:{self._server.server_address[1]}"
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def url(self, path: str) -> str:
+        return f"{self.base}/{path}"
+
+    def count(self, path: str) -> int:
+        """Number of requests for ``path`` so far."""
+        return sum(requested == path for requested, _ in self.requests)
+
+    def content(self, path: str) -> bytes | None:
+        if path in self.files:
+            return self.files[path]
+        if self.folder is not None and (self.folder / path).is_file():
+            return (self.folder / path).read_bytes()
+        return None
+
+    def behaviour(self, path: str, range_header: str | None, size: int) -> Drop | Status | None:
+        with self._lock:
+            self.requests.append((path, range_header))
+            number = len(self.requests)
+            if self.plan[path]:
+                return self.plan[path].popleft()
+        if self.unavailable_every and number % self.unavailable_every == 0:
+            return Status(503, {"Retry-After": "0"})
+        if self.drop_every and number % self.drop_every == 0:
+            return Drop(size // 2)
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    world: FlakyServer
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).lstrip("/")
+        content = self.world.content(path)
+        asked = self.headers.get("Range")
+        behaviour = self.world.behaviour(path, asked, len(content or b""))
+        if isinstance(behaviour, Status):
+            return self._reply(behaviour.code, b"", behaviour.headers)
+        if content is None:
+            return self._reply(404, b"")
+        headers = {}
+        etag = f'"{hashlib.md5(content).hexdigest()}"'
+        if self.world.etags:
+            headers["ETag"] = etag
+        status, body = 200, content
+        unchanged = self.headers.get("If-Range") in (None, etag) or not self.world.check_if_range
+        if asked and self.world.ranges and unchanged:
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            if start >= len(content):
+                return self._reply(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            status, body = 206, content[start:]
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = behaviour.after if isinstance(behaviour, Drop) else None
+        return self._reply(status, body, headers, cut)
+
+    def _reply(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        cut: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        if cut is not None:
+            self.wfile.flush()
+            self.close_connection = True
+
+    def log_message(self, *arguments: object) -> None:
+        pass

@@ -1,0 +1,274 @@
+"""Downloads: what arrives, in how many requests, and what is left behind after a failure."""
+
+import hashlib
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from flaky_server import Drop, FlakyServer, Status
+from qwt_mmdet import download as download_module
+from qwt_mmdet.download import download, download_many
+from qwt_mmdet.errors import QwtError
+
+CONTENT = bytes(range(256)) * 4000  # 1 024 000 bytes
+PIECE = download_module.CHUNK_BYTES
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(download_module, "FIRST_WAIT_SECONDS", 0.01)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_file_in_one_piece(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        download(server.url("a.bin"), tmp_path / "deep" / "a.bin", sha256=SHA256.upper())
+        assert server.requests == [("a.bin", None)]
+    assert (tmp_path / "deep" / "a.bin").read_bytes() == CONTENT
+    assert names(tmp_path / "deep") == {"a.bin"}
+
+
+def test_broken_connections_are_resumed_where_they_broke(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"] += [Drop(20 * PIECE), Drop(10 * PIECE)]
+        download(server.url("a.bin"), tmp_path / "a.bin")
+        assert server.requests == [
+            ("a.bin", None),
+            ("a.bin", f"bytes={20 * PIECE}-"),
+            ("a.bin", f"bytes={30 * PIECE}-"),
+        ]
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert names(tmp_path) == {"a.bin"}
+
+
+def test_slow_progress_is_not_given_up(tmp_path):
+    pieces = 2 * download_module.ATTEMPTS_WITHOUT_PROGRESS
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"] += [Drop(PIECE)] * pieces
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+        assert len(server.requests) == pieces + 1
+
+
+def test_a_later_run_goes_on_with_the_bytes_of_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "ATTEMPTS_WITHOUT_PROGRESS", 1)
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"] += [Drop(30 * PIECE), Status(503)]
+        with pytest.raises(QwtError, match=rf"{30 * PIECE} bytes in .*a\.bin\.part"):
+            download(server.url("a.bin"), tmp_path / "a.bin")
+        assert not (tmp_path / "a.bin").exists()
+        assert (tmp_path / "a.bin.part").read_bytes() == CONTENT[: 30 * PIECE]
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+        assert server.requests[-1] == ("a.bin", f"bytes={30 * PIECE}-")
+    assert names(tmp_path) == {"a.bin"}
+
+
+def test_all_bytes_there_but_not_renamed(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"] += [Drop(30 * PIECE), Status(404)]
+        with pytest.raises(QwtError):
+            download(server.url("a.bin"), tmp_path / "a.bin")
+        (tmp_path / "a.bin.part").write_bytes(CONTENT)
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+        assert server.requests[-1] == ("a.bin", f"bytes={len(CONTENT)}-")
+
+
+def test_server_that_ignores_ranges_sends_all_again(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}, ranges=False) as server:
+        server.plan["a.bin"].append(Drop(20 * PIECE))
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+        assert server.requests == [("a.bin", None), ("a.bin", f"bytes={20 * PIECE}-")]
+
+
+def test_server_that_ignores_ranges_and_always_breaks_is_given_up(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}, ranges=False, drop_every=1) as server:
+        with pytest.raises(QwtError, match="could not be downloaded"):
+            download(server.url("a.bin"), tmp_path / "a.bin")
+        assert len(server.requests) == 1 + download_module.ATTEMPTS_WITHOUT_PROGRESS
+
+
+def test_server_without_etag_is_asked_for_everything(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}, etags=False) as server:
+        server.plan["a.bin"].append(Drop(20 * PIECE))
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+        assert server.requests == [("a.bin", None), ("a.bin", None)]
+
+
+@pytest.mark.parametrize("check_if_range", [True, False])
+def test_remote_file_that_changed_is_fetched_from_its_start(tmp_path, monkeypatch, check_if_range):
+    monkeypatch.setattr(download_module, "ATTEMPTS_WITHOUT_PROGRESS", 1)
+    with FlakyServer({"a.bin": CONTENT}, check_if_range=check_if_range) as server:
+        server.plan["a.bin"] += [Drop(20 * PIECE), Status(503)]
+        with pytest.raises(QwtError):
+            download(server.url("a.bin"), tmp_path / "a.bin")
+        monkeypatch.setattr(download_module, "ATTEMPTS_WITHOUT_PROGRESS", 3)
+        server.files["a.bin"] = other = CONTENT[::-1]
+        download(server.url("a.bin"), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == other
+
+
+def test_bytes_of_another_address_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "ATTEMPTS_WITHOUT_PROGRESS", 1)
+    with FlakyServer({"a.bin": CONTENT, "b.bin": CONTENT[::-1]}) as server:
+        server.plan["a.bin"] += [Drop(20 * PIECE), Status(503)]
+        with pytest.raises(QwtError):
+            download(server.url("a.bin"), tmp_path / "file")
+        download(server.url("b.bin"), tmp_path / "file")
+        assert server.requests[-1] == ("b.bin", None)
+    assert (tmp_path / "file").read_bytes() == CONTENT[::-1]
+
+
+def test_unavailable_for_a_while(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"] += [Status(503), Status(500), Status(429), Status(502)]
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+        assert len(server.requests) == 5
+
+
+def test_pauses_grow_twofold(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(download_module.random, "uniform", lambda low, high: 1.0)
+    caplog.set_level(logging.WARNING)
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"] += [Status(503)] * 4
+        download(server.url("a.bin"), tmp_path / "a.bin")
+    waits = [record.args[2] for record in caplog.records]
+    assert waits == pytest.approx([0.01, 0.02, 0.04, 0.08])
+
+
+def test_retry_after_is_respected(tmp_path):
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"].append(Status(429, {"Retry-After": "1"}))
+        start = time.monotonic()
+        download(server.url("a.bin"), tmp_path / "a.bin")
+    assert time.monotonic() - start >= 1.0
+
+
+@pytest.mark.parametrize("code", [404, 403, 410])
+def test_final_refusals_are_not_retried(tmp_path, code):
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"].append(Status(code))
+        with pytest.raises(QwtError, match=rf"a\.bin answered {code} .*check the address"):
+            download(server.url("a.bin"), tmp_path / "a.bin")
+        assert len(server.requests) == 1
+    assert names(tmp_path) == set()
+
+
+def test_wrong_hash_names_both_and_leaves_nothing(tmp_path):
+    wanted = "0" * 64
+    with (
+        FlakyServer({"a.bin": CONTENT}) as server,
+        pytest.raises(QwtError, match=f"{SHA256}.*{wanted}"),
+    ):
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=wanted)
+    assert names(tmp_path) == set()
+
+
+def test_file_with_the_wanted_hash_is_not_fetched_again(tmp_path):
+    (tmp_path / "a.bin").write_bytes(CONTENT)
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+        assert server.requests == []
+
+
+def test_file_with_another_hash_is_replaced(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        download(server.url("a.bin"), tmp_path / "a.bin", sha256=SHA256)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+
+
+def test_empty_file(tmp_path):
+    with FlakyServer({"a.bin": b""}) as server:
+        download(server.url("a.bin"), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == b""
+
+
+def test_nobody_listens(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/a.bin"
+        with pytest.raises(QwtError, match=r"a\.bin could not be downloaded.*Check the network"):
+            download(url, tmp_path / "a.bin")
+
+
+def test_address_of_an_unknown_kind(tmp_path):
+    with pytest.raises(QwtError, match=r"ftp://host/a\.bin cannot be fetched.*Check the address"):
+        download("ftp://host/a.bin", tmp_path / "a.bin")
+
+
+def test_target_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        FlakyServer({"a.bin": CONTENT}) as server,
+        pytest.raises(QwtError, match="cannot be stored"),
+    ):
+        download(server.url("a.bin"), tmp_path / "file" / "a.bin")
+
+
+def test_log_lines_where_there_is_no_terminal(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(download_module.progress_module, "LOG_EVERY_SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        download(server.url("a.bin"), tmp_path / "a.bin")
+    assert "Downloading a.bin (1.0 MB)" in caplog.messages
+    assert any("MB per second" in message for message in caplog.messages)
+
+
+def many(count: int) -> dict[str, bytes]:
+    return {f"images/{number}.bin": os.urandom(4000) for number in range(count)}
+
+
+def test_many_files_from_a_server_that_breaks_and_is_unavailable_now_and_then(tmp_path):
+    files = many(60)
+    with FlakyServer(files, unavailable_every=7, drop_every=5) as server:
+        download_many([(server.url(name), name) for name in files], tmp_path, workers=6)
+        assert len(server.requests) > len(files)
+    for name, content in files.items():
+        assert (tmp_path / name).read_bytes() == content
+    assert len(list((tmp_path / "images").iterdir())) == len(files)
+
+
+def test_many_files_keep_what_is_there_and_good(tmp_path):
+    files = many(5)
+    for name in ("images/1.bin", "images/2.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(files[name])
+    (tmp_path / "images/3.bin").write_bytes(b"rubbish")
+
+    def check(name: str, path: Path) -> None:
+        if path.read_bytes() != files[name]:
+            raise QwtError(f"{path} is rubbish.")
+
+    with FlakyServer(files) as server:
+        download_many([(server.url(name), name) for name in files], tmp_path, check=check)
+        assert sorted(path for path, _ in server.requests) == [
+            "images/0.bin",
+            "images/3.bin",
+            "images/4.bin",
+        ]
+    assert (tmp_path / "images/3.bin").read_bytes() == files["images/3.bin"]
+
+
+def test_one_missing_file_stops_the_rest(tmp_path):
+    files = many(200)
+    items = [("absent", "absent"), *((name, name) for name in files)]
+    with FlakyServer(files) as server:
+        with pytest.raises(QwtError, match=r"absent answered 404 .*of 201 files"):
+            download_many([(server.url(path), name) for path, name in items], tmp_path, workers=2)
+        assert len(server.requests) < 150
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_file_that_fails_its_check_is_not_stored(tmp_path):
+    def check(name: str, path: Path) -> None:
+        raise QwtError(f"{name} is not an image.")
+
+    with FlakyServer({"a.jpg": b"x"}) as server, pytest.raises(QwtError, match="not an image"):
+        download_many([(server.url("a.jpg"), "a.jpg")], tmp_path, check=check)
+    assert names(tmp_path) == set()
