@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import requests
 import tenacity
@@ -43,6 +43,14 @@ class _PassingError(Exception):
 def is_url(source: str) -> bool:
     """Say whether ``source`` is an address that :func:`download` understands, not a path."""
     return urlsplit(str(source)).scheme in ("http", "https")
+
+
+def printable(source: str) -> str:
+    """An address without the user and the query, where passwords and tokens are; a path as it is."""
+    if not is_url(source):
+        return source
+    parts = urlsplit(source)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def download(
@@ -149,6 +157,7 @@ class _Transfer:
         cancelled: threading.Event | None = None,
     ) -> None:
         self.url = url
+        self.shown_url = printable(url)
         self.path = path
         self.session = session
         self.sha256 = sha256.lower() if sha256 else None
@@ -183,13 +192,13 @@ class _Transfer:
         except _PassingError as error:
             kept = self._part_bytes()
             raise QwtError(
-                f"{self.url} could not be downloaded: {error} (given up after "
+                f"{self.shown_url} could not be downloaded: {error} (given up after "
                 f"{self.failures} attempts without progress). Check the network and the address, "
                 f"then run again; the {kept} bytes in {self.part} are used then if they still fit."
             ) from error
         except OSError as error:
             raise QwtError(
-                f"{self.url} cannot be stored as {self.path}: {error}. Check free space and rights."
+                f"{self.shown_url} cannot be stored as {self.path}: {error}. Check free space and rights."
             ) from error
 
     def _attempt(self) -> None:
@@ -206,16 +215,18 @@ class _Transfer:
                 self._receive(response, offset, validator)
         except requests.exceptions.SSLError as error:
             raise QwtError(
-                f"{self.url} has no valid certificate: {error}. Check the address and the clock."
+                f"{self.shown_url} has no valid certificate ({_reason(error)}). Check the address and the clock."
             ) from error
         except (
             requests.exceptions.ConnectionError,
             requests.exceptions.Timeout,
             requests.exceptions.ChunkedEncodingError,
         ) as error:
-            raise _PassingError(f"{type(error).__name__}: {error}") from error
+            raise _PassingError(_reason(error)) from error
         except requests.exceptions.RequestException as error:
-            raise QwtError(f"{self.url} cannot be fetched: {error}. Check the address.") from error
+            raise QwtError(
+                f"{self.shown_url} cannot be fetched: {error}. Check the address."
+            ) from error
 
     def _receive(self, response: requests.Response, offset: int, validator: str | None) -> None:
         status = response.status_code
@@ -229,7 +240,9 @@ class _Transfer:
             self._discard()
             raise _PassingError("the remote file has changed")
         if status not in (200, 206):
-            raise QwtError(f"{self.url} answered {status} {response.reason}; check the address.")
+            raise QwtError(
+                f"{self.shown_url} answered {status} {response.reason}; check the address."
+            )
         if status == 206 and (
             _first_byte(response) != offset or _validator(response) not in (None, validator)
         ):
@@ -262,7 +275,7 @@ class _Transfer:
             if found != self.sha256:
                 self._discard()
                 raise QwtError(
-                    f"{self.url} has the sha256 {found}, but {self.sha256} was asked for. The file "
+                    f"{self.shown_url} has the sha256 {found}, but {self.sha256} was asked for. The file "
                     "was removed; check the address and the sha256 in the configuration."
                 )
         if self.check is not None:
@@ -270,7 +283,7 @@ class _Transfer:
                 self.check(self.name, self.part)
             except QwtError as error:
                 self._discard()
-                raise QwtError(f"{self.url}: {error}") from error
+                raise QwtError(f"{self.shown_url}: {error}") from error
         self.part.replace(self.path)
         self.note.unlink(missing_ok=True)
 
@@ -300,7 +313,7 @@ class _Transfer:
     def _announce_retry(self, state: tenacity.RetryCallState) -> None:
         logger.warning(
             "%s: %s; next attempt in %.1f s.",
-            self.url,
+            self.shown_url,
             state.outcome.exception(),
             state.next_action.sleep,
         )
@@ -346,6 +359,13 @@ class _ByteProgress:
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _reason(error: requests.RequestException) -> str:
+    """What went wrong at the bottom; the outer layers repeat the address, with its query."""
+    cause = error.args[0] if error.args else error
+    cause = getattr(cause, "reason", cause)
+    return f"{type(cause).__name__}: {cause}"
 
 
 def _validator(response: requests.Response) -> str | None:

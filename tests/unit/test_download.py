@@ -192,9 +192,12 @@ def test_empty_file(tmp_path):
 def test_nobody_listens(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/a.bin"
-        with pytest.raises(QwtError, match=r"a\.bin could not be downloaded.*Check the network"):
+        url = f"http://user:secret@127.0.0.1:{taken.getsockname()[1]}/a.bin?token=secret"
+        with pytest.raises(
+            QwtError, match=r"a\.bin could not be downloaded.*refused.*Check the network"
+        ) as caught:
             download(url, tmp_path / "a.bin")
+    assert "secret" not in str(caught.value)
 
 
 def test_address_of_an_unknown_kind(tmp_path):
