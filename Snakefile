@@ -1,0 +1,32 @@
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+# A config file named on the command line replaces the default one; merged, it would drag the
+# default's models and targets along.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/compensate.smk"
+include: "workflow/rules/report.smk"
+
+
+# include: "workflow/rules/demo.smk"
+
+
+rule all:
+    """Everything that the config asks for, in one table and one report."""
+    default_target: True
+    input:
+        "results/summary.csv",
+        "results/report.html",
+
+
+onsuccess:
+    print_summary("results/summary.csv", "results/report.html")

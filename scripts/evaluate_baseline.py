@@ -1,0 +1,19 @@
+"""Evaluate the full-precision detector."""
+
+from qwt_mmdet.runtime import step, workers
+
+with step(snakemake) as device:
+    from qwt_mmdet.pipeline import evaluate
+
+    evaluate(
+        config=snakemake.params.config,
+        config_options=snakemake.params.config_options,
+        checkpoint=snakemake.input.checkpoint,
+        annotations=snakemake.input.annotations,
+        metrics=snakemake.output.metrics,
+        predictions=snakemake.output.predictions,
+        device=device,
+        batch_size=snakemake.config["evaluation"]["batch_size"],
+        workers=workers(snakemake, "evaluation"),
+        seed=snakemake.params.seed,
+    )

@@ -1,0 +1,21 @@
+"""Evaluate the quantized detector with its compensation."""
+
+from qwt_mmdet.runtime import step, workers
+
+with step(snakemake) as device:
+    from qwt_mmdet.pipeline import evaluate
+
+    evaluate(
+        config=snakemake.params.config,
+        config_options=snakemake.params.config_options,
+        checkpoint=snakemake.input.checkpoint,
+        warmup=snakemake.input.warmup,
+        compensation=snakemake.input.compensation,
+        annotations=snakemake.input.annotations,
+        metrics=snakemake.output.metrics,
+        predictions=snakemake.output.predictions,
+        device=device,
+        batch_size=snakemake.config["evaluation"]["batch_size"],
+        workers=workers(snakemake, "evaluation"),
+        seed=snakemake.params.seed,
+    )

@@ -1,0 +1,12 @@
+"""Copy or download a model's weights, verify them, and keep the weights alone."""
+
+from qwt_mmdet.runtime import step
+
+with step(snakemake):
+    from qwt_mmdet.checkpoints import fetch_checkpoint
+
+    fetch_checkpoint(
+        snakemake.params.source,
+        snakemake.output.checkpoint,
+        sha256=snakemake.params.sha256,
+    )

@@ -1,0 +1,14 @@
+"""Generate a dataset, fetch its annotations, or check the local folder that holds it."""
+
+import os
+
+from qwt_mmdet.runtime import step
+
+with step(snakemake):
+    from qwt_mmdet.datasets import prepare_dataset
+
+    prepare_dataset(
+        snakemake.params.settings,
+        folder=os.path.dirname(snakemake.output.source),
+        output=snakemake.output.source,
+    )

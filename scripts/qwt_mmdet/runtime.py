@@ -1,0 +1,176 @@
+"""What every script of the workflow does around its one library call: log, device, seeds, errors.
+
+``snakemake`` is the object that Snakemake gives to a script; only its attributes are used, so this
+module does not import Snakemake.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import QwtError
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _LineWriter:
+    """Stream that turns what is printed to it into lines of the log."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in filter(str.strip, lines):
+            self._log.info("%s", line)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._rest.strip():
+            self._log.info("%s", self._rest)
+        self._rest = ""
+
+    def isatty(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _logging_to(path: Path, name: str) -> Iterator[None]:
+    """Log everything to a file; our own messages and others' errors to the terminal too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(path, mode="w", encoding="utf-8")
+    to_file.setFormatter(logging.Formatter(LOG_FORMAT))
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setFormatter(logging.Formatter(f"[{name}] %(message)s"))
+    to_terminal.addFilter(
+        lambda record: record.name.startswith("qwt_mmdet") or record.levelno >= logging.ERROR
+    )
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.INFO)
+    for handler in (to_file, to_terminal):
+        root.addHandler(handler)
+    logging.captureWarnings(True)
+    printed = _LineWriter(logging.getLogger("stdout"))
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        printed.flush()
+        logging.captureWarnings(False)
+        for handler in (to_file, to_terminal):
+            root.removeHandler(handler)
+        root.setLevel(level)
+        to_file.close()
+
+
+def choose_device(gpu: int) -> str:
+    """Return ``"cuda"`` when a GPU was granted and torch sees one, else ``"cpu"``; log which.
+
+    Args:
+        gpu: GPUs that Snakemake granted to the job (``resources.gpu``).
+    """
+    import torch
+
+    if gpu <= 0:
+        logger.info("Device: CPU (no GPU was granted: --resources gpu=0)")
+        return "cpu"
+    if not torch.cuda.is_available():
+        logger.info("Device: CPU (torch sees no GPU)")
+        return "cpu"
+    logger.info("Device: %s", torch.cuda.get_device_name())
+    return "cuda"
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _set_up_torch(threads: int, seed: int) -> None:
+    """Seed torch, use the granted threads, and prefer deterministic algorithms."""
+    # cuBLAS reads this when its first handle is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+    import torch.utils.deterministic
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    # a few CUDA operations have no deterministic form; they warn into the log
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # finds reads of uninitialized memory at the price of writing all memory twice
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def explain(error: BaseException) -> str:
+    """Return one sentence about what went wrong and what to do about it."""
+    if isinstance(error, QwtError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in str(error):
+        return (
+            "The GPU ran out of memory; lower evaluation.batch_size and calibration.batch_size in "
+            "the config, or run on the CPU with --resources gpu=0."
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return (
+            "The machine ran out of memory; lower batch_size and workers of evaluation and "
+            "calibration in the config, or run fewer jobs at a time with a smaller --cores."
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"The disk is full ({error.filename or 'unknown file'}); free some space and rerun."
+    return (
+        f"Unexpected {text.rstrip('.')}. This is a bug or a broken installation; the log has the "
+        "traceback."
+    )
+
+
+def job_name(snakemake: Any) -> str:
+    """Return the rule and its wildcards: ``quantize_model demo w4a4``."""
+    return " ".join([snakemake.rule, *map(str, snakemake.wildcards)])
+
+
+def workers(snakemake: Any, section: str) -> int:
+    """Return how many processes read images: as configured, but no more than threads granted."""
+    return min(snakemake.config[section]["workers"], snakemake.threads)
+
+
+@contextlib.contextmanager
+def step(snakemake: Any) -> Iterator[str]:
+    """Run the body of a script: log to the rule's log and explain what fails.
+
+    A step that asks for a GPU (``resources.gpu``, granted or not) also gets torch set up.
+
+    Yields:
+        the device to compute on, ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        SystemExit: with status 1 after any failure. The terminal shows a sentence that says what to
+            do; the log ends with the same sentence and the traceback.
+    """
+    with _logging_to(Path(snakemake.log[0]), job_name(snakemake)):
+        try:
+            seed = snakemake.params.get("seed", 0)
+            _seed_everything(seed)
+            device = "cpu"
+            gpu = snakemake.resources.get("gpu")
+            if gpu is not None:
+                _set_up_torch(snakemake.threads, seed)
+                device = choose_device(gpu)
+            yield device
+        except Exception as error:
+            logger.error("%s", explain(error))
+            logging.getLogger("traceback").info("", exc_info=error)
+            raise SystemExit(1) from None

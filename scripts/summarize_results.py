@@ -1,0 +1,13 @@
+"""Put all results into one table, with intervals from the paired bootstrap."""
+
+from qwt_mmdet.runtime import step
+
+with step(snakemake):
+    from qwt_mmdet.reporting.tables import summarize
+
+    summarize(
+        snakemake.params.rows,
+        snakemake.output.summary,
+        resamples=snakemake.params.resamples,
+        seed=snakemake.params.seed,
+    )

@@ -1,0 +1,170 @@
+"""Everything that the rules share: the checked config, targets and helpers of rules."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(workflow.basedir) / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+# Scripts run in processes of their own; they, too, shall use the library beside this workflow.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])
+)
+
+from qwt_mmdet.config import (
+    check_duplicates,
+    combinations,
+    config_files,
+    is_url,
+    load_schema,
+    resolve,
+    source_hash,
+)
+from qwt_mmdet.errors import QwtError
+
+
+def checked_config(config):
+    """Return the config with defaults filled in; end with a plain message if it is wrong."""
+    try:
+        for path in workflow.configfiles:
+            check_duplicates(path)
+        schema = Path(workflow.basedir) / "workflow" / "schemas" / "config.schema.yaml"
+        return resolve(config, load_schema(schema))
+    except QwtError as error:
+        files = ", ".join(map(str, workflow.configfiles))
+        sys.exit(f"Error in the configuration ({files}):\n{error}")
+
+
+config = checked_config(config)
+COMBINATIONS = combinations(config)
+
+
+wildcard_constraints:
+    dataset="|".join(map(re.escape, config["datasets"])),
+    model="|".join(map(re.escape, config["models"])),
+    quantization="|".join(map(re.escape, config["quantization"])),
+    compensation="|".join(map(re.escape, config["compensation"])),
+
+
+def existing(path, key):
+    """Return ``path``; end with a plain message if there is no such file."""
+    if not os.path.exists(path):
+        sys.exit(f"{key} is {str(path)!r}, but there is no such file; check the path.")
+    return path
+
+
+def entry(section, wildcard):
+    """Params function: the config entry that a wildcard names."""
+    return lambda wildcards: config[section][wildcards[wildcard]]
+
+
+def model_setting(key):
+    """Params function: one setting of the model."""
+    return lambda wildcards: config["models"][wildcards.model][key]
+
+
+def dataset_source(wildcards):
+    """Params function: what a dataset is before images are chosen from it.
+
+    Shapes are generated in the numbers that are wanted; other datasets exist without them.
+    """
+    dataset = config["datasets"][wildcards.dataset]
+    if dataset["type"] == "shapes":
+        return dataset
+    chosen = ("seed", "images")
+    return {
+        key: (
+            {k: v for k, v in value.items() if k not in chosen}
+            if isinstance(value, dict)
+            else value
+        )
+        for key, value in dataset.items()
+        if key not in chosen
+    }
+
+
+def local_checkpoint(wildcards):
+    """Input function: the model's checkpoint if it is a file here, nothing if it is an address."""
+    location = config["models"][wildcards.model]["checkpoint"]
+    if is_url(location):
+        return []
+    return existing(location, f"models.{wildcards.model}.checkpoint")
+
+
+def local_config(wildcards):
+    """Input function: the files of the model's config, unless MMDetection ships it."""
+    return config_files(config["models"][wildcards.model]["config"])
+
+
+def local_annotations(wildcards):
+    """Input function: the annotation files of a dataset that is a folder here."""
+    dataset = config["datasets"][wildcards.dataset]
+    if "root" not in dataset:
+        return []
+    return [
+        existing(
+            os.path.join(dataset["root"], dataset[part]["annotations"]),
+            f"The annotation file of datasets.{wildcards.dataset}.{part}",
+        )
+        for part in ("calibration", "evaluation")
+    ]
+
+
+def supplied_warmup(wildcards):
+    """Input function: the warmup file that the config supplies, if any."""
+    supplied = config["models"][wildcards.model]["warmup"].get(wildcards.quantization)
+    if supplied is None:
+        return []
+    return existing(
+        supplied, f"models.{wildcards.model}.warmup.{wildcards.quantization}"
+    )
+
+
+def images(part):
+    """Input function: annotation file of the model's calibration or evaluation images."""
+    return lambda wildcards: (
+        f"results/datasets/{config['models'][wildcards.model]['dataset']}/{part}.json"
+    )
+
+
+def result_row(combination):
+    """Names, settings and result folders of a combination: what summary and report read."""
+    model, quantization, compensation = combination
+    return {
+        **combination._asdict(),
+        "settings": config["quantization"][quantization],
+        "annotations": f"results/datasets/{config['models'][model]['dataset']}/evaluation.json",
+        "baseline": f"results/{model}/baseline",
+        "quantized": f"results/{model}/{quantization}/quantized",
+        "compensated": f"results/{model}/{quantization}/{compensation}",
+        "warmup": f"results/{model}/{quantization}/warmup.pth",
+    }
+
+
+RESULT_ROWS = [result_row(combination) for combination in COMBINATIONS]
+
+
+def result_files(*names, variants=("baseline", "quantized", "compensated")):
+    """Return the files of these names in all result folders, each once."""
+    return list(
+        dict.fromkeys(
+            f"{row[variant]}/{name}"
+            for row in RESULT_ROWS
+            for variant in variants
+            for name in names
+        )
+    )
+
+
+def row_files(key):
+    """Return the files that all result rows name under a key, each once."""
+    return list(dict.fromkeys(row[key] for row in RESULT_ROWS))
+
+
+def print_summary(summary, report):
+    """Print the table of results and where the report lies, if they are there."""
+    from qwt_mmdet.reporting.terminal import summary_table
+
+    if os.path.exists(summary):
+        print(f"\n{summary_table(summary)}\n\nTable: {summary}\nReport: {report}")

@@ -1,0 +1,26 @@
+rule quantize_model:
+    """Calibrate a detector's quantizers, or take the warmup file that the config supplies."""
+    input:
+        checkpoint="results/{model}/checkpoint.pth",
+        annotations=images("calibration"),
+        config_files=local_config,
+        supplied=supplied_warmup,
+    output:
+        warmup="results/{model}/{quantization}/warmup.pth",
+    log:
+        "logs/quantize_model/{model}/{quantization}.log",
+    benchmark:
+        "benchmarks/quantize_model/{model}/{quantization}.tsv"
+    conda:
+        "../../envs/qwt.yaml"
+    threads: 2
+    resources:
+        gpu=1,
+    params:
+        config=model_setting("config"),
+        config_options=model_setting("config_options"),
+        settings=entry("quantization", "quantization"),
+        seed=config["seed"],
+        code=source_hash("quantize_model"),
+    script:
+        "../../scripts/quantize_model.py"

@@ -1,0 +1,55 @@
+rule summarize_results:
+    """Put all results into one table, with intervals from the paired bootstrap."""
+    input:
+        metrics=result_files("metrics.json"),
+        predictions=result_files("predictions.json"),
+        annotations=row_files("annotations"),
+        warmups=row_files("warmup"),
+        compensations=result_files("compensation.pth", variants=["compensated"]),
+    output:
+        summary=report(
+            "results/summary.csv",
+            caption="../report/summary.rst",
+            category="Results",
+            labels={"result": "table of all numbers"},
+        ),
+    log:
+        "logs/summarize_results.log",
+    benchmark:
+        "benchmarks/summarize_results.tsv"
+    conda:
+        "../../envs/qwt.yaml"
+    params:
+        rows=RESULT_ROWS,
+        resamples=config["bootstrap"]["resamples"],
+        seed=config["seed"],
+        code=source_hash("summarize_results"),
+    script:
+        "../../scripts/summarize_results.py"
+
+
+rule render_report:
+    """Render the report that people read: one HTML file without external parts."""
+    input:
+        summary="results/summary.csv",
+        metrics=result_files("metrics.json"),
+        warmups=row_files("warmup"),
+        blocks=result_files("blocks.csv", variants=["compensated"]),
+    output:
+        report=report(
+            "results/report.html",
+            caption="../report/report.rst",
+            category="Results",
+            labels={"result": "report"},
+        ),
+    log:
+        "logs/render_report.log",
+    benchmark:
+        "benchmarks/render_report.tsv"
+    conda:
+        "../../envs/qwt.yaml"
+    params:
+        rows=RESULT_ROWS,
+        code=source_hash("render_report"),
+    script:
+        "../../scripts/render_report.py"
