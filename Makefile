@@ -1,0 +1,42 @@
+# `make` lists the targets. PYTHON chooses the Python (3.11 or newer) that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help env test demo lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+env: $(STAMP) ## install everything into .venv (once; again when the pins change)
+
+# The checks come first, so that the first line of output names what the machine lacks.
+$(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Please install python3 (3.11 or newer), python3-venv and python3-dev, or name another Python:" \
+	    "make PYTHON=python3.12 env; $(PYTHON) is missing or too old." >&2; exit 1; }
+	@$(PYTHON) envs/check_system.py
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python envs/install.py
+	@$(VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
+	  --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: env ## run all tests (ARGS="-k word" chooses some)
+	@$(WITH_VENV) python -m pytest $(ARGS)
+
+demo: env ## run the default configuration from checkpoint to report
+	@$(WITH_VENV) snakemake --cores all $(ARGS)
+
+lint: env ## check code and workflow: ruff, snakefmt, snakemake --lint
+	@$(WITH_VENV) ruff check .
+	@$(WITH_VENV) ruff format --check .
+	@$(WITH_VENV) snakefmt --check Snakefile workflow
+	@$(WITH_VENV) snakemake --lint
+
+clean: ## remove .venv and the tools' caches; results stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache scripts/*.egg-info
+	find scripts tests envs -name __pycache__ -type d -prune -exec rm -rf {} +
