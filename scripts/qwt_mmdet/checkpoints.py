@@ -97,7 +97,7 @@ def check_keys(
     Args:
         model_state: what the model needs, by name.
         checkpoint_state: what the checkpoint has, by name.
-        what: the checkpoint and the model in words, for the message.
+        what: how the message begins, such as "The checkpoint a.pth does not fit b.py".
 
     Raises:
         QwtError: lists missing, unexpected and wrong-shaped names.
@@ -132,7 +132,7 @@ def check_keys(
             "The architecture is the same but not its size; adapt the config (for a head, "
             "num_classes) to the checkpoint."
         )
-    raise QwtError("\n".join([f"{what}: the weights do not fit the model.", *groups, remedy]))
+    raise QwtError("\n".join([f"{what}:", *groups, remedy]))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -194,7 +194,8 @@ class _Transfer:
             raise QwtError(
                 f"{self.shown_url} could not be downloaded: {error} (given up after "
                 f"{self.failures} attempts without progress). Check the network and the address, "
-                f"then run again; the {kept} bytes in {self.part} are used then if they still fit."
+                "then run again"
+                + (f"; it goes on after the {kept} bytes in {self.part}." if kept else ".")
             ) from error
         except OSError as error:
             raise QwtError(
@@ -365,7 +366,8 @@ def _reason(error: requests.RequestException) -> str:
     """What went wrong at the bottom; the outer layers repeat the address, with its query."""
     cause = error.args[0] if error.args else error
     cause = getattr(cause, "reason", cause)
-    return f"{type(cause).__name__}: {cause}"
+    text = next((part for part in cause.args if isinstance(part, str)), str(cause))
+    return f"{type(cause).__name__}: {text}"
 
 
 def _validator(response: requests.Response) -> str | None:

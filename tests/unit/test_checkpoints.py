@@ -466,9 +466,9 @@ def test_keys_that_do_not_fit_are_listed_by_kind():
     model = state(backbone__a=(2,), backbone__b=(2,), head__weight=(80, 4))
     checkpoint = state(backbone__a=(2,), extra__c=(1,), head__weight=(3, 4))
     with pytest.raises(QwtError) as caught:
-        check_keys(model, checkpoint, "w.pth for swin.py")
+        check_keys(model, checkpoint, "w.pth does not fit swin.py")
     lines = str(caught.value).split("\n")
-    assert lines[0] == "w.pth for swin.py: the weights do not fit the model."
+    assert lines[0] == "w.pth does not fit swin.py:"
     assert lines[1] == "  missing in the checkpoint (1): backbone.b"
     assert lines[2] == "  unexpected in the checkpoint (1): extra.c"
     assert lines[3] == "  of another shape (1): head.weight (checkpoint (3, 4), model (80, 4))"

@@ -227,7 +227,12 @@ def many(count: int) -> dict[str, bytes]:
     return {f"images/{number}.bin": os.urandom(4000) for number in range(count)}
 
 
-def test_many_files_from_a_server_that_breaks_and_is_unavailable_now_and_then(tmp_path):
+def test_many_files_from_a_server_that_breaks_and_is_unavailable_now_and_then(
+    tmp_path, monkeypatch
+):
+    # which file meets how many failures is up to the threads
+    monkeypatch.setattr(download_module, "ATTEMPTS_WITHOUT_PROGRESS", 50)
+    monkeypatch.setattr(download_module, "LONGEST_WAIT_SECONDS", 0.01)
     files = many(60)
     with FlakyServer(files, unavailable_every=7, drop_every=5) as server:
         download_many([(server.url(name), name) for name in files], tmp_path, workers=6)
