@@ -8,6 +8,7 @@ import pickle
 import re
 import tarfile
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -328,6 +329,16 @@ _PICKLE_MODULE = types.SimpleNamespace(
 )
 
 
+def _check_archive(path: Path) -> None:
+    # The very reader that torch.load uses: a zip file can look different to another one.
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise _RefusedGlobal("TorchScript code")
+    with zipfile.ZipFile(path) as archive:  # torch itself does not compare checksums
+        record = archive.testzip()
+    if record is not None:
+        raise pickle.UnpicklingError(f"the checksum of {record} is wrong")
+
+
 def _read(path: Path, name: str) -> Any:
     """Read a file written by torch.save; ``name`` is what messages call it."""
     size = path.stat().st_size
@@ -336,11 +347,8 @@ def _read(path: Path, name: str) -> Any:
         stream.seek(0)
         is_zip = head.startswith(ZIP_MAGIC)
         try:
-            if (
-                is_zip
-                and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
-            ):
-                raise _RefusedGlobal("TorchScript code")
+            if is_zip:
+                _check_archive(path)
             # torch still unpacks the tar files of its first versions; a file can be both.
             if not is_zip and tarfile.is_tarfile(path):
                 raise pickle.UnpicklingError("it is a tar file")

@@ -25,8 +25,9 @@ CLASSES = ("person", "bicycle", "traffic light")
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
+def _local_network(monkeypatch):
     monkeypatch.setattr(download_module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # the test server is not behind one
 
 
 def small_state() -> OrderedDict:
@@ -305,6 +306,16 @@ def test_truncated_file(tmp_path, zipped, kept):
     with pytest.raises(QwtError, match=rf"cut\.pth \({size} bytes\) is truncated or damaged") as e:
         load_checkpoint(path)
     assert "Get the whole file again" in str(e.value)
+
+
+def test_flipped_bit_in_a_weight(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(small_state(), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(QwtError, match=r"is truncated or damaged \(the checksum of .*data/"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize(

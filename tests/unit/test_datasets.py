@@ -25,8 +25,9 @@ WIDTH, HEIGHT = 24, 16
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
+def _local_network(monkeypatch):
     monkeypatch.setattr(download_module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # the test server is not behind one
 
 
 def jpeg(seed: int, size: tuple[int, int] = (WIDTH, HEIGHT), **options) -> bytes:

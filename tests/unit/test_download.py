@@ -19,8 +19,9 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
+def _local_network(monkeypatch):
     monkeypatch.setattr(download_module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # the test server is not behind one
 
 
 def names(folder: Path) -> set[str]:
