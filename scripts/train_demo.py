@@ -1,7 +1,9 @@
 """Train the demo's detector on ``shapes``: `snakemake train_demo`, or by hand with the options below.
 
-The images are drawn first, where they are not there already. The checkpoint holds weights and
-plain values only, so torch loads it without executing anything.
+The images are drawn first, where they are not there already. Then backbone and neck learn to label
+the pixels of small images, which takes minutes and spares the detector the slow start from random
+features; then the detector is trained as its mmdet configuration says. The checkpoint holds weights
+and plain values only, so torch loads it without executing anything.
 """
 
 import argparse
@@ -13,64 +15,43 @@ from pathlib import Path
 from typing import Any
 
 from qwt_mmdet.files import sha256_file, write_atomically, write_json
+from qwt_mmdet.progress import progress
 from qwt_mmdet.shapes import generate_shapes
 
 CONFIG = (
     Path(__file__).resolve().parents[1] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
 )
 VALIDATION_IMAGES = 300
+LABELLING_BATCH_SIZE = 8
+LABELLING_RATE = 1e-3
+LABELLING_STRIDE = 4  # of the pixels that are labelled, that of the neck's finest level
 
-logger = logging.getLogger("train_demo")
-_LIBRARIES: list[Any] = []
+logger = logging.getLogger("qwt_mmdet.train_demo")
 
 
-def _declare_torchvision_operators() -> None:
-    """Let ``import torchvision``, which mmengine does to log its version, pass beside a CPU torch.
+def _declare_torchvision_operators() -> Any:
+    """Let ``import torchvision`` pass beside a CPU torch; mmengine imports it to log its version.
 
-    PyPI's torchvision is built for CUDA; its operators are missing there, and it only describes them.
+    PyPI's torchvision is built for CUDA: beside a CPU torch its operators are missing, and its
+    import describes them all the same.
+
+    Returns:
+        the library that owns the operators; they vanish with it.
     """
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, schema in {
-        "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    }.items():
+    for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(name + schema)
-    _LIBRARIES.append(library)  # the operators live as long as the library object
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
-def train(
-    *,
-    config: Path,
-    output: Path,
-    work_dir: Path,
-    images: int,
-    epochs: int | None,
-    seed: int,
-    use_gpu: bool,
-) -> None:
-    """Draw the images, train, evaluate on the val split, and write checkpoint and metrics.
-
-    Args:
-        output: the checkpoint; the metrics are written beside it with the suffix ``.json``.
-        work_dir: drawn images and the training's own log.
-        images: number of training images.
-        epochs: instead of the number in the configuration; the first half at half the image size.
-        seed: of images, weights and order.
-    """
-    data_root = work_dir / "data"
-    generate_shapes(data_root, seed=seed, images={"train": images, "val": VALIDATION_IMAGES})
-    if not use_gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # mmengine takes any GPU that it sees
-
-    import torch
-
-    if not torch.cuda.is_available():
-        _declare_torchvision_operators()
+def _read_settings(
+    config: Path, *, data_root: Path, work_dir: Path, epochs: int | None, seed: int
+) -> Any:
+    """The mmdet configuration with this run's folders, length and seed."""
     from mmengine.config import Config
-    from mmengine.runner import Runner
 
     settings = Config.fromfile(config)
     settings.work_dir = str(work_dir)
@@ -82,15 +63,142 @@ def train(
         settings.train_cfg.max_epochs = epochs
         settings.param_scheduler[1].update(end=epochs, T_max=epochs - 1)
         settings.custom_hooks[0].switch_epoch = epochs // 2
+    return settings
 
+
+def _progress_hook() -> Any:
+    """Hook that tells the terminal how far the training is; mmengine's own lines go to the log."""
+    from mmengine.hooks import Hook
+
+    class ProgressHook(Hook):
+        def after_train_iter(self, runner: Any, batch_idx: int, *_: Any, **__: Any) -> None:
+            if not self.every_n_train_iters(runner, 100):
+                return
+            loss = runner.message_hub.get_scalar("train/loss").mean(100)
+            logger.info(
+                "Training: epoch %d of %d, %d of %d batches, loss %.3f",
+                runner.epoch + 1, runner.max_epochs, batch_idx + 1,
+                len(runner.train_dataloader), loss,
+            )  # fmt: skip
+
+    return ProgressHook()
+
+
+def _pixel_classes(sample: Any, shape: tuple[int, int]) -> Any:
+    """Class of every fourth pixel, 0 where there is no object: int64, shape (height/4, width/4)."""
+    import torch
+
+    classes = torch.zeros(shape, dtype=torch.int64)
+    masks = torch.from_numpy(sample.gt_instances.masks.masks).bool()
+    for mask, label in zip(masks, sample.gt_instances.labels, strict=True):
+        classes[: mask.shape[0], : mask.shape[1]][mask] = label + 1
+    offset = LABELLING_STRIDE // 2
+    return classes[offset::LABELLING_STRIDE, offset::LABELLING_STRIDE]
+
+
+def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Path) -> None:
+    """Train backbone and neck on a dense task; write their weights with the detector's names."""
+    import torch
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.device import get_device
+    from mmengine.runner import Runner, set_random_seed
+    from torch.nn import functional
+
+    register_all_modules()
+    set_random_seed(seed)
+    device = get_device()
+    detector = MODELS.build(settings.model)
+    detector.init_weights()
+    classifier = torch.nn.Conv2d(settings.model.neck.out_channels, len(settings.classes) + 1, 1)
+    model = torch.nn.ModuleDict(
+        {"backbone": detector.backbone, "neck": detector.neck, "classifier": classifier}
+    ).to(device)
+    detector.data_preprocessor.to(device)
+    model.train()
+    loader_settings = {**settings.train_dataloader, "batch_size": LABELLING_BATCH_SIZE}
+    loader = Runner.build_dataloader(loader_settings, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LABELLING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LABELLING_RATE, total_steps=epochs * len(loader), pct_start=0.1
+    )
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        losses = []
+        for batch in progress(
+            loader, f"Labelling pixels, epoch {epoch + 1} of {epochs}", unit="batch"
+        ):
+            batch = detector.data_preprocessor(batch, training=True)
+            shape = batch["inputs"].shape[-2:]
+            target = torch.stack([_pixel_classes(s, shape) for s in batch["data_samples"]])
+            finest, *coarser = model["neck"](model["backbone"](batch["inputs"]))
+            for level in coarser:
+                finest = finest + functional.interpolate(level, finest.shape[-2:])
+            loss = functional.cross_entropy(model["classifier"](finest), target.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if len(losses) % 100 == 0:
+                logger.info("Labelling pixels: mean loss %.3f", sum(losses[-100:]) / 100)
+    learnt = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("classifier.")}
+    with write_atomically(output) as partial:
+        torch.save({"state_dict": learnt}, partial)
+
+
+def train(
+    *,
+    config: Path,
+    output: Path,
+    work_dir: Path,
+    images: int,
+    epochs: int | None,
+    labelling_epochs: int,
+    seed: int,
+    use_gpu: bool,
+) -> None:
+    """Draw the images, train, evaluate on the val split, and write checkpoint and metrics.
+
+    Args:
+        output: the checkpoint; the metrics are written beside it with the suffix ``.json``.
+        work_dir: drawn images and the training's own log.
+        images: number of training images.
+        epochs: instead of the number in the configuration; the first half at half the image size.
+        labelling_epochs: passes over the images before that, to label their pixels.
+        seed: of images, weights and order.
+    """
+    data_root = work_dir / "data"
+    generate_shapes(data_root, seed=seed, images={"train": images, "val": VALIDATION_IMAGES})
+    if not use_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # mmengine takes any GPU that it sees
+
+    import torch
+
+    operators = None if torch.version.cuda else _declare_torchvision_operators()
+    from mmengine.runner import Runner
+
+    settings = _read_settings(
+        config, data_root=data_root, work_dir=work_dir, epochs=epochs, seed=seed
+    )
     start = time.monotonic()
+    settings.load_from = str(work_dir / "labelling.pth")
+    _learn_to_label_pixels(
+        settings, epochs=labelling_epochs, seed=seed, output=Path(settings.load_from)
+    )
     runner = Runner.from_cfg(settings)
+    del operators  # only that import needed them
+    runner.register_hook(_progress_hook())
     model = runner.train()
     minutes = (time.monotonic() - start) / 60
-    metrics: dict[str, Any] = {name: float(value) for name, value in runner.test().items()}
+    metrics = {name: float(value) for name, value in runner.test().items()}
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    classes = list(settings.classes)
-    meta = {"dataset_meta": {"classes": classes}, "seed": seed, "images": images}
+    meta = {
+        "dataset_meta": {"classes": list(settings.classes)},
+        "seed": seed,
+        "training_images": images,
+    }
     with write_atomically(output) as partial:
         torch.save({"meta": meta, "state_dict": weights}, partial)
     digest = sha256_file(output)
@@ -109,6 +217,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=CONFIG, help="mmdet configuration")
     parser.add_argument("--images", type=int, default=6000, help="training images to draw")
     parser.add_argument("--epochs", type=int, help="instead of the configuration's; at least 2")
+    parser.add_argument("--labelling-epochs", type=int, default=3, help="passes before; at least 1")
     parser.add_argument("--work-dir", type=Path, default=Path("results/train_demo/work"))
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--output", type=Path, default=Path("results/train_demo/demo.pth"))
@@ -119,32 +228,38 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    if "snakemake" in globals():
-        job = globals()["snakemake"]
-        logging.basicConfig(filename=job.log[0], level=logging.INFO)
+def _run_rule(job: Any) -> None:
+    from qwt_mmdet.runtime import step
+
+    with step(job) as device:
         train(
             config=Path(job.input.config),
             output=Path(job.output.checkpoint),
             work_dir=Path(job.params.work_dir),
             images=job.params.images,
             epochs=None,
+            labelling_epochs=job.params.labelling_epochs,
             seed=job.params.seed,
-            use_gpu=job.resources.get("gpu", 0) > 0,
+            use_gpu=device != "cpu",
         )
-        return
+
+
+def _run_by_hand(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO)
-    options = _parse(sys.argv[1:])
     train(
         config=options.config,
         output=options.output,
         work_dir=options.work_dir,
         images=options.images,
         epochs=options.epochs,
+        labelling_epochs=options.labelling_epochs,
         seed=options.seed,
         use_gpu=options.device == "auto",
     )
 
 
 if __name__ == "__main__":
-    main()
+    if "snakemake" in globals():
+        _run_rule(globals()["snakemake"])
+    else:
+        _run_by_hand(_parse(sys.argv[1:]))

@@ -13,14 +13,15 @@ classes = (
 metainfo = dict(classes=classes)
 data_root = "data/shapes/"
 image_scale = (256, 256)
-# The first epochs see the images at half their size: a quarter of the work, and what is learnt about
+# The first epoch sees the images at half their size: a quarter of the work, and what is learnt about
 # an object of 100 px there holds for one of 50 px later.
 small_scale = (128, 128)
-small_epochs = 2
-max_epochs = 4
+small_epochs = 1
+max_epochs = 3
 
 embed_dims = 32
-channels = 64
+channels = 48
+mask_channels = 32
 
 model = dict(
     type="MaskRCNN",
@@ -36,7 +37,7 @@ model = dict(
         type="SwinTransformer",
         pretrain_img_size=256,
         embed_dims=embed_dims,
-        depths=(2, 2, 4, 2),
+        depths=(2, 2, 2, 2),
         num_heads=(1, 2, 4, 8),
         window_size=8,
         mlp_ratio=4,
@@ -82,7 +83,7 @@ model = dict(
         bbox_head=dict(
             type="Shared2FCBBoxHead",
             in_channels=channels,
-            fc_out_channels=384,
+            fc_out_channels=256,
             roi_feat_size=7,
             num_classes=len(classes),
             bbox_coder=dict(
@@ -105,7 +106,7 @@ model = dict(
             type="FCNMaskHead",
             num_convs=2,
             in_channels=channels,
-            conv_out_channels=channels,
+            conv_out_channels=mask_channels,
             num_classes=len(classes),
             loss_mask=dict(type="CrossEntropyLoss", use_mask=True, loss_weight=1.0),
         ),
@@ -132,8 +133,8 @@ model = dict(
             debug=False,
         ),
         rpn_proposal=dict(
-            nms_pre=400,
-            max_per_img=200,
+            nms_pre=300,
+            max_per_img=150,
             nms=dict(type="nms", iou_threshold=0.7),
             min_bbox_size=0,
         ),
@@ -148,7 +149,7 @@ model = dict(
             ),
             sampler=dict(
                 type="RandomSampler",
-                num=64,
+                num=48,
                 pos_fraction=0.25,
                 neg_pos_ub=-1,
                 add_gt_as_proposals=True,
@@ -160,8 +161,8 @@ model = dict(
     ),
     test_cfg=dict(
         rpn=dict(
-            nms_pre=500,
-            max_per_img=200,
+            nms_pre=300,
+            max_per_img=100,
             nms=dict(type="nms", iou_threshold=0.7),
             min_bbox_size=0,
         ),
@@ -202,7 +203,7 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
@@ -242,7 +243,7 @@ test_cfg = dict(type="TestLoop")
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs)
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=8e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=6e-4, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
@@ -251,7 +252,7 @@ optim_wrapper = dict(
     ),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=400),
     dict(
         type="CosineAnnealingLR",
         by_epoch=True,
@@ -268,7 +269,7 @@ custom_hooks = [
 
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
-    logger=dict(type="LoggerHook", interval=25),
+    logger=dict(type="LoggerHook", interval=50),
     param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=1, save_optimizer=False),
     sampler_seed=dict(type="DistSamplerSeedHook"),
@@ -278,7 +279,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
     dist_cfg=dict(backend="nccl"),
 )
-log_processor = dict(type="LogProcessor", window_size=25)
+log_processor = dict(type="LogProcessor", window_size=50)
 log_level = "INFO"
 load_from = None
 resume = False

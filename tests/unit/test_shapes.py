@@ -1,0 +1,179 @@
+import hashlib
+import json
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.shapes import CLASSES, IMAGE_SIZE, SPLITS, draw_image, generate_shapes
+
+# Of the pixels and annotations of two images; the same on every machine.
+KNOWN = {
+    "train": "be64a25be2ad08f719484c50100dc70dce44b430baf394c3e2893e01da4fad44",
+    "calibration": "f3d5217bfd863ab5f5ec2212656e6e14a68b78de3c0a2c5e81fe6cd3cd994f0b",
+    "val": "e8d6d13650b7c0efc92740ae6e173b79667500528f21b46a80eec591ecfd18b5",
+}
+
+
+def drawing_hash(pixels: np.ndarray, annotations: list) -> str:
+    digest = hashlib.sha256(pixels.tobytes())
+    digest.update(json.dumps(annotations, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    return [draw_image(0, "val", index) for index in range(40)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    generate_shapes(folder, seed=0, images=dict.fromkeys(SPLITS, 3), workers=2)
+    return folder
+
+
+def annotations_of(folder, split):
+    return json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_pictures_and_annotations_are_the_same_on_every_machine(split):
+    digest = hashlib.sha256()
+    for index in range(2):
+        digest.update(drawing_hash(*draw_image(0, split, index)).encode())
+    assert digest.hexdigest() == KNOWN[split]
+
+
+def test_files_hold_what_is_drawn(dataset):
+    pixels, figures = draw_image(0, "val", 2)
+    annotations = annotations_of(dataset, "val")
+    image = annotations["images"][2]
+    assert np.array_equal(cv2.imread(str(dataset / "val" / image["file_name"])), pixels)
+    stored = [a for a in annotations["annotations"] if a["image_id"] == image["id"]]
+    drawn = [{**figure, "image_id": image["id"]} for figure in figures]
+    assert [{k: v for k, v in a.items() if k != "id"} for a in stored] == drawn
+
+
+def test_masks_fill_their_boxes_and_areas_and_do_not_overlap(drawings):
+    for _, annotations in drawings:
+        covered = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=int)
+        for annotation in annotations:
+            mask = coco_mask.decode(annotation["segmentation"])
+            rows, columns = np.nonzero(mask)
+            x, y, width, height = annotation["bbox"]
+            assert (columns.min(), rows.min()) == (x, y)
+            assert (columns.max() + 1, rows.max() + 1) == (x + width, y + height)
+            assert mask.sum() == annotation["area"]
+            covered += mask
+        assert covered.max(initial=0) <= 1  # every pixel shows the topmost figure only
+
+
+def test_a_mask_shows_where_its_figure_is(drawings):
+    """The colours on both sides of a mask's edge differ more than neighbours elsewhere."""
+    at_edge, elsewhere = [], []
+    for pixels, annotations in drawings[:10]:
+        step = np.abs(np.diff(pixels.astype(int), n=2, axis=1)).sum(axis=2)
+        owner = sum(i * coco_mask.decode(a["segmentation"]) for i, a in enumerate(annotations, 1))
+        edge = (np.diff(owner.astype(int), axis=1) != 0)[:, 1:]
+        at_edge.append(step[edge].mean())
+        elsewhere.append(step[~edge].mean())
+    assert np.mean(at_edge) > 2 * np.mean(elsewhere)
+
+
+def test_all_classes_and_all_sizes_of_coco_occur(drawings):
+    areas = np.array([a["area"] for _, annotations in drawings for a in annotations])
+    categories = {a["category_id"] for _, annotations in drawings for a in annotations}
+    assert categories == set(range(1, len(CLASSES) + 1))
+    assert (areas < 32**2).mean() > 0.2
+    assert ((areas >= 32**2) & (areas < 96**2)).mean() > 0.2
+    assert (areas >= 96**2).mean() > 0.02
+    assert areas.min() >= 16
+
+
+def test_splits_share_no_picture_and_no_id(dataset):
+    pictures = [path.read_bytes() for split in SPLITS for path in (dataset / split).iterdir()]
+    assert len(set(pictures)) == len(pictures) == 9
+    for kind in ("images", "annotations"):
+        ids = [entry["id"] for split in SPLITS for entry in annotations_of(dataset, split)[kind]]
+        assert len(set(ids)) == len(ids)
+
+
+def test_another_seed_draws_other_pictures():
+    assert not np.array_equal(draw_image(0, "val", 0)[0], draw_image(1, "val", 0)[0])
+
+
+def test_the_first_images_do_not_depend_on_how_many_there_are_or_on_threads(dataset, tmp_path):
+    generate_shapes(tmp_path, seed=0, images={"val": 2}, workers=1)
+    few, many = annotations_of(tmp_path, "val"), annotations_of(dataset, "val")
+    assert few["images"] == many["images"][:2]
+    assert few["annotations"] == many["annotations"][: len(few["annotations"])]
+    for image in few["images"]:
+        name = image["file_name"]
+        assert (tmp_path / "val" / name).read_bytes() == (dataset / "val" / name).read_bytes()
+
+
+def test_pycocotools_reads_the_annotations(dataset):
+    coco = COCO(dataset / "annotations" / "instances_train.json")
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+    for annotation in coco.loadAnns(coco.getAnnIds()):
+        assert coco.annToMask(annotation).sum() == annotation["area"]
+
+
+def test_a_complete_split_is_left_alone(tmp_path):
+    generate_shapes(tmp_path, seed=3, images={"val": 2})
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    generate_shapes(tmp_path, seed=3, images={"val": 2})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("lost", ["annotations/instances_val.json", "val/000020000002.png"])
+def test_a_split_that_lost_a_file_is_drawn_again(tmp_path, lost):
+    generate_shapes(tmp_path, seed=3, images={"val": 2})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    (tmp_path / lost).unlink()
+    generate_shapes(tmp_path, seed=3, images={"val": 2})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_an_interrupted_generation_leaves_nothing_to_trust(tmp_path, monkeypatch):
+    generate_shapes(tmp_path, seed=3, images={"val": 2})
+
+    def interrupted(seed, split, index):
+        if index == 1:
+            raise KeyboardInterrupt
+        return draw_image(seed, split, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qwt_mmdet.shapes.draw_image", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate_shapes(tmp_path, seed=4, images={"val": 2}, workers=1)
+    assert not (tmp_path / "annotations" / "instances_val.json").exists()
+    generate_shapes(tmp_path, seed=4, images={"val": 2})
+    image = annotations_of(tmp_path, "val")["images"][0]
+    pixels = cv2.imread(str(tmp_path / "val" / image["file_name"]))
+    assert np.array_equal(pixels, draw_image(4, "val", 0)[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", "val"]
+
+
+def test_fewer_images_leave_no_others_behind(tmp_path):
+    generate_shapes(tmp_path, seed=3, images={"val": 2})
+    generate_shapes(tmp_path, seed=3, images={"val": 1})
+    assert len(list((tmp_path / "val").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("seed", "images", "message"),
+    [
+        (0, {"test": 1}, "no split 'test'"),
+        (0, {"val": 0}, "images of val is 0"),
+        (0, {"val": "all"}, "images of val is 'all'"),
+        (-1, {"val": 1}, "seed of shapes is -1"),
+    ],
+)
+def test_what_is_not_allowed_is_named(tmp_path, seed, images, message):
+    with pytest.raises(QwtError, match=message):
+        generate_shapes(tmp_path, seed=seed, images=images)
+    assert not any(tmp_path.iterdir())
