@@ -1,0 +1,238 @@
+"""COCO's official box and mask metrics, as pycocotools computes them."""
+
+import contextlib
+import io
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ..errors import QwtError
+from ..files import read_json
+
+logger = logging.getLogger(__name__)
+
+METRICS = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl",
+    "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+)  # fmt: skip
+"""Names of COCOeval's twelve summary numbers, in its order."""
+
+AP_METRICS = METRICS[:6]
+"""Those that average precision."""
+
+MATCHED_KEYS = {"bbox": "bbox", "segm": "segmentation"}
+"""The key of a prediction that each kind of IoU compares."""
+
+
+def iou_types(masks: bool) -> tuple[str, ...]:
+    """Kinds of IoU that are evaluated: boxes always, masks where the model predicts them."""
+    return ("bbox", "segm") if masks else ("bbox",)
+
+
+@contextlib.contextmanager
+def _without_printing() -> Iterator[None]:
+    """Keep pycocotools' progress reports off standard output."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _check_annotations(path: str | os.PathLike[str], content: Any, masks: bool) -> None:
+    what = f"The annotation file {path}"
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise QwtError(f"{what} has no list {key!r}; it must be in COCO's instances format.")
+    names = Counter(category["name"] for category in content["categories"])
+    for name, count in names.items():
+        if count > 1:
+            raise QwtError(f"{what} names {count} categories {name!r}; give each its own name.")
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    seen = set()
+    for annotation in content["annotations"]:
+        here = f"{what}: annotation {annotation.get('id')}"
+        for key in ("id", "image_id", "category_id", "bbox", "area"):
+            if key not in annotation:
+                raise QwtError(f"{here} has no {key!r}; add it or remove the annotation.")
+        if annotation["id"] in seen:
+            raise QwtError(f"{here} occurs twice; give every annotation its own id.")
+        seen.add(annotation["id"])
+        if annotation["image_id"] not in images:
+            raise QwtError(
+                f"{here} belongs to image {annotation['image_id']}, which is not listed."
+            )
+        if annotation["category_id"] not in categories:
+            raise QwtError(f"{here} has category {annotation['category_id']}, which is not listed.")
+        if masks and not annotation.get("segmentation"):
+            raise QwtError(f"{here} has no mask; use annotations with masks, or a box detector.")
+    if all(annotation.get("iscrowd") for annotation in content["annotations"]):
+        raise QwtError(f"{what} has no ground truth objects; evaluate on images that contain some.")
+
+
+def load_ground_truth(annotations: str | os.PathLike[str], *, masks: bool) -> COCO:
+    """Read and check a COCO annotation file.
+
+    An annotation with id 0 would count as "not matched" in COCOeval, which marks a missing match
+    by 0; such a file is numbered anew from 1. Annotations without ``iscrowd`` are no crowds.
+
+    Args:
+        annotations: path of the file.
+        masks: whether the masks will be needed.
+
+    Raises:
+        QwtError: the file is missing, malformed, inconsistent or without objects (crowd regions
+            alone are none), or lacks a mask that is needed.
+    """
+    content = read_json(annotations, what="annotation file")
+    _check_annotations(annotations, content, masks)
+    for annotation in content["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+    if any(annotation["id"] == 0 for annotation in content["annotations"]):
+        logger.warning("%s has an annotation with id 0; numbering them from 1.", annotations)
+        for number, annotation in enumerate(content["annotations"], start=1):
+            annotation["id"] = number
+    ground_truth = COCO()
+    ground_truth.dataset = content
+    with _without_printing():
+        ground_truth.createIndex()
+    return ground_truth
+
+
+def _check_mask(where: str, segmentation: Any, image: dict[str, Any]) -> None:
+    if not isinstance(segmentation, dict) or not isinstance(
+        segmentation.get("counts"), str | bytes
+    ):
+        raise QwtError(
+            f"{where} has no compressed RLE mask; evaluate a mask detector, or boxes only."
+        )
+    size, expected = list(segmentation["size"]), [image["height"], image["width"]]
+    if size != expected:
+        raise QwtError(f"{where} has a mask of {size}, the image has {expected} (height, width).")
+
+
+def check_predictions(
+    ground_truth: COCO, predictions: Sequence[dict[str, Any]], *, masks: bool
+) -> None:
+    """Refuse predictions that cannot be a detector's result on these images.
+
+    Raises:
+        QwtError: there are none at all; one is of an unknown image or category, has a number that is
+            not finite, or (``masks``) no mask of its image's size.
+    """
+    if not predictions:
+        raise QwtError(
+            "There is not a single detection although the images contain objects; check the "
+            "checkpoint, the preprocessing and the quantization ranges."
+        )
+    for record in predictions:
+        image_id = record.get("image_id")
+        if image_id not in ground_truth.imgs:
+            raise QwtError(
+                f"A prediction is of image {image_id}, which is not in the annotation file; "
+                "evaluate on the images of that file."
+            )
+        where = f"A prediction of image {image_id}"
+        category = record.get("category_id")
+        if category not in ground_truth.cats:
+            raise QwtError(
+                f"{where} has category {category}, which is not in the annotation file; "
+                "the model's classes must be those of the dataset."
+            )
+        for key in ("score", "bbox"):
+            if key not in record:
+                raise QwtError(
+                    f"{where} has no {key!r}; write predictions in COCO's results format."
+                )
+        if not all(math.isfinite(number) for number in (record["score"], *record["bbox"])):
+            raise QwtError(
+                f"{where} has score {record['score']} and box {list(record['bbox'])}; numbers that "
+                "are not finite mean that the model overflowed, so check the quantization ranges."
+            )
+        if masks:
+            _check_mask(where, record.get("segmentation"), ground_truth.imgs[image_id])
+
+
+def match_detections(
+    ground_truth: COCO, predictions: Sequence[dict[str, Any]], iou_type: str
+) -> COCOeval:
+    """Match checked predictions to the ground truth (COCOeval.evaluate).
+
+    Only the compared shape is handed on: COCO takes a detection's area from its box whenever there
+    is one, but for masks the official size classes are those of mask areas.
+
+    Args:
+        iou_type: ``bbox`` or ``segm``.
+
+    Returns:
+        The evaluator with its ``evalImgs``, not yet accumulated. ``predictions`` stay as they are.
+    """
+    keys = ("image_id", "category_id", "score", MATCHED_KEYS[iou_type])
+    with _without_printing():
+        detections = ground_truth.loadRes(
+            [{key: record[key] for key in keys} for record in predictions]
+        )
+        evaluator = COCOeval(ground_truth, detections, iou_type)
+        evaluator.evaluate()
+    return evaluator
+
+
+def _class_average_precisions(evaluator: COCOeval) -> dict[int, float | None]:
+    """AP of each category id: mean over IoU and recall thresholds, all areas, 100 detections."""
+    precision = evaluator.eval["precision"]  # [IoU, recall, category, area, detections]
+    averages = {}
+    for index, category in enumerate(evaluator.params.catIds):
+        values = precision[:, :, index, 0, -1]
+        averages[int(category)] = float(values.mean()) if np.all(values > -1) else None
+    return averages
+
+
+def coco_metrics(
+    annotations: str | os.PathLike[str], predictions: Sequence[dict[str, Any]], *, masks: bool
+) -> dict[str, Any]:
+    """Return COCO's metrics of a detector's predictions.
+
+    Args:
+        annotations: path of a COCO annotation file; all its images and categories are evaluated.
+        predictions: COCO results records: image_id, category_id, bbox [x, y, width, height] in
+            pixels, score and, with ``masks``, segmentation (compressed RLE).
+        masks: evaluate masks besides boxes.
+
+    Returns:
+        ``{"bbox": {metric: value}, "segm": the same with masks, "per_class": {name: {"bbox": AP,
+        "segm": AP with masks, "annotations": number of objects that are not crowd regions}},
+        "images": number of images}``. The metrics are ``METRICS``, between 0 and 1, and None where
+        no object defines them.
+
+    Raises:
+        QwtError: see ``load_ground_truth`` and ``check_predictions``.
+    """
+    ground_truth = load_ground_truth(annotations, masks=masks)
+    check_predictions(ground_truth, predictions, masks=masks)
+    objects = Counter(
+        annotation["category_id"]
+        for annotation in ground_truth.dataset["annotations"]
+        if not annotation["iscrowd"]
+    )
+    per_class: dict[str, dict[str, Any]] = {
+        category["name"]: {"annotations": objects[identifier]}
+        for identifier, category in sorted(ground_truth.cats.items())
+    }
+    result: dict[str, Any] = {}
+    for iou_type in iou_types(masks):
+        evaluator = match_detections(ground_truth, predictions, iou_type)
+        with _without_printing():
+            evaluator.accumulate()
+            evaluator.summarize()
+        result[iou_type] = {
+            name: None if value == -1 else float(value)
+            for name, value in zip(METRICS, evaluator.stats, strict=True)
+        }
+        for identifier, average in _class_average_precisions(evaluator).items():
+            per_class[ground_truth.cats[identifier]["name"]][iou_type] = average
+    return {**result, "per_class": per_class, "images": len(ground_truth.imgs)}
