@@ -67,6 +67,12 @@ class Combination(NamedTuple):
     compensation: str
 
 
+def share_with_scripts() -> None:
+    """Make the processes that this one starts import the same copy of the library."""
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
 def is_url(location: str) -> bool:
     """Whether a checkpoint is an address rather than a path."""
     return location.startswith(("http://", "https://"))
@@ -305,13 +311,16 @@ def _resolve_dataset(name: str, entry: dict[str, Any]) -> Iterable[str]:
             for key in ("annotations", "image_folder"):
                 if key in images:
                     yield f"{where}.{part}.{key} is given, but shapes are generated; remove it."
-        images.setdefault("annotations", f"annotations/instances_{images['split']}.json")
-        images.setdefault("image_folder", images["split"])
+        else:
+            images.setdefault("annotations", f"annotations/instances_{images['split']}.json")
+            images.setdefault("image_folder", images["split"])
         entry[part] = {key: images[key] for key in sorted(images)}
     if entry["type"] == "shapes":
         for key in ("root", "url"):
             if key in entry:
-                yield f"{where}.{key} is given, but shapes are generated; remove it or set type: coco."
+                yield (
+                    f"{where}.{key} is given, but shapes are generated; remove it or set type: coco."
+                )
 
 
 def zoo_folder() -> Path | None:

@@ -5,12 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(workflow.basedir) / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-# Scripts run in processes of their own; they, too, shall use the library beside this workflow.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])
-)
+# The library beside this workflow, not one that happens to be installed.
+sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import (
     check_duplicates,
@@ -19,9 +15,12 @@ from qwt_mmdet.config import (
     is_url,
     load_schema,
     resolve,
+    share_with_scripts,
     source_hash,
 )
 from qwt_mmdet.errors import QwtError
+
+share_with_scripts()
 
 
 def checked_config(config):
@@ -134,6 +133,7 @@ def result_row(combination):
     return {
         **combination._asdict(),
         "settings": config["quantization"][quantization],
+        "compensation_settings": config["compensation"][compensation],
         "annotations": f"results/datasets/{config['models'][model]['dataset']}/evaluation.json",
         "baseline": f"results/{model}/baseline",
         "quantized": f"results/{model}/{quantization}/quantized",
@@ -164,7 +164,7 @@ def row_files(key):
 
 def print_summary(summary, report):
     """Print the table of results and where the report lies, if they are there."""
-    from qwt_mmdet.reporting.terminal import summary_table
+    from qwt_mmdet.reporting.text import summary_table
 
     if os.path.exists(summary):
         print(f"\n{summary_table(summary)}\n\nTable: {summary}\nReport: {report}")

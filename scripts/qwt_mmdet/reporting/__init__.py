@@ -1,0 +1,1 @@
+"""Tables and the report: what the numbers of a run say."""

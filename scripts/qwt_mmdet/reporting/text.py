@@ -1,0 +1,99 @@
+"""Numbers as people read them, and the table that a run prints when it ends.
+
+Imports nothing heavy: Snakemake's own process prints the table.
+"""
+
+import csv
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tabulate import tabulate
+
+KINDS = {"bbox": "box", "segm": "mask"}
+NOTHING = "–"
+
+
+def parse(cell: str) -> float | bool | str | None:
+    """Turn a cell of the summary into what it was when it was written."""
+    if cell == "":
+        return None
+    if cell in ("True", "False"):
+        return cell == "True"
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+NAMES = ("model", "quantization", "compensation", "metrics", "scope")
+
+
+def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read summary.csv or blocks.csv; empty cells are None, numbers are floats."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        return [
+            # a name may look like a number
+            {key: cell if key in (*NAMES, "name") else parse(cell) for key, cell in row.items()}
+            for row in csv.DictReader(stream)
+        ]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``0.269``; a dash for None."""
+    return NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """``+0.185``; a dash for None."""
+    return NOTHING if value is None else f"{value:+.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """``72 %``; a dash for None."""
+    return NOTHING if value is None else f"{100 * value:.0f} %"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes as ``3.21 MB``; a dash for None."""
+    return NOTHING if value is None else f"{value / 1e6:.2f} MB"
+
+
+def interval(row: Mapping[str, Any], column: str, form: Any = signed) -> str:
+    """``(+0.170 to +0.200)``; empty without an interval."""
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    return "" if low is None else f"({form(low)} to {form(high)})"
+
+
+def summary_table(path: str | os.PathLike[str]) -> str:
+    """Return the results of a run as a table for the terminal.
+
+    Args:
+        path: summary.csv.
+    """
+    rows = read_table(path)
+    lines = []
+    for row in rows:
+        gain = "AP_compensated_minus_quantized"
+        mark = "*" if row[f"{gain}_significant"] else " "
+        lines.append(
+            [
+                row["model"],
+                row["quantization"],
+                row["compensation"],
+                KINDS[row["metrics"]],
+                *(number(row[f"AP_{v}"]) for v in ("baseline", "quantized", "compensated")),
+                f"{signed(row[gain])}{mark} {interval(row, gain)}",
+                percent(row["AP_recovered"]),
+            ]
+        )
+    headers = [
+        "model", "quantization", "compensation", "AP", "baseline", "quantized", "compensated",
+        "gain (95 % interval)", "recovered",
+    ]  # fmt: skip
+    table = tabulate(lines, headers, disable_numparse=True)
+    images = ", ".join(sorted({f"{row['images']:.0f}" for row in rows}))
+    return (
+        f"{table}\n\ngain: compensated minus quantized AP; * the interval excludes 0 "
+        f"(paired bootstrap over {images} images)"
+    )

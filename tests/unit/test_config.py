@@ -1,0 +1,330 @@
+"""The configuration: defaults, messages about mistakes, and what each step depends on."""
+
+import ast
+import copy
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from qwt_mmdet import config
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.settings import CompensationSettings, Override, QuantizationSettings
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = config.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+
+MINIMAL = yaml.safe_load(
+    """
+    datasets:
+      shapes: {type: shapes}
+    models:
+      demo: {config: own.py, checkpoint: demo.pth, dataset: shapes}
+    quantization:
+      w8a8: {weight_bits: 8, activation_bits: 8}
+      w4a8: {weight_bits: 4, activation_bits: 8}
+    compensation:
+      qwt:
+      paper: {ridge: 0, gate: fit}
+    """
+)
+
+
+@pytest.fixture(autouse=True)
+def own_model_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("")
+
+
+def changed(path: str, value) -> dict:
+    """The minimal config with one value set, added, or (None) removed."""
+    result = copy.deepcopy(MINIMAL)
+    *parents, key = path.split("/")
+    section = result
+    for parent in parents:
+        section = section[parent]
+    if value is None:
+        del section[key]
+    else:
+        section[key] = value
+    return result
+
+
+def message(path: str, value) -> str:
+    with pytest.raises(QwtError) as caught:
+        config.resolve(changed(path, value), SCHEMA)
+    return str(caught.value)
+
+
+def test_defaults_fill_in_at_every_depth():
+    resolved = config.resolve(MINIMAL, SCHEMA)
+    assert resolved["evaluation"] == {"batch_size": 1, "workers": 2}
+    assert resolved["bootstrap"] == {"resamples": 1000}
+    assert resolved["quantization"]["w4a8"]["activation_range"] == "mse"
+    assert resolved["compensation"]["paper"]["holdout_fraction"] == 0.2
+    assert resolved["models"]["demo"]["config_options"] == {}
+
+
+def test_an_entry_without_values_takes_all_defaults():
+    resolved = config.resolve(MINIMAL, SCHEMA)
+    assert CompensationSettings.from_mapping(resolved["compensation"]["qwt"]) == (
+        CompensationSettings()
+    )
+
+
+def test_splits_and_file_names_follow_from_the_type_of_dataset():
+    given = changed("datasets/coco", {"type": "coco", "root": "data", "evaluation": {"images": 5}})
+    coco = config.resolve(given, SCHEMA)["datasets"]["coco"]
+    assert coco["calibration"] == {
+        "split": "train2017",
+        "images": 512,
+        "annotations": "annotations/instances_train2017.json",
+        "image_folder": "train2017",
+    }
+    assert coco["evaluation"]["images"] == 5
+    assert coco["evaluation"]["image_folder"] == "val2017"
+
+
+def test_resolving_changes_neither_the_config_nor_a_resolved_one():
+    before = copy.deepcopy(MINIMAL)
+    resolved = config.resolve(MINIMAL, SCHEMA)
+    assert before == MINIMAL
+    assert config.resolve(resolved, SCHEMA) == resolved
+
+
+def test_the_order_of_keys_in_the_file_does_not_matter():
+    given = changed("models/demo/config_options", {"b.c": 1, "a": 2})
+    turned = copy.deepcopy(given)
+    turned["models"]["demo"] = dict(reversed(given["models"]["demo"].items()))
+    turned["models"]["demo"]["config_options"] = {"a": 2, "b.c": 1}
+    first, second = (config.resolve(c, SCHEMA)["models"]["demo"] for c in (given, turned))
+    assert repr(first) == repr(second)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [("quantization", QuantizationSettings), ("compensation", CompensationSettings)],
+)
+def test_schema_and_settings_agree_on_keys_and_defaults(section, settings):
+    properties = SCHEMA["$defs"][section]["properties"]
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    assert set(properties) == set(fields)
+    for name, field in fields.items():
+        if field.default is not dataclasses.MISSING:
+            expected = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert properties[name]["default"] == expected, name
+
+
+def test_schema_and_settings_agree_on_overrides():
+    properties = SCHEMA["$defs"]["quantization"]["properties"]["overrides"]["items"]["properties"]
+    assert set(properties) == {field.name for field in dataclasses.fields(Override)}
+
+
+@pytest.mark.parametrize("section", ["quantization", "compensation"])
+def test_every_choice_in_the_schema_is_accepted_by_the_settings(section):
+    build = {
+        "quantization": QuantizationSettings.from_mapping,
+        "compensation": CompensationSettings.from_mapping,
+    }[section]
+    first = {
+        key: value
+        for key, value in config.resolve(MINIMAL, SCHEMA)[section].items()
+        if key in ("w8a8", "qwt")
+    }
+    (entry,) = first.values()
+    for key, schema in SCHEMA["$defs"][section]["properties"].items():
+        for choice in schema.get("enum", []):
+            build({**entry, key: choice})
+
+
+def test_every_key_of_the_schema_is_described():
+    def undescribed(schema, path):
+        for key, value in schema.get("properties", {}).items():
+            expanded = config._expand(value, SCHEMA)
+            if "description" not in expanded:
+                yield f"{path}.{key}"
+            yield from undescribed(expanded, f"{path}.{key}")
+
+    missing = list(undescribed(SCHEMA, ""))
+    for name, definition in SCHEMA["$defs"].items():
+        missing += undescribed(definition, name)
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        ("quantisation", {}, ["quantisation", "did you mean quantization?"]),
+        ("models", None, ["lacks the key 'models'"]),
+        ("models", {}, ["models is empty"]),
+        ("quantization/w8a8/weight_bits", 1, ["quantization.w8a8.weight_bits is 1", "from 2 to 8"]),
+        ("quantization/w8a8/weight_bits", 9, ["quantization.w8a8.weight_bits is 9", "from 2 to 8"]),
+        ("quantization/w8a8/weight_bits", None, ["quantization.w8a8", "'weight_bits'"]),
+        ("quantization/w8a8/weigth_bits", 8, ["w8a8.weigth_bits", "did you mean weight_bits?"]),
+        ("quantization/w8a8/scope", "neck", ["w8a8.scope is 'neck'", "backbone+neck", "detector"]),
+        ("quantization/my bits", MINIMAL["quantization"]["w8a8"], ["'my bits'", "letters, digits"]),
+        ("quantization/baseline", MINIMAL["quantization"]["w8a8"], ["quantization.baseline", "taken"]),
+        ("compensation/quantized", {}, ["compensation.quantized", "taken"]),
+        ("compensation/qwt", {"ridge": "1e-3"}, ["qwt.ridge is '1e-3'", "write 0.001"]),
+        ("compensation/qwt", {"ridge": -1}, ["qwt.ridge is -1", "a number from 0, or 'auto'"]),
+        ("compensation/qwt", {"holdout_fraction": 0}, ["compensation.qwt", "holdout_fraction is 0"]),
+        ("datasets/shapes/calibration", {"images": 0}, ["shapes.calibration.images is 0", "from 1"]),
+        ("datasets/shapes/calibration", {"images": "all"}, ["calibration.images", "give a number"]),
+        ("datasets/shapes/root", "data", ["datasets.shapes.root", "type: coco"]),
+        ("datasets/shapes/type", "voc", ["datasets.shapes.type is 'voc'", "shapes, coco"]),
+        ("datasets/coco", {"type": "coco"}, ["datasets.coco has neither root nor url"]),
+        (
+            "datasets/coco",
+            {"type": "coco", "root": "x", "url": "http://x.org"},
+            ["datasets.coco has both root and url"],
+        ),
+        ("datasets/coco", {"type": "coco", "url": "x.org"}, ["coco.url is 'x.org'", "http://"]),
+        ("models/demo/dataset", "shape", ["models.demo.dataset names 'shape'", "Known: shapes"]),
+        ("models/demo/sha256", "abc", ["models.demo.sha256 is 'abc'", "64 hexadecimal"]),
+        ("models/demo/checkpoint", "s3://x/y.pth", ["models.demo.checkpoint", "http://"]),
+        ("models/demo/warmup", {"w2": "x.pth"}, ["models.demo.warmup names 'w2'", "w8a8, w4a8"]),
+        ("targets", [{"model": ["dem"]}], ["targets[0].model names 'dem'", "Known: demo"]),
+        ("targets", [{"quantization": ["w2"]}], ["targets[0].quantization names 'w2'", "w8a8, w4a8"]),
+        ("targets", [{"model": "demo"}], ["targets[0].model is 'demo'", "a list"]),
+        ("seed", True, ["seed is True", "a whole number"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_key_value_and_remedy(path, value, parts):
+    text = message(path, value)
+    for part in parts:
+        assert part in text
+    assert "\n" not in text, "one mistake, one message"
+
+
+def test_an_unknown_model_config_suggests_one_that_mmdet_ships():
+    text = message("models/demo/config", "yolox/yolox_nano_8xb8_coco.py")
+    assert "models.demo.config" in text
+    assert "did you mean yolox/yolox_" in text
+
+
+def test_all_mistakes_are_told_at_once():
+    given = changed("quantization/w8a8/weight_bits", 1)
+    given["quantization"]["w4a8"]["activation_bits"] = 16
+    with pytest.raises(QwtError) as caught:
+        config.resolve(given, SCHEMA)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_names_that_yaml_reads_as_numbers_must_be_quoted():
+    given = copy.deepcopy(MINIMAL)
+    given["quantization"][8] = given["quantization"]["w8a8"]
+    with pytest.raises(QwtError, match="the name 8 must be text"):
+        config.resolve(given, SCHEMA)
+
+
+def test_a_name_that_appears_twice_is_an_error(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("quantization:\n  w8a8: {a: 1}\n  w4a4: {a: 1}\n  w8a8: {a: 2}\n")
+    with pytest.raises(QwtError, match=r"'w8a8' appears twice, on line 2 and on line 4"):
+        config.check_duplicates(path)
+
+
+def test_the_same_name_in_two_places_and_merge_keys_are_fine(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "quantization:\n  a: &a {bits: 8, scope: x}\n  b: {<<: *a, bits: 4}\ncompensation:\n  a: {}\n"
+    )
+    config.check_duplicates(path)
+
+
+def test_without_targets_all_combinations_are_wanted():
+    found = config.combinations(config.resolve(MINIMAL, SCHEMA))
+    assert found == [
+        ("demo", "w8a8", "qwt"),
+        ("demo", "w8a8", "paper"),
+        ("demo", "w4a8", "qwt"),
+        ("demo", "w4a8", "paper"),
+    ]
+
+
+def test_targets_choose_combinations_and_each_is_wanted_once():
+    given = changed(
+        "targets", [{"quantization": ["w4a8"]}, {"model": ["demo"], "compensation": ["qwt"]}]
+    )
+    found = config.combinations(config.resolve(given, SCHEMA))
+    assert found == [
+        ("demo", "w4a8", "qwt"),
+        ("demo", "w4a8", "paper"),
+        ("demo", "w8a8", "qwt"),
+    ]
+
+
+def test_config_files_follow_base_files_but_not_mmdets_own(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "base.py").write_text("_base_ = ['mmdet::_base_/default_runtime.py']\n")
+    (tmp_path / "models" / "mine.py").write_text("_base_ = '../base.py'\nmodel = dict()\n")
+    assert config.config_files("models/mine.py") == ["models/mine.py", "base.py"]
+    assert config.config_files("yolox/yolox_nano_8xb8-300e_coco.py") == []
+
+
+def test_a_hash_changes_with_the_code_of_its_step_alone(tmp_path):
+    package = tmp_path / "qwt_mmdet"
+    shutil.copytree(config.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {step: config.source_hash(step, package) for step in config.STEP_PARTS}
+    with open(package / "compensation" / "solve.py", "a") as stream:
+        stream.write("# another way to solve\n")
+    changed = {step for step in before if config.source_hash(step, package) != before[step]}
+    assert changed == {"fit_compensation", "evaluate_compensated"}
+
+
+def test_the_report_depends_on_its_template(tmp_path):
+    package = tmp_path / "qwt_mmdet"
+    shutil.copytree(config.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = config.source_hash("render_report", package)
+    with open(package / "reporting" / "templates" / "report.html.j2", "a") as stream:
+        stream.write("<!-- -->")
+    assert config.source_hash("render_report", package) != before
+
+
+# Modules that cannot change a result that is already there, or whose effect is in params.
+NOT_HASHED = {"__init__", "config", "errors", "files", "progress", "settings", "runtime"}
+# What a module imports for steps other than the one that is looked at.
+OTHER_STEPS = {
+    "evaluate_baseline": {"compensation", "download", "quantization"},
+    "quantize_model": {"compensation", "download", "evaluation"},
+    "evaluate_quantized": {"compensation", "download"},
+    "fit_compensation": {"download", "evaluation"},
+    "evaluate_compensated": {"download"},
+    "render_report": {"evaluation"},
+    "select_images": {"shapes"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names, inside the package, of the modules that a file of the library imports."""
+    package = path.relative_to(config.PACKAGE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            base = package[: len(package) - (node.level - 1)]
+            if node.module:
+                found.add(".".join([*base, node.module]))
+            else:
+                found |= {".".join([*base, alias.name]) for alias in node.names}
+    return {name for name in found if config.part_files(name)}
+
+
+@pytest.mark.parametrize("step", config.STEP_PARTS)
+def test_a_hash_covers_all_that_the_step_imports(step):
+    parts = config.STEP_PARTS[step]
+    for part in parts:
+        assert config.part_files(part), f"{part} is no part of the library"
+        for path in config.part_files(part):
+            if path.suffix != ".py":
+                continue
+            for module in imported_modules(path):
+                top = module.split(".")[0]
+                covered = any(module == p or module.startswith(f"{p}.") for p in parts)
+                ignored = top in NOT_HASHED or top in OTHER_STEPS.get(step, set())
+                assert covered or ignored, f"{path.name} imports {module}"
+
+
+def test_every_rule_has_a_script_and_a_list_of_code():
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"train_demo"}
+    assert scripts == set(config.STEP_PARTS)

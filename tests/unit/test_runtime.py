@@ -1,0 +1,144 @@
+"""What scripts do around their library call: log, explain, choose the device."""
+
+import logging
+import random
+import subprocess
+import sys
+import textwrap
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from qwt_mmdet import runtime
+from qwt_mmdet.errors import QwtError
+
+
+def job(tmp_path, *, gpu=None, seed=0, threads=1):
+    resources = {} if gpu is None else {"gpu": gpu}
+    return SimpleNamespace(
+        rule="quantize_model",
+        wildcards=["demo", "w4a4"],
+        log=[str(tmp_path / "logs" / "job.log")],
+        params={"seed": seed},
+        resources=resources,
+        threads=threads,
+        config={"evaluation": {"workers": 4}, "calibration": {"workers": 0}},
+    )
+
+
+def log_of(snakemake) -> str:
+    with open(snakemake.log[0]) as stream:
+        return stream.read()
+
+
+def test_the_log_of_a_failed_step_ends_with_the_sentence_and_the_traceback(tmp_path, capsys):
+    snakemake = job(tmp_path)
+    with pytest.raises(SystemExit) as caught, runtime.step(snakemake):
+        raise QwtError("The checkpoint x.pth is truncated; fetch it again.")
+    assert caught.value.code == 1
+    text = log_of(snakemake)
+    assert text.index("x.pth is truncated") < text.index("Traceback")
+    assert text.rstrip().endswith("QwtError: The checkpoint x.pth is truncated; fetch it again.")
+    terminal = capsys.readouterr().err
+    assert "[quantize_model demo w4a4] The checkpoint x.pth is truncated" in terminal
+    assert "Traceback" not in terminal
+
+
+def test_a_bug_is_not_presented_as_the_users_mistake(tmp_path, capsys):
+    snakemake = job(tmp_path)
+    with pytest.raises(SystemExit), runtime.step(snakemake):
+        _ = {}["missing"]
+    assert "Unexpected KeyError" in capsys.readouterr().err
+    assert "Traceback" in log_of(snakemake)
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "batch_size"),
+        (RuntimeError("CUDA error: CUDA out of memory"), "batch_size"),
+        (MemoryError(), "--cores"),
+        (OSError(28, "No space left on device", "results/x.pth"), "results/x.pth"),
+    ],
+)
+def test_running_out_of_something_names_the_remedy(error, hint):
+    text = runtime.explain(error)
+    assert hint in text
+    assert "Unexpected" not in text
+
+
+def test_the_terminal_shows_our_messages_and_the_log_has_everything(tmp_path, capsys):
+    snakemake = job(tmp_path)
+    with runtime.step(snakemake):
+        logging.getLogger("qwt_mmdet.pipeline").info("half done")
+        logging.getLogger("mmengine").info("chatter")
+        print("printed by a library")
+        warnings.warn("old function", FutureWarning, stacklevel=1)
+    text = log_of(snakemake)
+    for part in ("half done", "chatter", "printed by a library", "old function"):
+        assert part in text
+    shown = capsys.readouterr()
+    assert shown.err == "[quantize_model demo w4a4] half done\n"
+    assert shown.out == ""
+
+
+def test_logging_is_as_before_after_a_step(tmp_path):
+    before = list(logging.getLogger().handlers)
+    with pytest.raises(SystemExit), runtime.step(job(tmp_path)):
+        raise QwtError("x")
+    with runtime.step(job(tmp_path)):
+        pass
+    assert logging.getLogger().handlers == before
+
+
+def test_the_same_seed_gives_the_same_random_numbers(tmp_path):
+    drawn = []
+    for seed in (1, 1, 2):
+        with runtime.step(job(tmp_path, gpu=0, seed=seed)):
+            drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+    assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
+
+
+def test_gpu_zero_means_cpu_even_with_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with runtime.step(job(tmp_path, gpu=0)) as device:
+        assert device == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_the_cpu_is_used_and_the_log_says_so(tmp_path):
+    snakemake = job(tmp_path, gpu=1)
+    with runtime.step(snakemake) as device:
+        assert device == "cpu"
+    assert "torch sees no GPU" in log_of(snakemake)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_granted_gpu_is_used(tmp_path):
+    with runtime.step(job(tmp_path, gpu=1)) as device:
+        assert device == "cuda"
+
+
+def test_readers_are_at_most_the_threads_granted(tmp_path):
+    assert runtime.workers(job(tmp_path, threads=2), "evaluation") == 2
+    assert runtime.workers(job(tmp_path, threads=8), "evaluation") == 4
+    assert runtime.workers(job(tmp_path, threads=8), "calibration") == 0
+
+
+def test_steps_without_a_detector_do_not_pay_for_torch(tmp_path):
+    code = textwrap.dedent(f"""
+        import sys
+        from types import SimpleNamespace
+        from qwt_mmdet.runtime import step
+        job = SimpleNamespace(rule="r", wildcards=[], log=[{str(tmp_path / "a.log")!r}],
+                              params={{}}, resources={{}}, threads=1)
+        with step(job):
+            assert "torch" not in sys.modules
+        import qwt_mmdet.config, qwt_mmdet.reporting.text
+        assert not {{"torch", "mmdet", "pandas", "snakemake"}} & set(sys.modules)
+    """)
+    subprocess.run([sys.executable, "-c", code], check=True)
