@@ -44,6 +44,4 @@ def progress(
                 "%s: %d of %s %ss, %.2f per second%s",
                 description, count, total if total is not None else "?", unit, rate, left,
             )  # fmt: skip
-    logger.info(
-        "%s: %d %ss in %.1f s", description, count, unit, time.monotonic() - start
-    )
+    logger.info("%s: %d %ss in %.1f s", description, count, unit, time.monotonic() - start)

@@ -35,7 +35,9 @@ def _from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
     known = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise QwtError(f"{key!r} is not a setting of {cls.__name__}; known: {', '.join(known)}.")
+            raise QwtError(
+                f"{key!r} is not a setting of {cls.__name__}; known: {', '.join(known)}."
+            )
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     for key in required:
         if key not in values:
@@ -54,7 +56,9 @@ class Override:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
-            raise QwtError(f"overrides: pattern is {self.pattern!r}; it must be a module name pattern.")
+            raise QwtError(
+                f"overrides: pattern is {self.pattern!r}; it must be a module name pattern."
+            )
         where = f"overrides[{self.pattern}]"
         for key in ("weight_bits", "activation_bits"):
             if getattr(self, key) is not None:

@@ -1,0 +1,1 @@
+"""Closed-form compensation of the quantization error of backbone blocks (QwT)."""

@@ -1,0 +1,143 @@
+"""Build a detector from an mmdet config and a checkpoint."""
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mmdet
+from mmdet.registry import DATASETS, MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from .checkpoints import check_keys, load_checkpoint
+from .errors import QwtError
+from .fingerprint import settings_fingerprint, weights_fingerprint
+
+logger = logging.getLogger(__name__)
+
+ZOO = Path(mmdet.__file__).parent / ".mim" / "configs"
+"""The configs that mmdet ships."""
+
+
+def resolve_config(config: str | os.PathLike[str]) -> Path:
+    """Return the path of a config: an existing file, or a name in mmdet's zoo.
+
+    Raises:
+        QwtError: neither; the message suggests similar zoo names.
+    """
+    for path in (Path(config), ZOO / config):
+        if path.is_file():
+            return path
+    names = {str(p.relative_to(ZOO)) for p in ZOO.glob("*/*.py")}
+    by_file = {Path(name).name: name for name in names}
+    close = difflib.get_close_matches(Path(config).name, by_file, n=3, cutoff=0.5)
+    hint = f"; similar: {', '.join(by_file[c] for c in close)}" if close else ""
+    raise QwtError(
+        f"The model config {str(config)!r} is neither a file nor a config that mmdet "
+        f"{mmdet.__version__} ships{hint}."
+    )
+
+
+def read_config(
+    config: str | os.PathLike[str], config_options: Mapping[str, Any] | None = None
+) -> Config:
+    """Read an mmdet config and apply ``{dotted.key: value}`` changes.
+
+    Raises:
+        QwtError: the file cannot be parsed, or describes no detector.
+    """
+    path = resolve_config(config)
+    try:
+        parsed = Config.fromfile(path)
+        parsed.merge_from_dict(dict(config_options or {}))
+    except QwtError:
+        raise
+    except Exception as error:
+        raise QwtError(
+            f"The model config {path} cannot be read: {type(error).__name__}: {error}."
+        ) from error
+    if "model" not in parsed or "test_dataloader" not in parsed:
+        raise QwtError(
+            f"The model config {path} has no 'model' or no 'test_dataloader'; give a complete mmdet "
+            "3.x config, not a base file."
+        )
+    return parsed
+
+
+def _without_pretraining(node: Any) -> None:
+    """Drop init_cfg entries that would download ImageNet weights which the checkpoint replaces."""
+    if isinstance(node, dict):
+        init = node.get("init_cfg")
+        if isinstance(init, dict) and init.get("type") == "Pretrained":
+            node["init_cfg"] = None
+        for value in node.values():
+            _without_pretraining(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _without_pretraining(value)
+
+
+def dataset_classes(config: Config) -> tuple[str, ...] | None:
+    """Class names of the config's test data set, in the order of the model's labels."""
+    dataset = config.test_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    metainfo = dataset.get("metainfo") or {}
+    classes = metainfo.get("classes") or metainfo.get("CLASSES")
+    if classes is None:
+        kind = DATASETS.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+        classes = (getattr(kind, "METAINFO", None) or {}).get("classes")
+    if classes is None:
+        return None
+    return (classes,) if isinstance(classes, str) else tuple(classes)
+
+
+def load_detector(
+    config: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    config_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build an mmdet detector and load its weights, strictly.
+
+    Args:
+        config: path of an mmdet 3.x config, or its name in mmdet's zoo, such as
+            ``yolox/yolox_nano_8xb8-300e_coco.py``.
+        checkpoint: weights; read without running any code that the file may hold.
+        device: torch device.
+        config_options: changes to the config, ``{dotted.key: value}``.
+
+    Returns:
+        The detector in evaluation mode, with ``cfg`` (its config), ``dataset_meta`` (its classes)
+        and ``fingerprint`` (hashes of config and weights) set.
+
+    Raises:
+        QwtError: config or checkpoint cannot be read, or do not fit each other.
+    """
+    register_all_modules(init_default_scope=True)
+    parsed = read_config(config, config_options)
+    state = load_checkpoint(checkpoint)
+    _without_pretraining(parsed.model)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        try:
+            model = MODELS.build(parsed.model)
+        except Exception as error:
+            raise QwtError(
+                f"The model config {config} cannot be built: {type(error).__name__}: {error}."
+            ) from error
+        classes = dataset_classes(parsed)
+    check_keys(model.state_dict(), state, f"The checkpoint {checkpoint} does not fit {config}")
+    model.load_state_dict(state, strict=False)  # check_keys was stricter, but for counters
+    model.cfg = parsed
+    model.dataset_meta = {"classes": classes}
+    model.fingerprint = {
+        "model": settings_fingerprint(parsed.model.to_dict()),
+        "weights": weights_fingerprint(model.state_dict()),
+    }
+    return model.to(device).eval()

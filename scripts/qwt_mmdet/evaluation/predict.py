@@ -1,0 +1,107 @@
+"""Run a detector over images and collect its detections in COCO's results format."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from pycocotools import mask as mask_api
+from torch import nn
+
+from ..errors import QwtError
+from ..files import read_json
+from ..progress import progress
+
+
+def category_ids(classes: Iterable[str], annotations: dict[str, Any]) -> list[int]:
+    """COCO category id of each of the model's labels, matched by name.
+
+    Raises:
+        QwtError: the model has a class that the annotations lack, or the reverse.
+    """
+    classes = list(classes)
+    by_name = {category["name"]: category["id"] for category in annotations["categories"]}
+    missing = [name for name in classes if name not in by_name]
+    unknown = [name for name in by_name if name not in classes]
+    if missing or unknown:
+        raise QwtError(
+            "The classes of the model and of the annotations differ. Model: "
+            f"{', '.join(classes)}. Annotations: {', '.join(by_name)}. Use a data set with the "
+            "model's classes, or set metainfo.classes in the model config."
+        )
+    return [by_name[name] for name in classes]
+
+
+def detections(
+    instances: InstanceData, image_id: int, label_to_category: list[int]
+) -> list[dict[str, Any]]:
+    """COCO results of one image.
+
+    Args:
+        instances: mmdet's ``pred_instances``: bboxes [n, 4] (x1, y1, x2, y2 in pixels of the
+            original image), scores [n], labels [n], perhaps masks [n, height, width].
+    """
+    boxes = instances.bboxes.float().cpu().numpy().astype(np.float64)
+    scores = instances.scores.float().cpu().numpy().astype(np.float64)
+    labels = instances.labels.cpu().numpy()
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise QwtError(
+            f"The detections of image {image_id} hold NaN or infinite values; the model has "
+            "diverged, so raise the bit widths or check the checkpoint."
+        )
+    boxes[:, 2:] -= boxes[:, :2]
+    results = [
+        {
+            "image_id": image_id,
+            "category_id": label_to_category[label],
+            "bbox": box.tolist(),
+            "score": float(score),
+        }
+        for box, score, label in zip(boxes, scores, labels, strict=True)
+    ]
+    if "masks" in instances:
+        masks = instances.masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0)
+        encoded = mask_api.encode(np.asfortranarray(masks)) if masks.shape[2] else []
+        for result, rle in zip(results, encoded, strict=True):
+            counts = rle["counts"].decode("ascii")
+            result["segmentation"] = {"size": list(rle["size"]), "counts": counts}
+    return results
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    annotations: str | os.PathLike[str],
+    *,
+    total: int | None = None,
+    description: str = "Evaluating",
+) -> list[dict[str, Any]]:
+    """Detections of all images that the loader yields.
+
+    Args:
+        model: detector in evaluation mode, with ``dataset_meta["classes"]``.
+        loader: batches as mmdet's test step takes them.
+        annotations: COCO annotation file that defines the category ids.
+        total: number of images, for the time left.
+
+    Returns:
+        One dictionary per detection: image_id, category_id, bbox (x, y, width, height in pixels),
+        score, and segmentation (compressed run lengths) where the model predicts masks.
+
+    Raises:
+        QwtError: the classes do not fit, or a detection is not finite.
+    """
+    content = read_json(annotations, what="annotation file")
+    label_to_category = category_ids(model.dataset_meta["classes"], content)
+    results: list[dict[str, Any]] = []
+
+    def samples() -> Iterable[Any]:
+        for batch in loader:
+            yield from model.test_step(batch)
+
+    for sample in progress(samples(), description, total=total):
+        results += detections(sample.pred_instances, sample.img_id, label_to_category)
+    return results

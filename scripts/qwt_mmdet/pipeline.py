@@ -1,0 +1,187 @@
+"""The workflow's steps, from files to files: what the scripts call."""
+
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import mmdet
+import mmengine
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from . import __version__
+from .compensation.fit import fit_compensation
+from .compensation.state import block_rows, load_compensation, save_compensation
+from .detectors import load_detector
+from .evaluation.coco import coco_metrics
+from .evaluation.predict import predict
+from .files import read_json, sha256_file, write_atomically, write_json
+from .loaders import make_loader
+from .quantization.convert import calibrate, quantize_model
+from .quantization.state import load_warmup, save_warmup, settings_to_plain
+from .settings import CompensationSettings, QuantizationSettings
+
+logger = logging.getLogger(__name__)
+
+Pathlike = str | os.PathLike[str]
+
+
+def provenance(
+    *, checkpoint: Pathlike, annotations: Pathlike, device: str, seed: int, **settings: Any
+) -> dict[str, Any]:
+    """Where a result comes from: settings, seed, versions, hashes, device and number of images."""
+    cuda = device.startswith("cuda")
+    return {
+        "settings": settings,
+        "seed": seed,
+        "versions": {
+            "qwt_mmdet": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "mmdet": mmdet.__version__,
+            "mmcv": mmcv.__version__,
+            "mmengine": mmengine.__version__,
+            "pycocotools": version("pycocotools"),
+            "numpy": np.__version__,
+        },
+        "checkpoint_sha256": sha256_file(checkpoint),
+        "annotations_sha256": sha256_file(annotations),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "images": len(read_json(annotations, what="annotation file")["images"]),
+    }
+
+
+def _load(
+    config: str, checkpoint: Pathlike, config_options: Mapping[str, Any] | None, device: str
+) -> nn.Module:
+    return load_detector(config, checkpoint, device=device, config_options=config_options)
+
+
+def evaluate(
+    *,
+    config: str,
+    checkpoint: Pathlike,
+    config_options: Mapping[str, Any] | None,
+    annotations: Pathlike,
+    metrics: Pathlike,
+    predictions: Pathlike,
+    device: str,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    warmup: Pathlike | None = None,
+    compensation: Pathlike | None = None,
+) -> None:
+    """Evaluate a detector (baseline, quantized or compensated) on the images of an annotation file.
+
+    Writes ``metrics`` and ``predictions``, both or neither.
+    """
+    model = _load(config, checkpoint, config_options, device)
+    if warmup is not None:
+        load_warmup(model, warmup)
+    if compensation is not None:
+        load_compensation(model, compensation)
+    loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
+    found = predict(model, loader, annotations, total=len(loader.dataset))
+    masks = any("segmentation" in detection for detection in found)
+    result = coco_metrics(annotations, found, masks=masks)
+    result["provenance"] = provenance(
+        checkpoint=checkpoint,
+        annotations=annotations,
+        device=device,
+        seed=seed,
+        config=config,
+        config_options=dict(config_options or {}),
+        warmup=None if warmup is None else sha256_file(warmup),
+        compensation=None if compensation is None else sha256_file(compensation),
+    )
+    write_json(predictions, found)
+    write_json(metrics, result, indent=1)
+    for kind in ("bbox", "segm"):
+        if kind in result:
+            logger.info("%s AP %.4f, AP50 %.4f", kind, result[kind]["AP"], result[kind]["AP50"])
+
+
+def quantize(
+    *,
+    config: str,
+    checkpoint: Pathlike,
+    config_options: Mapping[str, Any] | None,
+    annotations: Pathlike,
+    settings: Mapping[str, Any],
+    output: Pathlike,
+    device: str,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    supplied: Pathlike | None = None,
+) -> None:
+    """Quantize and calibrate a detector and write its warmup state.
+
+    Args:
+        supplied: an existing warmup file to check and take instead of calibrating.
+    """
+    resolved = QuantizationSettings.from_mapping(settings)
+    model = _load(config, checkpoint, config_options, device)
+    if supplied is not None:
+        load_warmup(model, supplied, resolved)
+        logger.info("The warmup file %s fits and is used as it is", supplied)
+        with write_atomically(output) as partial:
+            partial.write_bytes(Path(supplied).read_bytes())
+        return
+    loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
+    quantize_model(model, resolved)
+    calibrate(model, loader)
+    source = provenance(
+        checkpoint=checkpoint,
+        annotations=annotations,
+        device=device,
+        seed=seed,
+        config=config,
+        config_options=dict(config_options or {}),
+        quantization=settings_to_plain(resolved),
+    )
+    save_warmup(model, output, source)
+
+
+def compensate(
+    *,
+    config: str,
+    checkpoint: Pathlike,
+    config_options: Mapping[str, Any] | None,
+    annotations: Pathlike,
+    warmup: Pathlike,
+    settings: Mapping[str, Any],
+    output: Pathlike,
+    blocks: Pathlike,
+    device: str,
+    batch_size: int,
+    workers: int,
+    seed: int,
+) -> None:
+    """Fit the compensation of a quantized detector; writes ``output`` (.pth) and ``blocks`` (.csv)."""
+    resolved = CompensationSettings.from_mapping(settings)
+    reference = _load(config, checkpoint, config_options, device)
+    model = load_warmup(_load(config, checkpoint, config_options, device), warmup)
+    loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
+    compensation = fit_compensation(model, reference, loader, resolved)
+    source = provenance(
+        checkpoint=checkpoint,
+        annotations=annotations,
+        device=device,
+        seed=seed,
+        config=config,
+        config_options=dict(config_options or {}),
+        warmup=sha256_file(warmup),
+        compensation=settings_to_plain(resolved),
+    )
+    with write_atomically(blocks) as partial:
+        pd.DataFrame(block_rows(compensation)).to_csv(partial, index=False)
+    save_compensation(model, compensation, output, source)

@@ -1,0 +1,1 @@
+"""Uniform affine post-training quantization of mmdet detectors."""

@@ -1,0 +1,65 @@
+"""The arithmetic of uniform affine quantization, as pure functions of tensors.
+
+``x ≈ (q − zero_point) · scale`` with ``q = clamp(round(x / scale) + zero_point, 0, 2^bits − 1)``
+(Nagel et al., arXiv 2106.08295, equations 4 to 7). Rounding is half to even, and division is a
+multiplication with the reciprocal of the scale, as in torch's own fake_quantize functions.
+"""
+
+import torch
+from torch import Tensor
+
+
+def quantization_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Turn clipping ranges into scales and zero points.
+
+    The range is widened to contain zero, so that zero (padding, ReLU) has no error.
+
+    Args:
+        low, high: range limits, any (equal) shape, low ≤ high.
+        bits: 2 to 8.
+
+    Returns:
+        scale (float32, > 0) and zero_point (float32 holding whole numbers from 0 to 2^bits − 1),
+        both of the shape of ``low``. A range of zero width gets scale 1.
+    """
+    levels = 2**bits - 1
+    low = low.double().clamp(max=0.0)
+    high = high.double().clamp(min=0.0)
+    scale = ((high - low) / levels).float()
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    zero_point = (-low / scale.double()).round().clamp(0, levels).float()
+    return scale, zero_point
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return the integer codes of ``x`` as uint8, of the shape of ``x``.
+
+    ``scale`` and ``zero_point`` broadcast against ``x``.
+    """
+    codes = (x * scale.reciprocal()).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return the float32 values of integer codes; the inverse of :func:`quantize` on its grid."""
+    return (codes.float() - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Round ``x`` to its quantization grid and keep it in floating point.
+
+    Equal to ``dequantize(quantize(x))`` and to torch.fake_quantize_per_tensor_affine. One new
+    tensor is made and worked on in place.
+
+    Args:
+        x: any shape; ``scale`` and ``zero_point`` broadcast against it.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``.
+    """
+    low = -zero_point
+    high = low + (2**bits - 1)
+    y = x * scale.reciprocal()
+    y.round_()
+    torch.clamp(y, low, high, out=y)
+    return y.mul_(scale).to(x.dtype)

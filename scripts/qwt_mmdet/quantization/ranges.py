@@ -1,0 +1,210 @@
+"""Range estimation: from data to clipping ranges.
+
+Activations are seen once, image by image, in a histogram whose bin width is a power of two and
+whose bin edges are whole multiples of it. When a larger value arrives, neighbouring bins are
+merged, which is exact: the histogram of all images is the same whatever their order or batch.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import QwtError
+from .primitives import quantization_parameters
+
+BINS = 8192
+CHANNEL_BINS = 2048
+MSE_CANDIDATES = 64
+_SMALLEST_EXPONENT = -120
+
+
+class RangeObserver:
+    """Streaming, mergeable histogram of a tensor, or of each of its channels.
+
+    Memory is fixed: ``BINS`` counts per tensor or ``CHANNEL_BINS`` per channel. A bin is at most
+    1/1024 (per channel: 1/512) of the largest magnitude wide, which bounds the error of every
+    percentile; minimum and maximum are exact.
+
+    Args:
+        name: of the layer, for error messages.
+        channel_axis: axis with ranges of its own, or None for one range per tensor.
+    """
+
+    def __init__(self, name: str, channel_axis: int | None = None) -> None:
+        self.name = name
+        self.channel_axis = channel_axis
+        self.bins = BINS if channel_axis is None else CHANNEL_BINS
+        self.counts: Tensor | None = None  # [channels, bins], int64
+        self.exponent: Tensor | None = None  # [channels], int64; bin width is 2^exponent
+        self.low: Tensor | None = None  # [channels]
+        self.high: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True until a tensor with at least one element was seen."""
+        return self.counts is None
+
+    def update(self, x: Tensor) -> None:
+        """Add a tensor of any shape (empty ones change nothing).
+
+        Raises:
+            QwtError: a value is NaN or infinite.
+        """
+        if x.numel() == 0:
+            return
+        x = x.detach().float()
+        rows = (
+            x.reshape(1, -1)
+            if self.channel_axis is None
+            else x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
+        )
+        low, high = rows.aminmax(dim=1)
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise QwtError(
+                f"The input of layer {self.name} holds NaN or infinite values during calibration; "
+                "check that the checkpoint is sound and that the full-precision model evaluates."
+            )
+        largest = torch.maximum(low.abs(), high.abs())
+        # frexp: largest = mantissa · 2^e with mantissa < 1, so every |x| < 2^e fits half the bins.
+        _, exponent = torch.frexp(largest)
+        exponent = exponent.long() - (self.bins // 2).bit_length() + 1
+        exponent = torch.where(largest > 0, exponent, _SMALLEST_EXPONENT).clamp(_SMALLEST_EXPONENT)
+        if self.counts is None:
+            self.counts = torch.zeros(len(rows), self.bins, dtype=torch.int64, device=rows.device)
+            self.exponent, self.low, self.high = exponent, low, high
+        else:
+            self._coarsen(torch.maximum(self.exponent, exponent))
+            self.low = torch.minimum(self.low, low)
+            self.high = torch.maximum(self.high, high)
+        index = (rows * _power_of_two(-self.exponent, torch.float32)[:, None]).floor_()
+        index.add_(self.bins // 2).clamp_(0, self.bins - 1)
+        index = index.to(torch.int64)
+        if len(rows) > 1:
+            index += torch.arange(len(rows), device=index.device)[:, None] * self.bins
+        counts = torch.bincount(index.flatten(), minlength=self.counts.numel())
+        self.counts += counts.view_as(self.counts)
+
+    def merge(self, other: "RangeObserver") -> None:
+        """Add all that ``other`` has seen; the result does not depend on who saw what."""
+        if other.is_empty:
+            return
+        if self.is_empty:
+            for key in ("counts", "exponent", "low", "high"):
+                setattr(self, key, getattr(other, key).clone())
+            return
+        exponent = torch.maximum(self.exponent, other.exponent)
+        copy = RangeObserver(other.name, other.channel_axis)
+        copy.merge(other)
+        copy._coarsen(exponent)
+        self._coarsen(exponent)
+        self.counts += copy.counts
+        self.low = torch.minimum(self.low, other.low)
+        self.high = torch.maximum(self.high, other.high)
+
+    def _coarsen(self, exponent: Tensor) -> None:
+        """Widen the bins to 2^exponent by merging neighbours; index −1 goes with −2, 0 with 1."""
+        shift = exponent - self.exponent
+        for row in torch.nonzero(shift).flatten().tolist():
+            step = min(int(shift[row]), 62)
+            position = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
+            position = (position >> step) + self.bins // 2
+            merged = torch.zeros_like(self.counts[row])
+            self.counts[row] = merged.index_add_(0, position, self.counts[row])
+        self.exponent = exponent
+
+    def estimate(self, method: str, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
+        """Return the clipping range (low, high), each of shape [channels] (or [1] per tensor).
+
+        Args:
+            method: ``minmax``, ``percentile`` or ``mse``.
+            bits: of the grid that ``mse`` minimises the error of.
+            percentile: in percent, e.g. 99.99 cuts 0.01 % on both sides.
+        """
+        if self.counts is None:
+            raise AssertionError(f"{self.name} has seen no data")
+        if method == "minmax":
+            return self.low, self.high
+        width = _power_of_two(self.exponent, torch.float64)[:, None]
+        edges = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
+        if method == "percentile":
+            return self._percentile(edges, width, percentile)
+        centers = ((edges + 0.5) * width).float()
+        centers = torch.maximum(torch.minimum(centers, self.high[:, None]), self.low[:, None])
+        return mse_range(centers, self.counts.double(), self.low, self.high, bits)
+
+    def _percentile(self, edges: Tensor, width: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
+        cumulative = self.counts.cumsum(1).double()
+        total = cumulative[:, -1:]
+        tail = total * (1 - percentile / 100)
+        first = (cumulative > tail).int().argmax(1)
+        last = (cumulative >= total - tail).int().argmax(1)
+        low = (edges[first] * width[:, 0]).float()
+        high = ((edges[last] + 1) * width[:, 0]).float()
+        return torch.maximum(low, self.low), torch.minimum(high, self.high)
+
+
+def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Exactly 2^exponent (torch.pow and torch.ldexp may be off by a rounding)."""
+    powers = [2.0**e for e in exponent.tolist()]
+    return torch.tensor(powers, dtype=dtype, device=exponent.device)
+
+
+def mse_range(
+    values: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Clipping range with the smallest mean squared quantization error.
+
+    Both limits are first shrunk together, then each alone, over a logarithmic grid of fractions of
+    the full range (a search as in arXiv 2106.08295, section 3.1).
+
+    Args:
+        values: [rows, n] values, or centres of histogram bins.
+        weights: [rows, n] counts of the values, or None for ones.
+        low, high: [rows] smallest and largest value.
+
+    Returns:
+        low, high of shape [rows], float32.
+    """
+    full_low, full_high = low.clamp(max=0), high.clamp(min=0)
+    best_low, best_high = full_low.clone(), full_high.clone()
+    best = _range_error(values, weights, best_low, best_high, bits)
+    fractions = torch.logspace(0, -2, MSE_CANDIDATES, dtype=torch.float64)[1:].tolist()
+    for shrink_low, shrink_high in ((True, True), (False, True), (True, False)):
+        start_low, start_high = best_low.clone(), best_high.clone()
+        for fraction in fractions:
+            # One-sided rounds search the full range again, so that a limit can also grow back.
+            candidate_low = full_low * fraction if shrink_low else start_low
+            candidate_high = full_high * fraction if shrink_high else start_high
+            error = _range_error(values, weights, candidate_low, candidate_high, bits)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_low = torch.where(better, candidate_low, best_low)
+            best_high = torch.where(better, candidate_high, best_high)
+    return best_low, best_high
+
+
+def _range_error(
+    values: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, bits: int
+) -> Tensor:
+    """Summed squared quantization error of each row, shape [rows], float64."""
+    scale, zero_point = (p[:, None] for p in quantization_parameters(low, high, bits))
+    levels = 2**bits - 1
+    error = (values * scale.reciprocal()).round_()
+    torch.clamp(error, -zero_point, levels - zero_point, out=error)
+    error.mul_(scale).sub_(values).square_()
+    if weights is None:
+        return error.sum(1, dtype=torch.float64)
+    return torch.linalg.vecdot(error.double(), weights)
+
+
+def weight_range(
+    weight: Tensor, method: str, bits: int, percentile: float
+) -> tuple[Tensor, Tensor]:
+    """Clipping range of each output channel of a weight of shape [out, …]; returns [out], [out]."""
+    rows = weight.detach().float().flatten(1)
+    low, high = rows.aminmax(dim=1)
+    if method == "minmax":
+        return low, high
+    if method == "percentile":
+        tail = 1 - percentile / 100
+        return torch.quantile(rows, tail, dim=1), torch.quantile(rows, 1 - tail, dim=1)
+    return mse_range(rows, None, low, high, bits)

@@ -1,0 +1,167 @@
+"""Save what calibration found (the warmup state) and put it onto a freshly loaded detector."""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QwtError
+from ..files import write_atomically
+from ..settings import QuantizationSettings
+from .attention import QuantizedAttention
+from .convert import NotQuantized, activation_quantizers, quantize_model, quantized_layers
+
+WARMUP_FORMAT = "qwt-mmdet warmup 1"
+
+
+def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) -> dict[str, Any]:
+    """Read one of our .pth files without running any code that it may hold.
+
+    Raises:
+        QwtError: missing, truncated, of another kind or of another format version.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise QwtError(f"The {what} file {path} does not exist; check the path.") from None
+    except Exception as error:
+        raise QwtError(
+            f"The {what} file {path} cannot be read ({type(error).__name__}); it is truncated or no "
+            "file of this tool, so delete it and let the workflow make it again."
+        ) from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != expected_format:
+        raise QwtError(
+            f"{path} is not a {what} file of this version (format {found!r}, expected "
+            f"{expected_format!r}); delete it and let the workflow make it again."
+        )
+    return content
+
+
+def save_archive(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write tensors and plain values as a weights_only-loadable .pth, whole or not at all."""
+    with write_atomically(path) as partial, open(partial, "wb") as stream:
+        # Saving to a stream keeps the file's name out of it: equal content gives equal bytes.
+        torch.save(content, stream)
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
+    """All buffers that calibration set: integer codes, scales, zero points (on the CPU)."""
+    state: dict[str, Tensor] = {}
+    for name, layer in quantized_layers(model).items():
+        for key in ("weight_codes", "weight_scale", "weight_zero_point"):
+            if getattr(layer, key) is not None:
+                state[f"{name}.{key}"] = getattr(layer, key).cpu()
+    for name, quantizer in activation_quantizers(model).items():
+        if quantizer.is_calibrated:
+            state[f"{name}.scale"] = quantizer.scale.cpu()
+            state[f"{name}.zero_point"] = quantizer.zero_point.cpu()
+    return state
+
+
+def settings_to_plain(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as dictionaries and lists (what a config holds)."""
+    plain = dataclasses.asdict(settings)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
+
+
+def summarize_quantization(model: nn.Module) -> dict[str, Any]:
+    """Sizes and exceptions, for reports: bytes of all weights before and after, layer counts.
+
+    ``weight_bytes`` counts quantized weights at their bit width plus a float32 scale and a one-byte
+    zero point per output channel, and everything else as float32.
+    """
+    layers = quantized_layers(model)
+    full = sum(p.numel() for p in model.parameters()) * 4
+    saved = 0.0
+    for layer in layers.values():
+        if layer.is_calibrated:
+            count, channels = layer.weight.numel(), layer.weight_scale.numel()
+            saved += count * 4 - (count * layer.weight_bits / 8 + channels * 5)
+    attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
+    return {
+        "baseline_weight_bytes": full,
+        "weight_bytes": round(full - saved),
+        "layers": sum(layer.is_calibrated for layer in layers.values()),
+        "attention": len(attention),
+        "not_quantized": [dataclasses.asdict(entry) for entry in model.not_quantized],
+    }
+
+
+def save_warmup(
+    model: nn.Module, path: str | os.PathLike[str], provenance: dict[str, Any] | None = None
+) -> None:
+    """Save a calibrated model's quantizers and integer weights.
+
+    The file loads with ``torch.load(weights_only=True)`` and carries a fingerprint of the model,
+    its full-precision weights and the settings.
+    """
+    content = {
+        "format": WARMUP_FORMAT,
+        "fingerprint": model.fingerprint,
+        "settings": settings_to_plain(model.quantization_settings),
+        "bits": {
+            **{f"{n}.weight": m.weight_bits for n, m in quantized_layers(model).items()},
+            **{n: q.bits for n, q in activation_quantizers(model).items()},
+        },
+        "state": quantizer_state(model),
+        "summary": summarize_quantization(model),
+        "provenance": provenance or {},
+    }
+    save_archive(content, path)
+
+
+def load_warmup(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    settings: QuantizationSettings | None = None,
+) -> nn.Module:
+    """Quantize a freshly loaded full-precision detector with a saved warmup state, in place.
+
+    Args:
+        model: from ``load_detector``, in full precision.
+        settings: what the caller expects to find; None takes the file's.
+
+    Raises:
+        QwtError: the file belongs to another model, other weights or other settings (the message
+            names what differs), or cannot be read.
+    """
+    content = load_archive(path, WARMUP_FORMAT, "warmup")
+    if content["fingerprint"] != model.fingerprint:
+        differing = [
+            f"{key} ({content['fingerprint'].get(key, 'none')!s:.16} in the file, {value!s:.16} here)"
+            for key, value in model.fingerprint.items()
+            if content["fingerprint"].get(key) != value
+        ]
+        raise QwtError(
+            f"The warmup file {path} was made for something else: {', '.join(differing)} differ; "
+            "use the model and checkpoint that it was made with, or remove it from the config."
+        )
+    found = QuantizationSettings.from_mapping(content["settings"])
+    if settings is not None and settings != found:
+        ours, theirs = settings_to_plain(settings), settings_to_plain(found)
+        differing = [
+            f"{k} ({theirs[k]} in the file, {v} here)" for k, v in ours.items() if theirs[k] != v
+        ]
+        raise QwtError(
+            f"The warmup file {path} was made with other settings: {', '.join(differing)}; "
+            "use the same settings, or remove the file from the config."
+        )
+    quantize_model(model, found)
+    device = next(model.parameters()).device
+    state, bits = content["state"], content["bits"]
+    for name, quantizer in activation_quantizers(model).items():
+        quantizer.bits = bits[name]
+        if f"{name}.scale" in state:
+            quantizer.scale = state[f"{name}.scale"].to(device)
+            quantizer.zero_point = state[f"{name}.zero_point"].to(device)
+    for name, layer in quantized_layers(model).items():
+        layer.weight_bits = bits[f"{name}.weight"]
+        if f"{name}.weight_codes" in state:
+            for key in ("weight_codes", "weight_scale", "weight_zero_point"):
+                setattr(layer, key, state[f"{name}.{key}"].to(device))
+            layer.restore_weight()
+    model.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
+    return model

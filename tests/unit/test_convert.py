@@ -1,0 +1,213 @@
+import copy
+
+import pytest
+import tiny
+import torch
+from mmdet.models.backbones.swin import WindowMSA
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization.attention import QuantizedWindowMSA
+from qwt_mmdet.quantization.convert import (
+    activation_quantizers,
+    calibrate,
+    forward_scope,
+    quantize_model,
+    quantized_layers,
+)
+from qwt_mmdet.quantization.layers import QuantizedConv2d, QuantizedLinear
+from qwt_mmdet.quantization.primitives import quantization_parameters
+from qwt_mmdet.settings import QuantizationSettings
+from torch import nn
+
+KINDS = ("swin", "resnet", "cspdarknet")
+
+
+def settings(bits=8, **changes):
+    values = {"weight_bits": bits, "activation_bits": bits, "activation_range": "minmax"}
+    return QuantizationSettings.from_mapping({**values, "weight_range": "minmax", **changes})
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        return forward_scope(model, batch, "backbone")
+
+
+def relative_error(actual, expected):
+    return max(((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_conv_and_linear_is_quantized_and_error_falls_with_bits(kind):
+    batches = tiny.batches(2)
+    full = tiny.detector(kind)
+    layers = [n for n, m in full.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    expected = outputs(full, batches[0])
+    errors = []
+    for bits in (3, 5, 8):
+        model = calibrate(quantize_model(copy.deepcopy(full), settings(bits)), batches)
+        assert list(quantized_layers(model)) == layers
+        assert all(layer.is_calibrated for layer in quantized_layers(model).values())
+        assert model.not_quantized == []
+        errors.append(relative_error(outputs(model, batches[0]), expected))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_with_quantizers_switched_off_is_the_original(kind):
+    batch = tiny.batches(1, size=(60, 76))[0]
+    full = tiny.detector(kind)
+    model = quantize_model(copy.deepcopy(full), settings())
+    for quantizer in activation_quantizers(model).values():
+        quantizer.enabled = False
+    for actual, expected in zip(outputs(model, batch), outputs(full, batch), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_window_attention_equals_mmdets_own(masked):
+    torch.manual_seed(0)
+    attention = WindowMSA(embed_dims=16, num_heads=4, window_size=(3, 5))
+    attention.init_weights()
+    x = torch.randn(8, 15, 16)
+    mask = torch.where(torch.rand(4, 15, 15) > 0.7, -100.0, 0.0) if masked else None
+    expected = attention(x, mask)
+    attention.__class__ = QuantizedWindowMSA
+    attention._attach("attention", 8)
+    for quantizer in attention.quantizers():
+        quantizer.enabled = False
+    assert torch.allclose(attention(x, mask), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_quantized_linear_by_hand():
+    layer = nn.Linear(2, 1, bias=True)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -0.4]]))
+        layer.bias.fill_(0.25)
+    layer.__class__ = QuantizedLinear
+    layer._attach("layer", 2, 2)
+    layer.input_quantizer.set_range(torch.tensor([0.0]), torch.tensor([3.0]))
+    layer.quantize_weight("minmax", 99.9)
+    # Weight: range [-0.4, 1], step 1.4/3, zero point round(0.857) = 1: codes 3 and 0.
+    step = 1.4 / 3
+    assert layer.weight_codes.tolist() == [[3, 0]]
+    # Input grid {0, 1, 2, 3}: 2.6 -> 3, 1.2 -> 1.
+    expected = 3 * 2 * step + 1 * -1 * step + 0.25
+    assert layer(torch.tensor([[2.6, 1.2]])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_depthwise_input_scales_are_per_channel_and_fold_into_the_weight():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, groups=4, bias=False)
+    x = torch.randn(2, 4, 8, 8) * torch.tensor([1.0, 10.0, 100.0, 0.01]).view(1, 4, 1, 1)
+    original = conv.weight.detach().clone()
+    conv.__class__ = QuantizedConv2d
+    conv._attach("conv", 8, 8)
+    low, high = x.amin(dim=(0, 2, 3)), x.amax(dim=(0, 2, 3))
+    conv.input_quantizer.set_range(low, high)
+    assert conv.input_quantizer.scale.shape == (4,)
+    # Integer inputs and a weight that carries the factor give the same result.
+    scale, zero = (p.view(1, 4, 1, 1) for p in quantization_parameters(low, high, 8))
+    integers = (x / scale).round().add(zero).clamp(0, 255) - zero
+    folded = original * scale.view(4, 1, 1, 1)
+    expected = nn.functional.conv2d(integers, folded, groups=4)
+    assert torch.allclose(conv(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_of_dense_and_grouped_convolutions_are_per_tensor():
+    for groups in (1, 2):
+        conv = nn.Conv2d(4, 4, 1, groups=groups)
+        conv.__class__ = QuantizedConv2d
+        conv._attach("conv", 8, 8)
+        assert conv.input_quantizer.channel_axis is None
+
+
+def test_first_layer_has_input_bits_and_overrides_win():
+    entries = [
+        {"pattern": "backbone.layer1.*", "weight_bits": 6},
+        {"pattern": "backbone.layer1.0.conv1", "activation_bits": 7},
+        {"pattern": "backbone.layer2.0.conv1", "skip": True},
+    ]
+    model = quantize_model(tiny.detector("resnet"), settings(4, overrides=entries))
+    calibrate(model, tiny.batches(1))
+    layers = quantized_layers(model)
+    assert layers["backbone.conv1"].input_quantizer.bits == 8
+    assert layers["backbone.conv1"].weight_bits == 4
+    assert layers["backbone.layer1.1.conv2"].weight_bits == 6
+    assert layers["backbone.layer1.1.conv2"].input_quantizer.bits == 4
+    # The last matching entry decides alone.
+    assert layers["backbone.layer1.0.conv1"].weight_bits == 4
+    assert layers["backbone.layer1.0.conv1"].input_quantizer.bits == 7
+    assert "backbone.layer2.0.conv1" not in layers
+    assert [entry.name for entry in model.not_quantized] == ["backbone.layer2.0.conv1"]
+
+
+def test_override_that_matches_nothing_is_an_error():
+    entries = [{"pattern": "bakbone.*", "skip": True}]
+    with pytest.raises(QwtError, match=r"bakbone\.\*"):
+        quantize_model(tiny.detector("resnet"), settings(overrides=entries))
+
+
+def test_weights_have_at_most_two_to_the_bits_values_per_channel():
+    model = calibrate(quantize_model(tiny.detector("resnet"), settings(3)), tiny.batches(1))
+    for layer in quantized_layers(model).values():
+        assert max(len(row.unique()) for row in layer.weight.flatten(1)) <= 8
+
+
+def test_weights_shared_by_two_parents_stay_shared():
+    model = tiny.detector("resnet")
+    model.backbone.layer1[1].conv2 = model.backbone.layer1[0].conv2
+    model = calibrate(quantize_model(model, settings()), tiny.batches(1))
+    assert model.backbone.layer1[1].conv2 is model.backbone.layer1[0].conv2
+    assert isinstance(model.backbone.layer1[1].conv2, QuantizedConv2d)
+
+
+def test_layer_that_never_ran_is_reported_and_raises_when_it_runs():
+    model = tiny.detector("resnet")
+    model.backbone.spare = nn.Linear(3, 3)
+    calibrate(quantize_model(model, settings()), tiny.batches(1))
+    assert [entry.name for entry in model.not_quantized] == ["backbone.spare"]
+    with pytest.raises(RuntimeError, match="spare"):
+        model.backbone.spare(torch.zeros(1, 3))
+
+
+def test_multihead_attention_is_reported_not_silently_passed_over():
+    model = tiny.detector("resnet")
+    model.backbone.attention = nn.MultiheadAttention(8, 2)
+    quantize_model(model, settings())
+    assert [(e.name, e.type) for e in model.not_quantized] == [
+        ("backbone.attention", "MultiheadAttention")
+    ]
+
+
+def test_calibration_ranges_do_not_depend_on_the_batch_size():
+    ranges = []
+    for batch in (1, 2, 4):
+        model = quantize_model(tiny.detector("cspdarknet"), settings(activation_range="percentile"))
+        calibrate(model, tiny.batches(4, batch=batch))
+        ranges.append([q.scale for q in activation_quantizers(model).values()])
+    for other in ranges[1:]:
+        for a, b in zip(ranges[0], other, strict=True):
+            assert torch.allclose(a, b, rtol=2e-3)
+
+
+def test_no_calibration_images_is_an_error():
+    with pytest.raises(QwtError, match="calibration images"):
+        calibrate(quantize_model(tiny.detector("resnet"), settings()), [])
+
+
+def test_quantizing_twice_is_an_error():
+    model = quantize_model(tiny.detector("resnet"), settings())
+    with pytest.raises(QwtError, match="quantized already"):
+        quantize_model(model, settings())
+
+
+def test_scope_without_layers_is_an_error():
+    with pytest.raises(QwtError, match="scope"):
+        quantize_model(nn.Sequential(nn.Linear(2, 2)), settings())
+
+
+def test_observers_are_gone_after_an_exception():
+    model = quantize_model(tiny.detector("resnet"), settings())
+    bad = [{"inputs": [torch.full((3, 64, 64), float("nan"))]}]
+    with pytest.raises(QwtError, match=r"backbone\.conv1"):
+        calibrate(model, bad)
+    assert all(q.observer is None for q in activation_quantizers(model).values())

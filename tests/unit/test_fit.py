@@ -1,0 +1,319 @@
+import copy
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from qwt_mmdet.compensation.blocks import find_blocks
+from qwt_mmdet.compensation.fit import (
+    fit_compensation,
+    replaced_forwards,
+    split_holdout,
+    trace_blocks,
+)
+from qwt_mmdet.compensation.modules import as_rows, block_input
+from qwt_mmdet.compensation.state import (
+    apply_compensation,
+    load_compensation,
+    save_compensation,
+)
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
+
+KINDS = ("swin", "resnet", "cspdarknet")
+PAPER = CompensationSettings(ridge=0, gate="none", target="block", holdout_fraction=0.25)
+
+
+def pair(kind, images=8, batch=1, size=(64, 64), bits=4):
+    data = tiny.batches(images, size, batch)
+    full = tiny.detector(kind)
+    settings = QuantizationSettings(
+        weight_bits=bits, activation_bits=bits, weight_range="minmax", activation_range="minmax"
+    )
+    model = calibrate(quantize_model(copy.deepcopy(full), settings), tiny.batches(images, size))
+    return full, model, data
+
+
+@torch.no_grad()
+def captured(model, name, batches):
+    """Input and output rows of a block, over all batches."""
+    rows_in, rows_out = [], []
+    block = model.get_submodule(name)
+
+    def hook(_, args, kwargs, output):
+        rows_in.append(block_input(args, kwargs).clone())
+        rows_out.append(output.clone())
+
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    for batch in batches:
+        forward_scope(model, batch, "backbone")
+    handle.remove()
+    return rows_in, rows_out
+
+
+@torch.no_grad()
+def run_block(model, name, x, extra):
+    block = model.get_submodule(name)
+    return block(x.clone(), *extra)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_matches_a_fit_made_the_slow_way(kind):
+    """Whole passes from the image, compensating block by block, and lstsq on the stored rows."""
+    full, model, data = pair(kind)
+    fitted = fit_compensation(model, full, data, PAPER)
+    held = split_holdout(len(data), 0.25)
+    slow = copy.deepcopy(model)
+    for block in fitted.blocks:
+        inputs, outputs = captured(slow, block.name, data)
+        extra = ()
+        if kind == "swin":
+            shapes = []
+            handle = slow.get_submodule(block.name).register_forward_pre_hook(
+                lambda _, args, shapes=shapes: shapes.append(args[1:])
+            )
+            with torch.no_grad():
+                forward_scope(slow, data[0], "backbone")
+            handle.remove()
+            extra = shapes[0]
+        rows_x, rows_y = [], []
+        for x, output, is_held in zip(inputs, outputs, held, strict=True):
+            if is_held:
+                continue
+            error = run_block(full, block.name, x, extra) - output
+            stride = 1 if x.dim() == 3 else x.shape[-1] // output.shape[-1]
+            x = x if x.dim() == 3 else x[:, :, ::stride, ::stride]
+            rows_x.append(as_rows(x).double())
+            rows_y.append(as_rows(error).double())
+        x, y = torch.cat(rows_x), torch.cat(rows_y)
+        design = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+        expected = design @ torch.linalg.lstsq(design, y, driver="gelsd", rcond=1e-6).solution
+        actual = x @ block.weight.double() + block.bias.double()
+        # Least squares has one projection: equal residuals mean equal predictions.
+        assert (y - actual).norm() <= (y - expected).norm() + 1e-5 * y.norm()
+        apply_compensation(slow, dataclasses.replace(fitted, blocks=(block,)))
+
+
+@pytest.mark.parametrize("target", ["block", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compensation_brings_the_backbone_closer_on_images_of_the_fit(kind, target):
+    full, model, data = pair(kind)
+    settings = CompensationSettings(target=target)
+    fitted = fit_compensation(model, full, data, settings)
+    compensated = apply_compensation(copy.deepcopy(model), fitted)
+    with torch.no_grad():
+        distances = [
+            sum(
+                (a - e).square().sum()
+                for batch in data
+                for a, e in zip(
+                    forward_scope(m, batch, "backbone"),
+                    forward_scope(full, batch, "backbone"),
+                    strict=True,
+                )
+            )
+            for m in (compensated, model)
+        ]
+    assert distances[0] < distances[1]
+
+
+@pytest.mark.parametrize("target", ["block", "reference"])
+def test_held_out_error_is_what_the_compensated_model_has(target):
+    """The numbers in the file against the compensated model itself, at the last block."""
+    full, model, data = pair("swin")
+    fitted = fit_compensation(model, full, data, CompensationSettings(target=target, gate="none"))
+    last = fitted.blocks[-1]
+    compensated = apply_compensation(copy.deepcopy(model), fitted)
+    held = [b for b, h in zip(data, split_holdout(len(data), 0.2), strict=True) if h]
+    _, outputs = captured(compensated, last.name, held)
+    inputs, wanted = captured(full, last.name, held)
+    if target == "block":
+        inputs, _ = captured(compensated, last.name, held)
+        size = (8, 8)
+        wanted = [run_block(full, last.name, x, (size,)) for x in inputs]
+    # The forward hook that captures runs after the one that compensates.
+    error = torch.stack([(o - w).square().mean() for o, w in zip(outputs, wanted, strict=True)])
+    assert error.mean().item() == pytest.approx(last.holdout_error_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_size_changes_nothing(kind):
+    full, model, data = pair(kind)
+    # A ridge makes W unique where there are fewer tokens than channels.
+    settings = dataclasses.replace(PAPER, ridge=0.1)
+    one = fit_compensation(model, full, data, settings)
+    four = fit_compensation(model, full, tiny.batches(8, batch=4), settings)
+    for a, b in zip(one.blocks, four.blocks, strict=True):
+        assert (a.weight - b.weight).norm() <= 1e-3 * a.weight.norm() + 1e-6
+        assert a.fit_error_after == pytest.approx(b.fit_error_after, rel=1e-3)
+
+
+def test_odd_sizes_need_window_padding_and_work():
+    full, model, data = pair("swin", size=(52, 76))
+    fitted = fit_compensation(model, full, data, PAPER)
+    assert all(torch.isfinite(block.weight).all() for block in fitted.blocks)
+    assert all(block.fit_error_after <= block.fit_error_before for block in fitted.blocks)
+
+
+@pytest.mark.parametrize("target", ["block", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_on_disk_give_identical_results(kind, target, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    full, model, data = pair(kind)
+    settings = CompensationSettings(target=target)
+    memory = fit_compensation(model, full, data, settings)
+    assert list(tmp_path.iterdir()) == []
+    disk = fit_compensation(model, full, data, settings, memory_gb=0)
+    assert list(tmp_path.iterdir()) == []
+    for a, b in zip(memory.blocks, disk.blocks, strict=True):
+        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.bias, b.bias)
+        assert a.kept == b.kept
+
+
+def test_each_block_runs_once_per_image_in_each_model():
+    full, model, data = pair("cspdarknet")
+    names = find_blocks(full)
+    counts = {}
+
+    def count(key):
+        def hook(*_):
+            counts[key] = counts.get(key, 0) + 1
+
+        return hook
+
+    first = {name: next(m for m in model.get_submodule(name).modules() if not list(m.children()))
+             for name in names}  # fmt: skip
+    handles = [module.register_forward_hook(count(name)) for name, module in first.items()]
+    fit_compensation(model, full, data, PAPER)
+    for handle in handles:
+        handle.remove()
+    assert counts == dict.fromkeys(names, len(data))
+
+
+def test_models_are_unchanged_by_a_fit():
+    full, model, data = pair("resnet")
+    before = copy.deepcopy((full.state_dict(), model.state_dict()))
+    fit_compensation(model, full, data, CompensationSettings())
+    for state, module in zip(before, (full, model), strict=True):
+        assert all(torch.equal(state[k], v) for k, v in module.state_dict().items())
+    assert all("forward" not in vars(m) for m in (*full.modules(), *model.modules()))
+
+
+def test_forwards_come_back_after_an_exception():
+    module = torch.nn.Linear(1, 1)
+    with pytest.raises(KeyError), replaced_forwards({module: lambda x: x}):
+        raise KeyError
+    assert "forward" not in vars(module)
+
+
+def test_dependencies_are_a_chain_in_swin_and_found_in_skips():
+    full = tiny.detector("swin")
+    names = find_blocks(full)
+    order, depends = trace_blocks(full, names, tiny.batches(1)[0], "backbone")
+    assert order == names
+    assert depends == [[], [0], [1], [2]]
+
+    class Skip(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.a, self.b = (torch.nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x):
+            first = self.a(x)
+            second = torch.relu_(self.b(first))
+            return self.c(second + first)
+
+    skip = tiny.TinyDetector(Skip())
+    patterns = ("backbone.a", "backbone.b", "backbone.c")
+    order, depends = trace_blocks(skip, list(reversed(patterns)), tiny.batches(1)[0], "backbone")
+    assert order == list(patterns)
+    assert depends == [[], [0], [0, 1]]
+    settings = dataclasses.replace(PAPER, blocks=patterns)
+    model = calibrate(
+        quantize_model(copy.deepcopy(skip), QuantizationSettings(weight_bits=3, activation_bits=3)),
+        tiny.batches(4),
+    )
+    fitted = fit_compensation(model, skip, tiny.batches(4), settings)
+    assert [block.name for block in fitted.blocks] == list(patterns)
+
+
+def test_gate_rejects_what_does_not_help_on_held_out_images():
+    full, _, data = pair("swin")
+    same = copy.deepcopy(full)
+    fitted = fit_compensation(same, full, data, CompensationSettings())
+    # Without quantization there is no error to lower.
+    assert not any(block.kept for block in fitted.blocks)
+
+
+def test_saved_compensation_is_applied_bit_for_bit(tmp_path):
+    full, model, data = pair("cspdarknet")
+    fitted = fit_compensation(model, full, data, CompensationSettings())
+    path = tmp_path / "compensation.pth"
+    save_compensation(model, fitted, path)
+    loaded = copy.deepcopy(model)
+    assert load_compensation(loaded, path).settings == fitted.settings
+    expected = apply_compensation(copy.deepcopy(model), fitted)
+    with torch.no_grad():
+        for a, b in zip(
+            forward_scope(loaded, data[0], "backbone"),
+            forward_scope(expected, data[0], "backbone"),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_compensation_of_another_quantization_is_refused(tmp_path):
+    full, model, data = pair("resnet")
+    path = tmp_path / "compensation.pth"
+    save_compensation(model, fit_compensation(model, full, data, PAPER), path)
+    _, other, _ = pair("resnet", bits=5)
+    with pytest.raises(QwtError, match="quantization differ"):
+        load_compensation(other, path)
+
+
+def test_compensated_model_can_be_copied_and_its_state_saved():
+    full, model, data = pair("swin")
+    compensated = apply_compensation(model, fit_compensation(model, full, data, PAPER))
+    twin = copy.deepcopy(compensated)
+    with torch.no_grad():
+        expected = forward_scope(compensated, data[0], "backbone")
+        actual = forward_scope(twin, data[0], "backbone")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    keys = [key for key in compensated.state_dict() if key.endswith("compensation_weight")]
+    assert len(keys) == len(find_blocks(compensated))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (("backbone.nothing*",), "matches no module"),
+        (("backbone.layer1", "backbone.layer1.0"), "nested"),
+        (("backbone.conv1", "backbone.layer1.0.downsample"), "matches no module"),
+    ],
+)
+def test_bad_block_patterns_are_named(blocks, message):
+    with pytest.raises(QwtError, match=message):
+        find_blocks(tiny.detector("resnet"), blocks)
+
+
+def test_unregistered_backbone_lists_the_known_ones():
+    detector = tiny.TinyDetector(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
+    with pytest.raises(QwtError, match=r"Sequential.*SwinTransformer"):
+        find_blocks(detector)
+
+
+def test_no_images_and_too_few_images_are_errors():
+    full, model, _ = pair("resnet", images=1)
+    with pytest.raises(QwtError, match="no calibration images"):
+        fit_compensation(model, full, [], PAPER)
+    with pytest.raises(QwtError, match="cannot be split"):
+        fit_compensation(model, full, tiny.batches(1), CompensationSettings())
+
+
+def test_holdout_split_is_even():
+    held = split_holdout(100, 0.2)
+    assert sum(held) == 20
+    assert all(sum(held[i : i + 5]) == 1 for i in range(0, 100, 5))
+    assert split_holdout(7, 0) == [False] * 7

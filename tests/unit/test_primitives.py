@@ -1,0 +1,73 @@
+import pytest
+import torch
+from qwt_mmdet.quantization.primitives import (
+    dequantize,
+    fake_quantize,
+    quantization_parameters,
+    quantize,
+)
+
+
+def parameters(low, high, bits):
+    return quantization_parameters(torch.tensor([low]), torch.tensor([high]), bits)
+
+
+def test_hand_computed_two_bit_case():
+    # Range [-1, 2] in 4 levels: steps of 1, zero at code 1.
+    scale, zero_point = parameters(-1.0, 2.0, 2)
+    assert scale.item() == 1.0
+    assert zero_point.item() == 1.0
+    x = torch.tensor([-5.0, -1.0, -0.5, 0.0, 0.5, 0.6, 1.5, 2.0, 9.0])
+    # Halves round to even: -0.5 -> 0, 0.5 -> 0, 1.5 -> 2.
+    assert fake_quantize(x, scale, zero_point, 2).tolist() == [-1, -1, 0, 0, 0, 1, 2, 2, 2]
+    assert quantize(x, scale, zero_point, 2).tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("low", "high"), [(-3.1, 2.2), (0.0, 6.0), (-4.0, 0.0), (0.5, 1.5)])
+def test_equals_torch_per_tensor(bits, low, high):
+    scale, zero_point = parameters(low, high, bits)
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(bits)) * 3
+    expected = torch.fake_quantize_per_tensor_affine(
+        x, scale.item(), int(zero_point.item()), 0, 2**bits - 1
+    )
+    assert torch.equal(fake_quantize(x, scale, zero_point, bits), expected)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_equals_torch_per_channel(bits):
+    generator = torch.Generator().manual_seed(bits)
+    x = (
+        torch.randn(5, 7, 11, generator=generator)
+        * torch.tensor([0.1, 1, 3, 10, 0.0])[:, None, None]
+    )
+    low, high = x.flatten(1).aminmax(dim=1)
+    scale, zero_point = quantization_parameters(low, high, bits)
+    expected = torch.fake_quantize_per_channel_affine(x, scale, zero_point.int(), 0, 0, 2**bits - 1)
+    shape = (5, 1, 1)
+    actual = fake_quantize(x, scale.view(shape), zero_point.view(shape), bits)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_and_fake_quantization_agree(bits):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    scale, zero_point = parameters(-2.0, 1.7, bits)
+    codes = quantize(x, scale, zero_point, bits)
+    assert codes.max() <= 2**bits - 1
+    assert torch.equal(
+        dequantize(codes, scale, zero_point), fake_quantize(x, scale, zero_point, bits)
+    )
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 5.0), (-5.0, -1.0), (-1.0, 3.3), (0.0, 0.0)])
+def test_zero_is_exact(low, high):
+    scale, zero_point = parameters(low, high, 4)
+    assert scale.item() > 0
+    assert fake_quantize(torch.zeros(3), scale, zero_point, 4).tolist() == [0, 0, 0]
+
+
+def test_input_is_left_alone():
+    x = torch.tensor([0.3, 0.7])
+    fake_quantize(x, *parameters(0.0, 1.0, 2), 2)
+    assert x.tolist() == pytest.approx([0.3, 0.7])

@@ -1,0 +1,56 @@
+"""Tiny detectors with random weights, for tests of quantization and compensation."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mmdet.models.backbones import CSPDarknet, ResNet, SwinTransformer
+from torch import Tensor, nn
+
+
+class TinyDetector(nn.Module):
+    """What forward_scope needs of an mmdet detector: a preprocessor and a backbone."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
+
+    def data_preprocessor(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}
+
+
+def backbone(kind: str) -> nn.Module:
+    if kind == "swin":
+        return SwinTransformer(
+            embed_dims=16, depths=(2, 2), num_heads=(2, 4), window_size=4, out_indices=(0, 1),
+            strides=(4, 2), mlp_ratio=2, drop_path_rate=0.0,
+        )  # fmt: skip
+    if kind == "resnet":
+        return ResNet(depth=18, base_channels=8, stem_channels=8, num_stages=2,
+                      strides=(1, 2), dilations=(1, 1), out_indices=(0, 1))  # fmt: skip
+    return CSPDarknet(deepen_factor=0.33, widen_factor=0.125, use_depthwise=True)
+
+
+def detector(kind: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = TinyDetector(backbone(kind))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model.eval()
+
+
+def batches(count: int, size: tuple[int, int] = (64, 64), batch: int = 1) -> list[dict[str, Any]]:
+    """``count`` images in batches of ``batch``; the images do not depend on ``batch``."""
+    generator = torch.Generator().manual_seed(1)
+
+    def images() -> Iterator[Tensor]:
+        for _ in range(count):
+            yield torch.randn(3, *size, generator=generator)
+
+    everything = list(images())
+    return [{"inputs": everything[i : i + batch]} for i in range(0, count, batch)]
