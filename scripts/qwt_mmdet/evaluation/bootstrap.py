@@ -124,7 +124,7 @@ def _interpolated_precision(
         objects: weight of the objects, [R].
 
     Returns:
-        AP of each resample, [R]; meaningless where ``objects`` is 0.
+        AP of each resample, [R]; 0 where there are no objects, as there are no hits either.
     """
     # COCOeval's own expressions, so that rounding is the same.
     precision = hits / (counted + np.spacing(1))
@@ -225,8 +225,7 @@ class ApTable:
                 if not len(holders):
                     continue
                 objects = outcome.objects[holders] @ drawn[holders]
-                curves = self._curves(ranking, outcome, drawn, most, objects)
-                total[area] += np.where(objects > 0, curves, 0)
+                total[area] += self._curves(ranking, outcome, drawn, most, objects)
                 defined[area] += objects > 0
         mean = np.full(total.shape, np.nan)
         np.divide(total, defined, out=mean, where=defined > 0)
