@@ -1,0 +1,342 @@
+"""The bootstrap is COCOeval on resampled images, paired, seeded, and honest about what it knows."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.evaluation.bootstrap import ApTable, Bootstrap, bootstrap, draw_weights, interval
+from qwt_mmdet.evaluation.coco import AP_METRICS, coco_metrics
+from random_detections import compressed, detection, one_object, random_detections, write
+
+BOX = [20.0, 30.0, 60.0, 50.0]
+REAL = Path(os.environ.get("QWT_REAL_COCO", Path(__file__).parents[2] / "../shared/coco_real"))
+
+
+def repeated(content, predictions, weights):
+    """The data set that holds each image as often as its weight says, under new ids."""
+    images, annotations, records = [], [], []
+    for copy in range(max(weights.values())):
+        renamed = {
+            image: 1_000_000 * copy + image for image, weight in weights.items() if weight > copy
+        }
+        for image in content["images"]:
+            if image["id"] in renamed:
+                images.append({**image, "id": renamed[image["id"]]})
+        for annotation in content["annotations"]:
+            if annotation["image_id"] in renamed:
+                new = {"id": len(annotations) + 1, "image_id": renamed[annotation["image_id"]]}
+                annotations.append({**annotation, **new})
+        for record in predictions:
+            if record["image_id"] in renamed:
+                records.append({**record, "image_id": renamed[record["image_id"]]})
+    return {**content, "images": images, "annotations": annotations}, records
+
+
+def assert_equals_cocoeval(ap, index, metrics):
+    for name in AP_METRICS:
+        expected = np.nan if metrics[name] is None else metrics[name]
+        assert ap[name][index] == pytest.approx(expected, abs=1e-9, nan_ok=True), name
+
+
+# One distinct score makes all detections tie; then the order is that of the images alone.
+@pytest.mark.parametrize("scores", [None, 6, 1])
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_weights_are_numbers_of_copies_of_an_image(tmp_path, iou_type, scores):
+    content, predictions = random_detections(
+        images=9, detections=25, classes=4, seed=7, scores=scores
+    )
+    table = ApTable.build(write(tmp_path, content), predictions, iou_type)
+    assert table.images == [image["id"] for image in content["images"]]
+    weights = np.concatenate([np.ones((1, 9), dtype=int), draw_weights(9, 3, seed=1)])
+    assert weights.max() > 2
+    ap = table.ap(weights)
+    for index, row in enumerate(weights):
+        copies = dict(zip(table.images, row.tolist(), strict=True))
+        again, records = repeated(content, predictions, copies)
+        metrics = coco_metrics(
+            write(tmp_path, again, "again.json"), records, masks=iou_type == "segm"
+        )
+        assert_equals_cocoeval(ap, index, metrics[iou_type])
+
+
+def two_images():
+    """Image 1 has its object found with score 0.9; image 2 has only a false positive, 0.95."""
+    content = one_object(BOX)
+    content["images"].append({**content["images"][0], "id": 2})
+    content["annotations"].append({**content["annotations"][0], "id": 2, "image_id": 2})
+    predictions = [detection(BOX, 0.9), detection([200.0, 140.0, 50.0, 50.0], 0.95, image_id=2)]
+    return content, predictions
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        # Precision 1/2 up to recall 1/2: 51 of the 101 recall thresholds.
+        ([1, 1], 51 / 101 / 2),
+        # Twice image 1: precision 2/3 up to recall 2/3, 67 thresholds.
+        ([2, 1], 67 / 101 * 2 / 3),
+        ([1, 2], 34 / 101 / 3),
+        ([2, 0], 1),
+        ([0, 2], 0),
+        ([0, 0], np.nan),
+    ],
+)
+def test_two_images_by_hand(tmp_path, weights, expected):
+    content, predictions = two_images()
+    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    for name, (value,) in table.ap(np.array([weights])).items():
+        undefined = name in ("APs", "APl")
+        assert value == pytest.approx(np.nan if undefined else expected, nan_ok=True), name
+
+
+def test_a_class_without_objects_in_a_resample_leaves_the_mean(tmp_path):
+    content, predictions = two_images()
+    content["categories"].append({"id": 2, "name": "dog"})
+    content["annotations"][1]["category_id"] = 2
+    predictions[1]["category_id"] = 2
+    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    np.testing.assert_allclose(table.ap(np.array([[1, 1], [3, 0], [0, 1]]))["AP"], [0.5, 1, 0])
+
+
+@pytest.mark.parametrize("weights", [[[1, 1, 1]], [1, 1], [[0.5, 1.5]], [[-1, 3]]])
+def test_weights_that_are_no_numbers_of_draws_are_refused(tmp_path, weights):
+    content, predictions = two_images()
+    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    with pytest.raises(ValueError, match="weights"):
+        table.ap(np.array(weights))
+
+
+def test_resamples_do_not_depend_on_how_many_are_computed_at_once(tmp_path, monkeypatch):
+    content, predictions = random_detections(images=6, detections=15, classes=3, seed=2, scores=4)
+    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    weights = draw_weights(6, 20, seed=0)
+    together = table.ap(weights)
+    monkeypatch.setattr("qwt_mmdet.evaluation.bootstrap.CHUNK_ELEMENTS", 300)
+    for name, values in table.ap(weights).items():
+        np.testing.assert_array_equal(values, together[name])
+
+
+def test_each_resample_draws_as_many_images_as_there_are():
+    weights = draw_weights(40, 500, seed=3)
+    assert weights.shape == (500, 40)
+    assert (weights.sum(axis=1) == 40).all()
+    # An image is missing with probability (1 - 1/40)^40 = 0.363.
+    assert (weights == 0).mean() == pytest.approx(0.363, abs=0.01)
+
+
+def displaced(predictions, share):
+    """Predictions of which a share lies a third of its width beside where it was."""
+    generator = np.random.default_rng(0)
+    result = []
+    for record in predictions:
+        x, y, width, height = record["bbox"]
+        if generator.random() < share:
+            x += width / 3
+        result.append({**record, **detection([x, y, width, height], record["score"])})
+        result[-1].update(image_id=record["image_id"], category_id=record["category_id"])
+    return result
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    """A baseline and what a quantized and a compensated model might make of it."""
+    content, predictions = random_detections(images=40, detections=20, classes=4, seed=11)
+    return write(tmp_path_factory.mktemp("bootstrap"), content), {
+        "baseline": predictions,
+        "w4/quantized": displaced(predictions, 0.6),
+        "w4/qwt": displaced(predictions, 0.3),
+        "w8/quantized": list(predictions),
+    }
+
+
+@pytest.fixture(scope="module")
+def result(variants):
+    path, records = variants
+    return bootstrap(path, records, masks=True, resamples=200, seed=5)
+
+
+def test_values_are_the_metrics(variants, result):
+    path, records = variants
+    for name in ("baseline", "w4/qwt"):
+        metrics = coco_metrics(path, records[name], masks=True)
+        for iou_type in ("bbox", "segm"):
+            for metric in AP_METRICS:
+                estimate = result.estimate(name, iou_type, metric)
+                assert estimate["value"] == pytest.approx(metrics[iou_type][metric], abs=1e-9)
+                assert estimate["low"] < estimate["high"]
+
+
+def test_the_seed_decides(variants, result):
+    path, records = variants
+    baseline = {"baseline": records["baseline"]}
+    same = bootstrap(path, baseline, masks=False, resamples=200, seed=5)
+    other = bootstrap(path, baseline, masks=False, resamples=200, seed=6)
+    assert same.estimate("baseline", "bbox", "AP") == result.estimate("baseline", "bbox", "AP")
+    assert other.estimate("baseline", "bbox", "AP") != result.estimate("baseline", "bbox", "AP")
+
+
+def test_a_variant_does_not_differ_from_its_equal(result):
+    difference = result.difference("w8/quantized", "baseline", "bbox", "AP")
+    assert difference == {"value": 0, "low": 0, "high": 0, "dropped": 0, "significant": False}
+
+
+def test_pairing_narrows_a_difference(result):
+    difference = result.difference("w4/quantized", "baseline", "bbox", "AP")
+    assert difference["high"] < 0
+    assert difference["significant"]
+    a = result.samples["w4/qwt"]["bbox"]["AP"]
+    b = result.samples["baseline"]["bbox"]["AP"]
+    assert np.std(a - b) < 0.9 * np.hypot(np.std(a), np.std(b))
+
+
+def test_recovered_fraction_has_its_fixed_points(result):
+    whole = result.recovered("baseline", "w4/quantized", "baseline", "segm", "AP")
+    assert whole == {"value": 1, "low": 1, "high": 1, "dropped": 0, "reason": None}
+    nothing = result.recovered("baseline", "w4/quantized", "w4/quantized", "segm", "AP")
+    assert nothing == {"value": 0, "low": 0, "high": 0, "dropped": 0, "reason": None}
+    part = result.recovered("baseline", "w4/quantized", "w4/qwt", "segm", "AP")
+    assert 0 < part["low"] < part["value"] < part["high"]
+
+
+def test_no_fraction_of_a_loss_that_is_not_significant(result):
+    recovered = result.recovered("baseline", "w8/quantized", "w4/qwt", "bbox", "AP")
+    assert recovered["value"] is recovered["low"] is recovered["high"] is None
+    assert "not significantly above 0" in recovered["reason"]
+
+
+def from_samples(**samples):
+    """A Bootstrap with given samples; the first of each is the observed value."""
+    nested = {name: {"bbox": {"AP": np.array(s, dtype=float)}} for name, s in samples.items()}
+    values = {name: {"bbox": {"AP": by["bbox"]["AP"][0]}} for name, by in nested.items()}
+    return Bootstrap(10, len(next(iter(samples.values()))), 0, values, nested)
+
+
+def test_a_gain_by_quantization_is_no_loss_to_recover():
+    result = from_samples(fp=[0.3] * 50, q=[0.4] * 50, c=[0.5] * 50)
+    assert result.difference("q", "fp", "bbox", "AP")["significant"]
+    assert result.recovered("fp", "q", "c", "bbox", "AP")["reason"] is not None
+
+
+def test_a_resample_without_loss_widens_the_fraction_at_both_ends():
+    # 1000 losses of 0.1, recovered by k/1000; then 20 of them turn into resamples without loss.
+    gained = np.arange(1000) / 1000
+    lost = np.full(1000, 0.1)
+    plain = from_samples(fp=lost, q=0 * lost, c=gained * lost)
+    recovered = plain.recovered("fp", "q", "c", "bbox", "AP")
+    assert (recovered["low"], recovered["high"]) == pytest.approx((0.025, 0.974), abs=1e-3)
+    lost[490:510] = -0.1
+    widened = from_samples(fp=lost, q=0 * lost, c=gained * lost)
+    recovered = widened.recovered("fp", "q", "c", "bbox", "AP")
+    assert (recovered["low"], recovered["high"]) == pytest.approx((0.005, 0.994), abs=1e-3)
+
+
+def test_an_interval_leaves_out_two_and_a_half_percent_at_each_end():
+    assert interval(np.arange(1001.0)) == pytest.approx((25, 975))
+    with_undefined = np.concatenate([[np.nan] * 50, np.arange(1001.0)])
+    assert interval(with_undefined) == pytest.approx((25, 975))
+    assert interval(np.full(5, np.nan)) == (None, None)
+    assert interval(np.arange(100.0), beyond=5) == (None, None)
+
+
+def test_undefined_resamples_are_dropped_and_counted(tmp_path):
+    content, predictions = two_images()
+    content["annotations"].pop()
+    result = bootstrap(write(tmp_path, content), {"a": predictions}, masks=False, resamples=400)
+    # Image 1, the only one with an object, is missing in a quarter of the draws.
+    estimate = result.estimate("a", "bbox", "AP")
+    assert estimate["dropped"] == pytest.approx(100, abs=35)
+    assert estimate["low"] is not None
+    nothing = {"value": None, "low": None, "high": None, "dropped": 400}
+    assert result.estimate("a", "bbox", "APs") == {**nothing, "bias": None}
+    assert result.difference("a", "a", "bbox", "APs") == {**nothing, "significant": False}
+    reason = result.recovered("a", "a", "a", "bbox", "APs")["reason"]
+    assert reason == "the metric or its interval is undefined"
+
+
+def test_one_image_has_no_interval(tmp_path):
+    path = write(tmp_path, one_object(BOX))
+    result = bootstrap(path, {"a": [detection(BOX, 0.5)]}, masks=False)
+    estimate = result.estimate("a", "bbox", "AP")
+    assert estimate["value"] == pytest.approx(1)
+    assert estimate["low"] is estimate["high"] is None
+
+
+def test_everything_fits_into_json(result):
+    content = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert content["images"] == 40
+    assert content["resamples"] == 200
+    assert content["seed"] == 5
+    estimate = content["variants"]["w4/qwt"]["segm"]["AP75"]
+    assert estimate == result.estimate("w4/qwt", "segm", "AP75")
+    json.dumps(result.difference("w4/qwt", "baseline", "segm", "AP"), allow_nan=False)
+
+
+def test_bad_predictions_name_their_variant(tmp_path):
+    path = write(tmp_path, one_object(BOX))
+    records = {"baseline": [detection(BOX, 0.5)], "w4/quantized": []}
+    with pytest.raises(QwtError, match=r"Variant w4/quantized: .*not a single detection"):
+        bootstrap(path, records, masks=False)
+
+
+def test_intervals_cover_the_expected_ap(tmp_path):
+    # 400 images are the world; each trial sees 50 of them. Weights serve for both kinds of drawing.
+    content, predictions = random_detections(images=400, detections=6, classes=3, seed=4)
+    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    generator = np.random.default_rng(8)
+    trials, resamples = 60, 80
+    rows = []
+    for _ in range(trials):
+        sample = np.zeros(400, dtype=int)
+        sample[generator.choice(400, 50, replace=False)] = 1
+        rows += [sample[None], generator.multinomial(50, sample / 50, size=resamples)]
+    ap = table.ap(np.concatenate(rows))["AP"].reshape(trials, 1 + resamples)
+    expected = ap[:, 0].mean()
+    ends = np.array([interval(samples) for samples in ap[:, 1:]])
+    covered = ((ends[:, 0] <= expected) & (expected <= ends[:, 1])).mean()
+    assert covered >= 0.85
+    # An interval that always covers would be worthless: it is as wide as the AP of samples varies.
+    width = (ends[:, 1] - ends[:, 0]).mean() / (2 * 1.96)
+    assert width == pytest.approx(ap[:, 0].std(), rel=0.35)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} (QWT_REAL_COCO) is absent")
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_real_annotations_with_images_drawn_twice(tmp_path, iou_type):
+    """Objects of COCO as detections: shifted, some with the wrong class, with tied scores."""
+    content = json.loads((REAL / "annotations/instances_val2017.json").read_text())
+    content["images"] = content["images"][:24]
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in sizes]
+    generator = np.random.default_rng(1)
+    predictions = []
+    for annotation in content["annotations"]:
+        if annotation["iscrowd"]:
+            continue
+        shift = generator.normal(0, 0.08, 2) * annotation["bbox"][2:]
+        polygons = [
+            (np.reshape(polygon, (-1, 2)) + shift).ravel().tolist()
+            for polygon in annotation["segmentation"]
+        ]
+        category = generator.choice(content["annotations"])["category_id"]
+        kept = generator.random() < 0.8
+        predictions.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"] if kept else category,
+                "bbox": [*(annotation["bbox"][:2] + shift).tolist(), *annotation["bbox"][2:]],
+                "score": float(generator.integers(1, 20)) / 20,
+                "segmentation": compressed(polygons, *sizes[annotation["image_id"]]),
+            }
+        )
+    table = ApTable.build(write(tmp_path, content), predictions, iou_type)
+    weights = np.ones((2, 24), dtype=int)
+    weights[1, ::3] = 2
+    ap = table.ap(weights)
+    for index, row in enumerate(weights):
+        again, records = repeated(content, predictions, dict(zip(table.images, row, strict=True)))
+        metrics = coco_metrics(write(tmp_path, again, "again.json"), records, masks=True)
+        assert_equals_cocoeval(ap, index, metrics[iou_type])

@@ -1,0 +1,151 @@
+"""coco_metrics gives pycocotools' numbers, quietly, and refuses what is no result."""
+
+import contextlib
+import copy
+import io
+import json
+
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.evaluation.coco import METRICS, coco_metrics
+from random_detections import compressed, detection, one_object, random_detections, write
+
+BOX = [20.0, 30.0, 60.0, 50.0]
+
+
+def official_stats(annotations, predictions, iou_type):
+    """The twelve numbers, as mmdet's CocoMetric has pycocotools compute them."""
+    records = copy.deepcopy(predictions)
+    if iou_type == "segm":
+        for record in records:
+            record.pop("bbox")
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground_truth = COCO(str(annotations))
+        evaluator = COCOeval(ground_truth, ground_truth.loadRes(records), iou_type)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator
+
+
+@pytest.mark.parametrize("scores", [None, 5])
+def test_numbers_are_those_of_pycocotools(tmp_path, scores):
+    content, predictions = random_detections(
+        images=8, detections=25, classes=4, seed=3, scores=scores
+    )
+    path = write(tmp_path, content)
+    metrics = coco_metrics(path, predictions, masks=True)
+    for iou_type in ("bbox", "segm"):
+        evaluator = official_stats(path, predictions, iou_type)
+        official = dict(zip(METRICS, evaluator.stats, strict=True))
+        assert metrics[iou_type] == official
+        assert 0 < official["AP"] < 1
+        for index, category in enumerate(evaluator.params.catIds):
+            precision = evaluator.eval["precision"][:, :, index, 0, -1]
+            expected = precision.mean() if precision.min() > -1 else None
+            assert metrics["per_class"][f"class {category}"][iou_type] == expected
+    assert metrics["images"] == 8
+
+
+def test_more_than_a_hundred_detections_of_a_class_are_cut(tmp_path):
+    path = write(tmp_path, one_object(BOX))
+    elsewhere = [detection([200, 150, 20, 20], 0.9) for _ in range(100)]
+    found = detection(BOX, 0.1)
+    assert coco_metrics(path, [*elsewhere, found], masks=False)["bbox"]["AP"] == 0
+    assert coco_metrics(path, [*elsewhere[1:], found], masks=False)["bbox"]["AP"] > 0
+
+
+def test_size_of_a_detected_mask_is_its_area_not_its_box(tmp_path):
+    # The false positive ranks first. Its mask is small, so it counts against small objects, although
+    # its box is larger than 32 x 32.
+    small = [5.0, 5.0, 20.0, 20.0]
+    path = write(tmp_path, one_object(small, area=300))
+    line = compressed([[100.0, 100.0, 160.0, 160.0, 162.0, 160.0, 102.0, 100.0]])
+    false_positive = detection([100.0, 100.0, 62.0, 60.0], 0.9, segmentation=line)
+    metrics = coco_metrics(path, [false_positive, detection(small, 0.8)], masks=True)
+    assert metrics["bbox"]["APs"] == pytest.approx(1.0)
+    assert metrics["segm"]["APs"] == pytest.approx(0.5)
+
+
+def test_what_no_object_defines_is_none(tmp_path):
+    content = one_object(BOX)
+    content["categories"].append({"id": 2, "name": "dog"})
+    content["annotations"].append({**content["annotations"][0], "id": 2, "iscrowd": 1})
+    metrics = coco_metrics(write(tmp_path, content), [detection(BOX, 0.5)], masks=False)
+    assert metrics["bbox"]["APm"] == pytest.approx(1.0)
+    assert metrics["bbox"]["APs"] is metrics["bbox"]["APl"] is metrics["bbox"]["ARs"] is None
+    assert metrics["per_class"]["cat"] == {"bbox": pytest.approx(1.0), "annotations": 1}
+    assert metrics["per_class"]["dog"] == {"bbox": None, "annotations": 0}
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_an_annotation_with_id_zero_can_be_found(tmp_path):
+    # COCOeval itself takes a match with object 0 for no match.
+    path = write(tmp_path, one_object(BOX, id=0))
+    assert official_stats(path, [detection(BOX, 0.5)], "bbox").stats[0] == 0
+    metrics = coco_metrics(path, [detection(BOX, 0.5)], masks=False)
+    assert metrics["bbox"]["AP"] == pytest.approx(1.0)
+
+
+def test_nothing_is_printed_and_predictions_stay_as_they_are(tmp_path, capsys):
+    predictions = [detection(BOX, 0.5)]
+    before = copy.deepcopy(predictions)
+    coco_metrics(write(tmp_path, one_object(BOX)), predictions, masks=True)
+    assert predictions == before
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (detection(BOX, float("nan")), "image 1 has score nan"),
+        (detection([0.0, 0.0, float("inf"), 1.0], 0.5), "image 1 .* inf"),
+        (detection(BOX, 0.5, image_id=7), "image 7, which is not in the annotation file"),
+        (detection(BOX, 0.5, category_id=9), "category 9, which is not in the annotation file"),
+        (detection(BOX, 0.5, segmentation=None), "image 1 has no compressed RLE mask"),
+        (
+            detection(BOX, 0.5, segmentation=compressed([[1.0, 1.0, 9.0, 1.0, 9.0, 9.0]], 20, 30)),
+            r"mask of \[20, 30\], the image has \[200, 260\]",
+        ),
+        ({"image_id": 1, "category_id": 1, "bbox": BOX}, "image 1 has no 'score'"),
+    ],
+)
+def test_a_prediction_that_is_no_result_is_refused(tmp_path, record, message):
+    with pytest.raises(QwtError, match=message):
+        coco_metrics(write(tmp_path, one_object(BOX)), [detection(BOX, 0.5), record], masks=True)
+
+
+def test_no_detection_at_all_is_refused(tmp_path):
+    with pytest.raises(QwtError, match="not a single detection"):
+        coco_metrics(write(tmp_path, one_object(BOX)), [], masks=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(annotations=[]), "no ground truth objects"),
+        (lambda content: content["annotations"][0].update(iscrowd=1), "no ground truth objects"),
+        (lambda content: content.pop("categories"), "no list 'categories'"),
+        (lambda content: content["annotations"][0].pop("bbox"), "annotation 1 has no 'bbox'"),
+        (lambda content: content["annotations"].append(content["annotations"][0]), "occurs twice"),
+        (lambda content: content["annotations"][0].update(image_id=5), "image 5, which is not"),
+        (lambda content: content["annotations"][0].update(category_id=5), "category 5, which"),
+        (lambda content: content["annotations"][0].update(segmentation=[]), "has no mask"),
+        (
+            lambda content: content["categories"].append({"id": 2, "name": "cat"}),
+            "names 2 categories 'cat'",
+        ),
+    ],
+)
+def test_a_broken_annotation_file_is_refused(tmp_path, change, message):
+    content = one_object(BOX)
+    change(content)
+    with pytest.raises(QwtError, match=message):
+        coco_metrics(write(tmp_path, content), [detection(BOX, 0.5)], masks=True)
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(QwtError, match=r"annotation file .*nowhere\.json does not exist"):
+        coco_metrics(tmp_path / "nowhere.json", [detection(BOX, 0.5)], masks=False)
