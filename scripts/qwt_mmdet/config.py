@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 # Names that would collide with other files under results/.
 RESERVED_NAMES = {
-    "models": ("datasets", "summary.csv", "report.html"),
+    "models": ("datasets", "train_demo", "summary.csv", "report.html"),
     "quantization": ("baseline", "checkpoint.pth"),
     "compensation": ("quantized", "warmup.pth"),
 }

@@ -1,0 +1,55 @@
+"""Every configuration that the repository ships can be planned, and asks for what it should."""
+
+import pytest
+from conftest import REAL_COCO, ROOT, Workflow
+
+# {name of the configuration: (models, quantized, compensated)}
+RESULTS = {
+    "coco_download": (2, 3, 5),
+    "yolox_coco_real": (1, 4, 8),
+    "yolox_coco_real_tiny": (1, 1, 1),
+}
+real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}")
+
+
+def expected(models: int, quantized: int, compensated: int) -> dict[str, int]:
+    return {
+        "fetch_checkpoint": models,
+        "prepare_dataset": 1,
+        "select_images": 1,
+        "evaluate_baseline": models,
+        "quantize_model": quantized,
+        "evaluate_quantized": quantized,
+        "fit_compensation": compensated,
+        "evaluate_compensated": compensated,
+        "summarize_results": 1,
+        "render_report": 1,
+    }
+
+
+def test_each_configuration_has_its_expectation():
+    assert {path.stem for path in (ROOT / "tests" / "configs").glob("*.yaml")} == set(RESULTS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.real, real] if "real" in name else [])
+        for name in RESULTS
+    ],
+)
+def test_a_configuration_asks_for_its_targets(workflow: Workflow, name: str):
+    path = ROOT / "tests" / "configs" / f"{name}.yaml"
+    assert workflow.jobs("--configfile", str(path)) == expected(*RESULTS[name])
+
+
+def test_the_default_configuration_asks_for_the_demo(workflow: Workflow):
+    (workflow.folder / "config").symlink_to(ROOT / "config")
+    assert workflow.jobs() == expected(1, 3, 6)
+
+
+def test_a_config_file_on_the_command_line_replaces_the_default_one(workflow: Workflow):
+    (workflow.folder / "config").symlink_to(ROOT / "config")
+    path = ROOT / "tests" / "configs" / "coco_download.yaml"
+    jobs = workflow.jobs("--configfile", str(path))
+    assert jobs["evaluate_baseline"] == 2

@@ -1,0 +1,170 @@
+"""What is computed again after a change, and above all what is not (dry runs)."""
+
+import copy
+import os
+import time
+
+import pytest
+import yaml
+from conftest import Workflow
+
+CONFIG = yaml.safe_load(
+    """
+    datasets:
+      shapes: {type: shapes}
+    models:
+      first: {config: own.py, checkpoint: first.pth, dataset: shapes}
+      second: {config: own.py, checkpoint: second.pth, dataset: shapes}
+    quantization:
+      w8a8: {weight_bits: 8, activation_bits: 8}
+      w4a8: {weight_bits: 4, activation_bits: 8}
+    compensation:
+      qwt: {}
+      paper: {ridge: 0, gate: fit}
+    """
+)
+TABLES = {"summarize_results": 1, "render_report": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(copied_tree, tmp_path_factory) -> Workflow:
+    """A folder in which everything was computed: all outputs are there and recorded as done."""
+    workflow = Workflow(copied_tree(), tmp_path_factory.mktemp("run"))
+    for name in ("own.py", "first.pth", "second.pth"):
+        (workflow.folder / name).write_text("")
+    workflow.configure(CONFIG)
+    listed = workflow.run("--summary")
+    assert listed.returncode == 0, listed.stdout
+    rows = [line.split("\t") for line in listed.stdout.splitlines() if "\t" in line]
+    for path, *_ in rows[1:]:
+        output = workflow.folder / path
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(path)
+    touched = workflow.run("--touch", "--cores", "1")
+    assert touched.returncode == 0, touched.stdout
+    return workflow
+
+
+@pytest.fixture
+def config(finished):
+    """The config to change; the old one is there again afterwards."""
+    yield copy.deepcopy(CONFIG)
+    finished.configure(CONFIG)
+
+
+def test_nothing_is_done_again_when_nothing_changed(finished):
+    assert finished.jobs() == {}
+
+
+def test_a_new_bit_target_runs_only_its_combinations(finished, config):
+    config["quantization"]["w6a6"] = {"weight_bits": 6, "activation_bits": 6}
+    finished.configure(config)
+    assert finished.jobs() == {
+        "quantize_model": 2,
+        "evaluate_quantized": 2,
+        "fit_compensation": 4,
+        "evaluate_compensated": 4,
+        **TABLES,
+    }
+
+
+def test_a_new_compensation_quantizes_nothing_again(finished, config):
+    config["compensation"]["strong"] = {"ridge": 1}
+    finished.configure(config)
+    assert finished.jobs() == {"fit_compensation": 4, "evaluate_compensated": 4, **TABLES}
+
+
+def test_a_changed_quantization_runs_again_with_all_that_follows(finished, config):
+    config["quantization"]["w4a8"]["activation_range"] = "minmax"
+    finished.configure(config)
+    assert finished.jobs() == {
+        "quantize_model": 2,
+        "evaluate_quantized": 2,
+        "fit_compensation": 4,
+        "evaluate_compensated": 4,
+        **TABLES,
+    }
+
+
+def test_a_changed_compensation_runs_again_alone(finished, config):
+    config["compensation"]["paper"]["ridge"] = 0.5
+    finished.configure(config)
+    assert finished.jobs() == {"fit_compensation": 4, "evaluate_compensated": 4, **TABLES}
+
+
+def test_fewer_targets_only_make_new_tables(finished, config):
+    config["targets"] = [{"model": ["first"], "compensation": ["qwt"]}]
+    finished.configure(config)
+    assert finished.jobs() == TABLES
+
+
+def test_what_cannot_change_a_result_runs_nothing(finished, config):
+    config["evaluation"] = {"batch_size": 8, "workers": 0}
+    config["calibration"] = {"batch_size": 4}
+    config["quantization"]["w4a8"]["input_bits"] = 8  # the default, written out
+    config["models"] = dict(reversed(config["models"].items()))
+    config["models"]["first"] = dict(reversed(config["models"]["first"].items()))
+    config["targets"] = [{"model": ["first"]}, {"model": ["second"]}]
+    finished.configure(config)
+    assert finished.jobs("--resources", "gpu=0", "--cores", "7") == {}
+
+
+def test_other_images_of_a_dataset_run_all_that_uses_them(finished, config):
+    config["datasets"]["shapes"]["seed"] = 1
+    finished.configure(config)
+    jobs = finished.jobs()
+    assert "fetch_checkpoint" not in jobs
+    assert jobs["select_images"] == 1
+    assert jobs["quantize_model"] == 4
+
+
+def edited(path, text: str):
+    """Append text to a file for the duration of a test, with a new time stamp."""
+    before, times = path.read_bytes(), path.stat()
+    time.sleep(0.01)
+    with open(path, "a") as stream:
+        stream.write(text)
+    yield
+    path.write_bytes(before)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.fixture
+def edited_compensation_code(finished):
+    yield from edited(
+        finished.root / "scripts" / "qwt_mmdet" / "compensation" / "__init__.py", "# edited\n"
+    )
+
+
+@pytest.fixture
+def edited_checkpoint(finished):
+    yield from edited(finished.folder / "second.pth", "other weights")
+
+
+@pytest.fixture
+def edited_model_config(finished):
+    yield from edited(finished.folder / "own.py", "# edited\n")
+
+
+def test_edited_compensation_code_fits_again_but_quantizes_nothing(
+    finished, edited_compensation_code
+):
+    assert finished.jobs() == {"fit_compensation": 8, "evaluate_compensated": 8, **TABLES}
+
+
+def test_a_changed_checkpoint_runs_its_own_model_again(finished, edited_checkpoint):
+    assert finished.jobs() == {
+        "fetch_checkpoint": 1,
+        "evaluate_baseline": 1,
+        "quantize_model": 2,
+        "evaluate_quantized": 2,
+        "fit_compensation": 4,
+        "evaluate_compensated": 4,
+        **TABLES,
+    }
+
+
+def test_an_edited_model_config_runs_its_models_again(finished, edited_model_config):
+    jobs = finished.jobs()
+    assert "fetch_checkpoint" not in jobs
+    assert jobs["evaluate_baseline"] == 2
