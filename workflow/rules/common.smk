@@ -46,6 +46,16 @@ wildcard_constraints:
     compensation="|".join(map(re.escape, config["compensation"])),
 
 
+def detector_threads(most=8):
+    """Return threads for one run of a detector, of which several run side by side.
+
+    One thread each keeps the cores busiest; only cores that would be idle give a job more.
+    """
+    return max(
+        1, min(most, (workflow.resource_settings.cores or 1) // len(COMBINATIONS))
+    )
+
+
 def existing(path, key):
     """Return ``path``; end with a plain message if there is no such file."""
     if not os.path.exists(path):

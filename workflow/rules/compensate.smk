@@ -23,7 +23,7 @@ rule fit_compensation:
         "benchmarks/fit_compensation/{model}/{quantization}/{compensation}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: 2
+    threads: detector_threads()
     resources:
         gpu=1,
     params:

@@ -13,7 +13,7 @@ rule evaluate_baseline:
         "benchmarks/evaluate_baseline/{model}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: 2
+    threads: detector_threads()
     resources:
         gpu=1,
     params:
@@ -41,7 +41,7 @@ rule evaluate_quantized:
         "benchmarks/evaluate_quantized/{model}/{quantization}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: 2
+    threads: detector_threads()
     resources:
         gpu=1,
     params:
@@ -70,7 +70,7 @@ rule evaluate_compensated:
         "benchmarks/evaluate_compensated/{model}/{quantization}/{compensation}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: 2
+    threads: detector_threads()
     resources:
         gpu=1,
     params:

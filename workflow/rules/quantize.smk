@@ -13,7 +13,7 @@ rule quantize_model:
         "benchmarks/quantize_model/{model}/{quantization}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: 2
+    threads: detector_threads()
     resources:
         gpu=1,
     params:

@@ -1,0 +1,86 @@
+"""Whole runs on real images, from the checkpoint to the report."""
+
+import csv
+import json
+import time
+
+import pytest
+import yaml
+from conftest import REAL_COCO, ROOT, Workflow
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}"),
+]
+CONFIGS = ROOT / "tests" / "configs"
+RULES_PER_MODEL = {
+    "fetch_checkpoint": "yolox_nano",
+    "prepare_dataset": "coco_real",
+    "select_images": "coco_real",
+    "evaluate_baseline": "yolox_nano",
+    "quantize_model": "yolox_nano/w4a8",
+    "evaluate_quantized": "yolox_nano/w4a8",
+    "fit_compensation": "yolox_nano/w4a8/qwt",
+    "evaluate_compensated": "yolox_nano/w4a8/qwt",
+}
+
+
+def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
+    config = str(CONFIGS / "yolox_coco_real_tiny.yaml")
+    done = workflow.run("--cores", "2", "--resources", "gpu=0", "--configfile", config)
+    assert done.returncode == 0, done.stdout
+
+    with open(workflow.folder / "results" / "summary.csv", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert float(row["AP_baseline"]) > 0.2
+    assert float(row["AP_quantized"]) < float(row["AP_baseline"])
+    table = done.stdout[done.stdout.rindex("gain (95 % interval)") :]
+    assert f"{float(row['AP_compensated']):.3f}" in table
+    assert "Report: results/report.html" in table
+    assert "yolox_nano" in (workflow.folder / "results" / "report.html").read_text()
+
+    for rule, wildcards in RULES_PER_MODEL.items():
+        assert (workflow.folder / "logs" / rule / f"{wildcards}.log").is_file()
+        assert (workflow.folder / "benchmarks" / rule / f"{wildcards}.tsv").is_file()
+    assert (
+        "no GPU was granted"
+        in (workflow.folder / "logs" / "evaluate_baseline" / "yolox_nano.log").read_text()
+    )
+    hidden = [p for p in (workflow.folder / "results").rglob(".*") if p.is_file()]
+    assert hidden == [], "partial files are left"
+
+    assert workflow.jobs("--configfile", config) == {}
+    more = yaml.safe_load((CONFIGS / "yolox_coco_real_tiny.yaml").read_text())
+    more["evaluation"] = {"workers": 0, "batch_size": 2}
+    more["quantization"]["w8a8"] = {"weight_bits": 8, "activation_bits": 8}
+    workflow.configure(more)
+    assert workflow.jobs() == {
+        "quantize_model": 1,
+        "evaluate_quantized": 1,
+        "fit_compensation": 1,
+        "evaluate_compensated": 1,
+        "summarize_results": 1,
+        "render_report": 1,
+    }
+
+
+def test_the_real_detector_reaches_its_known_ap_and_8_bits_keep_it(workflow: Workflow):
+    """AP 0.269 and AP50 0.426 on these 160 images are the numbers of an independent evaluation."""
+    started = time.monotonic()
+    variants = ["baseline", "w8a8/quantized", "w8a8-detector/quantized", "w6a6/quantized"]
+    done = workflow.run(
+        *("--cores", "2", "--configfile", str(CONFIGS / "yolox_coco_real.yaml")),
+        *(f"results/yolox_nano/{variant}/metrics.json" for variant in variants),
+    )
+    assert done.returncode == 0, done.stdout
+    baseline, backbone8, detector8, backbone6 = (
+        json.loads((workflow.folder / f"results/yolox_nano/{v}/metrics.json").read_text())["bbox"]
+        for v in variants
+    )
+    print(f"{time.monotonic() - started:.0f} s", baseline, backbone8, detector8, backbone6)
+    assert baseline["AP"] == pytest.approx(0.269, abs=0.002)
+    assert baseline["AP50"] == pytest.approx(0.426, abs=0.003)
+    assert backbone8["AP"] == pytest.approx(baseline["AP"], abs=0.006)
+    assert detector8["AP"] >= baseline["AP"] - 0.012
+    assert backbone6["AP"] >= 0.245
