@@ -80,6 +80,7 @@ class QuantizationSettings:
         scope: which part of the detector is quantized.
         weight_range, activation_range: estimator of the clipping range.
         percentile: two-sided percentile in percent for the ``percentile`` estimator.
+        bias_correction: take back the shift of each layer's mean output that weight rounding causes.
         overrides: exceptions by module name; the last match wins.
 
     Raises:
@@ -93,6 +94,7 @@ class QuantizationSettings:
     weight_range: str = "mse"
     activation_range: str = "mse"
     percentile: float = 99.99
+    bias_correction: bool = True
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,6 +104,8 @@ class QuantizationSettings:
         _check_choice("weight_range", self.weight_range, RANGE_ESTIMATORS)
         _check_choice("activation_range", self.activation_range, RANGE_ESTIMATORS)
         _check_number("percentile", self.percentile, 50, 100)
+        if not isinstance(self.bias_correction, bool):
+            raise QwtError(f"bias_correction is {self.bias_correction!r}; it is true or false.")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantizationSettings":

@@ -211,3 +211,37 @@ def test_observers_are_gone_after_an_exception():
     with pytest.raises(QwtError, match=r"backbone\.conv1"):
         calibrate(model, bad)
     assert all(q.observer is None for q in activation_quantizers(model).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bias_correction_restores_the_mean_output_of_every_layer(kind):
+    """On the calibration images, with full-precision inputs, exactly: padding, strides, groups."""
+    batches = tiny.batches(3, size=(60, 76))
+    full = tiny.detector(kind)
+    model = quantize_model(copy.deepcopy(full), settings(3, bias_correction=True))
+    calibrate(model, batches)
+    shifts, plain = {}, {}
+    handles = []
+    for name, layer in quantized_layers(model).items():
+
+        def compare(module, args, output, name=name, layer=layer):
+            axes = (0, 2, 3) if output.dim() == 4 else tuple(range(output.dim() - 1))
+            shifts[name] = shifts.get(name, 0) + (layer(args[0]) - output).sum(axes)
+            correction, layer.bias_correction = layer.bias_correction, None
+            plain[name] = plain.get(name, 0) + (layer(args[0]) - output).sum(axes)
+            layer.bias_correction = correction
+
+        handles.append(full.get_submodule(name).register_forward_hook(compare))
+    for batch in batches:
+        outputs(full, batch)
+    for handle in handles:
+        handle.remove()
+    assert shifts.keys() == quantized_layers(model).keys()
+    for name in shifts:
+        assert shifts[name].abs().max() <= 1e-3 * plain[name].abs().max()
+
+
+def test_without_bias_correction_there_is_none():
+    model = quantize_model(tiny.detector("resnet"), settings(3, bias_correction=False))
+    calibrate(model, tiny.batches(1))
+    assert all(layer.bias_correction is None for layer in quantized_layers(model).values())

@@ -15,7 +15,7 @@ from ..errors import QwtError
 from ..progress import progress
 from ..settings import Override, QuantizationSettings
 from .attention import ATTENTION, QuantizedAttention
-from .layers import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from .layers import ActivationQuantizer, InputMeans, QuantizedConv2d, QuantizedLinear
 from .ranges import RangeObserver
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,25 @@ def observing(model: nn.Module) -> Iterator[None]:
             quantizer.observer = None
 
 
+@contextlib.contextmanager
+def measuring_means(model: nn.Module) -> Iterator[None]:
+    """Let layers measure their input means; inside, the model computes in full precision."""
+    layers = [layer for layer in quantized_layers(model).values() if layer.is_calibrated]
+    attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
+    operands = [quantizer for module in attention for quantizer in module.quantizers()]
+    for layer in layers:
+        layer.input_means = InputMeans()
+    for quantizer in operands:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.input_means = None
+        for quantizer in operands:
+            quantizer.enabled = True
+
+
 def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
     """Run the part of the detector that ``scope`` names on one collated batch.
 
@@ -203,10 +222,15 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
                         settings.activation_range, quantizer.bits, settings.percentile
                     )
                 )
+    with measuring_means(model) if settings.bias_correction else contextlib.nullcontext():
+        if settings.bias_correction:
+            for batch in progress(loader, "Measuring mean shifts", unit="batch"):
+                forward_scope(model, batch, settings.scope)
+        for layer in layers.values():
+            if layer.is_calibrated:
+                layer.quantize_weight(settings.weight_range, settings.percentile)
     for name, layer in layers.items():
-        if layer.is_calibrated:
-            layer.quantize_weight(settings.weight_range, settings.percentile)
-        else:
+        if not layer.is_calibrated:
             _not_reached(model, name, type(layer).__name__)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedAttention) and not module.quantizers()[0].is_calibrated:

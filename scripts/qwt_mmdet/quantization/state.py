@@ -12,6 +12,7 @@ from ..files import write_atomically
 from ..settings import QuantizationSettings
 from .attention import QuantizedAttention
 from .convert import NotQuantized, activation_quantizers, quantize_model, quantized_layers
+from .layers import LAYER_BUFFERS
 
 WARMUP_FORMAT = "qwt-mmdet warmup 1"
 
@@ -51,7 +52,7 @@ def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
     """All buffers that calibration set: integer codes, scales, zero points (on the CPU)."""
     state: dict[str, Tensor] = {}
     for name, layer in quantized_layers(model).items():
-        for key in ("weight_codes", "weight_scale", "weight_zero_point"):
+        for key in LAYER_BUFFERS:
             if getattr(layer, key) is not None:
                 state[f"{name}.{key}"] = getattr(layer, key).cpu()
     for name, quantizer in activation_quantizers(model).items():
@@ -160,8 +161,9 @@ def load_warmup(
     for name, layer in quantized_layers(model).items():
         layer.weight_bits = bits[f"{name}.weight"]
         if f"{name}.weight_codes" in state:
-            for key in ("weight_codes", "weight_scale", "weight_zero_point"):
-                setattr(layer, key, state[f"{name}.{key}"].to(device))
+            for key in LAYER_BUFFERS:
+                if f"{name}.{key}" in state:
+                    setattr(layer, key, state[f"{name}.{key}"].to(device))
             layer.restore_weight()
     model.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
     return model
