@@ -1,0 +1,87 @@
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.registry import DefaultScope
+from qwt_mmdet.detectors import dataset_classes, load_detector, read_config, resolve_config
+from qwt_mmdet.errors import QwtError
+
+NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    register_all_modules(init_default_scope=True)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(read_config(NANO).model)
+    path = tmp_path_factory.mktemp("weights") / "nano.pth"
+    torch.save({"state_dict": model.state_dict(), "meta": {}}, path)
+    return path
+
+
+def test_zoo_names_and_paths_are_found():
+    path = resolve_config(NANO)
+    assert path.is_file()
+    assert resolve_config(path) == path
+
+
+def test_unknown_config_suggests_similar_names():
+    with pytest.raises(QwtError, match="yolox_nano_8xb8-300e_coco"):
+        resolve_config("yolox/yolox_nano_8xb8_300e_coco.py")
+
+
+def test_broken_and_incomplete_configs_are_named(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("model = dict(")
+    with pytest.raises(QwtError, match=r"broken\.py cannot be read"):
+        read_config(broken)
+    base = tmp_path / "base.py"
+    base.write_text("model = dict(type='YOLOX')")
+    with pytest.raises(QwtError, match="test_dataloader"):
+        read_config(base)
+
+
+def test_weights_arrive_and_the_model_is_ready(checkpoint):
+    model = load_detector(NANO, checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    assert not model.training
+    assert model.dataset_meta["classes"][:2] == ("person", "bicycle")
+    assert len(model.dataset_meta["classes"]) == 80
+
+
+def test_fingerprint_follows_weights_and_config(checkpoint, tmp_path):
+    first = load_detector(NANO, checkpoint).fingerprint
+    assert load_detector(NANO, checkpoint).fingerprint == first
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["backbone.stem.conv.bn.bias"][0] += 1e-6
+    changed = tmp_path / "changed.pth"
+    torch.save(content, changed)
+    other = load_detector(NANO, changed).fingerprint
+    assert other["model"] == first["model"]
+    assert other["weights"] != first["weights"]
+    options = {"model.test_cfg.score_thr": 0.5}
+    other = load_detector(NANO, checkpoint, config_options=options).fingerprint
+    assert other["model"] != first["model"]
+
+
+def test_checkpoint_of_another_model_lists_the_keys(checkpoint):
+    with pytest.raises(QwtError) as error:
+        load_detector("yolox/yolox_tiny_8xb8-300e_coco.py", checkpoint)
+    message = str(error.value)
+    assert "nano.pth" in message
+    assert "missing" in message.lower()
+    assert "unexpected" in message.lower()
+    assert "backbone.stem.conv.conv.weight" in message
+
+
+def test_number_of_classes_that_differs_is_a_shape_mismatch(checkpoint):
+    with pytest.raises(QwtError, match=r"multi_level_conv_cls\.0\.weight"):
+        load_detector(NANO, checkpoint, config_options={"model.bbox_head.num_classes": 3})
+
+
+def test_classes_come_from_metainfo_before_the_dataset_type():
+    config = read_config(NANO)
+    config.test_dataloader.dataset.metainfo = {"classes": ("a", "b")}
+    assert dataset_classes(config) == ("a", "b")
