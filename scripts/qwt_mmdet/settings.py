@@ -120,8 +120,9 @@ class CompensationSettings:
 
     Args:
         kind: form of the compensation; ``linear`` is ``x W + b``.
-        target: ``block`` fits the block's own full-precision output for the same input (the paper);
-            ``reference`` fits the full-precision network's output at that block for the same image.
+        target: ``reference`` fits the full-precision network's output at the block for the same
+            image, and so also repairs what earlier blocks left; ``block`` fits the block's own
+            full-precision output for the same input (the paper).
         ridge: strength relative to the mean of the diagonal of the centred X'X, or ``auto``: the
             value with the smallest error on the held-out images.
         gate: ``holdout`` keeps a block's compensation only where it lowers the held-out error,
@@ -134,7 +135,7 @@ class CompensationSettings:
     """
 
     kind: str = "linear"
-    target: str = "block"
+    target: str = "reference"
     ridge: float | str = "auto"
     gate: str = "holdout"
     holdout_fraction: float = 0.2
