@@ -70,8 +70,8 @@ def test_the_real_detector_reaches_its_known_ap_and_8_bits_keep_it(workflow: Wor
     started = time.monotonic()
     variants = ["baseline", "w8a8/quantized", "w8a8-detector/quantized", "w6a6/quantized"]
     done = workflow.run(
-        *("--cores", "2", "--configfile", str(CONFIGS / "yolox_coco_real.yaml")),
         *(f"results/yolox_nano/{variant}/metrics.json" for variant in variants),
+        *("--cores", "2", "--configfile", str(CONFIGS / "yolox_coco_real.yaml")),
     )
     assert done.returncode == 0, done.stdout
     baseline, backbone8, detector8, backbone6 = (
