@@ -1,7 +1,8 @@
 """Installs envs/requirements.txt into the environment whose Python runs this file.
 
 mmcv is compiled against the torch that is installed, so it comes after all other packages. With a
-CUDA build of torch and the matching CUDA toolkit its operators get their CUDA kernels too.
+CUDA build of torch and an nvcc of the same major version its operators get their CUDA kernels too,
+with or without a GPU in this machine (FORCE_CUDA=0 declines). Not tested: no machine with a CUDA build of torch was at hand.
 """
 
 import os
@@ -34,25 +35,30 @@ def cuda_major(version: str) -> str:
     return found.group(1) if found else ""
 
 
-def cuda_settings(torch_cuda: str | None, nvcc_version: str) -> tuple[dict[str, str], str]:
+def cuda_settings(
+    torch_cuda: str | None, nvcc_version: str, *, declined: bool = False
+) -> tuple[dict[str, str], str]:
     """Decide whether mmcv gets its CUDA kernels.
 
     Args:
         torch_cuda: `torch.version.cuda`, None for a CPU build of torch.
         nvcc_version: what `nvcc --version` prints, empty where there is no nvcc.
+        declined: whether the user asks for the CPU (FORCE_CUDA=0).
 
     Returns:
         Environment variables for mmcv's setup, and a sentence about the choice.
     """
     if torch_cuda is None:
-        return {"FORCE_CUDA": "0"}, "torch is a CPU build, so are mmcv's operators"
-    if cuda_major(nvcc_version) == cuda_major(torch_cuda):
+        return {"FORCE_CUDA": "0"}, "for the CPU as torch is"
+    if not declined and cuda_major(nvcc_version) == cuda_major(torch_cuda):
         return {"FORCE_CUDA": "1"}, "with CUDA kernels, which takes several times as long"
-    # mmcv asks for CUDA as soon as torch sees a GPU, and would then stop for want of nvcc.
-    return (
-        {"FORCE_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""},
-        f"for the CPU only: torch is built for CUDA {torch_cuda} and no nvcc of that version is here",
+    why = (
+        "FORCE_CUDA=0"
+        if declined
+        else f"no nvcc here for CUDA {torch_cuda}, which torch is built for"
     )
+    # mmcv asks for CUDA as soon as torch sees a GPU, and would then stop for want of nvcc.
+    return {"FORCE_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}, f"for the CPU only ({why})"
 
 
 def build_settings() -> tuple[dict[str, str], str]:
@@ -70,7 +76,8 @@ def build_settings() -> tuple[dict[str, str], str]:
         if CUDA_HOME and nvcc.is_file()
         else ""
     )
-    settings, sentence = cuda_settings(torch.version.cuda, nvcc_version)
+    declined = os.environ.get("FORCE_CUDA") == "0"
+    settings, sentence = cuda_settings(torch.version.cuda, nvcc_version, declined=declined)
     cores = len(psutil.Process().cpu_affinity() or [0])
     jobs = max(1, min(cores, psutil.virtual_memory().available // BYTES_PER_JOB))
     return {
@@ -95,16 +102,16 @@ def install_all_but_mmcv(requirements: str) -> None:
         subprocess.run(pip("-r", str(path)), check=True)
 
 
-def compile_mmcv(requirement: str) -> None:
-    """Compile mmcv, or install a wheel of it where pip is offered one.
+def install_mmcv(requirement: str) -> None:
+    """Compile mmcv, or take a wheel of it where pip is offered one.
 
     Raises:
         subprocess.CalledProcessError: with the build's output.
     """
     settings, sentence = build_settings()
     say(
-        f"Compiling {requirement} ({sentence}; MAX_JOBS={settings['MAX_JOBS']}): 6 to 15 minutes on "
-        "two cores; seconds where pip is offered a wheel (PIP_FIND_LINKS)"
+        f"Installing {requirement}, {sentence} (MAX_JOBS={settings['MAX_JOBS']}): compiling it takes "
+        "6 to 15 minutes on two cores; seconds where pip is offered a wheel (PIP_FIND_LINKS)"
     )
     started = time.monotonic()
     command = pip(
@@ -139,8 +146,8 @@ def build_failure(output: str) -> str:
     own = [line for line in errors if "subprocess-exited" not in line]
     reason = own[0].strip() if own else "its output above has no error line"
     return (
-        f"mmcv could not be compiled: {reason} (it needs g++, Python's headers, and 2 GiB of memory "
-        "per job: MAX_JOBS=1 needs least)"
+        f"mmcv could not be compiled: {reason} (it needs g++, Python's headers and 2 GiB of memory per "
+        "job: MAX_JOBS=1 takes least; FORCE_CUDA=0 leaves its CUDA kernels out)"
     )
 
 
@@ -161,7 +168,7 @@ def main() -> int:
         say(f"pip could not install {REQUIREMENTS.name}; its message is above")
         return error.returncode
     try:
-        compile_mmcv(mmcv)
+        install_mmcv(mmcv)
     except subprocess.CalledProcessError as error:
         say(build_failure(error.output))
         return error.returncode

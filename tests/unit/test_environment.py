@@ -293,6 +293,12 @@ def test_mmcv_gets_cuda_kernels_only_from_the_nvcc_that_torch_was_built_with(
     assert sentence
 
 
+def test_a_user_can_decline_cuda_kernels():
+    settings, sentence = install.cuda_settings("13.0", NVCC.format("13.0"), declined=True)
+    assert settings == {"FORCE_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
+    assert "FORCE_CUDA=0" in sentence
+
+
 def test_build_keeps_the_users_number_of_jobs(monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "7")
     settings, _ = install.build_settings()
