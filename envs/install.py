@@ -2,7 +2,8 @@
 
 mmcv is compiled against the torch that is installed, so it comes after all other packages. With a
 CUDA build of torch and an nvcc of the same major version its operators get their CUDA kernels too,
-with or without a GPU in this machine (FORCE_CUDA=0 declines). Not tested: no machine with a CUDA build of torch was at hand.
+with or without a GPU in this machine (FORCE_CUDA=0 declines). Not tested: no machine with a CUDA
+build of torch was at hand.
 """
 
 import os
