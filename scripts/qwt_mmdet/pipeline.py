@@ -44,7 +44,7 @@ def provenance(
         "versions": {
             "qwt_mmdet": __version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of its own, which archives must not hold
             "mmdet": mmdet.__version__,
             "mmcv": mmcv.__version__,
             "mmengine": mmengine.__version__,

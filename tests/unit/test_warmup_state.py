@@ -94,3 +94,11 @@ def test_size_counts_bits(warmup):
             quantized += module.weight.numel() * (4 - bits / 8)
             channels += len(module.weight) * 5
     assert summary["weight_bytes"] == pytest.approx(full - quantized + channels, abs=1)
+
+
+def test_what_could_not_be_read_again_is_not_written(warmup, tmp_path):
+    model, _ = warmup
+    path = tmp_path / "odd.pth"
+    with pytest.raises(Exception, match="weights_only"):
+        save_warmup(model, path, {"version": torch.__version__})
+    assert not path.exists()

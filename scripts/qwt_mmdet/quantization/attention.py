@@ -41,6 +41,10 @@ class QuantizedAttention(nn.Module):
             quantizer = ActivationQuantizer(f"Attention {name} ({operand})", activation_bits)
             self.add_module(f"{operand}_quantizer", quantizer)
 
+    @property
+    def is_calibrated(self) -> bool:
+        return all(quantizer.is_calibrated for quantizer in self.quantizers())
+
     def quantizers(self) -> list[ActivationQuantizer]:
         return [getattr(self, f"{operand}_quantizer") for operand in self.operands]
 

@@ -29,6 +29,10 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+UNITS = (QuantizedLinear, QuantizedConv2d, QuantizedAttention)
+"""What is quantized: layers, and the matrix products of attention."""
+
+
 @dataclass(frozen=True)
 class NotQuantized:
     """A module with weights or matrix products that stays in full precision, and why."""
@@ -144,9 +148,10 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def measuring_means(model: nn.Module) -> Iterator[None]:
+def measuring_means(
+    model: nn.Module, layers: list[QuantizedLinear | QuantizedConv2d]
+) -> Iterator[None]:
     """Let layers measure their input means; inside, the model computes in full precision."""
-    layers = [layer for layer in quantized_layers(model).values() if layer.is_calibrated]
     attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
     operands = [quantizer for module in attention for quantizer in module.quantizers()]
     for layer in layers:
@@ -178,11 +183,12 @@ def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
-    """Find all ranges on calibration images (one pass, full precision), then quantize the weights.
+    """Find all ranges on calibration images, in full precision, then quantize the weights.
 
     Args:
         model: from :func:`quantize_model`.
-        loader: batches as mmdet's test step takes them.
+        loader: batches as mmdet's test step takes them. It is gone through once for the ranges and,
+            with ``bias_correction``, once more for the shifts that these ranges cause.
 
     Returns:
         ``model``, ready to run quantized.
@@ -191,54 +197,54 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
         QwtError: no image came, or an activation is not finite.
     """
     settings: QuantizationSettings = model.quantization_settings
-    layers = quantized_layers(model)
-    order: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-        for name, module in layers.items()
-    ]
-    batches = 0
     with observing(model):
-        try:
-            for batch in progress(loader, "Calibrating", unit="batch"):
-                forward_scope(model, batch, settings.scope)
-                batches += 1
-                while handles:
-                    handles.pop().remove()
-        finally:
-            for handle in handles:
-                handle.remove()
-        if batches == 0:
-            raise QwtError("There are no calibration images; choose at least one.")
-        first = order[0] if order else None
-        if first is not None:
-            override = _matching_override(first, settings.overrides)
-            if override is None or override.activation_bits is None:
-                layers[first].input_quantizer.bits = settings.input_bits
+        _set_input_bits(model, _observe(model, loader))
         for quantizer in activation_quantizers(model).values():
             if not quantizer.observer.is_empty:
-                quantizer.set_range(
-                    *quantizer.observer.estimate(
-                        settings.activation_range, quantizer.bits, settings.percentile
-                    )
+                limits = quantizer.observer.estimate(
+                    settings.activation_range, quantizer.bits, settings.percentile
                 )
-    with measuring_means(model) if settings.bias_correction else contextlib.nullcontext():
+                quantizer.set_range(*limits)
+    layers = [layer for layer in quantized_layers(model).values() if layer.is_calibrated]
+    with measuring_means(model, layers if settings.bias_correction else []):
         if settings.bias_correction:
             for batch in progress(loader, "Measuring mean shifts", unit="batch"):
                 forward_scope(model, batch, settings.scope)
-        for layer in layers.values():
-            if layer.is_calibrated:
-                layer.quantize_weight(settings.weight_range, settings.percentile)
-    for name, layer in layers.items():
-        if not layer.is_calibrated:
-            _not_reached(model, name, type(layer).__name__)
+        for layer in layers:
+            layer.quantize_weight(settings.weight_range, settings.percentile)
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedAttention) and not module.quantizers()[0].is_calibrated:
-            _not_reached(model, name, type(module).__name__)
+        if isinstance(module, UNITS) and not module.is_calibrated:
+            reason = "never ran on a calibration image"
+            logger.warning("%s %s and is not quantized; it raises if it runs later.", name, reason)
+            model.not_quantized.append(NotQuantized(name, type(module).__name__, reason))
     return model
 
 
-def _not_reached(model: nn.Module, name: str, kind: str) -> None:
-    reason = "never ran on a calibration image"
-    logger.warning("%s %s and is not quantized; it raises if it runs later.", name, reason)
-    model.not_quantized.append(NotQuantized(name, kind, reason))
+def _observe(model: nn.Module, loader: Iterable[dict[str, Any]]) -> str | None:
+    """Run the calibration images and return the name of the layer that ran first."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name, module in quantized_layers(model).items()
+    ]
+    batches = 0
+    try:
+        for batch in progress(loader, "Calibrating", unit="batch"):
+            forward_scope(model, batch, model.quantization_settings.scope)
+            batches += 1
+            while handles:
+                handles.pop().remove()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if batches == 0:
+        raise QwtError("There are no calibration images; choose at least one.")
+    return order[0] if order else None
+
+
+def _set_input_bits(model: nn.Module, first: str | None) -> None:
+    """Give the layer that sees the image ``input_bits``, unless an override says otherwise."""
+    settings: QuantizationSettings = model.quantization_settings
+    override = first and _matching_override(first, settings.overrides)
+    if first and (not override or override.activation_bits is None):
+        model.get_submodule(first).input_quantizer.bits = settings.input_bits

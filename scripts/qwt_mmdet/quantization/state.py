@@ -42,10 +42,16 @@ def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) 
 
 
 def save_archive(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write tensors and plain values as a weights_only-loadable .pth, whole or not at all."""
-    with write_atomically(path) as partial, open(partial, "wb") as stream:
-        # Saving to a stream keeps the file's name out of it: equal content gives equal bytes.
-        torch.save(content, stream)
+    """Write tensors and plain values as a .pth, whole or not at all.
+
+    The file is read back before it gets its name: what is not a tensor or a plain value raises here,
+    not at the next user.
+    """
+    with write_atomically(path) as partial:
+        with open(partial, "wb") as stream:
+            # Saving to a stream keeps the file's name out of it: equal content gives equal bytes.
+            torch.save(content, stream)
+        torch.load(partial, weights_only=True)
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
