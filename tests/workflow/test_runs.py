@@ -2,7 +2,6 @@
 
 import csv
 import json
-import time
 
 import pytest
 import yaml
@@ -67,7 +66,6 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
 
 def test_the_real_detector_reaches_its_known_ap_and_8_bits_keep_it(workflow: Workflow):
     """AP 0.269 and AP50 0.426 on these 160 images are the numbers of an independent evaluation."""
-    started = time.monotonic()
     variants = ["baseline", "w8a8/quantized", "w8a8-detector/quantized", "w6a6/quantized"]
     done = workflow.run(
         *(f"results/yolox_nano/{variant}/metrics.json" for variant in variants),
@@ -78,7 +76,6 @@ def test_the_real_detector_reaches_its_known_ap_and_8_bits_keep_it(workflow: Wor
         json.loads((workflow.folder / f"results/yolox_nano/{v}/metrics.json").read_text())["bbox"]
         for v in variants
     )
-    print(f"{time.monotonic() - started:.0f} s", baseline, backbone8, detector8, backbone6)
     assert baseline["AP"] == pytest.approx(0.269, abs=0.002)
     assert baseline["AP50"] == pytest.approx(0.426, abs=0.003)
     assert backbone8["AP"] == pytest.approx(baseline["AP"], abs=0.006)
