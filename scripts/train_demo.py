@@ -23,7 +23,7 @@ CONFIG = (
 )
 VALIDATION_IMAGES = 300
 LABELLING_BATCH_SIZE = 8
-LABELLING_RATE = 1e-3
+LABELLING_RATE = 3e-3
 LABELLING_STRIDE = 4  # of the pixels that are labelled, that of the neck's finest level
 
 logger = logging.getLogger("qwt_mmdet.train_demo")
@@ -60,9 +60,11 @@ def _read_settings(
         loader.dataset.data_root = str(data_root)
     settings.test_evaluator.ann_file = str(data_root / "annotations" / "instances_val.json")
     if epochs is not None:
-        settings.train_cfg.max_epochs = epochs
-        settings.param_scheduler[1].update(end=epochs, T_max=epochs - 1)
-        settings.custom_hooks[0].switch_epoch = epochs // 2
+        last = epochs * len(settings.train_scales)
+        settings.train_cfg.max_epochs = last
+        settings.param_scheduler[1].update(begin=epochs, end=last, T_max=last - epochs)
+        for index, hook in enumerate(settings.custom_hooks, start=1):
+            hook.switch_epoch = epochs * index
     return settings
 
 
@@ -165,7 +167,7 @@ def train(
         output: the checkpoint; the metrics are written beside it with the suffix ``.json``.
         work_dir: drawn images and the training's own log.
         images: number of training images.
-        epochs: instead of the number in the configuration; the first half at half the image size.
+        epochs: at each image size, instead of the number in the configuration.
         labelling_epochs: passes over the images before that, to label their pixels.
         seed: of images, weights and order.
     """
@@ -216,16 +218,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, default=CONFIG, help="mmdet configuration")
     parser.add_argument("--images", type=int, default=6000, help="training images to draw")
-    parser.add_argument("--epochs", type=int, help="instead of the configuration's; at least 2")
-    parser.add_argument("--labelling-epochs", type=int, default=3, help="passes before; at least 1")
+    parser.add_argument(
+        "--epochs", type=int, help="at each image size, instead of the configuration's"
+    )
+    parser.add_argument("--labelling-epochs", type=int, default=1, help="passes before that")
     parser.add_argument("--work-dir", type=Path, default=Path("results/train_demo/work"))
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--output", type=Path, default=Path("results/train_demo/demo.pth"))
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.epochs is not None and options.epochs < 2:
-        parser.error("--epochs must be at least 2: one at half the image size, one at the whole.")
-    return options
+    return parser.parse_args(arguments)
 
 
 def _run_rule(job: Any) -> None:

@@ -1,12 +1,16 @@
 """``shapes``: an instance-segmentation dataset in COCO format that is drawn from a seed.
 
-Textured, rotated, overlapping figures of ten classes on cluttered backgrounds. Every image has its
+Textured, rotated, overlapping figures of ten classes on cluttered backgrounds. As with things in
+photographs, a class has its outline, and colours and a pattern that are usual for it but not sure:
+neighbouring hues overlap, the light has a colour of its own, and one figure in ten has any colour.
+Every image has its
 own random generator, seeded with (seed, split, index), so an image does not depend on how many
 others are drawn, in which order, or by how many threads. To give the same pixels on every machine,
 all image arithmetic is in whole numbers; floating point is used for the corners of the figures
 alone, which are rounded to 1/16 pixel before anything is filled.
 """
 
+import colorsys
 import logging
 import math
 import os
@@ -36,6 +40,8 @@ GENERATOR_VERSION = 1  # part of every annotation file: raise it when the pictur
 _IDS_PER_SPLIT = 10_000_000
 _SUBPIXEL_BITS = 4
 _CURVE_POINTS = 48
+_PATTERNS = 6
+_MIN_CONTRAST = 100  # sum over the three channels, each from 0 to 255
 
 Point = tuple[float, float]
 Outline = list[list[Point]]  # contours, filled by the even-odd rule
@@ -164,9 +170,8 @@ def _blend(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndar
     return (first * (255 - weight) + second * weight) // 255
 
 
-def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _texture(rng: np.random.Generator, height: int, width: int, kind: int) -> np.ndarray:
     """Pattern that mixes the two colours of a figure: int32 from 0 to 255, shape (height, width)."""
-    kind = rng.integers(0, 6)
     y, x = np.ogrid[:height, :width]
     a, b = (int(v) for v in rng.integers(-16, 17, size=2))
     if abs(a) + abs(b) < 8:
@@ -194,6 +199,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     size = IMAGE_SIZE
     colours = rng.integers(30, 226, size=(3, 3)).astype(np.int32)
     colours[1:] = (colours[1:] + colours[0]) // 2  # related colours, as in a landscape or a wall
+    colours = (colours + colours.mean(axis=1, keepdims=True).astype(np.int32)) // 2  # rather dull
     image = _blend(colours[0], colours[1], _noise(rng, int(rng.integers(2, 6)), size, size))
     strength = int(rng.integers(60, 200))
     clouds = _noise(rng, int(rng.integers(8, 24)), size, size) * strength // 255
@@ -214,7 +220,7 @@ def _add_distractors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
             for i, r in enumerate(radii)
         ]
         mask = _fill(_place(rng, [blob], 8 + 40 * rng.random()))
-        image = _paint(rng, image, mask, contrast=20)
+        image = _paint(rng, image, mask, None)
     canvas = image.clip(0, 255).astype(np.uint8)
     for _ in range(int(rng.integers(3, 13))):
         steps = rng.integers(-60, 61, size=(int(rng.integers(2, 6)), 2))
@@ -225,10 +231,25 @@ def _add_distractors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return canvas.astype(np.int32)
 
 
+def _colours(rng: np.random.Generator, category: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Two colours of a figure, int32 BGR; a class has a usual hue, ``None`` and one in ten have any."""
+    if category is None or rng.random() < 0.1:
+        hue = rng.random()
+    else:
+        hue = (category + 1.2 * rng.random() - 0.6) / len(CLASSES)
+    saturation, value = 0.55 + 0.45 * rng.random(), 0.45 + 0.55 * rng.random()
+    other_value = value * (0.45 + 0.35 * rng.random())
+    first, second = (
+        np.array([round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, v)], dtype=np.int32)
+        for v in (value, other_value)
+    )
+    return (first[::-1], second[::-1]) if rng.random() < 0.5 else (second[::-1], first[::-1])
+
+
 def _paint(
-    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, contrast: int
+    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, category: int | None
 ) -> np.ndarray:
-    """Fill ``mask`` with a texture in two colours that differ from what they cover."""
+    """Fill ``mask`` with a pattern in two colours, the first of which differs from what it covers."""
     if not mask.any():
         return image
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -236,11 +257,12 @@ def _paint(
     inside = mask[window]
     covered = image[window][inside].sum(axis=0) // int(inside.sum())
     for _ in range(8):
-        first = rng.integers(10, 246, size=3).astype(np.int32)
-        if np.abs(first - covered).sum() >= 3 * contrast:
+        first, second = _colours(rng, category)
+        if np.abs(first - covered).sum() >= _MIN_CONTRAST:
             break
-    second = (first + rng.integers(-110, 111, size=3)).clip(0, 255).astype(np.int32)
-    texture = _blend(first, second, _texture(rng, *inside.shape))
+    usual = category is not None and rng.random() < 0.6
+    kind = category % _PATTERNS if usual else int(rng.integers(0, _PATTERNS))
+    texture = _blend(first, second, _texture(rng, *inside.shape, kind))
     image = image.copy()
     image[window][inside] = texture[inside]
     return image
@@ -281,7 +303,7 @@ def _radii(rng: np.random.Generator) -> list[float]:
     """Sizes of an image's figures, largest first: a few of every COCO size."""
     radii = [80 + 45 * rng.random()] if rng.random() < 0.45 else []
     radii += [24 * 2.6 ** rng.random() for _ in range(int(rng.integers(1, 5)))]
-    radii += [9 * 2.4 ** rng.random() for _ in range(int(rng.integers(1, 6)))]
+    radii += [11 * 2.2 ** rng.random() for _ in range(int(rng.integers(1, 6)))]
     return sorted(radii, reverse=True)
 
 
@@ -306,7 +328,7 @@ def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[dict
         mask = _fill(_place(rng, _OUTLINES[CLASSES[category]](rng), radius))
         if rng.random() < 0.5:
             image = _shadow(rng, image, mask)
-        image = _paint(rng, image, mask, contrast=35)
+        image = _paint(rng, image, mask, category)
         owner[mask] = number
         figures.append((number, category + 1, int(mask.sum())))
     annotations = []

@@ -13,11 +13,11 @@ classes = (
 metainfo = dict(classes=classes)
 data_root = "data/shapes/"
 image_scale = (256, 256)
-# The first epoch sees the images at half their size: a quarter of the work, and what is learnt about
-# an object of 100 px there holds for one of 50 px later.
-small_scale = (128, 128)
-small_epochs = 1
-max_epochs = 3
+# Training begins with small copies of the images, which are a quarter of the work: what is learnt
+# about an object of 100 px there holds for one of 50 px later.
+train_scales = [(128, 128), (192, 192), image_scale]
+epochs_per_scale = 1
+max_epochs = epochs_per_scale * len(train_scales)
 
 embed_dims = 32
 channels = 48
@@ -175,22 +175,19 @@ model = dict(
     ),
 )
 
-flip = dict(
-    type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]
-)
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="Resize", scale=image_scale, keep_ratio=True),
-    flip,
-    dict(type="PackDetInputs"),
-]
-small_train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="Resize", scale=small_scale, keep_ratio=True),
-    flip,
-    dict(type="PackDetInputs"),
+train_pipelines = [
+    [
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+        dict(type="Resize", scale=scale, keep_ratio=True),
+        dict(
+            type="RandomFlip",
+            prob=[0.25, 0.25, 0.25],
+            direction=["horizontal", "vertical", "diagonal"],
+        ),
+        dict(type="PackDetInputs"),
+    ]
+    for scale in train_scales
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
@@ -214,7 +211,7 @@ train_dataloader = dict(
         ann_file="annotations/instances_train.json",
         data_prefix=dict(img="train/"),
         filter_cfg=dict(filter_empty_gt=True),
-        pipeline=small_train_pipeline,
+        pipeline=train_pipelines[0],
     ),
 )
 test_dataloader = dict(
@@ -243,7 +240,7 @@ test_cfg = dict(type="TestLoop")
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs)
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=6e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
@@ -252,19 +249,24 @@ optim_wrapper = dict(
     ),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=400),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=300),
     dict(
         type="CosineAnnealingLR",
         by_epoch=True,
         convert_to_iter_based=True,
-        begin=1,
+        begin=epochs_per_scale,
         end=max_epochs,
-        T_max=max_epochs - 1,
+        T_max=max_epochs - epochs_per_scale,
         eta_min_ratio=0.01,
     ),
 ]
 custom_hooks = [
-    dict(type="PipelineSwitchHook", switch_epoch=small_epochs, switch_pipeline=train_pipeline)
+    dict(
+        type="PipelineSwitchHook",
+        switch_epoch=epochs_per_scale * index,
+        switch_pipeline=train_pipelines[index],
+    )
+    for index in range(1, len(train_scales))
 ]
 
 default_hooks = dict(

@@ -19,7 +19,7 @@ rule train_demo:
         gpu=1,
     params:
         images=6000,
-        labelling_epochs=3,
+        labelling_epochs=1,
         seed=0,
         work_dir="results/train_demo/work",
         code=source_hash("prepare_dataset"),  # the images are all that the library adds
