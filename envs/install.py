@@ -93,37 +93,22 @@ def build_settings() -> tuple[dict[str, str], str]:
 
 
 def pip(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *arguments]
+    return [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
 
 
 def install_all_but_mmcv(requirements: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "requirements.txt")
         path.write_text(requirements, encoding="utf-8")
-        subprocess.run(pip("-r", str(path)), check=True)
+        subprocess.run(pip("install", "-r", str(path)), check=True)
 
 
-def install_mmcv(requirement: str) -> None:
-    """Compile mmcv, or take a wheel of it where pip is offered one.
+def run_visibly(command: list[str], settings: dict[str, str]) -> None:
+    """Run a command, print its output as it comes, and keep it for the error.
 
     Raises:
-        subprocess.CalledProcessError: with the build's output.
+        subprocess.CalledProcessError: with the output.
     """
-    settings, sentence = build_settings()
-    say(
-        f"Installing {requirement}, {sentence} (MAX_JOBS={settings['MAX_JOBS']}): compiling it takes "
-        "6 to 15 minutes on two cores; seconds where pip is offered a wheel (PIP_FIND_LINKS)"
-    )
-    started = time.monotonic()
-    command = pip(
-        "--no-build-isolation",
-        # All it needs is installed and pinned already.
-        "--no-deps",
-        # Neither an mmcv nor a cached wheel that was compiled against another torch will do.
-        "--force-reinstall",
-        "--no-cache-dir",
-        requirement,
-    )
     output = []
     with subprocess.Popen(
         command,
@@ -138,12 +123,33 @@ def install_mmcv(requirement: str) -> None:
             output.append(line)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, "".join(output))
+
+
+def install_mmcv(requirement: str) -> None:
+    """Compile mmcv, or take a wheel of it where pip is offered one.
+
+    Raises:
+        subprocess.CalledProcessError: with the build's output.
+    """
+    settings, sentence = build_settings()
+    say(
+        f"Installing {requirement}, {sentence} (MAX_JOBS={settings['MAX_JOBS']}): compiling it takes "
+        "6 to 15 minutes on two cores; seconds where pip is offered a wheel (PIP_FIND_LINKS)"
+    )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        # Two steps: `pip install` of older versions answers a failed build by building once more.
+        # pip's cache may hold a wheel that was compiled against another torch.
+        options = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", folder)
+        run_visibly(pip("wheel", *options, requirement), settings)
+        (wheel,) = Path(folder).glob("*.whl")
+        run_visibly(pip("install", "--no-deps", "--force-reinstall", str(wheel)), {})
     say(f"mmcv installed after {(time.monotonic() - started) / 60:.1f} minutes")
 
 
 def build_failure(output: str) -> str:
     """One sentence out of the output of a failed build: the compiler's first error."""
-    errors = re.findall(r"^.*(?:\berror:|Error:).*$", output, flags=re.MULTILINE)
+    errors = re.findall(r"^.*(?:\berror:|Error:|: not found$).*$", output, flags=re.MULTILINE)
     own = [line for line in errors if "subprocess-exited" not in line]
     reason = own[0].strip() if own else "its output above has no error line"
     return (

@@ -317,6 +317,7 @@ def test_build_keeps_the_users_number_of_jobs(monkeypatch):
             "  x.cpp:1:10: fatal error: Python.h: No such file or directory\n  error: command failed",
             "Python.h: No such file or directory",
         ),
+        ("  /bin/sh: 1: c++: not found\n  CalledProcessError: Command '['ninja'", "c++: not found"),
         ("error: command 'g++' failed: No such file or directory\n", "'g++' failed"),
         ("ModuleNotFoundError: No module named 'pkg_resources'\n", "'pkg_resources'"),
         ("Killed\n", "no error line"),
