@@ -71,16 +71,21 @@ def test_masks_fill_their_boxes_and_areas_and_do_not_overlap(drawings):
         assert covered.max(initial=0) <= 1  # every pixel shows the topmost figure only
 
 
-def test_a_mask_shows_where_its_figure_is(drawings):
-    """The colours on both sides of a mask's edge differ more than neighbours elsewhere."""
-    at_edge, elsewhere = [], []
-    for pixels, annotations in drawings[:10]:
-        step = np.abs(np.diff(pixels.astype(int), n=2, axis=1)).sum(axis=2)
+def contrast_at_edges(drawings, shift: tuple[int, int]) -> float:
+    """Mean change of colour across the edges of the masks, all moved by ``shift`` pixels."""
+    changes = []
+    for pixels, annotations in drawings:
+        change = np.abs(np.diff(pixels.astype(int), n=2, axis=1)).sum(axis=2)
         owner = sum(i * coco_mask.decode(a["segmentation"]) for i, a in enumerate(annotations, 1))
-        edge = (np.diff(owner.astype(int), axis=1) != 0)[:, 1:]
-        at_edge.append(step[edge].mean())
-        elsewhere.append(step[~edge].mean())
-    assert np.mean(at_edge) > 2 * np.mean(elsewhere)
+        moved = np.roll(owner.astype(int), shift, axis=(0, 1))
+        changes.append(change[(np.diff(moved, axis=1) != 0)[:, 1:]].mean())
+    return float(np.mean(changes))
+
+
+@pytest.mark.parametrize("shift", [(3, 3), (-4, 2), (0, -5), (0, 5)])
+def test_the_edges_of_the_masks_are_edges_in_the_picture(drawings, shift):
+    at_edges = contrast_at_edges(drawings[:20], (0, 0))
+    assert at_edges > 1.1 * contrast_at_edges(drawings[:20], shift)
 
 
 def test_all_classes_and_all_sizes_of_coco_occur(drawings):
