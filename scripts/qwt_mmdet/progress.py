@@ -31,6 +31,7 @@ def progress(
     if sys.stderr.isatty():
         yield from tqdm(items, desc=description, total=total, unit=unit, dynamic_ncols=True)
         return
+    units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
     start = last = time.monotonic()
     count = 0
     for count, item in enumerate(items, start=1):
@@ -41,7 +42,7 @@ def progress(
             rate = count / (now - start)
             left = f", {(total - count) / rate:.0f} s left" if total else ""
             logger.info(
-                "%s: %d of %s %ss, %.2f per second%s",
-                description, count, total if total is not None else "?", unit, rate, left,
+                "%s: %d of %s %s, %.2f per second%s",
+                description, count, total if total is not None else "?", units, rate, left,
             )  # fmt: skip
-    logger.info("%s: %d %ss in %.1f s", description, count, unit, time.monotonic() - start)
+    logger.info("%s: %d %s in %.1f s", description, count, units, time.monotonic() - start)

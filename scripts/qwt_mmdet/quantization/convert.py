@@ -199,7 +199,8 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
     settings: QuantizationSettings = model.quantization_settings
     with observing(model):
         _set_input_bits(model, _observe(model, loader))
-        for quantizer in activation_quantizers(model).values():
+        quantizers = activation_quantizers(model).values()
+        for quantizer in progress(quantizers, "Choosing ranges", unit="quantizer"):
             if not quantizer.observer.is_empty:
                 limits = quantizer.observer.estimate(
                     settings.activation_range, quantizer.bits, settings.percentile
@@ -210,7 +211,7 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
         if settings.bias_correction:
             for batch in progress(loader, "Measuring mean shifts", unit="batch"):
                 forward_scope(model, batch, settings.scope)
-        for layer in layers:
+        for layer in progress(layers, "Quantizing weights", unit="layer"):
             layer.quantize_weight(settings.weight_range, settings.percentile)
     for name, module in model.named_modules():
         if isinstance(module, UNITS) and not module.is_calibrated:

@@ -189,7 +189,7 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
         """Sum of the padded input under each kernel tap: [in, kernel height, kernel width]."""
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-        x = x.sum(0, dtype=torch.float64)
+        x = x.sum(0)
         (height, width), (down, right), (spread_y, spread_x) = size, self.stride, self.dilation
         rows = [
             [
@@ -202,7 +202,7 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
             ]
             for i in range(self.kernel_size[0])
         ]
-        return torch.stack([torch.stack(row, -1) for row in rows], -2)
+        return torch.stack([torch.stack(row, -1) for row in rows], -2).double()
 
     def _mean_output(self, weight: Tensor, mean: Tensor) -> Tensor:
         grouped = mean.view(self.groups, -1, *mean.shape[1:])

@@ -78,7 +78,8 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     """Sizes and exceptions, for reports: bytes of all weights before and after, layer counts.
 
     ``weight_bytes`` counts quantized weights at their bit width plus a float32 scale and a one-byte
-    zero point per output channel, and everything else as float32.
+    zero point per output channel, and everything else as float32, with the bias that a correction
+    gives to a layer without one.
     """
     layers = quantized_layers(model)
     full = sum(p.numel() for p in model.parameters()) * 4
@@ -87,6 +88,8 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
         if layer.is_calibrated:
             count, channels = layer.weight.numel(), layer.weight_scale.numel()
             saved += count * 4 - (count * layer.weight_bits / 8 + channels * 5)
+            if layer.bias is None and layer.bias_correction is not None:
+                saved -= channels * 4
     attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
     return {
         "baseline_weight_bytes": full,
