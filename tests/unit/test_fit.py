@@ -91,7 +91,7 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
         expected = design @ torch.linalg.lstsq(design, y, driver="gelsd", rcond=1e-6).solution
         actual = x @ block.weight.double() + block.bias.double()
         # Least squares has one projection: equal residuals mean equal predictions.
-        assert (y - actual).norm() <= (y - expected).norm() + 1e-5 * y.norm()
+        assert (y - actual).norm() <= (y - expected).norm() + 1e-4 * y.norm()
         apply_compensation(slow, dataclasses.replace(fitted, blocks=(block,)))
 
 
