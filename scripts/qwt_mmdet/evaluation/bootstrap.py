@@ -147,11 +147,12 @@ class ApTable:
         self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
         self.recall_thresholds: NDArray[np.float64] = parameters.recThrs
         self.areas: list[str] = parameters.areaRngLbl
-        self.categories: list[tuple[Ranking, list[Outcome]]] = []
+        self.categories: dict[int, tuple[Ranking, list[Outcome]]] = {}
         # evalImgs is a flat list [category, area, image]; None where an image has neither
         # objects nor detections of the category, which is so in all areas alike.
         size = len(self.areas) * len(self.images)
-        for start in range(0, len(evaluator.evalImgs), size):
+        starts = range(0, len(evaluator.evalImgs), size)
+        for category, start in zip(parameters.catIds, starts, strict=True):
             by_area = [
                 evaluator.evalImgs[begin : begin + len(self.images)]
                 for begin in range(start, start + size, len(self.images))
@@ -159,7 +160,7 @@ class ApTable:
             present = [index for index, entry in enumerate(by_area[0]) if entry is not None]
             if present:
                 entries = [[area[index] for index in present] for area in by_area]
-                self.categories.append(self._category(np.array(present), entries))
+                self.categories[int(category)] = self._category(np.array(present), entries)
 
     def _category(
         self, present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]
@@ -197,15 +198,18 @@ class ApTable:
         check_predictions(ground_truth, predictions, masks=masks)
         return cls(match_detections(ground_truth, predictions, iou_type))
 
-    def ap(self, weights: NDArray[np.integer]) -> dict[str, NDArray[np.float64]]:
+    def ap(
+        self, weights: NDArray[np.integer]
+    ) -> tuple[dict[str, NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
         """Return AP under integer weights of the images.
 
         Args:
             weights: how often each image counts, [R, N], not negative, in the order of ``images``.
 
         Returns:
-            For each of ``AP_METRICS`` the values [R]; NaN where no object defines the metric. A
-            category without objects in a resample does not enter its mean.
+            For each of ``AP_METRICS`` the values [R], NaN where no object defines the metric; a
+            category without objects in a resample does not enter its mean. And AP of each
+            category id that has objects, [R], NaN in resamples without them.
         """
         weights = np.asarray(weights)
         if weights.ndim != 2 or weights.shape[1] != len(self.images):
@@ -219,20 +223,25 @@ class ApTable:
         # [area, IoU threshold, R]: sum over the categories that have objects, and their number.
         total = np.zeros((len(self.areas), len(self.iou_thresholds), len(weights)))
         defined = np.zeros((len(self.areas), 1, len(weights)), dtype=int)
-        for ranking, outcomes in self.categories:
+        classes: dict[int, NDArray[np.float64]] = {}
+        for category, (ranking, outcomes) in self.categories.items():
             for area, outcome in enumerate(outcomes):
                 holders = np.flatnonzero(outcome.objects)
                 if not len(holders):
                     continue
                 objects = outcome.objects[holders] @ drawn[holders]
-                total[area] += self._curves(ranking, outcome, drawn, most, objects)
+                curves = self._curves(ranking, outcome, drawn, most, objects)
+                total[area] += curves
                 defined[area] += objects > 0
+                if self.areas[area] == "all":
+                    classes[category] = np.where(objects > 0, curves.mean(axis=0), np.nan)
         mean = np.full(total.shape, np.nan)
         np.divide(total, defined, out=mean, where=defined > 0)
         everything, small, medium, large = (mean[self.areas.index(area)] for area in AREAS)
         half, three_quarters = (np.isclose(self.iou_thresholds, iou) for iou in (0.5, 0.75))
         selected = (everything, everything[half], everything[three_quarters], small, medium, large)
-        return {name: ap.mean(axis=0) for name, ap in zip(AP_METRICS, selected, strict=True)}
+        metrics = {name: ap.mean(axis=0) for name, ap in zip(AP_METRICS, selected, strict=True)}
+        return metrics, classes
 
     def _curves(
         self,
@@ -327,20 +336,23 @@ class Bootstrap:
         images: number of images.
         resamples: number of resamples R.
         seed: of the drawing.
-        values: {variant: {IoU type: {metric: AP of all images, NaN where it is undefined}}}.
+        values: {variant: {IoU type: {metric: AP of all images, NaN where it is undefined}}}. A
+            metric is one of ``AP_METRICS``, or the id of a category that has objects, for its AP.
         samples: the same, with AP of each resample, [R], NaN where it is undefined.
     """
 
     images: int
     resamples: int
     seed: int
-    values: Mapping[str, Mapping[str, Mapping[str, float]]]
-    samples: Mapping[str, Mapping[str, Mapping[str, NDArray[np.float64]]]]
+    values: Mapping[str, Mapping[str, Mapping[str | int, float]]]
+    samples: Mapping[str, Mapping[str, Mapping[str | int, NDArray[np.float64]]]]
 
-    def _get(self, variant: str, iou_type: str, metric: str) -> tuple[float, NDArray[np.float64]]:
+    def _get(
+        self, variant: str, iou_type: str, metric: str | int
+    ) -> tuple[float, NDArray[np.float64]]:
         return self.values[variant][iou_type][metric], self.samples[variant][iou_type][metric]
 
-    def estimate(self, variant: str, iou_type: str, metric: str) -> dict[str, Any]:
+    def estimate(self, variant: str, iou_type: str, metric: str | int) -> dict[str, Any]:
         """AP of a variant.
 
         Returns:
@@ -353,7 +365,7 @@ class Bootstrap:
         defined = samples[~np.isnan(samples)]
         return {**summary, "bias": float(defined.mean() - value) if len(defined) else None}
 
-    def difference(self, a: str, b: str, iou_type: str, metric: str) -> dict[str, Any]:
+    def difference(self, a: str, b: str, iou_type: str, metric: str | int) -> dict[str, Any]:
         """AP of variant ``a`` minus AP of variant ``b``, paired.
 
         Returns:
@@ -399,23 +411,6 @@ class Bootstrap:
         value = (value_c - value_q) / (value_b - value_q)
         return {**_summary(value, lost, (low, high)), "reason": None}
 
-    def to_dict(self) -> dict[str, Any]:
-        """All estimates, ready for JSON."""
-        estimates = {
-            variant: {
-                iou_type: {metric: self.estimate(variant, iou_type, metric) for metric in metrics}
-                for iou_type, metrics in by_type.items()
-            }
-            for variant, by_type in self.values.items()
-        }
-        return {
-            "images": self.images,
-            "resamples": self.resamples,
-            "seed": self.seed,
-            "confidence": CONFIDENCE,
-            "variants": estimates,
-        }
-
 
 def bootstrap(
     annotations: str | os.PathLike[str],
@@ -449,13 +444,14 @@ def bootstrap(
             check_predictions(ground_truth, predictions, masks=masks)
         except QwtError as error:
             raise QwtError(f"Variant {name}: {error}") from error
-    values: dict[str, dict[str, dict[str, float]]] = {}
-    samples: dict[str, dict[str, dict[str, NDArray[np.float64]]]] = {}
+    values: dict[str, dict[str, dict[str | int, float]]] = {}
+    samples: dict[str, dict[str, dict[str | int, NDArray[np.float64]]]] = {}
     for name in progress(list(variants), "Bootstrap", unit="variant"):
         values[name], samples[name] = {}, {}
         for iou_type in iou_types(masks):
             table = ApTable(match_detections(ground_truth, variants[name], iou_type))
-            under_weights = table.ap(weights)
+            metrics, classes = table.ap(weights)
+            under_weights = {**metrics, **classes}
             values[name][iou_type] = {key: float(ap[0]) for key, ap in under_weights.items()}
             samples[name][iou_type] = {key: ap[1:] for key, ap in under_weights.items()}
     return Bootstrap(images, len(drawn), seed, values, samples)
