@@ -5,4 +5,4 @@ from qwt_mmdet.runtime import step
 with step(snakemake):
     from qwt_mmdet.reporting.html import render
 
-    render(snakemake.params.rows, snakemake.input.summary, snakemake.output.report)
+    render(snakemake.params.rows, snakemake.input.document, snakemake.output.report)

@@ -7,7 +7,8 @@ with step(snakemake):
 
     summarize(
         snakemake.params.rows,
-        snakemake.output.summary,
+        snakemake.output.table,
+        snakemake.output.document,
         resamples=snakemake.params.resamples,
         seed=snakemake.params.seed,
     )

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 # Names that would collide with other files under results/.
 RESERVED_NAMES = {
-    "models": ("datasets", "train_demo", "summary.csv", "report.html"),
+    "models": ("datasets", "train_demo", "summary.csv", "summary.json", "report.html"),
     "quantization": ("baseline", "checkpoint.pth"),
     "compensation": ("quantized", "warmup.pth"),
 }
@@ -45,6 +45,9 @@ DATASET_DEFAULTS = {
 # Parts of the library (modules or packages) whose code decides the result of each step.
 _DETECTOR = ("checkpoints", "detectors", "fingerprint", "loaders", "pipeline")
 _EVALUATION = ("evaluation.coco", "evaluation.predict")
+_REPORT = tuple(
+    f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
+)
 STEP_PARTS = {
     "fetch_checkpoint": ("checkpoints", "download"),
     "prepare_dataset": ("datasets", "download", "shapes"),
@@ -54,8 +57,13 @@ STEP_PARTS = {
     "evaluate_quantized": (*_DETECTOR, *_EVALUATION, "quantization"),
     "fit_compensation": (*_DETECTOR, "quantization", "compensation"),
     "evaluate_compensated": (*_DETECTOR, *_EVALUATION, "quantization", "compensation"),
-    "summarize_results": ("evaluation.bootstrap", "evaluation.coco", "reporting.tables"),
-    "render_report": ("reporting",),
+    "summarize_results": (
+        "evaluation.bootstrap",
+        "evaluation.coco",
+        "quantization",
+        "reporting.tables",
+    ),
+    "render_report": ("evaluation.coco", *_REPORT),
 }
 
 

@@ -291,7 +291,7 @@ OTHER_STEPS = {
     "evaluate_quantized": {"compensation", "download"},
     "fit_compensation": {"download", "evaluation"},
     "evaluate_compensated": {"download"},
-    "render_report": {"evaluation"},
+    "summarize_results": {"compensation"},
     "select_images": {"shapes"},
 }
 

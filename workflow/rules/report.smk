@@ -1,3 +1,10 @@
+import shlex
+
+# The report names the command. Jobs read the workflow again, with a command line of their own, so the
+# first one stays.
+os.environ.setdefault("QWT_MMDET_COMMAND", shlex.join(["snakemake", *sys.argv[1:]]))
+
+
 rule summarize_results:
     """Put all results into one table, with intervals from the paired bootstrap."""
     input:
@@ -7,11 +14,17 @@ rule summarize_results:
         warmups=row_files("warmup"),
         compensations=result_files("compensation.pth", variants=["compensated"]),
     output:
-        summary=report(
+        table=report(
             "results/summary.csv",
             caption="../report/summary.rst",
             category="Results",
             labels={"result": "table of all numbers"},
+        ),
+        document=report(
+            "results/summary.json",
+            caption="../report/summary_json.rst",
+            category="Results",
+            labels={"result": "all numbers, with classes and layers, for machines"},
         ),
     log:
         "logs/summarize_results.log",
@@ -31,9 +44,14 @@ rule summarize_results:
 rule render_report:
     """Render the report that people read: one HTML file without external parts."""
     input:
-        summary="results/summary.csv",
+        document="results/summary.json",
         metrics=result_files("metrics.json"),
-        warmups=row_files("warmup"),
+        predictions=result_files("predictions.json"),
+        annotations=[
+            f"{os.path.dirname(path)}/{part}.json"
+            for path in row_files("annotations")
+            for part in ("calibration", "evaluation")
+        ],
         blocks=result_files("blocks.csv", variants=["compensated"]),
     output:
         report=report(

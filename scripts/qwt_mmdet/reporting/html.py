@@ -1,51 +1,66 @@
 """The report of a run: one HTML file without external parts."""
 
+import csv
 import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from ..evaluation.coco import AP_METRICS
 from ..files import read_json, write_atomically
-from . import text
-from .tables import AP_METRICS, VARIANTS, read_summary
+from . import figures, text
+from .pictures import RULES, SCORE, make_pictures
 
 TEMPLATES = Path(__file__).parent / "templates"
+
+LOSS, GAIN = "AP_quantized_minus_baseline", "AP_compensated_minus_quantized"
+MOST_IMAGES = sum(RULES.values())
+PICTURED_IMAGES = 24  # in the whole report, so that it stays below 5 MB
+WORST_LAYERS = 15
+
+Row = Mapping[str, Any]
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def effect_sentence(row: Mapping[str, Any]) -> str:
+def _select(rows: Iterable[Row], **names: Any) -> list[Row]:
+    """Rows whose columns have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in names.items())]
+
+
+def effect_sentence(row: Row) -> str:
     """Say in words what one compensation did, from a row of the summary."""
-    gain = "AP_compensated_minus_quantized"
-    ends = text.interval(row, gain)
+    ends = text.interval(row, GAIN)
     name = row["compensation"]
-    if not row[f"{gain}_significant"]:
-        return f"{name} changes it by {text.signed(row[gain])}, which is not significant {ends}".rstrip()
-    verb = "raises" if row[gain] > 0 else "lowers"
-    kept = (
-        f", {text.percent(row['AP_compensated'] / row['AP_baseline'])} of the baseline"
+    if not row[f"{GAIN}_significant"]:
+        change = f"{name} changes it by {text.signed(row[GAIN])}, which is not significant"
+        return f"{change} ({ends})" if ends else change
+    verb = "brings" if row[GAIN] > 0 else "lowers"
+    value = text.number(row["AP_compensated"])
+    reached = (
+        f"{text.percent(row['AP_compensated'] / row['AP_baseline'])} ({value})"
         if row["AP_baseline"]
-        else ""
+        else value
     )
     weights = row["compensation_bytes"] / row["quantized_bytes"]
     return (
-        f"{name} {verb} it to {text.number(row['AP_compensated'])}{kept} "
-        f"({text.signed(row[gain])}, interval {ends[1:-1]}), for {100 * weights:+.1f} % weights"
+        f"{name} {verb} it to {reached}, a change of {text.signed(row[GAIN])} (interval {ends}), "
+        f"for {100 * weights:+.1f} % weights"
     )
 
 
-def answer(rows: Sequence[Mapping[str, Any]]) -> str:
+def answer(rows: Sequence[Row]) -> str:
     """Say in words what one quantization cost and what each compensation brought back.
 
     Args:
         rows: of one model, quantization and kind of AP.
     """
     row = rows[0]
-    loss = "AP_quantized_minus_baseline"
     kind = text.KINDS[row["metrics"]]
     if row["AP_baseline"]:
         start = (
@@ -55,90 +70,340 @@ def answer(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     else:
         start = f"{row['quantization']} has {kind} AP {text.number(row['AP_quantized'])}"
-    if not row[f"{loss}_significant"]:
+    if not row[f"{LOSS}_significant"]:
         start += ", a difference that is not significant"
-    return f"{start}; {'; '.join(effect_sentence(r) for r in rows)}."
+    effects = [effect_sentence(r) for r in rows if r["compensation"] is not None]
+    return "; ".join([start, *effects]) + "."
 
 
-def answers(summary: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Sentences of each model, by quantization and kind of AP."""
-    result: dict[str, list[str]] = {}
-    keys = _unique((row["model"], row["quantization"], row["metrics"]) for row in summary)
-    for key in keys:
-        rows = [r for r in summary if (r["model"], r["quantization"], r["metrics"]) == key]
-        result.setdefault(key[0], []).append(answer(rows))
-    return result
+def featured(rows: Sequence[Row]) -> Row:
+    """The row that the report shows first: the largest gain in box AP, else the largest loss."""
+    boxes = _select(rows, metrics="bbox")
+    return max(boxes, key=lambda row: (row[GAIN] or 0, -row[LOSS]))
 
 
-def _class_table(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any] | None:
-    """AP by class of all variants of one model; None where the model has no such AP."""
-    folders = _unique(row[variant] for row in rows for variant in VARIANTS)
-    metrics = {folder: read_json(Path(folder) / "metrics.json") for folder in folders}
-    if kind not in metrics[folders[0]]:
+def answers(rows: Sequence[Row]) -> list[str]:
+    """Sentences about one model, by kind of AP and quantization, the featured one first."""
+    first = featured(rows)["quantization"]
+    names = sorted(_unique(row["quantization"] for row in rows), key=lambda name: name != first)
+    return [
+        answer(chosen)
+        for name in names
+        for kind in text.KINDS
+        if (chosen := _select(rows, quantization=name, metrics=kind))
+    ]
+
+
+def seconds(rule: str, *wildcards: str) -> float | None:
+    """Running time of a step, from what Snakemake measured; None where it did not."""
+    path = Path("benchmarks", rule, *wildcards[:-1], f"{wildcards[-1]}.tsv")
+    if not path.is_file():
         return None
-    labels = {}
-    for row in rows:
-        labels[row["baseline"]] = "baseline"
-        labels[row["quantized"]] = row["quantization"]
-        labels[row["compensated"]] = f"{row['quantization']} + {row['compensation']}"
-    classes = metrics[folders[0]]["per_class"]
+    with open(path, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    return float(rows[-1]["s"]) if rows else None
+
+
+def _estimate(row: Row, column: str) -> dict[str, Any]:
+    """A number, the ends of its interval, and whether it is a difference that is significant."""
     return {
-        "kind": text.KINDS[kind],
-        "columns": [labels[folder] for folder in folders],
-        "rows": [
-            {
-                "name": name,
-                "annotations": entry["annotations"],
-                "values": [metrics[folder]["per_class"][name].get(kind) for folder in folders],
-            }
-            for name, entry in classes.items()
-            if entry["annotations"]
-        ],
+        "value": row[column],
+        "low": row[f"{column}_low"],
+        "high": row[f"{column}_high"],
+        "significant": row.get(f"{column}_significant"),
     }
 
 
-def _model_section(rows: Sequence[Mapping[str, Any]], sentences: Sequence[str]) -> dict[str, Any]:
-    """What the template shows of one model."""
-    warmups = {row["quantization"]: row["warmup"] for row in rows}
-    return {
-        "name": rows[0]["model"],
-        "answers": sentences,
-        "blocks": [
+def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The baseline, each quantization and each compensation, a line each.
+
+    Args:
+        rows: of one model and kind of AP.
+    """
+    model, first = rows[0]["model"], rows[0]
+    lines = [
+        {
+            "variant": "baseline",
+            "series": figures.BASELINE,
+            "note": "full precision",
+            "ap": _estimate(first, "AP_baseline"),
+            "bytes": first["baseline_bytes"],
+            "evaluated": seconds("evaluate_baseline", model),
+        }
+    ]
+    for name in _unique(row["quantization"] for row in rows):
+        chosen = _select(rows, quantization=name)
+        row = chosen[0]
+        bits = f"W{row['weight_bits']} A{row['activation_bits']}, {row['scope']}"
+        lines.append(
             {
-                "title": f"{row['quantization']} + {row['compensation']}",
-                "rows": text.read_table(Path(row["compensated"]) / "blocks.csv"),
+                "variant": name,
+                "series": figures.QUANTIZED,
+                "quantization": name,
+                "bits": (row["weight_bits"], row["activation_bits"]),
+                "note": bits,
+                "ap": _estimate(row, "AP_quantized"),
+                "loss": _estimate(row, LOSS),
+                "bytes": row["quantized_bytes"],
+                "made": seconds("quantize_model", model, name),
+                "evaluated": seconds("evaluate_quantized", model, name),
             }
-            for row in rows
+        )
+        for row in chosen:
+            compensation = row["compensation"]
+            if compensation is None:
+                continue
+            lines.append(
+                {
+                    "variant": f"+ {compensation}",
+                    "series": compensation,
+                    "quantization": name,
+                    "bits": (row["weight_bits"], row["activation_bits"]),
+                    "note": f"{row['blocks_kept']:.0f} of {row['blocks']:.0f} blocks",
+                    "ap": _estimate(row, "AP_compensated"),
+                    "loss": _estimate(row, "AP_compensated_minus_baseline"),
+                    "gain": _estimate(row, GAIN),
+                    "recovered": _estimate(row, "AP_recovered"),
+                    "bytes": row["quantized_bytes"] + row["compensation_bytes"],
+                    "multiply_adds": row["compensation_multiply_adds"],
+                    "made": seconds("fit_compensation", model, name, compensation),
+                    "evaluated": seconds("evaluate_compensated", model, name, compensation),
+                }
+            )
+    return lines
+
+
+def _tradeoff_figures(lines: Sequence[Mapping[str, Any]], kind: str, name: str) -> list[Any]:
+    """AP against bits and against size."""
+    points = [
+        figures.Point(
+            quantization=line.get("quantization", ""),
+            bits=line.get("bits", (32, 32)),
+            series=line["series"],
+            value=line["ap"]["value"],
+            low=line["ap"]["low"],
+            high=line["ap"]["high"],
+            megabytes=line["bytes"] / 1e6,
+        )
+        for line in lines
+    ]
+    return [
+        {"svg": draw(points, kind, f"{name}-{part}"), "label": f"{kind} AP against {part}"}
+        for part, draw in (("bits", figures.ap_by_bits), ("size", figures.ap_by_size))
+    ]
+
+
+def _results(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
+    """Table and figures of each kind of AP that the model has."""
+    results = []
+    for metrics, kind in text.KINDS.items():
+        chosen = _select(rows, metrics=metrics)
+        if not chosen:
+            continue
+        lines = variant_lines(chosen)
+        results.append(
+            {
+                "kind": kind,
+                "rows": chosen,
+                "lines": lines,
+                "figures": _tradeoff_figures(lines, kind, f"{name}-{metrics}"),
+            }
+        )
+    return results
+
+
+def _block_section(combination: Row, row: Row, name: str) -> dict[str, Any]:
+    """Errors of the blocks of one compensation, on held-out images where there are some."""
+    blocks = text.read_table(Path(combination["compensated"]) / "blocks.csv")
+    held_out = all(block["holdout_error_after"] is not None for block in blocks)
+    part = "holdout" if held_out else "fit"
+    drawable = all(
+        (block[f"{part}_error_{when}"] or 0) > 0 for block in blocks for when in ("before", "after")
+    )
+    return {
+        "title": f"{row['quantization']} + {row['compensation']}",
+        "blocks": blocks,
+        "kept": sum(bool(block["kept"]) for block in blocks),
+        "images": "held-out images" if held_out else "the images of the fit",
+        "svg": figures.block_errors(blocks, part, name) if blocks and drawable else None,
+    }
+
+
+def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of one quantization, the largest error first, and what was not quantized."""
+    layers = sorted(quantization["layer_sqnr"], key=lambda layer: layer["sqnr_db"])
+    most = max([layer["sqnr_db"] for layer in layers], default=0)
+    least = min([0, *(layer["sqnr_db"] for layer in layers)])
+    return {
+        "title": quantization["quantization"],
+        "layers": [
+            # the length of a bar, from the smallest ratio (or 0 dB) to the largest
+            {**layer, "share": (layer["sqnr_db"] - least) / ((most - least) or 1)}
+            for layer in layers
         ],
-        "not_quantized": {
-            name: read_summary(warmup)["not_quantized"] for name, warmup in warmups.items()
+        "not_quantized": quantization["not_quantized"],
+    }
+
+
+def _pictures(combination: Row, seed: int, most: int) -> list[dict[str, Any]]:
+    titles = {"baseline": "baseline", "quantized": combination["quantization"]}
+    if combination["compensated"] is not None:
+        titles["compensated"] = f"{combination['quantization']} + {combination['compensation']}"
+    found = {
+        title: read_json(
+            Path(combination[variant]) / "predictions.json", what="file of predictions"
+        )
+        for variant, title in titles.items()
+    }
+    masks = "segm" in read_json(Path(combination["baseline"]) / "metrics.json")
+    return make_pictures(combination["annotations"], found, masks=masks, seed=seed, most=most)
+
+
+def _class_sections(
+    rows: Sequence[Row], summary: Mapping[str, Sequence[Row]]
+) -> list[dict[str, Any]]:
+    """AP by class of each combination, and the classes that lost and regained most."""
+    sections = []
+    for row in rows:
+        names = {key: row[key] for key in ("model", "quantization", "compensation", "metrics")}
+        classes = {entry["class"]: entry for entry in _select(summary["classes"], **names)}
+        (ranking,) = _select(summary["rankings"], **names)
+        title = " + ".join(filter(None, (row["quantization"], row["compensation"])))
+        sections.append(
+            {
+                "title": f"{title}, {text.KINDS[row['metrics']]} AP",
+                "compensated": row["compensation"] is not None,
+                "classes": list(classes.values()),
+                "rankings": [
+                    {
+                        "title": f"{verb} most",
+                        "column": column,
+                        "classes": [classes[name] for name in ranking[f"{verb}_most"]],
+                    }
+                    for verb, column in (("lost", LOSS), ("regained", GAIN))
+                    if ranking[f"{verb}_most"]
+                ],
+            }
+        )
+    return sections
+
+
+def _images(annotations: Path) -> dict[str, Any] | None:
+    """Names of the images of an annotation file and where they come from."""
+    if not annotations.is_file():
+        return None
+    content = read_json(annotations, what="annotation file")
+    return {
+        "source": {key: value for key, value in content["info"].items() if value not in (None, [])},
+        "names": [image["file_name"] for image in content["images"]],
+    }
+
+
+def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
+    """Settings, versions, seeds, hashes, hardware and image lists of one model."""
+    variants = {"baseline": combinations[0]["baseline"]}
+    for row in combinations:
+        variants[row["quantization"]] = row["quantized"]
+        if row["compensated"] is not None:
+            variants[f"{row['quantization']} + {row['compensation']}"] = row["compensated"]
+    by_variant = {
+        title: read_json(Path(folder) / "metrics.json")["provenance"]
+        for title, folder in variants.items()
+    }
+    annotations = Path(combinations[0]["annotations"])
+    parts = {
+        part: _images(annotations.with_name(f"{part}.json"))
+        for part in ("calibration", "evaluation")
+    }
+    return {
+        "baseline": by_variant["baseline"],
+        "hashes": {
+            title: {
+                key: value
+                for key in ("warmup", "compensation")
+                if (value := provenance.get("settings", {}).get(key))
+            }
+            for title, provenance in by_variant.items()
         },
-        "classes": [
-            table for kind in text.KINDS if (table := _class_table(rows, kind)) is not None
+        "devices": _unique(provenance["device"] for provenance in by_variant.values()),
+        "settings": {
+            "quantization": {row["quantization"]: row["settings"] for row in combinations},
+            "compensation": {
+                row["compensation"]: row["compensation_settings"]
+                for row in combinations
+                if row["compensation"] is not None
+            },
+        },
+        "images": {part: content for part, content in parts.items() if content is not None},
+    }
+
+
+def hardware() -> str:
+    """Processor, cores, memory and system of this machine."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = information.read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{processor}, {os.cpu_count()} logical cores, {memory:.0f} GiB memory, "
+        f"{platform.system()} {platform.release()}"
+    )
+
+
+def _model_section(
+    index: int,
+    combinations: Sequence[Row],
+    summary: Mapping[str, Any],
+    most_images: int,
+) -> dict[str, Any]:
+    """What the templates show of one model; empty lists for what there is nothing of."""
+    model = combinations[0]["model"]
+    rows = _select(summary["rows"], model=model)
+    first = featured(rows)
+
+    def is_featured(row: Row) -> bool:
+        return all(row[key] == first[key] for key in ("quantization", "compensation"))
+
+    ordered = sorted(combinations, key=lambda row: not is_featured(row))
+    return {
+        "name": model,
+        "answers": answers(rows),
+        "results": _results(rows, f"m{index}"),
+        "blocks": [
+            _block_section(row, row, f"m{index}-blocks{number}")
+            for number, row in enumerate(ordered)
+            if row["compensated"] is not None
         ],
-        "provenance": read_json(Path(rows[0]["baseline"]) / "metrics.json")["provenance"],
-        "quantizations": {row["quantization"]: row["settings"] for row in rows},
-        "compensations": {row["compensation"]: row["compensation_settings"] for row in rows},
+        "layers": [
+            section
+            for quantization in _select(summary["quantizations"], model=model)
+            if (section := _layer_section(quantization))["layers"] or section["not_quantized"]
+        ],
+        "pictures": _pictures(ordered[0], summary["seed"], most_images),
+        "classes": _class_sections(sorted(rows, key=lambda row: not is_featured(row)), summary),
+        "provenance": _provenance(combinations),
     }
 
 
 def render(
-    rows: Sequence[Mapping[str, Any]],
-    summary: str | os.PathLike[str],
+    rows: Sequence[Row],
+    document: str | os.PathLike[str],
     output: str | os.PathLike[str],
 ) -> None:
     """Write the report.
 
     Args:
         rows: as for ``tables.summarize``, with compensation_settings besides.
-        summary: the table that ``tables.summarize`` wrote.
+        document: the JSON file that ``tables.summarize`` wrote.
         output: the HTML file.
 
     Raises:
         QwtError: a result file is missing or unreadable.
     """
-    table = text.read_table(summary)
-    sentences = answers(table)
+    summary = read_json(document, what="summary")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -146,25 +411,28 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": text.number,
-        "signed": text.signed,
-        "percent": text.percent,
-        "megabytes": text.megabytes,
-    }
+    forms = (
+        text.number, text.signed, text.percent, text.megabytes, text.multiply_adds,
+        text.duration, text.significant_digits,
+    )  # fmt: skip
+    environment.filters |= {form.__name__: form for form in forms}
+    environment.globals |= {form.__name__: form for form in forms} | {"interval": text.interval}
     models = _unique(row["model"] for row in rows)
+    most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)
     page = environment.get_template("report.html.j2").render(
-        summary=table,
-        metrics=AP_METRICS,
-        kinds=text.KINDS,
-        interval=text.interval,
-        number=text.number,
-        signed=text.signed,
-        percent=text.percent,
         models=[
-            _model_section([row for row in rows if row["model"] == model], sentences[model])
-            for model in models
+            _model_section(index, _select(rows, model=model), summary, most_images)
+            for index, model in enumerate(models)
         ],
+        metrics=AP_METRICS,
+        images=_unique(row["images"] for row in summary["rows"]),
+        resamples=summary["rows"][0]["resamples"],
+        seed=summary["seed"],
+        score=SCORE,
+        worst_layers=WORST_LAYERS,
+        hardware=hardware(),
+        # the workflow leaves it there for its jobs
+        command=os.environ.get("QWT_MMDET_COMMAND"),
     )
     with write_atomically(output) as partial:
         partial.write_text(page, encoding="utf-8")

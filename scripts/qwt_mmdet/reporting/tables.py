@@ -1,7 +1,7 @@
-"""The table of all results: ``summary.csv``.
+"""The results of a run as numbers: ``summary.csv``, and ``summary.json`` which says more.
 
-One row for each model × quantization × compensation × kind of AP (``metrics``: bbox or segm).
-An empty cell means that the number is undefined (no objects of that size, nothing to recover).
+The table has one row for each model × quantization × compensation × kind of AP. An empty cell means
+that the number is undefined (no objects of that size, nothing to recover, no compensation).
 
 ``model``, ``quantization``, ``compensation``
     names in the config.
@@ -18,7 +18,9 @@ An empty cell means that the number is undefined (no objects of that size, nothi
 ``{M}_recovered``
     (compensated - quantized) / (baseline - quantized), where the loss is significant.
 ``…_low``, ``…_high``
-    ends of the 95 % interval of each number above: paired bootstrap over images.
+    ends of the interval of each number above: paired bootstrap over images, 2.5 % of the resamples
+    beyond each end. On few images it covers the truth in about 90 % of cases rather than 95 %
+    (measured; see ``evaluation.bootstrap``).
 ``baseline_bytes``, ``quantized_bytes``
     size of all weights before and after quantization.
 ``layers``, ``not_quantized``
@@ -27,6 +29,18 @@ An empty cell means that the number is undefined (no objects of that size, nothi
     what the kept compensation adds; multiply-adds per image.
 ``blocks``, ``blocks_kept``
     blocks that were fitted, and those whose compensation the gate kept.
+
+summary.json holds the same rows under ``rows``, and besides
+
+``classes``
+    one row for each row of the table and each class that has objects: its name (``class``), the
+    number of its objects (``annotations``) and of the images that hold them, and the columns of AP
+    above, without intervals where there are fewer than five such images.
+``rankings``
+    the ten classes of each row that lost most by quantization, and that regained most.
+``quantizations``
+    of each model and quantization: ``not_quantized`` (name, type, reason) and, where it was measured,
+    ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer).
 """
 
 import csv
@@ -35,10 +49,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..compensation.state import COMPENSATION_FORMAT
 from ..errors import QwtError
-from ..evaluation.bootstrap import Bootstrap, bootstrap
+from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS
-from ..files import read_json, write_atomically
+from ..files import read_json, write_atomically, write_json
+from ..quantization.state import WARMUP_FORMAT, load_archive
 
 VARIANTS = ("baseline", "quantized", "compensated")
 DIFFERENCES = (
@@ -48,17 +64,12 @@ DIFFERENCES = (
 )
 
 
-def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the ``summary`` dictionary of a warmup or compensation file (plain numbers)."""
-    import torch
+RANKED_CLASSES = 10
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise QwtError(
-            f"The file {path} cannot be read ({type(error).__name__}); delete it and run again."
-        ) from error
-    return dict(content["summary"])
+IMAGES_OF_CLASS = 5
+"""Fewer images with objects of a class tell nothing about how its AP varies (one image: not at all)."""
+
+NOTHING = {"value": None, "low": None, "high": None, "significant": None}
 
 
 def _with_interval(column: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,35 +81,44 @@ def _with_interval(column: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ap_columns(
-    statistics: Bootstrap, row: Mapping[str, Any], kind: str, metric: str
+    statistics: Bootstrap, row: Mapping[str, Any], kind: str, metric: str | int, name: str
 ) -> dict[str, Any]:
-    """Columns of one metric (AP, AP50, …) of one row; variants go by their result folders."""
+    """Columns of one metric (see ``Bootstrap.values``) of one row, under the name of the metric.
+
+    Variants go by their result folders; a compensation that there is not has None.
+    """
     columns: dict[str, Any] = {}
     for variant in VARIANTS:
-        estimate = statistics.estimate(row[variant], kind, metric)
-        columns |= _with_interval(f"{metric}_{variant}", estimate)
+        known = row[variant] is not None
+        estimate = statistics.estimate(row[variant], kind, metric) if known else NOTHING
+        columns |= _with_interval(f"{name}_{variant}", estimate)
     for a, b in DIFFERENCES:
-        column = f"{metric}_{a}_minus_{b}"
-        difference = statistics.difference(row[a], row[b], kind, metric)
+        column = f"{name}_{a}_minus_{b}"
+        known = row[a] is not None
+        difference = statistics.difference(row[a], row[b], kind, metric) if known else NOTHING
         columns |= _with_interval(column, difference)
         columns[f"{column}_significant"] = difference["significant"]
-    recovered = statistics.recovered(*(row[variant] for variant in VARIANTS), kind, metric)
-    return columns | _with_interval(f"{metric}_recovered", recovered)
+    folders = [row[variant] for variant in VARIANTS]
+    recovered = NOTHING if None in folders else statistics.recovered(*folders, kind, metric)
+    return columns | _with_interval(f"{name}_recovered", recovered)
 
 
-def _cost_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    warmup = read_summary(row["warmup"])
-    compensation = read_summary(Path(row["compensated"]) / "compensation.pth")
+def _cost_columns(row: Mapping[str, Any], warmup: Mapping[str, Any]) -> dict[str, Any]:
+    compensation: Mapping[str, Any] = {}
+    if row["compensated"] is not None:
+        path = Path(row["compensated"]) / "compensation.pth"
+        compensation = load_archive(path, COMPENSATION_FORMAT, "compensation")["summary"]
     return {
         "baseline_bytes": warmup["baseline_weight_bytes"],
         "quantized_bytes": warmup["weight_bytes"],
         "layers": warmup["layers"],
         "not_quantized": len(warmup["not_quantized"]),
-        "compensation_bytes": compensation["bytes"],
-        "compensation_parameters": compensation["parameters"],
-        "compensation_multiply_adds": compensation["multiply_adds"],
-        "blocks": compensation["blocks"],
-        "blocks_kept": compensation["kept"],
+        **{
+            f"compensation_{key}": compensation.get(key)
+            for key in ("bytes", "parameters", "multiply_adds")
+        },
+        "blocks": compensation.get("blocks"),
+        "blocks_kept": compensation.get("kept"),
     }
 
 
@@ -113,34 +133,106 @@ def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootst
             )
 
 
-def _model_rows(
-    rows: Sequence[Mapping[str, Any]], *, resamples: int, seed: int
+def _class_rows(
+    statistics: Bootstrap, row: Mapping[str, Any], kind: str, categories: Mapping[int, Any]
 ) -> list[dict[str, Any]]:
-    """Rows of the summary of one model; all its variants share the resamples."""
-    folders = list(dict.fromkeys(row[variant] for row in rows for variant in VARIANTS))
+    """AP of each class that has objects; ``categories`` as from ``_categories``."""
+    rows = []
+    for category, about in categories.items():
+        if category not in statistics.values[row["baseline"]][kind]:
+            continue
+        columns = _ap_columns(statistics, row, kind, category, "AP")
+        if about["images"] < IMAGES_OF_CLASS:
+            for column in columns:
+                if column.endswith(("_low", "_high")):
+                    columns[column] = None
+                elif column.endswith("_significant"):
+                    columns[column] = False
+        rows.append(about | columns)
+    return rows
+
+
+def _ranking(classes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names of the classes that lost most by quantization and that regained most, most first."""
+
+    def most(column: str, sign: int) -> list[str]:
+        changes = [(sign * (entry[column] or 0), entry["class"]) for entry in classes]
+        changes.sort(key=lambda change: -change[0])
+        return [name for change, name in changes[:RANKED_CLASSES] if change > 0]
+
+    return {
+        "lost_most": most("AP_quantized_minus_baseline", -1),
+        "regained_most": most("AP_compensated_minus_quantized", 1),
+    }
+
+
+def _categories(
+    annotations: str | os.PathLike[str], metrics: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """Name, number of objects, and number of images with objects of each category id."""
+    content = read_json(annotations, what="annotation file")
+    images: dict[int, set[int]] = {}
+    for annotation in content["annotations"]:
+        if not annotation.get("iscrowd"):
+            images.setdefault(annotation["category_id"], set()).add(annotation["image_id"])
+    return {
+        category["id"]: {
+            "class": category["name"],
+            "annotations": metrics["per_class"][category["name"]]["annotations"],
+            "images": len(images.get(category["id"], ())),
+        }
+        for category in content["categories"]
+    }
+
+
+def _model_summary(
+    rows: Sequence[Mapping[str, Any]], *, resamples: int, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """What summary.json says of one model; all its variants share the resamples."""
+    folders = [folder for row in rows for v in VARIANTS if (folder := row[v]) is not None]
+    folders = list(dict.fromkeys(folders))
     metrics = {
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
+    baseline = metrics[rows[0]["baseline"]]
     statistics = bootstrap(
         rows[0]["annotations"],
         {
             folder: read_json(Path(folder) / "predictions.json", what="predictions file")
             for folder in folders
         },
-        masks="segm" in metrics[rows[0]["baseline"]],
+        masks="segm" in baseline,
         resamples=resamples,
         seed=seed,
     )
     for folder in folders:
         _check_agreement(folder, metrics[folder], statistics)
-    kinds = list(statistics.values[rows[0]["baseline"]])
-    summary = []
+    categories = _categories(rows[0]["annotations"], baseline)
+    warmups = {
+        row["quantization"]: load_archive(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
+        for row in rows
+    }
+    summary: dict[str, list[dict[str, Any]]] = {
+        "rows": [],
+        "classes": [],
+        "rankings": [],
+        "quantizations": [
+            {
+                "model": rows[0]["model"],
+                "quantization": name,
+                "not_quantized": warmup["not_quantized"],
+                "layer_sqnr": warmup.get("layer_sqnr", []),
+            }
+            for name, warmup in warmups.items()
+        ],
+    }
     for row in rows:
-        costs = _cost_columns(row)
-        for kind in kinds:
+        costs = _cost_columns(row, warmups[row["quantization"]])
+        for kind in statistics.values[row["baseline"]]:
+            names = {key: row[key] for key in ("model", "quantization", "compensation")}
+            names["metrics"] = kind
             columns = {
-                **{key: row[key] for key in ("model", "quantization", "compensation")},
-                "metrics": kind,
+                **names,
                 **{
                     key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")
                 },
@@ -148,25 +240,31 @@ def _model_rows(
                 "resamples": statistics.resamples,
             }
             for metric in AP_METRICS:
-                columns |= _ap_columns(statistics, row, kind, metric)
-            summary.append(columns | costs)
+                columns |= _ap_columns(statistics, row, kind, metric, metric)
+            summary["rows"].append(columns | costs)
+            classes = _class_rows(statistics, row, kind, categories)
+            summary["classes"] += [names | entry for entry in classes]
+            summary["rankings"].append(names | _ranking(classes))
     return summary
 
 
 def summarize(
     rows: Sequence[Mapping[str, Any]],
-    output: str | os.PathLike[str],
+    table: str | os.PathLike[str],
+    document: str | os.PathLike[str],
     *,
     resamples: int = 1000,
     seed: int = 0,
 ) -> None:
-    """Write the table of all results as CSV; its columns are described in this module.
+    """Write all results as numbers; this module's docstring describes both files.
 
     Args:
         rows: one dictionary per combination: model, quantization, compensation (names), settings
             (of the quantization), annotations, warmup (files), and baseline, quantized and
-            compensated (folders with metrics.json and predictions.json).
-        output: the CSV file.
+            compensated (folders with metrics.json and predictions.json). Without compensation,
+            compensation and compensated are None.
+        table: the CSV file.
+        document: the JSON file.
         resamples, seed: of the bootstrap.
 
     Raises:
@@ -175,12 +273,12 @@ def summarize(
     by_model: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
-    summary = [
-        line
-        for group in by_model.values()
-        for line in _model_rows(group, resamples=resamples, seed=seed)
+    summaries = [
+        _model_summary(group, resamples=resamples, seed=seed) for group in by_model.values()
     ]
-    with write_atomically(output) as partial, open(partial, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(summary[0]), lineterminator="\n")
+    merged = {key: [line for part in summaries for line in part[key]] for key in summaries[0]}
+    with write_atomically(table) as partial, open(partial, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(merged["rows"][0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(summary)
+        writer.writerows(merged["rows"])
+    write_json(document, {"confidence": CONFIDENCE, "seed": seed, **merged}, indent=1)

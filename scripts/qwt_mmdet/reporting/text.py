@@ -5,7 +5,7 @@ Imports nothing heavy: Snakemake's own process prints the table.
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -45,8 +45,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """``+0.185``; a dash for None."""
-    return NOTHING if value is None else f"{value:+.{digits}f}"
+    """``+0.185``; ``0.000`` without a sign for what rounds to it; a dash for None."""
+    if value is None:
+        return NOTHING
+    return f"{value:+.{digits}f}" if round(value, digits) else number(0, digits)
 
 
 def percent(value: float | None) -> str:
@@ -59,10 +61,33 @@ def megabytes(value: float | None) -> str:
     return NOTHING if value is None else f"{value / 1e6:.2f} MB"
 
 
-def interval(row: Mapping[str, Any], column: str, form: Any = signed) -> str:
-    """``(+0.170 to +0.200)``; empty without an interval."""
+def significant_digits(value: float | None) -> str:
+    """``0.0123``, ``1.2e-05``; a dash for None."""
+    return NOTHING if value is None else f"{value:.3g}"
+
+
+def multiply_adds(value: float | None) -> str:
+    """``77.5 M``, ``4.50 G``; a dash for None."""
+    if value is None:
+        return NOTHING
+    return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"
+
+
+def duration(seconds: float | None) -> str:
+    """``38 s``, ``2.0 min``, ``1.4 h``; a dash for None."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def interval(
+    row: Mapping[str, Any], column: str, form: Callable[[float | None], str] = signed
+) -> str:
+    """``+0.170 to +0.200``; empty without an interval."""
     low, high = row[f"{column}_low"], row[f"{column}_high"]
-    return "" if low is None else f"({form(low)} to {form(high)})"
+    return "" if low is None else f"{form(low)} to {form(high)}"
 
 
 def summary_table(path: str | os.PathLike[str]) -> str:
@@ -76,20 +101,21 @@ def summary_table(path: str | os.PathLike[str]) -> str:
     for row in rows:
         gain = "AP_compensated_minus_quantized"
         mark = "*" if row[f"{gain}_significant"] else " "
+        ends = interval(row, gain)
         lines.append(
             [
                 row["model"],
                 row["quantization"],
-                row["compensation"],
+                row["compensation"] or NOTHING,
                 KINDS[row["metrics"]],
                 *(number(row[f"AP_{v}"]) for v in ("baseline", "quantized", "compensated")),
-                f"{signed(row[gain])}{mark} {interval(row, gain)}",
+                f"{signed(row[gain])}{mark} {f'({ends})' if ends else ''}",
                 percent(row["AP_recovered"]),
             ]
         )
     headers = [
         "model", "quantization", "compensation", "AP", "baseline", "quantized", "compensated",
-        "gain (95 % interval)", "recovered",
+        "gain (interval)", "recovered",
     ]  # fmt: skip
     table = tabulate(lines, headers, disable_numparse=True)
     images = ", ".join(sorted({f"{row['images']:.0f}" for row in rows}))

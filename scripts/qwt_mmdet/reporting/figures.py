@@ -1,0 +1,231 @@
+"""Figures of the report: SVG for a page that may be light or dark, wide or narrow.
+
+Text and axes take the page's colours. The colours of the data are Okabe and Ito's, which people with
+any kind of colour vision can tell apart, in shades that show on white and on black; each series has a
+marker of its own as well.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+WIDTH = 5.6  # inches of 72 units; text of 11 units is readable on a phone that is 390 pixels wide
+
+INK, LINE = "#010203", "#010204"
+PAGE_COLOURS = {INK: "var(--ink)", LINE: "var(--line)"}
+
+BASELINE, QUANTIZED = "baseline", "quantized"
+VERMILLION = "#D55E00"
+COMPENSATION_STYLES = (
+    ("#0072B2", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "v"),
+    ("#E69F00", "P"),
+    ("#56B4E9", "X"),
+)
+
+STYLE: dict[str, Any] = {
+    "font.size": 11,
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "legend.frameon": False,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
+}
+
+
+class Point(NamedTuple):
+    """AP of one variant: its series (baseline, quantized or a compensation's name) and its costs."""
+
+    quantization: str
+    bits: tuple[int, int]
+    series: str
+    value: float
+    low: float | None
+    high: float | None
+    megabytes: float
+
+
+def series_styles(series: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each series."""
+    styles = {BASELINE: (INK, "D"), QUANTIZED: (VERMILLION, "o")}
+    others = [name for name in series if name not in styles]
+    for index, name in enumerate(others):
+        styles[name] = COMPENSATION_STYLES[index % len(COMPENSATION_STYLES)]
+    return {name: styles[name] for name in series}
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """Draw a figure as an SVG element that scales; ``name`` keeps its ids apart from others'."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for colour, variable in PAGE_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return Markup(svg)
+
+
+def _new_figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _error(point: Point) -> list[list[float]] | None:
+    """Length of the error bar at both ends; an interval may lie beside its value."""
+    if point.low is None or point.high is None:
+        return None
+    return [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
+
+
+def ap_by_bits(points: Sequence[Point], kind: str, name: str) -> Markup:
+    """AP of each quantization and its compensations, most bits on top, beside the baseline's.
+
+    Args:
+        kind: ``box`` or ``mask``. name: of the figure, for the ids of its parts.
+    """
+    series = list(dict.fromkeys(point.series for point in points))
+    styles = series_styles(series)
+    shown = [entry for entry in series if entry != BASELINE]
+    rows = sorted(
+        {(point.bits, point.quantization) for point in points if point.series != BASELINE}
+    )
+    height = 1.5 + 0.3 * len(rows) * max(len(shown), 1.5)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_figure(height)
+        for point in points:
+            colour, marker = styles[point.series]
+            if point.series == BASELINE:
+                axes.axvline(point.value, color=colour, linestyle="--", label=BASELINE)
+                if point.low is not None and point.high is not None:
+                    axes.axvspan(point.low, point.high, color=colour, alpha=0.1, linewidth=0)
+                continue
+            middle = (len(shown) - 1) / 2 - shown.index(point.series)
+            position = rows.index((point.bits, point.quantization)) + 0.7 * middle / len(shown)
+            axes.errorbar(
+                point.value, position, xerr=_error(point), color=colour, marker=marker,
+                linestyle="none", capsize=3, label=point.series,
+            )  # fmt: skip
+        labels = [f"{quantization}\nW{bits[0]} A{bits[1]}" for bits, quantization in rows]
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"{kind} AP (0 to 1)")
+        axes.set_ylabel("bits of weights (W), activations (A)")
+        _legend(figure, axes)
+        return _svg(figure, name)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """One entry for each series, below the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        unique.values(), unique.keys(), loc="outside lower center", ncols=min(len(unique), 3)
+    )
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Points that no other one beats in both size and AP, by size."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.megabytes, -p.value)):
+        if not front or point.value > front[-1].value:
+            front.append(point)
+    return front
+
+
+def _label_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Write the quantization's name above each error bar, higher where another name stands."""
+    placed: list[Bbox] = []
+    for point in points:
+        top = point.value if point.high is None else point.high
+        for rise in (4, 15, 26, 37):
+            label = axes.annotate(
+                point.quantization, (point.megabytes, top), (0, rise),
+                textcoords="offset points", ha="center", fontsize=10,
+            )  # fmt: skip
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in placed):
+                break
+            label.remove()
+        placed.append(box)
+
+
+def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
+    """AP against the size of weights and compensation, with the Pareto front."""
+    styles = series_styles(list(dict.fromkeys(point.series for point in points)))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_figure(4.2)
+        front = pareto_front(points)
+        axes.step(
+            [point.megabytes for point in front], [point.value for point in front],
+            where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front",
+        )  # fmt: skip
+        sizes = [point.megabytes for point in points]
+        beside = 0.008 * (max(sizes) - min(sizes))  # what has the same size stands side by side
+        for number, point in enumerate(points):
+            colour, marker = styles[point.series]
+            shift = beside * sizes[:number].count(point.megabytes)
+            axes.errorbar(
+                point.megabytes + shift, point.value, yerr=_error(point), color=colour, marker=marker,
+                linestyle="none", capsize=3, label=point.series,
+            )  # fmt: skip
+        axes.margins(x=0.12, y=0.12)
+        axes.set_xlabel("size of weights and compensation (MB)")
+        axes.set_ylabel(f"{kind} AP (0 to 1)")
+        _legend(figure, axes)
+        figure.draw_without_rendering()
+        _label_points(axes, [p for p in points if p.series == QUANTIZED])
+        return _svg(figure, name)
+
+
+def block_errors(blocks: Sequence[Mapping[str, Any]], part: str, name: str) -> Markup:
+    """Error of each block before and after its compensation, on a logarithmic axis.
+
+    Args:
+        blocks: rows of blocks.csv. part: ``holdout`` or ``fit``, the images that are measured on.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_figure(1.5 + 0.24 * len(blocks))
+        for position, block in enumerate(blocks):
+            before, after = block[f"{part}_error_before"], block[f"{part}_error_after"]
+            colour, marker = COMPENSATION_STYLES[0]
+            axes.plot([before, after], [position, position], color=LINE, linewidth=2, zorder=1)
+            axes.plot(before, position, "o", color=VERMILLION, label="quantized")
+            axes.plot(
+                after, position, marker, color=colour, linestyle="none",
+                markerfacecolor=colour if block["kept"] else "none",
+                label="compensated" if block["kept"] else "compensated (not kept)",
+            )  # fmt: skip
+        names = [block["name"].removeprefix("backbone.") for block in blocks]
+        axes.set_yticks(range(len(names)), names, fontsize=10)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        steps = (1, 2, 5) if high < 100 * low else (1,)
+        axes.xaxis.set_major_locator(LogLocator(subs=steps))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("mean squared error (logarithmic)")
+        axes.set_ylabel("block")
+        _legend(figure, axes)
+        return _svg(figure, name)

@@ -1,0 +1,261 @@
+"""Pictures of the report: what each variant of a detector finds on a few images, beside the truth.
+
+Images are chosen by a rule, not by hand. An image's score is F1 = 2 hits / (2 hits + false alarms +
+missed objects), over the detections with a score of at least ``SCORE``; a hit overlaps an object of its
+class with an IoU of at least 0.5. COCO's own matching decides, and crowd regions are left out.
+"""
+
+import base64
+import io
+import logging
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools.coco import COCO
+
+from ..evaluation.coco import iou_types, load_ground_truth, match_detections
+
+logger = logging.getLogger(__name__)
+
+SCORE = 0.3
+SIDE = 480  # pixels of the longer side of a picture
+QUALITY = 60  # of WebP: about 20 kB a picture
+RULES = {"largest loss": 3, "largest recovery": 3, "drawn at random": 2}
+
+FONT = ImageFont.load_default(size=18)
+
+# Okabe and Ito's colours; missed objects are dashed besides.
+COLOURS = {"object": "#009E73", "hit": "#56B4E9", "false": "#D55E00", "missed": "#F0E442"}
+
+
+@dataclass
+class Verdict:
+    """What a variant made of one image: COCO records that are hits, false alarms, or were missed."""
+
+    hit: list[dict[str, Any]] = field(default_factory=list)
+    false: list[dict[str, Any]] = field(default_factory=list)
+    missed: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def f1(self) -> float:
+        """F1; 1 where there is nothing to find and nothing was found."""
+        errors = len(self.false) + len(self.missed)
+        return 2 * len(self.hit) / (2 * len(self.hit) + errors) if self.hit or errors else 1.0
+
+
+def judge(
+    ground_truth: COCO, predictions: Sequence[dict[str, Any]], *, masks: bool
+) -> dict[int, Verdict]:
+    """Verdict on each image (by id)."""
+    evaluator = match_detections(ground_truth, predictions, iou_types(masks)[-1])
+    verdicts = {image: Verdict() for image in ground_truth.imgs}
+    detections = evaluator.cocoDt.anns
+    everything = evaluator.params.areaRng[0]
+    for entry in evaluator.evalImgs:
+        if entry is None or entry["aRng"] != everything:
+            continue
+        verdict = verdicts[entry["image_id"]]
+        # row 0: IoU 0.5. Detections are matched by falling score, so that leaving out those with
+        # low scores changes no other match.
+        for index, identifier in enumerate(entry["dtIds"]):
+            detection = detections[identifier]
+            if detection["score"] < SCORE or entry["dtIgnore"][0, index]:
+                continue
+            (verdict.hit if entry["dtMatches"][0, index] else verdict.false).append(detection)
+        for index, identifier in enumerate(entry["gtIds"]):
+            match = int(entry["gtMatches"][0, index])
+            found = match and detections[match]["score"] >= SCORE
+            if not entry["gtIgnore"][index] and not found:
+                verdict.missed.append(ground_truth.anns[identifier])
+    return verdicts
+
+
+def choose_images(
+    baseline: Mapping[int, Verdict],
+    quantized: Mapping[int, Verdict],
+    compensated: Mapping[int, Verdict] | None,
+    *,
+    seed: int,
+) -> dict[int, str]:
+    """Choose images by ``RULES``: the rule of each chosen image, by id.
+
+    Equal differences of F1 are ordered by the number of objects, most first.
+    """
+
+    def ranked(better: Mapping[int, Verdict], worse: Mapping[int, Verdict]) -> list[int]:
+        differences = {
+            image: (better[image].f1 - worse[image].f1, len(better[image].hit)) for image in better
+        }
+        gaining = [image for image, (difference, _) in differences.items() if difference > 0]
+        return sorted(gaining, key=lambda image: (*(-d for d in differences[image]), image))
+
+    shuffled = sorted(baseline)
+    random.Random(seed).shuffle(shuffled)
+    candidates = {
+        "largest loss": ranked(baseline, quantized),
+        "largest recovery": ranked(compensated, quantized) if compensated else [],
+        "drawn at random": shuffled,
+    }
+    chosen: dict[int, str] = {}
+    for rule, count in RULES.items():
+        fresh = [image for image in candidates[rule] if image not in chosen]
+        chosen |= dict.fromkeys(fresh[:count], rule)
+    return chosen
+
+
+def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, width: int) -> None:
+    left, top, right, bottom = box
+    for x in np.arange(left, right, 14):
+        for y in (top, bottom):
+            draw.line((x, y, min(x + 8, right), y), colour, width)
+    for y in np.arange(top, bottom, 14):
+        for x in (left, right):
+            draw.line((x, y, x, min(y + 8, bottom)), colour, width)
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: str
+) -> None:
+    """Write a name above a corner (x, y) of a box, or below where the picture ends."""
+    width, height = draw.textlength(text, FONT) + 6, sum(FONT.getmetrics())
+    x = max(min(corner[0], SIDE - width), 0)
+    y = corner[1] - height if corner[1] >= height else corner[1]
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    draw.text((x + 3, y), text, fill="black", font=FONT)
+
+
+def draw_records(
+    image: Image.Image, records: Mapping[str, Sequence[dict[str, Any]]], truth: COCO, *, masks: bool
+) -> Image.Image:
+    """Draw COCO records onto a picture.
+
+    Args:
+        image: in its original size, RGB.
+        records: by what they are, a key of ``COLOURS``.
+        truth: knows the names of categories, and how to decode masks.
+
+    Returns:
+        a picture whose longer side has ``SIDE`` pixels.
+    """
+    scale = SIDE / max(image.size)
+    size = tuple(max(round(length * scale), 1) for length in image.size)
+    picture = image.resize(size, Image.Resampling.LANCZOS)
+    if masks:
+        for what, group in records.items():
+            for record in group:
+                mask = Image.fromarray(truth.annToMask(record) * 110).resize(size)
+                picture.paste(COLOURS[what], mask=mask)
+    draw = ImageDraw.Draw(picture)
+    boxes = [
+        (what, record, (scale * x, scale * y, scale * (x + w), scale * (y + h)))
+        for what, group in records.items()
+        for record in group
+        for x, y, w, h in (record["bbox"],)
+    ]
+    for what, _, box in boxes:
+        if what == "missed":
+            _dashed(draw, box, "black", 5)
+            _dashed(draw, box, COLOURS[what], 3)
+        else:
+            draw.rectangle(box, outline="black", width=5)
+            draw.rectangle([box[0] + 1, box[1] + 1, box[2] - 1, box[3] - 1], None, COLOURS[what], 3)
+    for what, record, box in boxes:
+        # what was missed is named below, where it does not hide the name of what was found instead
+        corner = (box[0], box[3] if what == "missed" else box[1])
+        _draw_label(draw, corner, truth.cats[record["category_id"]]["name"], COLOURS[what])
+    return picture
+
+
+def data_uri(picture: Image.Image) -> str:
+    """The picture as WebP in a ``data:`` address."""
+    stream = io.BytesIO()
+    picture.save(stream, "WEBP", quality=QUALITY, method=6)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+
+
+def make_pictures(
+    annotations: str | os.PathLike[str],
+    variants: Mapping[str, Sequence[dict[str, Any]]],
+    *,
+    masks: bool,
+    seed: int,
+    most: int,
+) -> list[dict[str, Any]]:
+    """Pictures of images that are chosen by rule, with the ground truth first.
+
+    Args:
+        annotations: COCO annotation file with ``info.image_root``.
+        variants: detections by the variant's title: baseline, quantized and, perhaps, compensated.
+        most: number of images at the most.
+
+    Returns:
+        For each image its ``name``, the ``rule`` that chose it and its ``panels`` (title, data URI,
+        width and height, and what was found). Empty, with a warning, where image files are gone.
+    """
+    truth = load_ground_truth(annotations, masks=masks)
+    verdicts = {title: judge(truth, found, masks=masks) for title, found in variants.items()}
+    baseline, quantized, *rest = verdicts.values()
+    chosen = choose_images(baseline, quantized, rest[0] if rest else None, seed=seed)
+    # so that a smaller number still has pictures of each rule
+    chosen = dict(sorted(chosen.items(), key=lambda item: _turn(chosen, item[0]))[:most])
+    root = Path(truth.dataset["info"]["image_root"])
+    pictures = []
+    for identifier, rule in sorted(chosen.items(), key=lambda item: list(RULES).index(item[1])):
+        path = root / truth.imgs[identifier]["file_name"]
+        try:
+            image = Image.open(path).convert("RGB")
+        except OSError as error:
+            logger.warning("The report has no pictures: %s cannot be read (%s)", path, error)
+            return []
+        objects = [a for a in truth.imgToAnns[identifier] if not a["iscrowd"]]
+        panels = [
+            (
+                "ground truth",
+                {"object": objects},
+                f"{len(objects)} object{'s' if len(objects) != 1 else ''}",
+            )
+        ]
+        for title, by_image in verdicts.items():
+            verdict = by_image[identifier]
+            found = f"{len(verdict.hit)} of {len(verdict.hit) + len(verdict.missed)} found"
+            panels.append((title, vars(verdict), f"{found}, {len(verdict.false)} false"))
+        pictures.append(
+            {
+                "name": truth.imgs[identifier]["file_name"],
+                "rule": rule,
+                "panels": [
+                    _panel(image, title, records, found, truth, masks)
+                    for title, records, found in panels
+                ],
+            }
+        )
+    return pictures
+
+
+def _turn(chosen: Mapping[int, str], image: int) -> int:
+    """Position of an image among those of its rule."""
+    return [other for other, rule in chosen.items() if rule == chosen[image]].index(image)
+
+
+def _panel(
+    image: Image.Image,
+    title: str,
+    records: Mapping[str, Sequence[dict[str, Any]]],
+    found: str,
+    truth: COCO,
+    masks: bool,
+) -> dict[str, Any]:
+    picture = draw_records(image, records, truth, masks=masks)
+    return {
+        "title": title,
+        "data": data_uri(picture),
+        "width": picture.width,
+        "height": picture.height,
+        "found": found,
+    }
