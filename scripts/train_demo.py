@@ -29,24 +29,6 @@ LABELLING_STRIDE = 4  # of the pixels that are labelled, that of the neck's fine
 logger = logging.getLogger("qwt_mmdet.train_demo")
 
 
-def _declare_torchvision_operators() -> Any:
-    """Let ``import torchvision`` pass beside a CPU torch; mmengine imports it to log its version.
-
-    PyPI's torchvision is built for CUDA: beside a CPU torch its operators are missing, and its
-    import describes them all the same.
-
-    Returns:
-        the library that owns the operators; they vanish with it.
-    """
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
 def _read_settings(
     config: Path, *, data_root: Path, work_dir: Path, epochs: int | None, seed: int
 ) -> Any:
@@ -177,9 +159,7 @@ def train(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # mmengine takes any GPU that it sees
 
     import torch
-
-    operators = None if torch.version.cuda else _declare_torchvision_operators()
-    from mmengine.runner import Runner
+    from qwt_mmdet.compat import importable_torchvision
 
     settings = _read_settings(
         config, data_root=data_root, work_dir=work_dir, epochs=epochs, seed=seed
@@ -189,8 +169,10 @@ def train(
     _learn_to_label_pixels(
         settings, epochs=labelling_epochs, seed=seed, output=Path(settings.load_from)
     )
-    runner = Runner.from_cfg(settings)
-    del operators  # only that import needed them
+    with importable_torchvision():  # mmengine logs its version
+        from mmengine.runner import Runner
+
+        runner = Runner.from_cfg(settings)
     runner.register_hook(_progress_hook())
     model = runner.train()
     minutes = (time.monotonic() - start) / 60

@@ -69,17 +69,17 @@ def read_config(
     return parsed
 
 
-def _without_pretraining(node: Any) -> None:
+def without_pretraining(node: Any) -> None:
     """Drop init_cfg entries that would download ImageNet weights which the checkpoint replaces."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
         if isinstance(init, dict) and init.get("type") == "Pretrained":
             node["init_cfg"] = None
         for value in node.values():
-            _without_pretraining(value)
+            without_pretraining(value)
     elif isinstance(node, list | tuple):
         for value in node:
-            _without_pretraining(value)
+            without_pretraining(value)
 
 
 def dataset_classes(config: Config) -> tuple[str, ...] | None:
@@ -123,7 +123,9 @@ def load_detector(
     register_all_modules(init_default_scope=True)
     parsed = read_config(config, config_options)
     state = load_checkpoint(checkpoint)
-    _without_pretraining(parsed.model)
+    without_pretraining(parsed.model)
+    if "TimmBackbone" in str(parsed.model.get("backbone", {}).get("type")):
+        from . import timm_backbone  # noqa: F401  registers it; timm takes seconds to import
     with DefaultScope.overwrite_default_scope("mmdet"):
         try:
             model = MODELS.build(parsed.model)

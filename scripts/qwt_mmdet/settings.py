@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 from .errors import QwtError
 
 SCOPES = ("backbone", "backbone+neck", "detector")
-RANGE_ESTIMATORS = ("minmax", "percentile", "mse")
-COMPENSATION_KINDS = ("linear",)
+WEIGHT_RANGES = ("minmax", "percentile", "mse")
+ACTIVATION_RANGES = (*WEIGHT_RANGES, "repq")
+ROUNDINGS = ("nearest", "gptq")
+COMPENSATION_KINDS = ("linear", "lowrank", "affine", "bias", "auto")
 COMPENSATION_TARGETS = ("block", "reference")
 GATES = ("holdout", "fit", "none")
 
@@ -72,13 +74,16 @@ class Override:
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """Uniform affine post-training quantization (Nagel et al., arXiv 2106.08295, section 2).
+    """Post-training quantization (Nagel et al., arXiv 2106.08295; RepQ-ViT, arXiv 2212.08254).
 
     Args:
         weight_bits, activation_bits: 2 to 8.
         input_bits: bits of the activations that enter the first layer (the image).
         scope: which part of the detector is quantized.
-        weight_range, activation_range: estimator of the clipping range.
+        weight_range, activation_range: estimator of the clipping range. ``repq`` is ``mse`` with a
+            range per channel after each LayerNorm, folded into the layers around it, and a log-√2
+            grid for attention probabilities.
+        rounding: of the weights; ``gptq`` spreads each column's error over the next ones.
         percentile: two-sided percentile in percent for the ``percentile`` estimator.
         bias_correction: take back the shift of each layer's mean output that weight rounding causes.
         overrides: exceptions by module name; the last match wins.
@@ -93,6 +98,7 @@ class QuantizationSettings:
     scope: str = "backbone"
     weight_range: str = "mse"
     activation_range: str = "mse"
+    rounding: str = "nearest"
     percentile: float = 99.99
     bias_correction: bool = True
     overrides: tuple[Override, ...] = ()
@@ -101,8 +107,9 @@ class QuantizationSettings:
         for key in ("weight_bits", "activation_bits", "input_bits"):
             _check_bits(key, getattr(self, key))
         _check_choice("scope", self.scope, SCOPES)
-        _check_choice("weight_range", self.weight_range, RANGE_ESTIMATORS)
-        _check_choice("activation_range", self.activation_range, RANGE_ESTIMATORS)
+        _check_choice("weight_range", self.weight_range, WEIGHT_RANGES)
+        _check_choice("activation_range", self.activation_range, ACTIVATION_RANGES)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_number("percentile", self.percentile, 50, 100)
         if not isinstance(self.bias_correction, bool):
             raise QwtError(f"bias_correction is {self.bias_correction!r}; it is true or false.")
@@ -115,11 +122,37 @@ class QuantizationSettings:
 
 
 @dataclass(frozen=True)
+class MaxCost:
+    """Most that compensation may cost, in percent of the backbone.
+
+    Args:
+        multiply_adds: of the full-precision backbone's multiply-adds.
+        bytes: of the quantized backbone's weights (quantized ones at their bits, others as float16);
+            compensation counts as float16.
+    """
+
+    multiply_adds: float | None = None
+    bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.multiply_adds is None and self.bytes is None:
+            raise QwtError("max_cost is empty; give multiply_adds, bytes or both, in percent.")
+        for key in ("multiply_adds", "bytes"):
+            if getattr(self, key) is not None:
+                _check_number(f"max_cost.{key}", getattr(self, key), 0, float("inf"))
+
+
+@dataclass(frozen=True)
 class CompensationSettings:
     """Closed-form compensation of each block's quantization error (QwT, arXiv 2411.13918).
 
     Args:
-        kind: form of the compensation; ``linear`` is ``x W + b``.
+        kind: form of the compensation. ``linear`` adds ``x W + b`` to a block with input x (QwT),
+            ``lowrank`` does so with a W of rank ``rank``, ``affine`` scales and shifts each channel
+            of the block's output (QwT-v2, arXiv 2505.20932), ``bias`` only shifts it. ``auto`` takes
+            for each block the simplest of none, bias, affine and linear whose held-out error cannot
+            be told from the smallest.
+        rank: of ``lowrank``.
         target: ``reference`` fits the full-precision network's output at the block for the same
             image, and so also repairs what earlier blocks left; ``block`` fits the block's own
             full-precision output for the same input (the paper).
@@ -128,34 +161,54 @@ class CompensationSettings:
         gate: ``holdout`` keeps a block's compensation only where it lowers the held-out error,
             ``fit`` where r2 on the fitting images is above 0 (the paper), ``none`` always.
         holdout_fraction: part of the calibration images that is kept out of the fit.
-        blocks: module name patterns (fnmatch); empty means the blocks registered for the backbone.
+        blocks: module name patterns (fnmatch); empty means the blocks registered for the backbone
+            and, where the neck is quantized, for the neck.
+        downsampling: also the layers between stages (patch merging, downsampling convolutions) that
+            are no blocks; for registered blocks.
+        max_cost: keep only the blocks with the most error reduction per cost, within these limits.
 
     Raises:
         QwtError: a value is outside of what is allowed.
     """
 
     kind: str = "linear"
+    rank: int = 16
     target: str = "reference"
     ridge: float | str = "auto"
     gate: str = "holdout"
     holdout_fraction: float = 0.2
     blocks: tuple[str, ...] = ()
+    downsampling: bool = False
+    max_cost: MaxCost | None = None
 
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, COMPENSATION_KINDS)
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise QwtError(f"rank is {self.rank!r}; it must be a whole number from 1.")
         _check_choice("target", self.target, COMPENSATION_TARGETS)
         _check_choice("gate", self.gate, GATES)
         if self.ridge != "auto":
             _check_number("ridge", self.ridge, 0, float("inf"))
         _check_number("holdout_fraction", self.holdout_fraction, 0, 1)
-        needs_holdout = self.gate == "holdout" or self.ridge == "auto"
+        if not isinstance(self.downsampling, bool):
+            raise QwtError(f"downsampling is {self.downsampling!r}; it is true or false.")
+        needs_holdout = self.gate == "holdout" or self.ridge == "auto" or self.kind == "auto"
         if needs_holdout and self.holdout_fraction == 0:
             raise QwtError(
-                "holdout_fraction is 0, but gate: holdout and ridge: auto need held-out images; "
-                "set holdout_fraction above 0, or gate: fit and a number for ridge."
+                "holdout_fraction is 0, but gate: holdout, ridge: auto and kind: auto need held-out "
+                "images; set holdout_fraction above 0, or gate: fit, a number for ridge and another "
+                "kind."
             )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "CompensationSettings":
         """Build from a config's dictionary; unknown or missing keys raise QwtError."""
-        return _from_mapping(cls, {**values, "blocks": tuple(values.get("blocks", ()))})
+        limits = values.get("max_cost")
+        return _from_mapping(
+            cls,
+            {
+                **values,
+                "blocks": tuple(values.get("blocks", ())),
+                "max_cost": None if limits is None else _from_mapping(MaxCost, limits),
+            },
+        )

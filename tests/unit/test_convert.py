@@ -85,7 +85,8 @@ def test_quantized_linear_by_hand():
     layer.__class__ = QuantizedLinear
     layer._attach("layer", 2, 2)
     layer.input_quantizer.set_range(torch.tensor([0.0]), torch.tensor([3.0]))
-    layer.quantize_weight("minmax", 99.9)
+    layer.quantize_weight(settings(2), None)
+    layer.restore_weight()
     # Weight: range [-0.4, 1], step 1.4/3, zero point round(0.857) = 1: codes 3 and 0.
     step = 1.4 / 3
     assert layer.weight_codes.tolist() == [[3, 0]]
@@ -169,13 +170,42 @@ def test_layer_that_never_ran_is_reported_and_raises_when_it_runs():
         model.backbone.spare(torch.zeros(1, 3))
 
 
-def test_multihead_attention_is_reported_not_silently_passed_over():
+def test_unknown_attention_is_reported_not_silently_passed_over():
+    class OwnAttention(nn.MultiheadAttention):
+        pass
+
     model = tiny.detector("resnet")
-    model.backbone.attention = nn.MultiheadAttention(8, 2)
+    model.backbone.attention = OwnAttention(8, 2)
     quantize_model(model, settings())
     assert [(e.name, e.type) for e in model.not_quantized] == [
-        ("backbone.attention", "MultiheadAttention")
+        ("backbone.attention", "OwnAttention")
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_signal_to_noise_ratios_are_those_of_each_layer_alone(kind):
+    batches = tiny.batches(2)
+    full = tiny.detector(kind)
+    model = calibrate(quantize_model(copy.deepcopy(full), settings(4)), batches)
+    sums = {}
+    handles = []
+    for name, layer in quantized_layers(model).items():
+
+        def compare(module, args, output, name=name, layer=layer):
+            signal, noise = sums.get(name, (0, 0))
+            difference = layer(args[0]) - output
+            sums[name] = signal + output.square().sum(), noise + difference.square().sum()
+
+        handles.append(full.get_submodule(name).register_forward_hook(compare))
+    for batch in batches:
+        outputs(full, batch)
+    for handle in handles:
+        handle.remove()
+    for name, (signal, noise) in sums.items():
+        expected = 10 * torch.log10(signal / noise).item()
+        assert model.signal_noise[name] == pytest.approx(expected, abs=0.02)
+    operands = set(model.signal_noise) - set(sums)
+    assert len(operands) == (16 if kind == "swin" else 0)
 
 
 def test_calibration_ranges_do_not_depend_on_the_batch_size():

@@ -3,6 +3,7 @@ import torch
 from qwt_mmdet.quantization.primitives import (
     dequantize,
     fake_quantize,
+    fake_quantize_log_sqrt2,
     quantization_parameters,
     quantize,
 )
@@ -71,3 +72,32 @@ def test_input_is_left_alone():
     x = torch.tensor([0.3, 0.7])
     fake_quantize(x, *parameters(0.0, 1.0, 2), 2)
     assert x.tolist() == pytest.approx([0.3, 0.7])
+
+
+def test_hand_computed_log_sqrt2_case():
+    # Three bits: 1, 2^-0.5, 2^-1, … 2^-3, and zero for the eighth code.
+    x = torch.tensor([2.0, 1.0, 0.85, 0.83, 0.5, 0.25, 0.11, 0.10, 0.0])
+    # Borders lie in the middle of the exponents: 2^-0.25 = 0.841, 2^-3.25 = 0.105.
+    expected = [1, 1, 1, 2**-0.5, 0.5, 0.25, 0.125, 0, 0]
+    actual = fake_quantize_log_sqrt2(x, torch.tensor([1.0]), 3)
+    assert actual.tolist() == pytest.approx(expected)
+    scaled = fake_quantize_log_sqrt2(x * 0.7, torch.tensor([0.7]), 3)
+    assert scaled.tolist() == pytest.approx([0.7 * e for e in expected])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_log_sqrt2_equals_its_formula(bits):
+    x = torch.rand(20_000, generator=torch.Generator().manual_seed(bits)).square()
+    scale = torch.tensor([0.8])
+    code = (-2 * torch.log2(x.double() / 0.8)).round().clamp(min=0)
+    expected = torch.where(code > 2**bits - 2, 0.0, scale.double() * 2 ** (-code / 2))
+    actual = fake_quantize_log_sqrt2(x, scale, bits)
+    # Apart from values within rounding of the middle between two codes.
+    assert ((actual - expected).abs() > 1e-6).float().mean() < 1e-3
+    assert len(actual.unique()) <= 2**bits
+
+
+def test_log_sqrt2_keeps_the_relative_error_of_small_values():
+    x = torch.logspace(-3, 0, 1000)
+    error = (fake_quantize_log_sqrt2(x, torch.tensor([1.0]), 6) - x) / x
+    assert error.abs().max() <= 2**0.25 - 1 + 1e-6

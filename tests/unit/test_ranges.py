@@ -1,7 +1,11 @@
 import pytest
 import torch
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization.primitives import fake_quantize, quantization_parameters
+from qwt_mmdet.quantization.primitives import (
+    fake_quantize,
+    fake_quantize_log_sqrt2,
+    quantization_parameters,
+)
 from qwt_mmdet.quantization.ranges import RangeObserver, mse_range, weight_range
 
 
@@ -117,3 +121,15 @@ def test_weight_ranges_are_per_output_channel(method):
     assert high[1] / high[0] > 2
     assert high[2] / high[1] > 2
     assert low[3] == high[3] == 0
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_log_scale_is_no_worse_than_the_largest_value(bits):
+    x = torch.rand(50_000, generator=torch.Generator().manual_seed(7)).pow(6)
+    x[0] = 3.0
+    scale = observe(x).estimate_log_scale(bits)
+    assert scale.shape == (1,)
+    errors = [
+        (fake_quantize_log_sqrt2(x, s, bits) - x).square().sum().item() for s in (scale, x.max())
+    ]
+    assert errors[0] <= errors[1] * 1.01

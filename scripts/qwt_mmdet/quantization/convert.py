@@ -3,19 +3,23 @@
 import contextlib
 import fnmatch
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from mmcv.cnn.bricks import wrappers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import QwtError
 from ..progress import progress
 from ..settings import Override, QuantizationSettings
-from .attention import ATTENTION, QuantizedAttention
-from .layers import ActivationQuantizer, InputMeans, QuantizedConv2d, QuantizedLinear
+from .attention import ATTENTION, QuantizedAttention, split_projections
+from .folding import apply_fold, factors, find_folds
+from .layers import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from .moments import InputMoments, SignalNoise
 from .ranges import RangeObserver
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,7 @@ logger = logging.getLogger(__name__)
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv2d: QuantizedConv2d,
+    NonDynamicallyQuantizableLinear: QuantizedLinear,  # of nn.MultiheadAttention
     wrappers.Linear: QuantizedLinear,
     wrappers.Conv2d: QuantizedConv2d,
 }
@@ -31,6 +36,9 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 UNITS = (QuantizedLinear, QuantizedConv2d, QuantizedAttention)
 """What is quantized: layers, and the matrix products of attention."""
+
+NOISE_BATCHES = 8
+"""Calibration batches that the signal-to-noise ratios of the report are measured on."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def _matching_override(name: str, overrides: tuple[Override, ...]) -> Override |
 
 def _is_opaque(module: nn.Module) -> bool:
     """Modules that use their children's weights without calling the children."""
-    return isinstance(module, nn.MultiheadAttention)
+    return isinstance(module, nn.MultiheadAttention) and type(module) not in ATTENTION
 
 
 def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Module:
@@ -66,16 +74,21 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         model: an mmdet detector in full precision.
 
     Returns:
-        ``model`` itself, with ``quantization_settings`` and ``not_quantized`` set on it.
+        ``model`` itself, with ``quantization_settings``, ``folds`` and ``not_quantized`` set on it.
 
     Raises:
         QwtError: an override matches no layer, or the scope holds no layer to quantize.
     """
     if hasattr(model, "quantization_settings"):
         raise QwtError("This model is quantized already; load it again in full precision first.")
+    if any(type(module).__module__.startswith("timm.") for module in model.modules()):
+        from . import timm_models  # noqa: F401  registers what it knows
     candidates: list[tuple[str, nn.Module]] = []
     not_quantized: list[NotQuantized] = []
     opaque: list[str] = []
+    for module in [m for n, m in model.named_modules() if in_scope(n, settings.scope)]:
+        if type(module) is nn.MultiheadAttention:
+            split_projections(module)
     for name, module in model.named_modules():
         if not in_scope(name, settings.scope) or any(name.startswith(f"{o}.") for o in opaque):
             continue
@@ -117,7 +130,14 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             module._attach(name, weight_bits, activation_bits)
         else:
             module.__class__ = ATTENTION[type(module)]
-            module._attach(name, activation_bits)
+            module._attach(
+                name, activation_bits, logarithmic_probability=settings.activation_range == "repq"
+            )
+    model.folds = find_folds(model) if settings.activation_range == "repq" else []
+    for fold in model.folds:
+        for name in fold.layers:
+            layer = model.get_submodule(name)
+            layer.input_quantizer.channel_axis = 1 if isinstance(layer, nn.Conv2d) else -1
     model.quantization_settings = settings
     model.not_quantized = not_quantized
     return model
@@ -148,23 +168,28 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def measuring_means(
-    model: nn.Module, layers: list[QuantizedLinear | QuantizedConv2d]
+def full_precision(
+    model: nn.Module, watch: dict[nn.Module, Callable[[nn.Module, Tensor, Tensor], None]]
 ) -> Iterator[None]:
-    """Let layers measure their input means; inside, the model computes in full precision."""
-    attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
-    operands = [quantizer for module in attention for quantizer in module.quantizers()]
-    for layer in layers:
-        layer.input_means = InputMeans()
-    for quantizer in operands:
-        quantizer.enabled = False
+    """Let a model whose weights are not rounded yet compute in full precision.
+
+    Args:
+        watch: what is called with a module, its input and its output whenever the module has run.
+    """
+    switched = [*quantized_layers(model).values(), *activation_quantizers(model).values()]
+    handles = [
+        module.register_forward_hook(lambda m, inputs, output, call=call: call(m, *inputs, output))
+        for module, call in watch.items()
+    ]
+    for module in switched:
+        module.enabled = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.input_means = None
-        for quantizer in operands:
-            quantizer.enabled = True
+        for module in switched:
+            module.enabled = True
+        for handle in handles:
+            handle.remove()
 
 
 def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
@@ -188,10 +213,11 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
     Args:
         model: from :func:`quantize_model`.
         loader: batches as mmdet's test step takes them. It is gone through once for the ranges and,
-            with ``bias_correction``, once more for the shifts that these ranges cause.
+            with ``bias_correction`` or ``gptq``, once more for the moments of the quantized inputs;
+            its first batches once more for the ratio of signal to noise of every layer.
 
     Returns:
-        ``model``, ready to run quantized.
+        ``model``, ready to run quantized, with ``signal_noise`` (dB by name) set on it.
 
     Raises:
         QwtError: no image came, or an activation is not finite.
@@ -202,23 +228,84 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
         quantizers = activation_quantizers(model).values()
         for quantizer in progress(quantizers, "Choosing ranges", unit="quantizer"):
             if not quantizer.observer.is_empty:
-                limits = quantizer.observer.estimate(
-                    settings.activation_range, quantizer.bits, settings.percentile
-                )
-                quantizer.set_range(*limits)
-    layers = [layer for layer in quantized_layers(model).values() if layer.is_calibrated]
-    with measuring_means(model, layers if settings.bias_correction else []):
-        if settings.bias_correction:
-            for batch in progress(loader, "Measuring mean shifts", unit="batch"):
-                forward_scope(model, batch, settings.scope)
-        for layer in progress(layers, "Quantizing weights", unit="layer"):
-            layer.quantize_weight(settings.weight_range, settings.percentile)
+                method = settings.activation_range.replace("repq", "mse")
+                quantizer.choose_range(method, settings.percentile)
+    _fold(model)
+    layers = {n: layer for n, layer in quantized_layers(model).items() if layer.is_calibrated}
+    moments = _measure_moments(model, loader, list(layers.values()))
+    for layer in progress(layers.values(), "Quantizing weights", unit="layer"):
+        layer.quantize_weight(settings, moments.pop(layer, None))
+    model.signal_noise = _measure_noise(model, islice(loader, NOISE_BATCHES), layers)
+    for layer in layers.values():
+        layer.restore_weight()
     for name, module in model.named_modules():
         if isinstance(module, UNITS) and not module.is_calibrated:
             reason = "never ran on a calibration image"
             logger.warning("%s %s and is not quantized; it raises if it runs later.", name, reason)
             model.not_quantized.append(NotQuantized(name, type(module).__name__, reason))
     return model
+
+
+def _fold(model: nn.Module) -> None:
+    """Turn ranges per channel after LayerNorms into ranges per tensor."""
+    for fold in model.folds:
+        quantizers = [model.get_submodule(name).input_quantizer for name in fold.layers]
+        first = quantizers[0]
+        if not all(quantizer.is_calibrated for quantizer in quantizers):
+            continue
+        scale, zero_point, factor, shift = factors(first.scale, first.zero_point)
+        for quantizer in quantizers:  # they have all seen the same values
+            quantizer.scale, quantizer.zero_point = scale, zero_point
+            quantizer.channel_axis = None
+        apply_fold(model, fold, factor, shift)
+
+
+def _measure_moments(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    layers: list[QuantizedLinear | QuantizedConv2d],
+) -> dict[nn.Module, InputMoments]:
+    """Moments of the quantized inputs in a full-precision pass, as far as the settings need them."""
+    settings: QuantizationSettings = model.quantization_settings
+    second = settings.rounding == "gptq"
+    if not settings.bias_correction and not second:
+        return {}
+    moments = {layer: InputMoments() for layer in layers}
+
+    def measure(layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        layer.measure(x, output, moments[layer], second=second)
+
+    with full_precision(model, dict.fromkeys(layers, measure)):
+        for batch in progress(loader, "Measuring quantized inputs", unit="batch"):
+            forward_scope(model, batch, settings.scope)
+    return moments
+
+
+def _measure_noise(
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    layers: dict[str, QuantizedLinear | QuantizedConv2d],
+) -> dict[str, float | None]:
+    """Signal-to-quantization-noise ratio in dB of every layer's output and attention's operands.
+
+    Each is quantized alone: its input is what the full-precision model computes.
+    """
+    names = {layer: name for name, layer in layers.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedAttention) and module.is_calibrated:
+            for operand, quantizer in zip(module.operands, module.quantizers(), strict=True):
+                names[quantizer] = f"{name} ({operand})"
+    noise = {module: SignalNoise() for module in names}
+
+    def measure(module: nn.Module, x: Tensor, output: Tensor) -> None:
+        operand = isinstance(module, ActivationQuantizer)
+        quantized = module.quantized(x) if operand else module.quantized_output(x)
+        noise[module].update(output, quantized)
+
+    with full_precision(model, dict.fromkeys(names, measure)):
+        for batch in batches:
+            forward_scope(model, batch, model.quantization_settings.scope)
+    return {name: noise[module].decibels() for module, name in names.items()}
 
 
 def _observe(model: nn.Module, loader: Iterable[dict[str, Any]]) -> str | None:

@@ -9,8 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .primitives import dequantize, fake_quantize, quantization_parameters, quantize
+from ..settings import QuantizationSettings
+from .moments import MAX_COLUMNS, InputMoments, chosen_rows
+from .primitives import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_log_sqrt2,
+    quantization_parameters,
+    quantize,
+)
 from .ranges import RangeObserver, weight_range
+from .rounding import gptq_codes
 
 
 class ActivationQuantizer(nn.Module):
@@ -22,13 +31,23 @@ class ActivationQuantizer(nn.Module):
         name: of the layer and input, for messages.
         bits: 2 to 8.
         channel_axis: axis with a scale per channel, or None for one scale per tensor.
+        logarithmic: powers of √2 in place of a uniform grid, for values from 0 such as attention
+            probabilities.
     """
 
-    def __init__(self, name: str, bits: int, channel_axis: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        bits: int,
+        channel_axis: int | None = None,
+        *,
+        logarithmic: bool = False,
+    ) -> None:
         super().__init__()
         self.name = name
         self.bits = bits
         self.channel_axis = channel_axis
+        self.logarithmic = logarithmic
         self.enabled = True
         self.observer: RangeObserver | None = None
         self.register_buffer("scale", None)
@@ -42,8 +61,16 @@ class ActivationQuantizer(nn.Module):
         """Set scale and zero point from a clipping range of shape [channels] or [1]."""
         self.scale, self.zero_point = quantization_parameters(low, high, self.bits)
 
+    def choose_range(self, method: str, percentile: float) -> None:
+        """Set scale and zero point from what the observer has seen."""
+        if self.logarithmic:
+            self.scale = self.observer.estimate_log_scale(self.bits)
+            self.zero_point = torch.zeros_like(self.scale)
+        else:
+            self.set_range(*self.observer.estimate(method, self.bits, percentile))
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` on its grid (during calibration and when disabled: ``x`` itself)."""
+        """Return ``x`` on its grid (while it observes and when disabled: ``x`` itself)."""
         if self.observer is not None:
             self.observer.update(x)
             return x
@@ -54,6 +81,12 @@ class ActivationQuantizer(nn.Module):
                 f"{self.name} runs now but did not run on any calibration image, so it has no "
                 "range; use more calibration images or exclude it with an override (skip: true)."
             )
+        return self.quantized(x)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """Return ``x`` on its grid, also when disabled."""
+        if self.logarithmic:
+            return fake_quantize_log_sqrt2(x, self.scale, self.bits)
         scale, zero_point = self.scale, self.zero_point
         if self.channel_axis is not None:
             shape = [1] * x.dim()
@@ -62,31 +95,23 @@ class ActivationQuantizer(nn.Module):
         return fake_quantize(x, scale, zero_point, self.bits)
 
 
-LAYER_BUFFERS = ("weight_codes", "weight_scale", "weight_zero_point", "bias_correction")
+LAYER_BUFFERS = (
+    "weight_codes",
+    "weight_scale",
+    "weight_zero_point",
+    "bias_correction",
+    "fold_factor",
+    "fold_shift",
+)
 """Buffers of a quantized layer beside those of its input quantizer."""
 
 
-class InputMeans:
-    """Streaming means of what each weight is multiplied with, before and after quantization.
-
-    The means, in float64, have the shape of the weight without its output axis: [in] for Linear,
-    [in, kernel height, kernel width] for Conv2d.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.full: Tensor | float = 0.0
-        self.quantized: Tensor | float = 0.0
-
-    def update(self, full: Tensor, quantized: Tensor, count: int) -> None:
-        """Add sums over ``count`` output positions."""
-        self.full = self.full + full
-        self.quantized = self.quantized + quantized
-        self.count += count
-
-
 class _QuantizedWeight:
-    """What quantized Linear and Conv2d share: an input quantizer and weights with integer codes."""
+    """What quantized Linear and Conv2d share: an input quantizer and weights with integer codes.
+
+    ``weight`` holds the full-precision weights until :meth:`restore_weight` rounds them. With
+    ``enabled`` off the layer computes with what ``weight`` holds and nothing else.
+    """
 
     weight: nn.Parameter
     input_quantizer: ActivationQuantizer
@@ -99,7 +124,8 @@ class _QuantizedWeight:
 
     def _attach(self, name: str, weight_bits: int, activation_bits: int) -> None:
         self.weight_bits = weight_bits
-        self.input_means: InputMeans | None = None
+        self.enabled = True
+        self.had_bias = self.bias is not None
         axis = self._input_channel_axis()
         self.input_quantizer = ActivationQuantizer(f"Layer {name}", activation_bits, axis)
         for buffer in LAYER_BUFFERS:
@@ -112,28 +138,52 @@ class _QuantizedWeight:
     def is_calibrated(self) -> bool:
         return self.input_quantizer.is_calibrated
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Linear: […, in] -> […, out]. Conv2d: [batch, in, h, w] -> [batch, out, h', w']."""
+        if not self.enabled:
+            return self._compute(x, self.weight, self.bias)
+        return self._compute(self.input_quantizer(x), self.weight, self.effective_bias())
+
     @torch.no_grad()
-    def quantize_weight(self, method: str, percentile: float) -> None:
-        """Round the weights once, per output channel; ``weight`` holds the rounded values.
+    def quantized_output(self, x: Tensor) -> Tensor:
+        """What the layer returns once ``weight`` holds the rounded values."""
+        return self._compute(
+            self.input_quantizer.quantized(x), self.rounded_weight(), self.effective_bias()
+        )
 
-        Where input means were measured, the shift of the output's mean is taken back:
-        ``bias_correction`` = W E[x] − Wq E[xq] (after Nagel et al., arXiv 1906.04721, section 4.2).
+    @torch.no_grad()
+    def quantize_weight(self, settings: QuantizationSettings, moments: InputMoments | None) -> None:
+        """Choose grids and codes of the weights, per output channel.
+
+        With ``bias_correction`` the shift of the output's mean is taken back:
+        W E[x] − Wq E[xq] (after Nagel et al., arXiv 1906.04721, section 4.2). GPTQ is then left with
+        the deviations from the mean, and minimises the error of those.
+
+        Args:
+            moments: of the inputs; None, or empty, for nearest rounding without a correction.
         """
-        full = self.weight.detach().double()
-        low, high = weight_range(self.weight, method, self.weight_bits, percentile)
-        scale, zero_point = quantization_parameters(low, high, self.weight_bits)
-        shape = [-1] + [1] * (self.weight.dim() - 1)
-        codes = quantize(self.weight, scale.view(shape), zero_point.view(shape), self.weight_bits)
+        bits = self.weight_bits
+        limits = weight_range(self.weight, settings.weight_range, bits, settings.percentile)
+        scale, zero_point = quantization_parameters(*limits, bits)
+        if moments is not None and settings.rounding == "gptq":
+            grouped = self.weight.flatten(1).unflatten(0, (self.weight_groups, -1))
+            grids = [parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point)]
+            parts = zip(
+                grouped.split(MAX_COLUMNS, dim=2),
+                moments.second(centred=settings.bias_correction),
+                strict=True,
+            )
+            codes = torch.cat([gptq_codes(w, m, *grids, bits) for w, m in parts], dim=2)
+            codes = codes.view_as(self.weight)
+        else:
+            shape = [-1] + [1] * (self.weight.dim() - 1)
+            codes = quantize(self.weight, scale.view(shape), zero_point.view(shape), bits)
         self.weight_codes, self.weight_scale, self.weight_zero_point = codes, scale, zero_point
-        self.restore_weight()
-        means = self.input_means
-        if means is not None and means.count:
-            expected = self._mean_output(full, means.full / means.count)
-            found = self._mean_output(self.weight.double(), means.quantized / means.count)
+        if moments is not None and settings.bias_correction:
+            full, quantized = moments.means()
+            expected = self._mean_output(self.weight.double(), full)
+            found = self._mean_output(self.rounded_weight().double(), quantized)
             self.bias_correction = (expected - found).float()
-
-    def _mean_output(self, weight: Tensor, mean: Tensor) -> Tensor:
-        return weight @ mean
 
     def effective_bias(self) -> Tensor | None:
         """The bias with its correction, shape [out], or None where there is neither."""
@@ -141,28 +191,38 @@ class _QuantizedWeight:
             return self.bias
         return self.bias_correction if self.bias is None else self.bias + self.bias_correction
 
+    def rounded_weight(self) -> Tensor:
+        """The weights on their grids, from the integer codes."""
+        shape = [-1] + [1] * (self.weight_codes.dim() - 1)
+        return dequantize(
+            self.weight_codes, self.weight_scale.view(shape), self.weight_zero_point.view(shape)
+        )
+
     @torch.no_grad()
     def restore_weight(self) -> None:
         """Set ``weight`` from the integer codes, scales and zero points."""
-        shape = [-1] + [1] * (self.weight_codes.dim() - 1)
-        self.weight.copy_(
-            dequantize(
-                self.weight_codes, self.weight_scale.view(shape), self.weight_zero_point.view(shape)
-            )
-        )
+        self.weight.copy_(self.rounded_weight())
 
 
 class QuantizedLinear(_QuantizedWeight, nn.Linear):
     """nn.Linear with quantized input (per tensor) and weight (per output channel)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, in] -> […, out]."""
-        quantized = self.input_quantizer(x)
-        if self.input_means is not None:
-            sums = [t.reshape(-1, t.shape[-1]).sum(0, dtype=torch.float64) for t in (x, quantized)]
-            self.input_means.update(*sums, x.numel() // x.shape[-1])
-            quantized = x
-        return F.linear(quantized, self.weight, self.effective_bias())
+    weight_groups = 1
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def measure(self, x: Tensor, output: Tensor, moments: InputMoments, *, second: bool) -> None:
+        """Add one call's input to ``moments``; ``second``: also to the second moments."""
+        rows = x.reshape(-1, x.shape[-1])
+        quantized = self.input_quantizer.quantized(x).view_as(rows)
+        sums = [t.sum(0, dtype=torch.float64) for t in (rows, quantized)]
+        moments.update_means(*sums, len(rows))
+        if second:
+            moments.update_second(quantized[chosen_rows(len(rows), x.device)][None])
+
+    def _mean_output(self, weight: Tensor, mean: Tensor) -> Tensor:
+        return weight @ mean
 
 
 class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
@@ -175,34 +235,49 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
     def _input_channel_axis(self) -> int | None:
         return 1 if self.groups > 1 and self.groups == self.in_channels else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, in, height, width] -> [batch, out, height', width']."""
-        quantized = self.input_quantizer(x)
-        if self.input_means is None:
-            return self._conv_forward(quantized, self.weight, self.effective_bias())
-        output = self._conv_forward(x, self.weight, self.bias)
-        sums = [self._tap_sums(t, output.shape[2:]) for t in (x, quantized)]
-        self.input_means.update(*sums, len(x) * output[0, 0].numel())
-        return output
+    @property
+    def weight_groups(self) -> int:
+        return self.groups
 
-    def _tap_sums(self, x: Tensor, size: torch.Size) -> Tensor:
-        """Sum of the padded input under each kernel tap: [in, kernel height, kernel width]."""
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+    def measure(self, x: Tensor, output: Tensor, moments: InputMoments, *, second: bool) -> None:
+        """Add one call's input to ``moments``; ``second``: also to the second moments."""
+        quantized = self.input_quantizer.quantized(x)
+        padded, padded_quantized = self._pad(x), self._pad(quantized)
+        sums = [self._tap_sums(t, output.shape[2:]) for t in (padded, padded_quantized)]
+        moments.update_means(*sums, len(x) * output[0, 0].numel())
+        if second:
+            moments.update_second(self._rows(padded_quantized, output.shape[2:]))
+
+    def _pad(self, x: Tensor) -> Tensor:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-        x = x.sum(0)
-        (height, width), (down, right), (spread_y, spread_x) = size, self.stride, self.dilation
-        rows = [
-            [
-                x[
-                    :,
-                    i * spread_y : i * spread_y + (height - 1) * down + 1 : down,
-                    j * spread_x : j * spread_x + (width - 1) * right + 1 : right,
-                ].sum((1, 2))
-                for j in range(self.kernel_size[1])
-            ]
-            for i in range(self.kernel_size[0])
-        ]
-        return torch.stack([torch.stack(row, -1) for row in rows], -2).double()
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+
+    def _taps(self, padded: Tensor, size: torch.Size) -> Tensor:
+        """View of the padded input under each kernel tap: [batch, in, h', w', kernel h, kernel w]."""
+        batch, channel, row, column = padded.stride()
+        (down, right), (spread_y, spread_x) = self.stride, self.dilation
+        return padded.as_strided(
+            (*padded.shape[:2], *size, *self.kernel_size),
+            (batch, channel, row * down, column * right, row * spread_y, column * spread_x),
+            padded.storage_offset(),
+        )
+
+    def _tap_sums(self, padded: Tensor, size: torch.Size) -> Tensor:
+        """Sum of the padded input under each kernel tap: [in, kernel height, kernel width]."""
+        total = padded.sum(0, keepdim=True)
+        return self._taps(total, size).sum((0, 2, 3), dtype=torch.float64)
+
+    def _rows(self, padded: Tensor, size: torch.Size) -> Tensor:
+        """What the kernel is multiplied with at some output positions: [groups, positions, columns]."""
+        positions = len(padded) * size.numel()
+        chosen = chosen_rows(positions, padded.device)
+        image, place = chosen // size.numel(), chosen % size.numel()
+        taps = self._taps(padded, size).permute(0, 2, 3, 1, 4, 5)
+        rows = taps[image, place // size[1], place % size[1]]
+        return rows.view(len(chosen), self.groups, -1).transpose(0, 1)
 
     def _mean_output(self, weight: Tensor, mean: Tensor) -> Tensor:
         grouped = mean.view(self.groups, -1, *mean.shape[1:])

@@ -1,8 +1,12 @@
-"""The arithmetic of uniform affine quantization, as pure functions of tensors.
+"""The arithmetic of quantization, as pure functions of tensors.
 
-``x ≈ (q − zero_point) · scale`` with ``q = clamp(round(x / scale) + zero_point, 0, 2^bits − 1)``
-(Nagel et al., arXiv 2106.08295, equations 4 to 7). Rounding is half to even, and division is a
-multiplication with the reciprocal of the scale, as in torch's own fake_quantize functions.
+Uniform affine: ``x ≈ (q − zero_point) · scale`` with
+``q = clamp(round(x / scale) + zero_point, 0, 2^bits − 1)`` (Nagel et al., arXiv 2106.08295,
+equations 4 to 7). Rounding is half to even, and division is a multiplication with the reciprocal of
+the scale, as in torch's own fake_quantize functions.
+
+Logarithmic, for attention probabilities: ``x ≈ scale · 2^(−q/2)`` (RepQ-ViT, arXiv 2212.08254,
+section 3.3).
 """
 
 import torch
@@ -63,3 +67,30 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     y.round_()
     torch.clamp(y, low, high, out=y)
     return y.mul_(scale).to(x.dtype)
+
+
+_EXPONENT_BITS = 0x7F800000  # of a float32
+
+
+def fake_quantize_log_sqrt2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Round ``x`` ≥ 0 to powers of √2 and keep it in floating point.
+
+    ``scale · 2^(−q/2)`` with ``q = max(0, round(−2 log2(x / scale)))``; the last of the 2^bits codes
+    stands for zero, and takes what is smaller than the smallest power (arXiv 2212.08254, equations 12
+    and 13, where zero is a code more).
+
+    Rounding in the logarithm is a cut of the exponent: ``−q = floor(log2(√2 (x / scale)²))``, which
+    costs no logarithm.
+
+    Args:
+        x: any shape, no value below 0; ``scale`` broadcasts against it.
+
+    Returns:
+        A new tensor of the shape and dtype of ``x``.
+    """
+    y = x.float() * (2**0.25 / scale)
+    y.square_().clamp_(max=1.0)
+    y.view(torch.int32).bitwise_and_(_EXPONENT_BITS)  # now a power of two
+    smallest = max(2.0 ** -(2**bits - 2), torch.finfo(torch.float32).tiny)
+    torch.nn.functional.threshold_(y, smallest / 2, 0.0)
+    return y.sqrt_().mul_(scale).to(x.dtype)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import QwtError
-from .primitives import quantization_parameters
+from .primitives import fake_quantize_log_sqrt2, quantization_parameters
 
 BINS = 8192
 CHANNEL_BINS = 2048
-MSE_CANDIDATES = 64
+COARSE_FRACTIONS = [10 ** (-step / 8) for step in range(1, 17)]
+FINE_FRACTIONS = [10 ** (step / 40) for step in (-4, -3, -2, -1, 1, 2, 3, 4)]
+"""Fractions of the full range that the search for the smallest squared error tries."""
 _SMALLEST_EXPONENT = -120
 
 
@@ -123,22 +125,45 @@ class RangeObserver:
             raise AssertionError(f"{self.name} has seen no data")
         if method == "minmax":
             return self.low, self.high
+        if method == "percentile":
+            return self._percentile(percentile)
+        return mse_range(self._centers(), self.counts.double(), self.low, self.high, bits)
+
+    def estimate_log_scale(self, bits: int) -> Tensor:
+        """Return the scale, shape [1], of a log-√2 grid with the smallest mean squared error.
+
+        The candidates are fractions of the largest value.
+        """
+        if self.counts is None:
+            raise AssertionError(f"{self.name} has seen no data")
+        centers, counts = self._centers().clamp(min=0), self.counts.double()
+        largest = self.high.clamp(min=torch.finfo(torch.float32).tiny)
+        candidates = [largest * 10 ** (-step / 40) for step in range(41)]
+        errors = [
+            torch.linalg.vecdot(
+                (fake_quantize_log_sqrt2(centers, scale, bits) - centers).double().square_(), counts
+            )
+            for scale in candidates
+        ]
+        return candidates[int(torch.stack(errors).sum(1).argmin())]
+
+    def _centers(self) -> Tensor:
+        """Value that stands for each bin: [channels, bins], float32, within what was seen."""
         width = _power_of_two(self.exponent, torch.float64)[:, None]
         edges = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
-        if method == "percentile":
-            return self._percentile(edges, width, percentile)
         centers = ((edges + 0.5) * width).float()
-        centers = torch.maximum(torch.minimum(centers, self.high[:, None]), self.low[:, None])
-        return mse_range(centers, self.counts.double(), self.low, self.high, bits)
+        return torch.maximum(torch.minimum(centers, self.high[:, None]), self.low[:, None])
 
-    def _percentile(self, edges: Tensor, width: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
+    def _percentile(self, percentile: float) -> tuple[Tensor, Tensor]:
+        width = _power_of_two(self.exponent, torch.float64)
+        edges = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
         cumulative = self.counts.cumsum(1).double()
         total = cumulative[:, -1:]
         tail = total * (1 - percentile / 100)
         first = (cumulative > tail).int().argmax(1)
         last = (cumulative >= total - tail).int().argmax(1)
-        low = (edges[first] * width[:, 0]).float()
-        high = ((edges[last] + 1) * width[:, 0]).float()
+        low = (edges[first] * width).float()
+        high = ((edges[last] + 1) * width).float()
         return torch.maximum(low, self.low), torch.minimum(high, self.high)
 
 
@@ -153,8 +178,9 @@ def mse_range(
 ) -> tuple[Tensor, Tensor]:
     """Clipping range with the smallest mean squared quantization error.
 
-    Both limits are first shrunk together, then each alone, over a logarithmic grid of fractions of
-    the full range (a search as in arXiv 2106.08295, section 3.1).
+    Both limits are first shrunk together, then each alone (a search as in arXiv 2106.08295, section
+    3.1): over a logarithmic grid of fractions of the full range, and then over a finer one around
+    the best of them.
 
     Args:
         values: [rows, n] values, or centres of histogram bins.
@@ -167,18 +193,22 @@ def mse_range(
     full_low, full_high = low.clamp(max=0), high.clamp(min=0)
     best_low, best_high = full_low.clone(), full_high.clone()
     best = _range_error(values, weights, best_low, best_high, bits)
-    fractions = torch.logspace(0, -2, MSE_CANDIDATES, dtype=torch.float64)[1:].tolist()
     for shrink_low, shrink_high in ((True, True), (False, True), (True, False)):
         start_low, start_high = best_low.clone(), best_high.clone()
-        for fraction in fractions:
-            # One-sided rounds search the full range again, so that a limit can also grow back.
-            candidate_low = full_low * fraction if shrink_low else start_low
-            candidate_high = full_high * fraction if shrink_high else start_high
-            error = _range_error(values, weights, candidate_low, candidate_high, bits)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_low = torch.where(better, candidate_low, best_low)
-            best_high = torch.where(better, candidate_high, best_high)
+        fraction = torch.ones_like(full_low)
+        for steps in (COARSE_FRACTIONS, FINE_FRACTIONS):
+            middle = fraction.clone()
+            for step in steps:
+                # One-sided rounds search the full range again, so that a limit can also grow back.
+                tried = (middle * step).clamp(max=1.0)
+                candidate_low = full_low * tried if shrink_low else start_low
+                candidate_high = full_high * tried if shrink_high else start_high
+                error = _range_error(values, weights, candidate_low, candidate_high, bits)
+                better = error < best
+                best = torch.where(better, error, best)
+                best_low = torch.where(better, candidate_low, best_low)
+                best_high = torch.where(better, candidate_high, best_high)
+                fraction = torch.where(better, tried, fraction)
     return best_low, best_high
 
 

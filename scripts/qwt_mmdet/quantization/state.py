@@ -12,6 +12,7 @@ from ..files import write_atomically
 from ..settings import QuantizationSettings
 from .attention import QuantizedAttention
 from .convert import NotQuantized, activation_quantizers, quantize_model, quantized_layers
+from .folding import apply_fold
 from .layers import LAYER_BUFFERS
 
 WARMUP_FORMAT = "qwt-mmdet warmup 1"
@@ -78,8 +79,8 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     """Sizes and exceptions, for reports: bytes of all weights before and after, layer counts.
 
     ``weight_bytes`` counts quantized weights at their bit width plus a float32 scale and a one-byte
-    zero point per output channel, and everything else as float32, with the bias that a correction
-    gives to a layer without one.
+    zero point per output channel, and everything else as float32, with the bias that a correction or
+    a fold gives to a layer without one. ``layer_sqnr``: signal-to-quantization-noise ratio in dB.
     """
     layers = quantized_layers(model)
     full = sum(p.numel() for p in model.parameters()) * 4
@@ -88,16 +89,38 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
         if layer.is_calibrated:
             count, channels = layer.weight.numel(), layer.weight_scale.numel()
             saved += count * 4 - (count * layer.weight_bits / 8 + channels * 5)
-            if layer.bias is None and layer.bias_correction is not None:
-                saved -= channels * 4
+        if not layer.had_bias and layer.bias is not None:
+            full -= layer.bias.numel() * 4
+        if not layer.had_bias and layer.effective_bias() is not None:
+            saved -= len(layer.weight) * 4
     attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
     return {
         "baseline_weight_bytes": full,
         "weight_bytes": round(full - saved),
         "layers": sum(layer.is_calibrated for layer in layers.values()),
         "attention": len(attention),
+        "layer_sqnr": _layer_noise(model),
         "not_quantized": [dataclasses.asdict(entry) for entry in model.not_quantized],
     }
+
+
+def _layer_noise(model: nn.Module) -> list[dict[str, Any]]:
+    layers, rows = quantized_layers(model), []
+    for name, decibels in model.signal_noise.items():
+        module = name.partition(" ")[0]
+        if module in layers:
+            bits = layers[module].weight_bits, layers[module].input_quantizer.bits
+        else:
+            bits = None, model.get_submodule(module).quantizers()[0].bits
+        rows.append(
+            {
+                "name": name,
+                "weight_bits": bits[0],
+                "activation_bits": bits[1],
+                "sqnr_db": decibels,
+            }
+        )
+    return rows
 
 
 def save_warmup(
@@ -162,6 +185,12 @@ def load_warmup(
     quantize_model(model, found)
     device = next(model.parameters()).device
     state, bits = content["state"], content["bits"]
+    for fold in model.folds:
+        keys = [f"{fold.layers[0]}.{key}" for key in ("fold_factor", "fold_shift")]
+        if keys[0] in state:
+            apply_fold(model, fold, *(state[key].to(device) for key in keys))
+            for name in fold.layers:
+                model.get_submodule(name).input_quantizer.channel_axis = None
     for name, quantizer in activation_quantizers(model).items():
         quantizer.bits = bits[name]
         if f"{name}.scale" in state:
@@ -175,4 +204,5 @@ def load_warmup(
                     setattr(layer, key, state[f"{name}.{key}"].to(device))
             layer.restore_weight()
     model.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
+    model.signal_noise = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
     return model

@@ -1,0 +1,153 @@
+"""Scale reparameterization: per-channel quantization after a LayerNorm at the price of per-tensor.
+
+Channels of a LayerNorm's output differ in range, and one scale for all of them wastes codes. With a
+scale s and a zero point z per channel, and the factors r1 = s / mean(s) and r2 = z − round(mean(z)),
+the LayerNorm can put out (y + s r2) / r1 in place of y and the next layer can take that back in its
+weight and bias. The new tensor, quantized with one scale and one zero point, has the very codes
+that y has channel by channel (RepQ-ViT, arXiv 2212.08254, section 3.2).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from mmdet.models.backbones.pvt import PVTEncoderLayer
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
+from mmdet.models.layers.transformer.utils import PatchMerging
+from torch import Tensor, nn
+
+from .layers import QuantizedConv2d, QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A LayerNorm and the layers that read its output, which nothing else reads.
+
+    Attributes:
+        norm, layers: names of modules, relative to the module that they were found in.
+        padder: name of a module in between that pads with zeros and can pad with something else.
+    """
+
+    norm: str
+    layers: tuple[str, ...]
+    padder: str | None = None
+
+
+def _swin_folds(block: SwinBlock) -> list[Fold]:
+    return [
+        Fold("norm1", ("attn.w_msa.qkv",), padder="attn"),
+        Fold("norm2", ("ffn.layers.0.0",)),
+    ]
+
+
+def _patch_merging_folds(merging: PatchMerging) -> list[Fold]:
+    return [] if merging.norm is None else [Fold("norm", ("reduction",))]
+
+
+def _pvt_folds(layer: PVTEncoderLayer) -> list[Fold]:
+    feed_forward = Fold("norm2", ("ffn.layers.0",))
+    if layer.attn.sr_ratio == 1:
+        projections = tuple(f"attn.attn.{name}_proj" for name in "qkv")
+        return [Fold("norm1", projections), feed_forward]
+    return [
+        Fold("norm1", ("attn.attn.q_proj", "attn.sr")),
+        Fold("attn.norm", ("attn.attn.k_proj", "attn.attn.v_proj")),
+        feed_forward,
+    ]
+
+
+FOLDS: dict[type[nn.Module], Callable[[nn.Module], list[Fold]]] = {
+    SwinBlock: _swin_folds,
+    PatchMerging: _patch_merging_folds,
+    PVTEncoderLayer: _pvt_folds,
+}
+"""Where LayerNorms are followed by layers, by class of the module that holds both."""
+
+
+class FoldedShiftWindowMSA(ShiftWindowMSA):
+    """mmdet's shifted windows, padded with what zero has become in the folded input."""
+
+    padding: Tensor
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """[batch, height · width, channels] -> the same shape."""
+        height, width = hw_shape
+        below, right = -height % self.window_size, -width % self.window_size
+        if not below and not right:
+            return super().forward(query, hw_shape)
+        size = (height + below, width + right)
+        padded = self.padding.to(query.dtype).expand(len(query), *size, -1).clone()
+        padded[:, :height, :width] = query.unflatten(1, hw_shape)
+        output = super().forward(padded.flatten(1, 2), size).unflatten(1, size)
+        return output[:, :height, :width].flatten(1, 2)
+
+
+def find_folds(model: nn.Module) -> list[Fold]:
+    """All folds whose modules are a LayerNorm and quantized layers that add no padding.
+
+    Returns:
+        Folds with names relative to ``model``.
+    """
+    found = []
+    for name, module in model.named_modules():
+        for fold in FOLDS.get(type(module), lambda _: [])(module):
+            absolute = [f"{name}.{part}" for part in (fold.norm, *fold.layers)]
+            norm, *layers = [model.get_submodule(part) for part in absolute]
+            padder = None if fold.padder is None else f"{name}.{fold.padder}"
+            if _has_factors(norm) and all(map(_takes_factors, layers)):
+                found.append(Fold(absolute[0], tuple(absolute[1:]), padder))
+    return found
+
+
+def _has_factors(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _takes_factors(layer: nn.Module) -> bool:
+    if isinstance(layer, QuantizedConv2d):
+        return layer.groups == 1 and not any(layer._reversed_padding_repeated_twice)
+    return isinstance(layer, QuantizedLinear)
+
+
+def factors(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What turns per-channel quantization into per-tensor quantization.
+
+    Args:
+        scale, zero_point: [channels].
+
+    Returns:
+        The scale and the zero point of the tensor, [1], and the factors r1 and s r2, [channels].
+    """
+    tensor_scale = scale.mean(0, keepdim=True)
+    tensor_zero_point = zero_point.mean(0, keepdim=True).round()
+    shift = scale * (zero_point - tensor_zero_point)
+    return tensor_scale, tensor_zero_point, scale / tensor_scale, shift
+
+
+@torch.no_grad()
+def apply_fold(model: nn.Module, fold: Fold, factor: Tensor, shift: Tensor) -> None:
+    """Let the LayerNorm put out (y + shift) / factor, and its readers take that back, in place.
+
+    Their full-precision function stays the same. ``factor`` and ``shift`` are kept as buffers of the
+    first layer, so that a saved state can do it again.
+
+    Args:
+        factor, shift: [channels].
+    """
+    norm = model.get_submodule(fold.norm)
+    norm.bias.copy_((norm.bias + shift) / factor)
+    norm.weight.copy_(norm.weight / factor)
+    for name in fold.layers:
+        layer = model.get_submodule(name)
+        weight = layer.weight.double()
+        columns = [1, -1] + [1] * (weight.dim() - 2)
+        shifted = (weight * shift.double().view(columns)).flatten(1).sum(1)
+        bias = shifted.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
+        layer.bias = nn.Parameter((bias - shifted).float(), requires_grad=False)
+        layer.weight.copy_((weight * factor.double().view(columns)).float())
+    first = model.get_submodule(fold.layers[0])
+    first.fold_factor, first.fold_shift = factor, shift
+    if fold.padder is not None:
+        padder = model.get_submodule(fold.padder)
+        padder.__class__ = FoldedShiftWindowMSA
+        padder.register_buffer("padding", shift / factor, persistent=False)

@@ -1,0 +1,66 @@
+"""Rounding of weights with error feedback: what one weight loses, the next ones of its row make up.
+
+GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): columns of a weight are rounded one after the
+other, and each column's error is spread over those that are still free so that the layer's output
+changes least, ‖(W − Wq) X‖². That needs no more than the inputs' second moments X Xᵀ.
+"""
+
+import torch
+from torch import Tensor
+
+from .primitives import dequantize, quantize
+
+DAMPING = 0.01
+"""Added to the second moments' diagonal, relative to its mean (arXiv 2210.17323, section 3.3)."""
+BLOCK = 128
+"""Columns whose errors are spread together."""
+
+
+def gptq_codes(
+    weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> Tensor:
+    """Round weights to their grids with error feedback, columns with large inputs first.
+
+    Args:
+        weight: [groups, out, in].
+        moments: [groups, in, in] second moments of the inputs; symmetric, at least semi-definite.
+        scale, zero_point: [groups, out] of the grids, which stay as they are.
+        bits: 2 to 8.
+
+    Returns:
+        Integer codes, uint8, [groups, out, in].
+
+    Raises:
+        torch.linalg.LinAlgError: the moments hold NaN or are not semi-definite.
+    """
+    groups, outputs, inputs = weight.shape
+    order = moments.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
+    left = weight.double().gather(2, order[:, None].expand_as(weight))
+    moments = moments.double().gather(1, order[:, :, None].expand_as(moments))
+    moments = moments.gather(2, order[:, None].expand_as(moments))
+    upper = _inverse_factor(moments)
+    scale, zero_point = scale[..., None], zero_point[..., None]
+    codes = torch.empty(groups, outputs, inputs, dtype=torch.uint8, device=weight.device)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        errors = torch.empty_like(left[..., start:stop])
+        for i in range(start, stop):
+            column = left[..., i : i + 1].float()
+            codes[..., i : i + 1] = quantize(column, scale, zero_point, bits)
+            rounded = dequantize(codes[..., i : i + 1], scale, zero_point)
+            error = (left[..., i : i + 1] - rounded) / upper[:, i : i + 1, i : i + 1]
+            left[..., i:stop] -= error * upper[:, i : i + 1, i:stop]
+            errors[..., i - start : i - start + 1] = error
+        left[..., stop:] -= errors @ upper[:, start:stop, stop:]
+    return torch.empty_like(codes).scatter_(2, order[:, None].expand_as(codes), codes)
+
+
+def _inverse_factor(moments: Tensor) -> Tensor:
+    """Upper triangular U with Uᵀ U = (moments + damping)⁻¹, [groups, in, in], float64."""
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    # An input that is always 0 leaves its weight free; one that is all 0 leaves all of them.
+    damping = torch.where(mean > 0, DAMPING * mean, 1.0)
+    damped = moments + torch.diag_embed(damping.expand_as(diagonal))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)

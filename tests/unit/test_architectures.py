@@ -1,0 +1,109 @@
+"""Detectors of mmdet's zoo, with random weights: quantize, calibrate, run, save, load, compensate."""
+
+import copy
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.registry import DefaultScope
+from qwt_mmdet.compensation.fit import fit_compensation
+from qwt_mmdet.detectors import read_config, without_pretraining
+from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.quantization.state import load_warmup, save_warmup
+from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
+from torch import nn
+
+pytestmark = pytest.mark.slow
+
+SIZE = (96, 128)
+SMALL_SWIN = {"model.backbone.depths": (1, 1, 2, 1), "model.neck.2.num_blocks": 1}
+TIMM = {
+    "model.backbone": {
+        "_delete_": True,
+        "type": "TimmBackbone",
+        "model_name": "convnext_atto",
+        "out_indices": (0, 1, 2, 3),
+    },
+    "model.neck.in_channels": [40, 80, 160, 320],
+}
+ZOO = {
+    "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py": {},
+    "swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py": {},
+    "retinanet/retinanet_r50_fpn_1x_coco.py": {},
+    "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": {},
+    "pvt/retinanet_pvtv2-b0_fpn_1x_coco.py": {},
+    "yolox/yolox_s_8xb8-300e_coco.py": {},
+    "rtmdet/rtmdet_tiny_8xb32-300e_coco.py": {},
+    "mask_rcnn/mask-rcnn_x101-32x4d_fpn_1x_coco.py": {},
+    "detr/detr_r50_8xb2-150e_coco.py": {},
+    "dino/dino-4scale_r50_8xb2-12e_coco.py": {},
+    "dyhead/atss_swin-l-p4-w12_fpn_dyhead_ms-2x_coco.py": SMALL_SWIN,
+    "ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py": {},
+    "retinanet/retinanet_r50-caffe_fpn_1x_coco.py": TIMM,
+}
+
+
+def build(config: str, options: dict) -> nn.Module:
+    register_all_modules(init_default_scope=True)
+    parsed = read_config(config, options)
+    without_pretraining(parsed.model)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        if options is TIMM:
+            from qwt_mmdet import timm_backbone  # noqa: F401  registers it
+        model = MODELS.build(parsed.model)
+    model.fingerprint = {"model": config, "weights": "random"}
+    return model.eval()
+
+
+def images() -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    shape = {"img_shape": SIZE, "ori_shape": SIZE, "batch_input_shape": SIZE, "pad_shape": SIZE}
+    return [
+        {
+            "inputs": [torch.randint(0, 256, (3, *SIZE), generator=generator, dtype=torch.uint8)],
+            "data_samples": [DetDataSample(metainfo={**shape, "scale_factor": (1.0, 1.0)})],
+        }
+        for _ in range(2)
+    ]
+
+
+@torch.no_grad()
+def detections(model: nn.Module) -> list[torch.Tensor]:
+    found = [forward_scope(model, copy.deepcopy(batch), "detector") for batch in images()]
+    instances = [sample.pred_instances for samples in found for sample in samples]
+    features = [model.extract_feat(batch["inputs"][0][None].float())[0] for batch in images()]
+    return [t for i in instances for t in (i.bboxes, i.scores, i.labels)] + features
+
+
+@pytest.mark.parametrize("config", ZOO)
+def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
+    settings = QuantizationSettings(
+        weight_bits=6,
+        activation_bits=6,
+        scope="detector",
+        weight_range="minmax",
+        activation_range="repq" if "swin" in config or "pvt" in config else "minmax",
+        rounding="gptq" if "yolox" in config else "nearest",
+    )
+    model = build(config, ZOO[config])
+    reference = copy.deepcopy(model)
+    calibrate(quantize_model(model, settings), images())
+    expected = detections(model)
+    assert all(torch.isfinite(t).all() for t in expected)
+
+    save_warmup(model, tmp_path / "warmup.pth")
+    loaded = load_warmup(build(config, ZOO[config]), tmp_path / "warmup.pth", settings)
+    for actual, wanted in zip(detections(loaded), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+    ran = [m for m in model.not_quantized if m.reason != "never ran on a calibration image"]
+    known = {"DeformConv2d", "ModulatedDeformConv2d", "ConvTranspose2d", "Embedding"}
+    assert {entry.type for entry in ran} <= known
+    compensation = fit_compensation(
+        loaded, reference, images(), CompensationSettings(holdout_fraction=0.5)
+    )
+    assert len(compensation.blocks) >= 4
+    assert all(torch.isfinite(block.bias).all() for block in compensation.blocks)

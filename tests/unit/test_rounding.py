@@ -1,0 +1,76 @@
+import pytest
+import torch
+from qwt_mmdet.quantization.primitives import dequantize, quantization_parameters, quantize
+from qwt_mmdet.quantization.rounding import DAMPING, gptq_codes
+
+
+def problem(groups=1, outputs=6, inputs=300, bits=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups, outputs, inputs, generator=generator)
+    mixing = torch.randn(groups, inputs, inputs, generator=generator) / inputs**0.5
+    x = torch.randn(groups, 2000, inputs, generator=generator) @ mixing
+    low, high = weight.aminmax(dim=2)
+    return weight, x.transpose(1, 2) @ x / 2000, quantization_parameters(low, high, bits)
+
+
+def output_error(weight, codes, moments, grid):
+    difference = (dequantize(codes, grid[0][..., None], grid[1][..., None]) - weight).double()
+    return ((difference @ moments.double()) * difference).sum().item()
+
+
+def one_by_one(weight, moments, grid, bits):
+    """The algorithm as its paper states it, without blocks: one inverse after the other."""
+    moments = moments.double()
+    moments = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
+    order = moments.diagonal().argsort(descending=True).tolist()
+    left, codes = weight.double().clone(), torch.zeros_like(weight, dtype=torch.uint8)
+    free = order.copy()
+    for column in order:
+        inverse = torch.linalg.inv(moments[free][:, free])
+        code = quantize(left[:, column].float(), *grid, bits)
+        codes[:, column] = code
+        error = (left[:, column] - dequantize(code, *grid)) / inverse[0, 0]
+        left[:, free] -= error[:, None] * inverse[0]
+        free.remove(column)
+    return codes
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_equals_the_algorithm_written_out(bits):
+    weight, moments, grid = problem(inputs=40, bits=bits)
+    codes = gptq_codes(weight, moments, *grid, bits)
+    expected = one_by_one(weight[0], moments[0], (grid[0][0], grid[1][0]), bits)
+    assert torch.equal(codes[0], expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_output_error_is_well_below_that_of_nearest_rounding(bits):
+    weight, moments, grid = problem(bits=bits)
+    nearest = quantize(weight, grid[0][..., None], grid[1][..., None], bits)
+    found = output_error(weight, gptq_codes(weight, moments, *grid, bits), moments, grid)
+    assert found < 0.6 * output_error(weight, nearest, moments, grid)
+
+
+def test_inputs_that_are_not_correlated_are_rounded_to_nearest():
+    weight, _, grid = problem(inputs=50)
+    moments = torch.diag_embed(torch.rand(1, 50) + 0.1)
+    nearest = quantize(weight, grid[0][..., None], grid[1][..., None], 3)
+    assert torch.equal(gptq_codes(weight, moments, *grid, 3), nearest)
+
+
+def test_groups_are_independent():
+    weight, moments, grid = problem(groups=3, inputs=20)
+    together = gptq_codes(weight, moments, *grid, 3)
+    for g in range(3):
+        part = slice(g, g + 1)
+        alone = gptq_codes(weight[part], moments[part], grid[0][part], grid[1][part], 3)
+        assert torch.equal(together[part], alone)
+
+
+def test_inputs_without_data_and_constant_inputs_give_codes_of_the_grid():
+    weight, moments, grid = problem(inputs=20, bits=2)
+    moments[:, 3], moments[:, :, 3] = 0, 0
+    for given in (moments, torch.zeros_like(moments), torch.ones_like(moments)):
+        codes = gptq_codes(weight, given, *grid, 2)
+        assert codes.max() <= 3
+        assert output_error(weight, codes, given, grid) < 1e6
