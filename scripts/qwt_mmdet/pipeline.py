@@ -18,7 +18,8 @@ from torch import nn
 
 from . import __version__
 from .compensation.fit import fit_compensation
-from .compensation.state import block_rows, load_compensation, save_compensation
+from .compensation.state import load_compensation, save_compensation
+from .config import source_hash
 from .detectors import load_detector
 from .evaluation.coco import coco_metrics
 from .evaluation.predict import predict
@@ -165,13 +166,30 @@ def compensate(
     batch_size: int,
     workers: int,
     seed: int,
+    activation_cache: Mapping[str, float] | None = None,
 ) -> None:
-    """Fit the compensation of a quantized detector; writes ``output`` (.pth) and ``blocks`` (.csv)."""
+    """Fit the compensation of a quantized detector; writes ``output`` (.pth) and ``blocks`` (.csv).
+
+    A fit that was interrupted goes on after its last finished block; until the end these lie in
+    ``{output}.unfinished``.
+
+    Args:
+        activation_cache: {device_gb, memory_gb}, limits beyond which activations wait elsewhere.
+    """
     resolved = CompensationSettings.from_mapping(settings)
     reference = _load(config, checkpoint, config_options, device)
     model = load_warmup(_load(config, checkpoint, config_options, device), warmup)
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
-    compensation = fit_compensation(model, reference, loader, resolved)
+    unfinished = Path(f"{output}.unfinished")
+    compensation = fit_compensation(
+        model,
+        reference,
+        loader,
+        resolved,
+        **(activation_cache or {}),
+        resume=unfinished,
+        resume_inputs={"device": device, "code": source_hash("fit_compensation")},
+    )
     source = provenance(
         checkpoint=checkpoint,
         annotations=annotations,
@@ -183,5 +201,7 @@ def compensate(
         compensation=settings_to_plain(resolved),
     )
     with write_atomically(blocks) as partial:
-        pd.DataFrame(block_rows(compensation)).to_csv(partial, index=False)
+        rows = [block.row() for block in compensation.blocks]
+        pd.DataFrame(rows).to_csv(partial, index=False)
     save_compensation(model, compensation, output, source)
+    unfinished.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
 import pytest
 import torch
-from qwt_mmdet.compensation.solve import choose_ridge, solve_path, solve_ridge
-from qwt_mmdet.compensation.statistics import RegressionStatistics
+from qwt_mmdet.compensation.kinds import Bias
+from qwt_mmdet.compensation.solve import solve_linear, solve_path, solve_ridge
+from qwt_mmdet.compensation.statistics import BlockStatistics, RegressionStatistics
+from qwt_mmdet.settings import CompensationSettings
 
 
 def collect(x, y, pieces=1):
@@ -32,7 +34,7 @@ def test_ordinary_least_squares_equals_lstsq(mean, condition):
     x, y = problem(mean=mean, condition=condition)
     solution = solve_ridge(collect(x, y, pieces=5), 0.0)
     expected = lstsq(x, y)
-    difference = x @ solution.weight + solution.bias - expected
+    difference = x @ solution.kind.weight + solution.kind.bias - expected
     assert difference.norm() / expected.norm() <= 1e-5
 
 
@@ -41,15 +43,15 @@ def test_duplicated_and_constant_channels_give_the_least_squares_predictions():
     x = torch.cat([x, x[:, :3], torch.full((len(x), 1), 5.0, dtype=x.dtype)], 1)
     solution = solve_ridge(collect(x, y), 0.0)
     assert solution.solver == "eigh"
-    assert torch.isfinite(solution.weight).all()
-    difference = x @ solution.weight + solution.bias - lstsq(x, y)
+    assert torch.isfinite(solution.kind.weight).all()
+    difference = x @ solution.kind.weight + solution.kind.bias - lstsq(x, y)
     assert difference.norm() / y.norm() <= 1e-5
 
 
 def test_fewer_rows_than_channels_interpolates():
     x, y = problem(rows=5, inputs=20)
     solution = solve_ridge(collect(x, y), 0.0)
-    assert torch.allclose(x @ solution.weight + solution.bias, y, atol=1e-6)
+    assert torch.allclose(x @ solution.kind.weight + solution.kind.bias, y, atol=1e-6)
 
 
 def test_ridge_solves_its_normal_equations():
@@ -59,24 +61,29 @@ def test_ridge_solves_its_normal_equations():
     solution = solve_ridge(statistics, ridge)
     x_centred, y_centred = x - x.mean(0), y - y.mean(0)
     penalty = ridge * (x_centred.square().sum(0).mean())
-    gradient = x_centred.T @ (x_centred @ solution.weight - y_centred) + penalty * solution.weight
+    gradient = (
+        x_centred.T @ (x_centred @ solution.kind.weight - y_centred)
+        + penalty * solution.kind.weight
+    )
     assert gradient.abs().max() < 1e-6 * statistics.xy.abs().max()
-    assert torch.allclose(solution.weight, solve_path(statistics, (ridge,))[0].weight, atol=1e-9)
+    assert torch.allclose(
+        solution.kind.weight, solve_path(statistics, (ridge,))[0].kind.weight, atol=1e-9
+    )
 
 
 def test_infinite_ridge_is_the_mean_error():
     x, y = problem()
     solution = solve_ridge(collect(x, y), float("inf"))
-    assert not solution.weight.any()
-    assert torch.allclose(solution.bias, y.mean(0))
+    assert isinstance(solution.kind, Bias)
+    assert torch.allclose(solution.kind.bias, y.mean(0))
 
 
 def test_errors_from_sums_equal_errors_from_data():
     x, y = problem(mean=50.0)
     statistics = collect(x, y, pieces=4)
     solution = solve_ridge(statistics, 0.01)
-    expected = (y - x @ solution.weight - solution.bias).square().sum().item()
-    assert statistics.error_after(solution.weight, solution.bias) == pytest.approx(
+    expected = (y - x @ solution.kind.weight - solution.kind.bias).square().sum().item()
+    assert statistics.error_after(solution.kind.weight, solution.kind.bias) == pytest.approx(
         expected, rel=1e-8
     )
     assert statistics.error_before() == pytest.approx(y.square().sum().item(), rel=1e-10)
@@ -93,12 +100,17 @@ def test_chunks_and_merges_change_nothing():
             assert torch.allclose(getattr(other, key), getattr(whole, key), rtol=1e-9, atol=1e-7)
 
 
+def chosen_ridge(fit, holdout):
+    fit, holdout = BlockStatistics(fit, None), BlockStatistics(holdout, None)
+    return solve_linear(fit, [holdout], CompensationSettings())
+
+
 def test_auto_ridge_shrinks_when_the_fit_is_noise_and_not_when_it_is_signal():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 30, generator=generator, dtype=torch.float64)
     noise = torch.randn(60, 4, generator=generator, dtype=torch.float64)
-    chosen = choose_ridge(collect(x[:40], noise[:40]), collect(x[40:], noise[40:]))
+    chosen = chosen_ridge(collect(x[:40], noise[:40]), collect(x[40:], noise[40:]))
     assert chosen.ridge >= 1
     signal = x @ torch.randn(30, 4, generator=generator, dtype=torch.float64)
-    chosen = choose_ridge(collect(x[:40], signal[:40]), collect(x[40:], signal[40:]))
+    chosen = chosen_ridge(collect(x[:40], signal[:40]), collect(x[40:], signal[40:]))
     assert chosen.ridge <= 1e-5

@@ -1,27 +1,50 @@
-"""Tensors that wait between two blocks, in memory up to a limit and on disk beyond."""
+"""Tensors that wait between two blocks: on the device, in memory, and on disk beyond limits."""
 
 import shutil
 import tempfile
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    path: Path
+    device: torch.device
+
+    def load(self) -> Tensor:
+        # Mapped into memory, so that only what is used is read.
+        return torch.load(self.path, mmap=True, weights_only=True)
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    tensor: Tensor
+    device: torch.device
+    tier: str
 
 
 class ActivationCache:
-    """A dictionary of tensors with a memory limit; a context manager that removes its files.
+    """A dictionary of nested tuples, lists and dictionaries of tensors, with limits.
+
+    It is a context manager that removes its files, also after an exception. Other values than
+    tensors stay in memory as they are. Reading gives copies, which may be changed.
 
     Args:
-        memory_gb: tensors beyond this many gigabytes (10⁹ bytes) go to a temporary folder.
+        device_gb: tensors of a GPU stay there up to this many gigabytes (10⁹ bytes).
+        memory_gb: further ones stay in memory up to this many; the rest is mapped from files in a
+            temporary folder.
     """
 
-    def __init__(self, memory_gb: float = 4.0) -> None:
-        self.limit = memory_gb * 1e9
-        self.used = 0
-        self._memory: dict[Hashable, Tensor] = {}
-        self._files: dict[Hashable, Path] = {}
+    def __init__(self, device_gb: float = 4.0, memory_gb: float = 4.0) -> None:
+        self._free = {"device": device_gb * 1e9, "memory": memory_gb * 1e9}
+        self._entries: dict[Hashable, tuple[list[Any], TreeSpec]] = {}
         self._folder: Path | None = None
         self._written = 0
 
@@ -34,38 +57,64 @@ class ActivationCache:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._memory.clear()
-        self._files.clear()
+        self._entries.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._memory or key in self._files
+        return key in self._entries
 
-    def __setitem__(self, key: Hashable, value: Tensor) -> None:
+    def __setitem__(self, key: Hashable, value: Any) -> None:
         if key in self:
             del self[key]
-        size = value.numel() * value.element_size()
-        if self.used + size <= self.limit:
-            self._memory[key] = value
-            self.used += size
-            return
+        leaves, spec = tree_flatten(value)
+        leaves = [self._put(v) if isinstance(v, Tensor) else v for v in leaves]
+        self._entries[key] = leaves, spec
+
+    def __getitem__(self, key: Hashable) -> Any:
+        leaves, spec = self._entries[key]
+        return tree_unflatten([self._copy(leaf) for leaf in leaves], spec)
+
+    def __delitem__(self, key: Hashable) -> None:
+        for leaf in self._entries.pop(key)[0]:
+            if isinstance(leaf, _InMemory):
+                self._free[leaf.tier] += leaf.tensor.nbytes
+            elif isinstance(leaf, _OnDisk):
+                leaf.path.unlink()
+
+    def pop(self, key: Hashable) -> Any:
+        """Remove an entry and return it, without a copy where it lies in place already."""
+        leaves, spec = self._entries[key]
+        values = [
+            leaf.tensor.to(leaf.device) if isinstance(leaf, _InMemory) else self._copy(leaf)
+            for leaf in leaves
+        ]
+        del self[key]
+        return tree_unflatten(values, spec)
+
+    @staticmethod
+    def _copy(leaf: Any) -> Any:
+        if isinstance(leaf, _OnDisk):
+            return leaf.load().to(leaf.device, copy=True)
+        if isinstance(leaf, _InMemory):
+            return leaf.tensor.to(leaf.device, copy=True)
+        return leaf
+
+    def _put(self, tensor: Tensor) -> _InMemory | _OnDisk:
+        """Keep a tensor that nobody else changes, with its values in order."""
+        device = tensor.device
+        tiers = ("memory",) if device.type == "cpu" else ("device", "memory")
+        for tier in tiers:
+            if tensor.nbytes <= self._free[tier]:
+                self._free[tier] -= tensor.nbytes
+                kept = tensor if tier == "device" else tensor.cpu()
+                # A view would keep its whole base alive.
+                whole = kept.untyped_storage().nbytes() == kept.nbytes
+                return _InMemory(kept if whole else kept.clone(), device, tier)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="qwt-mmdet-"))
         path = self._folder / f"{self._written}.pt"
         self._written += 1
         # A view would be saved with its whole storage.
-        torch.save(value.contiguous().clone(), path)
-        self._files[key] = path
-
-    def __getitem__(self, key: Hashable) -> Tensor:
-        if key in self._memory:
-            return self._memory[key]
-        return torch.load(self._files[key], weights_only=True)
-
-    def __delitem__(self, key: Hashable) -> None:
-        if key in self._memory:
-            value = self._memory.pop(key)
-            self.used -= value.numel() * value.element_size()
-        else:
-            self._files.pop(key).unlink()
+        torch.save(tensor.cpu().clone(), path)
+        return _OnDisk(path, device)

@@ -1,94 +1,146 @@
-"""Compensation as part of a block: ``output + x W + b``, added by a forward hook.
+"""Compensation as part of a block, by a forward hook.
 
-W and b are buffers of the block itself, so all module names stay as they are, and copying, moving
-and state_dict work as usual.
+The tensors of the compensation are buffers of the block itself, so all module names stay as they
+are, and copying, moving and state_dict work as usual.
 """
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import QwtError
+from .kinds import KINDS, Kind
 
-BUFFERS = ("compensation_weight", "compensation_bias")
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with: args and kwargs."""
+
+PREFIX = "compensation_"
 
 
-def aligned_input(x: Tensor, output: Tensor) -> Tensor:
-    """Take from a block's input the positions of its output.
+def channel_axis(block: nn.Module, output: Tensor) -> int:
+    """1 for maps [batch, channels, height, width], −1 for tokens and for maps with channels last.
 
-    Args:
-        x: [batch, tokens, in] or [batch, in, height, width].
-        output: the block's output of the same layout; a convolutional block may have a stride s,
-            then height' = ⌈height / s⌉.
-
-    Returns:
-        [batch, tokens, in], or [batch, in, height', width'] (every s-th row and column: what a 1×1
-        convolution with that stride reads).
-
-    Raises:
-        QwtError: input and output have no such correspondence.
+    A block of linear layers without any convolution works on the last axis.
     """
-    if x.dim() == output.dim() == 3 and x.shape[:2] == output.shape[:2]:
-        return x
-    if x.dim() == output.dim() == 4 and len(x) == len(output):
-        stride = [
-            max(1, round(full / small))
-            for full, small in zip(x.shape[2:], output.shape[2:], strict=True)
-        ]
-        x = x[:, :, :: stride[0], :: stride[1]]
-        if x.shape[2:] == output.shape[2:]:
-            return x
-    raise QwtError(
-        f"A block turns a tensor of shape {tuple(x.shape)} into {tuple(output.shape)}; a linear "
-        "compensation needs tokens [batch, tokens, channels] or maps [batch, channels, height, "
-        "width] that keep their positions up to a stride. Choose other 'blocks'."
-    )
+    kinds = {
+        kind for m in block.modules() for kind in (nn.Linear, nn.Conv2d) if isinstance(m, kind)
+    }
+    return -1 if output.dim() == 3 or kinds == {nn.Linear} else 1
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """[batch, tokens, c] or [batch, c, height, width] -> [positions, c]."""
-    return (x if x.dim() == 3 else x.permute(0, 2, 3, 1)).reshape(
-        -1, x.shape[-1 if x.dim() == 3 else 1]
-    )
-
-
-def add_compensation(output: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return ``output + x W + b`` for W [in, out] and b [out]; maps use a strided 1×1 convolution."""
-    x = aligned_input(x, output)
-    weight, bias = weight.to(output.dtype), bias.to(output.dtype)
-    x = x.to(output.dtype)
-    if x.dim() == 3:
-        return output + F.linear(x, weight.T, bias)
-    return output + F.conv2d(x, weight.T[:, :, None, None], bias)
-
-
-def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a block works on: its first argument."""
-    for value in (*args, *kwargs.values()):
+def block_input(arguments: Arguments) -> Tensor:
+    """The tensor that a block works on: its first one."""
+    for value in tree_leaves(arguments):
         if isinstance(value, Tensor):
             return value
     raise QwtError("A block was called without a tensor; choose other 'blocks'.")
 
 
-def _compensate(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Tensor:
-    return add_compensation(
-        output, block_input(args, kwargs), block.compensation_weight, block.compensation_bias
+def block_output(name: str, output: Any) -> Tensor:
+    """The tensor that a block returns, alone or before others (a layer may add its map's size).
+
+    Raises:
+        QwtError: there is none.
+    """
+    tensor = output[0] if isinstance(output, tuple | list) and output else output
+    if isinstance(tensor, Tensor):
+        return tensor
+    raise QwtError(
+        f"The block {name} returns a {type(output).__name__}, not a tensor; choose other 'blocks'."
     )
 
 
-def attach_compensation(block: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Give a block its compensation: W [in, out], b [out].
+def _with_tensor(output: Any, tensor: Tensor) -> Any:
+    return tensor if isinstance(output, Tensor) else type(output)((tensor, *output[1:]))
+
+
+def _grid(arguments: Arguments, tokens: int) -> tuple[int, int] | None:
+    """Height and width of a sequence of tokens, where they are among the arguments."""
+    for value in (*arguments[0], *arguments[1].values()):
+        pair = isinstance(value, tuple | list) and len(value) == 2
+        if pair and all(isinstance(n, int) for n in value) and math.prod(value) == tokens:
+            return tuple(value)
+    return None
+
+
+def aligned_input(arguments: Arguments, output: Tensor, axis: int) -> Tensor:
+    """Take from a block's input the positions of its output.
+
+    Args:
+        arguments: of the block; its input is [batch, tokens, in] or a map of the output's layout.
+        output: the block's output tensor; on maps a block may have a stride s, then
+            height' = ⌈height / s⌉. Tokens count as a map where the arguments tell its size.
+        axis: the channels of a map.
+
+    Returns:
+        The input at these positions; with a stride every s-th row and column, what a 1×1
+        convolution with that stride reads.
+
+    Raises:
+        QwtError: input and output have no such correspondence.
+    """
+    x = block_input(arguments)
+    if x.dim() == output.dim() == 3 and len(x) == len(output):
+        if x.shape[1] == output.shape[1]:
+            return x
+        grid = _grid(arguments, x.shape[1])
+        stride = round(math.sqrt(x.shape[1] / output.shape[1])) if output.shape[1] else 0
+        if grid and stride > 1:
+            strided = x.unflatten(1, grid)[:, ::stride, ::stride].flatten(1, 2)
+            if strided.shape[1] == output.shape[1]:
+                return strided
+    if x.dim() == output.dim() == 4 and len(x) == len(output):
+        rows, columns = (2, 3) if axis == 1 else (1, 2)
+        steps = [slice(None)] * 4
+        for dim in (rows, columns):
+            steps[dim] = slice(None, None, max(1, round(x.shape[dim] / output.shape[dim])))
+        strided = x[tuple(steps)]
+        if all(strided.shape[dim] == output.shape[dim] for dim in (rows, columns)):
+            return strided
+    raise QwtError(
+        f"A block turns a tensor of shape {tuple(x.shape)} into {tuple(output.shape)}; a "
+        "compensation needs tokens [batch, tokens, channels] or maps [batch, channels, height, "
+        "width] that keep their positions up to a stride. Choose other 'blocks'."
+    )
+
+
+def as_rows(x: Tensor, axis: int) -> Tensor:
+    """A map or tokens with channels along ``axis`` -> [positions, channels]."""
+    return x.movedim(axis, -1).reshape(-1, x.shape[axis])
+
+
+def compensated(block: nn.Module, kind: Kind, arguments: Arguments, output: Any) -> Any:
+    """What a block returns, with its tensor compensated."""
+    tensor = block_output(type(block).__name__, output)
+    axis = channel_axis(block, tensor)
+    x = aligned_input(arguments, tensor, axis).to(tensor.dtype)
+    return _with_tensor(output, kind.to(tensor.device, tensor.dtype).apply(x, tensor, axis))
+
+
+def _compensate(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    buffers = {
+        name.removeprefix(PREFIX): value
+        for name, value in block.named_buffers(recurse=False)
+        if name.startswith(PREFIX)
+    }
+    return compensated(block, KINDS[block.compensation_kind](**buffers), (args, kwargs), output)
+
+
+def attach_compensation(block: nn.Module, kind: Kind) -> None:
+    """Give a block its compensation.
 
     Raises:
         QwtError: it has one already.
     """
-    if hasattr(block, BUFFERS[0]):
+    if hasattr(block, "compensation_kind"):
         raise QwtError("This model is compensated already; load it again first.")
     device = next(block.parameters()).device
-    for name, value in zip(BUFFERS, (weight, bias), strict=True):
-        block.register_buffer(name, value.to(device=device, dtype=torch.float32))
+    block.compensation_kind = kind.name
+    for name, value in kind.to(device, torch.float32).tensors().items():
+        block.register_buffer(PREFIX + name, value)
     block.register_forward_hook(_compensate, with_kwargs=True)

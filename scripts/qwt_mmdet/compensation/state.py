@@ -1,6 +1,5 @@
 """Put a fitted compensation onto a detector, save it and load it."""
 
-import dataclasses
 import os
 from typing import Any
 
@@ -15,10 +14,10 @@ from ..quantization.state import (
     settings_to_plain,
 )
 from ..settings import CompensationSettings
-from .fit import BlockFit, Compensation
 from .modules import attach_compensation
+from .result import BlockFit, Compensation
 
-COMPENSATION_FORMAT = "qwt-mmdet compensation 1"
+COMPENSATION_FORMAT = "qwt-mmdet compensation 2"
 
 
 def quantized_fingerprint(model: nn.Module) -> dict[str, str]:
@@ -30,32 +29,8 @@ def apply_compensation(model: nn.Module, compensation: Compensation) -> nn.Modul
     """Attach the kept blocks' compensation to a quantized detector, in place; returns the model."""
     for block in compensation.blocks:
         if block.kept:
-            attach_compensation(model.get_submodule(block.name), block.weight, block.bias)
+            attach_compensation(model.get_submodule(block.name), block.kind)
     return model
-
-
-def summarize_compensation(compensation: Compensation) -> dict[str, Any]:
-    """Counts and costs of the kept blocks, for reports."""
-    kept = [block for block in compensation.blocks if block.kept]
-    return {
-        "blocks": len(compensation.blocks),
-        "kept": len(kept),
-        "parameters": sum(block.parameters for block in kept),
-        "bytes": sum(block.parameters for block in kept) * 2,  # stored as float16
-        "multiply_adds": sum(block.multiply_adds for block in kept),
-    }
-
-
-def block_rows(compensation: Compensation) -> list[dict[str, Any]]:
-    """One dictionary of plain values per block, without W and b: the rows of blocks.csv."""
-    return [
-        {
-            field.name: getattr(block, field.name)
-            for field in dataclasses.fields(BlockFit)
-            if field.name not in ("weight", "bias")
-        }
-        for block in compensation.blocks
-    ]
 
 
 def save_compensation(
@@ -66,16 +41,16 @@ def save_compensation(
 ) -> None:
     """Save a compensation with the fingerprint of the quantized model that it belongs to.
 
-    The file holds per block W, b, the gate's decision and the errors; it loads with
+    The file holds per block its tensors, the decision, the errors and the cost; it loads with
     ``torch.load(weights_only=True)``. Call it before the compensation is applied or after.
     """
-    fields = [field.name for field in dataclasses.fields(BlockFit)]
     content = {
         "format": COMPENSATION_FORMAT,
         "fingerprint": quantized_fingerprint(model),
         "settings": settings_to_plain(compensation.settings),
-        "blocks": [{f: getattr(block, f) for f in fields} for block in compensation.blocks],
-        "summary": summarize_compensation(compensation),
+        "blocks": [block.plain() for block in compensation.blocks],
+        "backbone_multiply_adds": compensation.backbone_multiply_adds,
+        "summary": compensation.summary(),
         "provenance": provenance or {},
     }
     save_archive(content, path)
@@ -97,7 +72,8 @@ def load_compensation(model: nn.Module, path: str | os.PathLike[str]) -> Compens
         )
     compensation = Compensation(
         CompensationSettings.from_mapping(content["settings"]),
-        tuple(BlockFit(**block) for block in content["blocks"]),
+        tuple(BlockFit.from_plain(block) for block in content["blocks"]),
+        content["backbone_multiply_adds"],
     )
     apply_compensation(model, compensation)
     return compensation

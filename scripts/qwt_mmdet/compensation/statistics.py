@@ -35,13 +35,17 @@ class RegressionStatistics:
         cls, inputs: int, outputs: int, device: torch.device | str = "cpu"
     ) -> "RegressionStatistics":
         """Statistics of no rows at all."""
+        x, y = (torch.zeros(1, n, dtype=torch.float64, device=device) for n in (inputs, outputs))
+        return cls(0, x[0], y[0], cls._products(x, x), cls._products(x, y), y[0].clone())
 
-        def new(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+    @staticmethod
+    def _products(a: Tensor, b: Tensor) -> Tensor:
+        """Sum over rows of the products of [n, p] and [n, q]: [p, q]."""
+        return a.T @ b
 
-        return cls(
-            0, new(inputs), new(outputs), new(inputs, inputs), new(inputs, outputs), new(outputs)
-        )
+    @staticmethod
+    def _predict(products: Tensor, weight: Tensor) -> Tensor:
+        return products @ weight
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add rows ``x`` [n, in] and ``y`` [n, out], any float dtype, in chunks."""
@@ -50,12 +54,12 @@ class RegressionStatistics:
             mean_x, mean_y = x_chunk.mean(0), y_chunk.mean(0)
             x_chunk, y_chunk = x_chunk - mean_x, y_chunk - mean_y
             self.merge(
-                RegressionStatistics(
+                type(self)(
                     len(x_chunk),
                     mean_x,
                     mean_y,
-                    x_chunk.T @ x_chunk,
-                    x_chunk.T @ y_chunk,
+                    self._products(x_chunk, x_chunk),
+                    self._products(x_chunk, y_chunk),
                     y_chunk.square().sum(0),
                 )
             )
@@ -67,20 +71,85 @@ class RegressionStatistics:
         total = self.count + other.count
         weight = self.count * other.count / total
         dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
-        self.xx += other.xx + weight * torch.outer(dx, dx)
-        self.xy += other.xy + weight * torch.outer(dx, dy)
+        self.xx += other.xx + weight * self._products(dx[None], dx[None])
+        self.xy += other.xy + weight * self._products(dx[None], dy[None])
         self.yy += other.yy + weight * dy.square()
         self.mean_x = self.mean_x + dx * (other.count / total)
         self.mean_y = self.mean_y + dy * (other.count / total)
         self.count = total
 
+    @property
+    def variation(self) -> float:
+        """Σ‖y − ȳ‖²."""
+        return float(self.yy.sum())
+
     def error_before(self) -> float:
         """Σ‖y‖²: the squared error without any compensation."""
-        return float((self.yy + self.count * self.mean_y.square()).sum())
+        return self.constant_error(torch.zeros_like(self.mean_y))
+
+    def constant_error(self, bias: Tensor) -> float:
+        """Σ‖y − b‖² for b [out]."""
+        return float((self.yy + self.count * (self.mean_y - bias.double()).square()).sum())
 
     def error_after(self, weight: Tensor, bias: Tensor) -> float:
         """Σ‖y − xW − b‖² for W [in, out] and b [out], from the sums alone."""
         weight, bias = weight.double(), bias.double()
-        explained = (weight * (self.xx @ weight - 2 * self.xy)).sum(0)
-        offset = self.mean_y - self.mean_x @ weight - bias
+        explained = weight * (self._predict(self.xx, weight) - 2 * self.xy)
+        explained = explained.reshape(-1, explained.shape[-1]).sum(0)
+        offset = self.mean_y - self._predict(self.mean_x, weight) - bias
         return float((self.yy + explained + self.count * offset.square()).sum().clamp(min=0))
+
+
+class ChannelStatistics(RegressionStatistics):
+    """The same for a regression of each target channel on the input channel of the same number.
+
+    ``xx`` and ``xy`` are the diagonals alone, [out], and so are weights.
+    """
+
+    @staticmethod
+    def _products(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(0)
+
+    @staticmethod
+    def _predict(products: Tensor, weight: Tensor) -> Tensor:
+        return products * weight
+
+
+@dataclass
+class BlockStatistics:
+    """Sums over the positions of a block: its error against what the kinds may explain it with.
+
+    Attributes:
+        inputs: error on the block's input; None where no kind asks for it.
+        outputs: error on the quantized output, channel by channel; None likewise.
+    """
+
+    inputs: RegressionStatistics | None
+    outputs: ChannelStatistics | None
+
+    @property
+    def any(self) -> RegressionStatistics:
+        """One that is there: the sums of the error itself are the same in both."""
+        return self.outputs if self.inputs is None else self.inputs
+
+    @property
+    def count(self) -> int:
+        return self.any.count
+
+    def update(self, x: Tensor, output: Tensor, error: Tensor) -> None:
+        """Add rows of block input [n, in], quantized output [n, out] and error [n, out]."""
+        if self.inputs is not None:
+            self.inputs.update(x, error)
+        if self.outputs is not None:
+            self.outputs.update(output, error)
+
+    def merge(self, other: "BlockStatistics") -> None:
+        """Add all rows that ``other`` has seen."""
+        for ours, theirs in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
+            if ours is not None:
+                ours.merge(theirs)
+
+    @property
+    def elements(self) -> int:
+        """Positions times channels."""
+        return self.count * len(self.any.mean_y)

@@ -1,0 +1,216 @@
+"""What runs between the blocks of a detector, in which order, and what depends on what."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import QwtError
+from ..quantization.convert import forward_scope
+from .modules import Arguments, aligned_input, block_output, channel_axis
+
+Forward = Callable[..., Any]
+
+
+class Step(NamedTuple):
+    """One call of a module in the forward pass: of a block, or of a module outside of all blocks."""
+
+    module: str
+    call: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forward pass as a sequence of steps, of which some are blocks.
+
+    Attributes:
+        scope: the part of the detector that has to run.
+        blocks: names of the blocks in running order.
+        positions: of each block's output, for the traced image.
+        steps: in running order up to the last block.
+        depends: for each step the earlier steps that its input is made of.
+    """
+
+    scope: str
+    blocks: tuple[str, ...]
+    positions: tuple[int, ...]
+    steps: tuple[Step, ...]
+    depends: tuple[tuple[int, ...], ...]
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules of all steps."""
+        return list(dict.fromkeys(step.module for step in self.steps))
+
+    def last_uses(self, blocks_linger: int = 0) -> dict[Step, int]:
+        """For each step the last block on whose way from the image its output is read.
+
+        Steps between two blocks run on the way to the later one.
+
+        Args:
+            blocks_linger: how many blocks longer a block's input is needed.
+        """
+        last = dict.fromkeys(self.steps, -1)
+        reached = 0
+        for step, sources in zip(self.steps, self.depends, strict=True):
+            is_block = step.module in self.blocks
+            until = min(reached + blocks_linger * is_block, len(self.blocks) - 1)
+            for source in sources:
+                last[self.steps[source]] = max(last[self.steps[source]], until)
+            reached += is_block
+        return last
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+    """Let modules run other functions in place of their forward, until the context ends."""
+    own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+        for module, forward in own.items():
+            module.forward = forward
+
+
+def replay_scope(blocks: Iterable[str]) -> str:
+    """The smallest part of a detector whose forward pass runs all these blocks."""
+    parts = {name.split(".")[0] for name in blocks}
+    if parts == {"backbone"}:
+        return "backbone"
+    return "backbone+neck" if parts <= {"backbone", "neck"} else "detector"
+
+
+def _traceable(model: nn.Module, blocks: list[str]) -> Iterator[str]:
+    """The blocks, and all modules that neither hold a block nor lie in one."""
+    holders = {name.rsplit(".", n)[0] for name in blocks for n in range(1, name.count(".") + 1)}
+    for name, _ in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in blocks)
+        if name and name not in holders and not inside:
+            yield name
+
+
+class _Tracer:
+    """Records steps. Every step's output is tied to a leaf of its own in the autograd graph; a step
+    depends on the leaves that its input has a gradient path to."""
+
+    def __init__(self, model: nn.Module, blocks: list[str]) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.steps: list[Step] = []
+        self.depends: list[tuple[int, ...]] = []
+        self.leaves: list[Tensor] = []
+        self.positions: dict[str, int] = {}
+        self.opaque: set[int] = set()
+        self.calls: Counter[str] = Counter()
+        self.inside = False
+
+    def forwards(self) -> dict[nn.Module, Forward]:
+        """The recording forward of every module that may be a step."""
+        modules = {
+            name: self.model.get_submodule(name) for name in _traceable(self.model, self.blocks)
+        }
+        return {module: self._traced(name, module) for name, module in modules.items()}
+
+    def _traced(self, name: str, module: nn.Module) -> Forward:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return original(*args, **kwargs)
+            step = Step(name, self.calls[name])
+            self.calls[name] += 1
+            if name in self.blocks and step.call:
+                raise QwtError(
+                    f"The block {name} runs twice in one forward pass and cannot be compensated; "
+                    "leave it out of 'blocks'."
+                )
+            self.depends.append(self._sources((args, kwargs)))
+            self.steps.append(step)
+            args, kwargs = detached(args), detached(kwargs)
+            self.inside = True
+            try:
+                with torch.no_grad():
+                    output = original(*args, **kwargs)
+            finally:
+                self.inside = False
+            if name in self.blocks:
+                self._check(name, module, (args, kwargs), output)
+            return self._tied(output)
+
+        return forward
+
+    def _sources(self, arguments: Arguments) -> tuple[int, ...]:
+        values = [v for v in tree_leaves(arguments) if isinstance(v, Tensor) and v.requires_grad]
+        if not values or not self.leaves:
+            return tuple(sorted(self.opaque))
+        with torch.enable_grad():
+            total = sum(value.sum().to(torch.float32) for value in values)
+            gradients = torch.autograd.grad(
+                total, self.leaves, allow_unused=True, retain_graph=True
+            )
+        found = {index for index, gradient in enumerate(gradients) if gradient is not None}
+        return tuple(sorted(found | self.opaque))
+
+    def _tied(self, output: Any) -> Any:
+        leaf = torch.zeros((), requires_grad=True, device=next(self.model.parameters()).device)
+        index = len(self.leaves)
+        self.leaves.append(leaf)
+
+        def tie(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if not value.is_floating_point():
+                self.opaque.add(index)  # no gradients: whatever comes later may depend on it
+                return value
+            return value.detach() + leaf
+
+        return tree_map(tie, output)
+
+    def _check(self, name: str, module: nn.Module, arguments: Arguments, output: Any) -> None:
+        tensor = block_output(name, output)
+        axis = channel_axis(module, tensor)
+        aligned_input(arguments, tensor, axis)
+        self.positions[name] = tensor.numel() // tensor.shape[axis]
+
+
+def detached(tree: Any) -> Any:
+    """A copy of all tensors in nested containers, outside of the autograd graph."""
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, tree)
+
+
+def trace_blocks(model: nn.Module, blocks: list[str], batch: dict[str, Any], scope: str) -> Plan:
+    """Find in which order blocks and the modules between them run, and what depends on what.
+
+    Args:
+        batch: one image as the loader gives it.
+
+    Raises:
+        QwtError: a block does not run, runs twice, or returns something that cannot be compensated.
+    """
+    tracer = _Tracer(model, blocks)
+    with replaced_forwards(tracer.forwards()), torch.enable_grad():
+        forward_scope(model, batch, scope)
+    missing = [name for name in blocks if name not in tracer.positions]
+    if missing:
+        raise QwtError(
+            f"The blocks {', '.join(missing)} do not run in the forward pass; leave them out of "
+            "'blocks'."
+        )
+    end = max(tracer.steps.index(Step(name, 0)) for name in blocks) + 1
+    order = tuple(step.module for step in tracer.steps if step.module in blocks)
+    return Plan(
+        scope,
+        order,
+        tuple(tracer.positions[name] for name in order),
+        tuple(tracer.steps[:end]),
+        tuple(tracer.depends[:end]),
+    )
