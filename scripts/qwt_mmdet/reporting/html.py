@@ -166,6 +166,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "recovered": _estimate(row, "AP_recovered"),
                     "bytes": row["quantized_bytes"] + row["compensation_bytes"],
                     "multiply_adds": row["compensation_multiply_adds"],
+                    "multiply_adds_percent": row["compensation_multiply_adds_percent"],
                     "made": seconds("fit_compensation", model, name, compensation),
                     "evaluated": seconds("evaluate_compensated", model, name, compensation),
                 }

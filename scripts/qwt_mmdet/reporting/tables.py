@@ -27,6 +27,8 @@ that the number is undefined (no objects of that size, nothing to recover, no co
     layers that were quantized, and modules with weights that were not.
 ``compensation_bytes``, ``compensation_parameters``, ``compensation_multiply_adds``
     what the kept compensation adds; multiply-adds per image.
+``compensation_multiply_adds_percent``
+    the same in percent of the full-precision backbone's.
 ``blocks``, ``blocks_kept``
     blocks that were fitted, and those whose compensation the gate kept.
 
@@ -115,7 +117,7 @@ def _cost_columns(row: Mapping[str, Any], warmup: Mapping[str, Any]) -> dict[str
         "not_quantized": len(warmup["not_quantized"]),
         **{
             f"compensation_{key}": compensation.get(key)
-            for key in ("bytes", "parameters", "multiply_adds")
+            for key in ("bytes", "parameters", "multiply_adds", "multiply_adds_percent")
         },
         "blocks": compensation.get("blocks"),
         "blocks_kept": compensation.get("kept"),
