@@ -188,7 +188,7 @@ def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
                 point.megabytes + shift, point.value, yerr=_error(point), color=colour, marker=marker,
                 linestyle="none", capsize=3, label=point.series,
             )  # fmt: skip
-        axes.margins(x=0.12, y=0.12)
+        axes.margins(x=0.18, y=0.12)
         axes.set_xlabel("size of weights and compensation (MB)")
         axes.set_ylabel(f"{kind} AP (0 to 1)")
         _legend(figure, axes)

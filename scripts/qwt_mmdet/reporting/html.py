@@ -19,7 +19,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 LOSS, GAIN = "AP_quantized_minus_baseline", "AP_compensated_minus_quantized"
 MOST_IMAGES = sum(RULES.values())
 PICTURED_IMAGES = 24  # in the whole report, so that it stays below 5 MB
-WORST_LAYERS = 15
+WORST_LAYERS = 10
 
 Row = Mapping[str, Any]
 
@@ -242,6 +242,7 @@ def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
             {**layer, "share": (layer["sqnr_db"] - least) / ((most - least) or 1)}
             for layer in layers
         ],
+        "worst": layers[0] if layers else None,
         "not_quantized": quantization["not_quantized"],
     }
 
@@ -380,7 +381,10 @@ def _model_section(
         ],
         "layers": [
             section
-            for quantization in _select(summary["quantizations"], model=model)
+            for quantization in sorted(
+                _select(summary["quantizations"], model=model),
+                key=lambda entry: entry["quantization"] != first["quantization"],
+            )
             if (section := _layer_section(quantization))["layers"] or section["not_quantized"]
         ],
         "pictures": _pictures(ordered[0], summary["seed"], most_images),

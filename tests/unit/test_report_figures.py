@@ -1,0 +1,117 @@
+"""Figures: nothing hidden, colours of the page, a front that nothing beats."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from qwt_mmdet.reporting.figures import (
+    BASELINE,
+    QUANTIZED,
+    Point,
+    ap_by_bits,
+    ap_by_size,
+    block_errors,
+    pareto_front,
+    series_styles,
+)
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def point(name: str, bits: int, series: str, value: float, megabytes: float) -> Point:
+    return Point(name, (bits, 8), series, value, value - 0.02, value + 0.03, megabytes)
+
+
+POINTS = [
+    Point("", (32, 32), BASELINE, 0.40, 0.37, 0.45, 40.0),
+    point("w8", 8, QUANTIZED, 0.39, 10.0),
+    point("w8", 8, "qwt", 0.395, 10.5),
+    point("w4", 4, QUANTIZED, 0.10, 5.0),
+    point("w4", 4, "qwt", 0.30, 5.5),
+    point("w4", 4, "paper", 0.20, 5.5),
+]
+
+BLOCKS = [
+    {"name": "backbone.a", "kept": True, "holdout_error_before": 0.5, "holdout_error_after": 0.2},
+    {"name": "backbone.b", "kept": False, "holdout_error_before": 0.1, "holdout_error_after": 0.2},
+]
+
+
+@pytest.fixture(params=["bits", "size", "blocks"])
+def svg(request) -> str:
+    draw = {
+        "bits": lambda: ap_by_bits(POINTS, "box", "fig"),
+        "size": lambda: ap_by_size(POINTS, "box", "fig"),
+        "blocks": lambda: block_errors(BLOCKS, "holdout", "fig"),
+    }
+    return draw[request.param]()
+
+
+def texts(svg: str) -> list[str]:
+    root = ElementTree.fromstring(svg)
+    return ["".join(element.itertext()).strip() for element in root.iter(f"{SVG}text")]
+
+
+def test_a_figure_scales_and_takes_the_colours_of_the_page(svg):
+    root = ElementTree.fromstring(svg)
+    assert "viewBox" in root.attrib
+    assert "width" not in root.attrib
+    assert "var(--ink)" in svg
+    assert "#000000" not in svg
+    assert "#ffffff" not in svg
+    assert "<script" not in svg
+
+
+def test_all_ids_carry_the_name_of_the_figure(svg):
+    for identifier in re.findall(r'\bid="([^"]+)"', svg) + re.findall(r"url\(#([^)]+)\)", svg):
+        assert identifier.startswith("fig-")
+
+
+def test_text_is_large_enough_for_a_phone(svg):
+    width = float(ElementTree.fromstring(svg).attrib["viewBox"].split()[2])
+    on_phone = 366 / width  # 390 pixels less the margins
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+    assert sizes
+    assert min(sizes) * on_phone >= 8.5
+
+
+def test_axes_have_names_and_units():
+    by_bits = texts(ap_by_bits(POINTS, "mask", "a"))
+    assert "mask AP (0 to 1)" in by_bits
+    assert "bits of weights (W), activations (A)" in by_bits
+    by_size = texts(ap_by_size(POINTS, "mask", "a"))
+    assert "size of weights and compensation (MB)" in by_size
+    assert {"w4", "w8", "Pareto front", "baseline", "quantized", "qwt", "paper"} <= set(by_size)
+    by_block = texts(block_errors(BLOCKS, "holdout", "a"))
+    assert {"a", "b", "compensated", "compensated (not kept)"} <= set(by_block)
+
+
+def test_more_bits_are_above_fewer():
+    root = ElementTree.fromstring(ap_by_bits(POINTS, "box", "a"))
+    heights = {}
+    for element in root.iter(f"{SVG}text"):
+        transform = element.attrib.get("transform", "")
+        position = re.search(r"translate\(([\d.]+) ([\d.]+)\)", transform)
+        height = float(position.group(2)) if position else float(element.attrib["y"])
+        heights["".join(element.itertext()).strip()] = height
+    assert heights["W8 A8"] < heights["W4 A8"]  # y grows downward
+
+
+def test_without_intervals_and_without_compensation_there_is_a_figure_too():
+    plain = [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)]
+    for draw in (ap_by_bits, ap_by_size):
+        assert ElementTree.fromstring(draw(plain, "box", "a")) is not None
+
+
+def test_nothing_beats_the_front_in_both_size_and_ap():
+    front = pareto_front(POINTS)
+    assert [p.value for p in front] == [0.10, 0.30, 0.39, 0.395, 0.40]
+    for p in POINTS:
+        beaten = any(o.value >= p.value and o.megabytes <= p.megabytes and o != p for o in POINTS)
+        assert (p not in front) == beaten
+
+
+def test_series_differ_in_colour_and_in_marker():
+    styles = series_styles([BASELINE, QUANTIZED, "a", "b", "c", "d", "e"])
+    colours, markers = zip(*styles.values(), strict=True)
+    assert len(set(colours)) == len(set(markers)) == 7

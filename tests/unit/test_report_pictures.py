@@ -1,0 +1,163 @@
+"""Pictures: the rule that chooses images, the verdict on each, and what is drawn."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from qwt_mmdet.evaluation.coco import load_ground_truth
+from qwt_mmdet.reporting.pictures import (
+    COLOURS,
+    SIDE,
+    Verdict,
+    choose_images,
+    draw_records,
+    judge,
+    make_pictures,
+)
+from random_detections import detection, one_object, write
+
+BOX = [60.0, 50.0, 100.0, 80.0]
+
+
+def verdict(hits: int, false: int = 0, missed: int = 0) -> Verdict:
+    return Verdict([{}] * hits, [{}] * false, [{}] * missed)
+
+
+@pytest.mark.parametrize(
+    ("judged", "f1"),
+    [
+        (verdict(2), 1),
+        (verdict(1, missed=1), 2 / 3),
+        (verdict(1, false=1, missed=1), 0.5),
+        (verdict(0, false=3), 0),
+        (verdict(0), 1),
+    ],
+)
+def test_f1_by_hand(judged, f1):
+    assert judged.f1 == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_verdict_knows_hits_false_alarms_and_what_was_missed(tmp_path, masks):
+    content = one_object(BOX)
+    content["annotations"].append({**content["annotations"][0], "id": 2, "iscrowd": 1})
+    content["images"].append({**content["images"][0], "id": 2})
+    truth = load_ground_truth(write(tmp_path, content), masks=masks)
+    elsewhere = [200.0, 150.0, 30.0, 30.0]
+    found = [detection(BOX, 0.9), detection(elsewhere, 0.8), detection(elsewhere, 0.1)]
+    judged = judge(truth, found, masks=masks)
+    assert [record["score"] for record in judged[1].hit] == [0.9]
+    assert [record["score"] for record in judged[1].false] == [0.8]  # 0.1 is not shown
+    assert judged[1].missed == []  # the crowd region does not count
+    assert judged[2] == Verdict()
+    unsure = judge(truth, [detection(BOX, 0.2)], masks=masks)
+    assert unsure[1].hit == unsure[1].false == []
+    assert [record["id"] for record in unsure[1].missed] == [1]
+
+
+def test_images_are_chosen_where_most_is_lost_or_regained():
+    images = range(20)
+    baseline = {image: verdict(2) for image in images}
+    quantized = dict(baseline)
+    compensated = dict(baseline)
+    for image in (3, 4, 5, 6, 7):  # lost and not regained, 7 most
+        quantized[image] = compensated[image] = verdict(2 - (image > 3), missed=image)
+    quantized[11] = verdict(2, missed=1)
+    chosen = choose_images(baseline, quantized, compensated, seed=0)
+    by_rule = {rule: [i for i in chosen if chosen[i] == rule] for rule in chosen.values()}
+    assert by_rule["largest loss"] == [7, 6, 5]
+    assert by_rule["largest recovery"] == [11]
+    assert len(by_rule["drawn at random"]) == 2
+    assert chosen == choose_images(baseline, quantized, compensated, seed=0)
+    others = [choose_images(baseline, quantized, compensated, seed=seed) for seed in range(1, 6)]
+    assert any(other != chosen for other in others)
+
+
+def test_without_loss_only_random_images_are_shown():
+    same = {image: verdict(1) for image in range(5)}
+    assert set(choose_images(same, same, None, seed=0).values()) == {"drawn at random"}
+
+
+def rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+def test_boxes_have_the_colour_of_what_they_are(tmp_path):
+    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=False)
+    grey = Image.new("RGB", (260, 200), "#808080")
+    for what in COLOURS:
+        picture = draw_records(grey, {what: [{"bbox": BOX, "category_id": 1}]}, truth, masks=False)
+        assert max(picture.size) == SIDE
+        drawn = (np.asarray(picture) == rgb(COLOURS[what])).all(axis=2)
+        rows, columns = np.nonzero(drawn)
+        scale = SIDE / 260
+        assert columns.min() == pytest.approx(BOX[0] * scale, abs=4)
+        assert columns.max() == pytest.approx((BOX[0] + BOX[2]) * scale, abs=4)
+        assert rows.max() == pytest.approx((BOX[1] + BOX[3]) * scale, abs=4)
+        assert (np.asarray(picture)[5, 5] == 128).all()
+
+
+def test_a_mask_is_tinted(tmp_path):
+    content = one_object(BOX)
+    truth = load_ground_truth(write(tmp_path, content), masks=True)
+    grey = Image.new("RGB", (260, 200), "#808080")
+    records = {"object": content["annotations"]}
+    plain, tinted = (
+        np.asarray(draw_records(grey, records, truth, masks=masks)) for masks in (False, True)
+    )
+    middle = tuple(round((BOX[1 - i] + BOX[3 - i] / 2) * SIDE / 260) for i in range(2))
+    assert (plain[middle] == 128).all()
+    towards = np.sign(rgb(COLOURS["object"]) - 128)
+    assert (np.sign(tinted[middle].astype(int) - 128) == towards).all()
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """Annotations of nine noisy images with an object each, and where they lie."""
+    content = one_object(BOX)
+    generator = np.random.default_rng(0)
+    image, annotation = content["images"][0], content["annotations"][0]
+    content["images"], content["annotations"] = [], []
+    for number in range(1, 10):
+        name = f"{number}.png"
+        pixels = generator.integers(0, 255, (200, 260, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+        content["images"].append({**image, "id": number, "file_name": name})
+        content["annotations"].append({**annotation, "id": number, "image_id": number})
+    content["info"] = {"image_root": str(tmp_path)}
+    return write(tmp_path, content)
+
+
+def test_pictures_are_small_and_say_what_was_found(scene):
+    right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
+    variants = {"baseline": right, "w4": right[:4], "w4 + qwt": right}
+    pictures = make_pictures(scene, variants, masks=False, seed=0, most=8)
+    rules = [picture["rule"] for picture in pictures]
+    assert rules == ["largest loss"] * 3 + ["largest recovery"] * 2 + ["drawn at random"] * 2
+    for panel in (panel for picture in pictures for panel in picture["panels"]):
+        data = base64.b64decode(panel["data"].removeprefix("data:image/webp;base64,"))
+        assert len(data) < 150_000  # noise is the worst case
+        assert Image.open(io.BytesIO(data)).size == (panel["width"], panel["height"])
+        assert max(panel["width"], panel["height"]) == SIDE
+    lost = pictures[0]["panels"]
+    assert [panel["title"] for panel in lost] == ["ground truth", "baseline", "w4", "w4 + qwt"]
+    assert [panel["found"] for panel in lost[:3]] == [
+        "1 object", "1 of 1 found, 0 false", "0 of 1 found, 0 false",
+    ]  # fmt: skip
+
+
+def test_fewer_pictures_keep_one_of_each_rule(scene):
+    right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
+    variants = {"baseline": right[:8], "w4": right[4:], "w4 + qwt": right}
+    pictures = make_pictures(scene, variants, masks=False, seed=0, most=3)
+    assert len({picture["rule"] for picture in pictures}) == 3
+
+
+def test_images_that_are_gone_are_told_in_the_log(scene, tmp_path, caplog):
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    variants = {"baseline": [detection(BOX, 0.9)], "w4": [detection(BOX, 0.1)]}
+    assert make_pictures(scene, variants, masks=False, seed=0, most=8) == []
+    assert "cannot be read" in caplog.text
