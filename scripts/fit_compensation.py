@@ -18,4 +18,5 @@ with step(snakemake) as device:
         batch_size=snakemake.config["calibration"]["batch_size"],
         workers=workers(snakemake, "calibration"),
         seed=snakemake.params.seed,
+        activation_cache=snakemake.config["activation_cache"],
     )

@@ -1,6 +1,7 @@
 """What a fit finds about each block, in memory and as plain values."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,9 @@ class BlockFit:
 
     def plain(self) -> dict[str, Any]:
         """Plain values and tensors, from which :meth:`from_plain` makes the same again."""
-        return {**self.row(), "tensors": self.kind.tensors() if self.kind else {}}
+        # Equal strings are one object: pickled files of equal content have equal bytes.
+        row = {k: sys.intern(v) if isinstance(v, str) else v for k, v in self.row().items()}
+        return {**row, "tensors": self.kind.tensors() if self.kind else {}}
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "BlockFit":

@@ -1,0 +1,99 @@
+import copy
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from qwt_mmdet.compensation.cost import backbone_bytes, backbone_multiply_adds, too_expensive
+from qwt_mmdet.compensation.fit import fit_compensation
+from qwt_mmdet.compensation.kinds import Bias
+from qwt_mmdet.compensation.result import BlockFit
+from qwt_mmdet.quantization.convert import calibrate, quantize_model
+from qwt_mmdet.settings import CompensationSettings, MaxCost, QuantizationSettings
+from torch import nn
+
+EVERYTHING = CompensationSettings(gate="none", ridge=0, holdout_fraction=0)
+
+
+def small_backbone():
+    """3 -> 4 channels by 3×3 with stride 2, then 4 -> 4 by 1×1."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.Conv2d(4, 4, 1))
+    return tiny.TinyDetector(layers).eval()
+
+
+def fitted(settings, backbone="resnet"):
+    full = tiny.detector(backbone)
+    quantization = QuantizationSettings(weight_bits=4, activation_bits=4)
+    model = calibrate(quantize_model(copy.deepcopy(full), quantization), tiny.batches(4))
+    return fit_compensation(model, full, tiny.batches(4), settings)
+
+
+def test_multiply_adds_of_a_backbone_counted_by_hand():
+    # An image of 64×64 has 32×32 positions after the stride.
+    expected = 32 * 32 * (4 * 3 * 9 + 4 * 4)
+    assert backbone_multiply_adds(small_backbone(), tiny.batches(1)[0]) == expected
+
+
+def test_bytes_of_a_quantized_backbone_counted_by_hand():
+    settings = QuantizationSettings(weight_bits=4, activation_bits=8)
+    model = calibrate(quantize_model(small_backbone(), settings), tiny.batches(1))
+    assert backbone_bytes(model) == (4 * 3 * 9 + 4 * 4) / 2 + 4 * 2
+
+
+def test_cost_of_a_block_counted_by_hand():
+    full = small_backbone()
+    quantization = QuantizationSettings(weight_bits=4, activation_bits=8)
+    model = calibrate(quantize_model(copy.deepcopy(full), quantization), tiny.batches(2))
+    settings = dataclasses.replace(EVERYTHING, blocks=("backbone.0",))
+    compensation = fit_compensation(model, full, tiny.batches(2), settings)
+    block = compensation.blocks[0]
+    assert (block.parameters, block.bytes) == (3 * 4 + 4, 32)
+    assert (block.positions, block.multiply_adds) == (1024, 1024 * 12)
+    assert block.multiply_adds_percent == pytest.approx(100 * 12 / 124)
+    assert block.bytes_percent == pytest.approx(100 * 32 / 70)
+    assert compensation.summary() == {
+        "blocks": 1, "kept": 1, "parameters": 16, "bytes": 32, "multiply_adds": 1024 * 12,
+        "bytes_percent": block.bytes_percent, "multiply_adds_percent": block.multiply_adds_percent,
+        "backbone_multiply_adds": 1024 * 124,
+    }  # fmt: skip
+
+
+def block(name, reduction, percent, *, kept=True, power=1.0):
+    return BlockFit(
+        name=name, kind=Bias(torch.zeros(1)), kept=kept, decision="kept", ridge=0.0, solver="",
+        positions=1.0, parameters=1, bytes=2, bytes_percent=percent, multiply_adds=1.0,
+        multiply_adds_percent=percent, target_power=power, fit_error_before=1.0,
+        fit_error_after=0.0, fit_r2=0.0, holdout_error_before=1.0,
+        holdout_error_after=1.0 - reduction, holdout_r2=0.0,
+    )  # fmt: skip
+
+
+def test_a_budget_goes_to_the_largest_error_reduction_per_cost():
+    blocks = [
+        block("good", 0.4, 1.0),
+        block("better", 0.9, 2.0),
+        block("dear", 0.5, 4.0),
+        block("harmful", -0.5, 0.5),
+        block("rejected", 0.9, 0.1, kept=False),
+        block("loud", 0.9, 1.0, power=100.0),
+    ]
+    assert too_expensive(blocks, MaxCost(multiply_adds=3)) == {"dear", "loud", "harmful"}
+    assert too_expensive(blocks, MaxCost(multiply_adds=100)) == set()
+    assert too_expensive(blocks, MaxCost(bytes=0)) == {"good", "better", "dear", "harmful", "loud"}
+    assert too_expensive(blocks, MaxCost(multiply_adds=100, bytes=2.5)) >= {"good", "dear"}
+
+
+@pytest.mark.parametrize("key", ["multiply_adds", "bytes"])
+def test_a_fit_stays_within_its_budget_and_its_later_blocks_know(key):
+    free = fitted(EVERYTHING)
+    most = 0.7 * free.summary()[f"{key}_percent"]
+    limited = fitted(dataclasses.replace(EVERYTHING, max_cost=MaxCost(**{key: most})))
+    assert 0 < limited.summary()[f"{key}_percent"] <= most
+    changed = [
+        (a.name, b.decision)
+        for a, b in zip(free.blocks, limited.blocks, strict=True)
+        if a.fit_error_before != b.fit_error_before
+    ]
+    dropped = [index for index, b in enumerate(limited.blocks) if b.decision == "max_cost"]
+    # Blocks after the first dropped one start from another input than without the budget.
+    assert [name for name, _ in changed] == [b.name for b in free.blocks[dropped[0] + 1 :]]
