@@ -197,6 +197,12 @@ def _model_summary(
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
     baseline = metrics[rows[0]["baseline"]]
+    # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
+    warmups = {
+        row["quantization"]: load_archive(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
+        for row in rows
+    }
+    costs = [_cost_columns(row, warmups[row["quantization"]]) for row in rows]
     statistics = bootstrap(
         rows[0]["annotations"],
         {
@@ -210,10 +216,6 @@ def _model_summary(
     for folder in folders:
         _check_agreement(folder, metrics[folder], statistics)
     categories = _categories(rows[0]["annotations"], baseline)
-    warmups = {
-        row["quantization"]: load_archive(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
-        for row in rows
-    }
     summary: dict[str, list[dict[str, Any]]] = {
         "rows": [],
         "classes": [],
@@ -228,8 +230,7 @@ def _model_summary(
             for name, warmup in warmups.items()
         ],
     }
-    for row in rows:
-        costs = _cost_columns(row, warmups[row["quantization"]])
+    for row, cost in zip(rows, costs, strict=True):
         for kind in statistics.values[row["baseline"]]:
             names = {key: row[key] for key in ("model", "quantization", "compensation")}
             names["metrics"] = kind
@@ -243,7 +244,7 @@ def _model_summary(
             }
             for metric in AP_METRICS:
                 columns |= _ap_columns(statistics, row, kind, metric, metric)
-            summary["rows"].append(columns | costs)
+            summary["rows"].append(columns | cost)
             classes = _class_rows(statistics, row, kind, categories)
             summary["classes"] += [names | entry for entry in classes]
             summary["rankings"].append(names | _ranking(classes))
