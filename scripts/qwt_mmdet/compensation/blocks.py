@@ -75,7 +75,8 @@ def pvt_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
     for i, (_, layers, _) in enumerate(backbone.layers):
         if downsampling and i:
             names.append(f"layers.{i}.0.projection")
-        names += [f"layers.{i}.1.{j}" for j in range(len(layers))]
+        # A position embedding may come before them.
+        names += [f"layers.{i}.1.{j}" for j, layer in enumerate(layers) if hasattr(layer, "attn")]
     return names
 
 
@@ -99,7 +100,7 @@ _TIMM_DOWNSAMPLE = re.compile(r"(|.*\.)(stages|layers)[._]\d+\.downsample")
 
 
 @register_blocks(
-    "TIMMBackbone", "FeatureListNet", "FeatureDictNet", "FeatureHookNet", "FeatureGetterNet",
+    "TimmBackbone", "FeatureListNet", "FeatureDictNet", "FeatureHookNet", "FeatureGetterNet",
     "EfficientNetFeatures", "MobileNetV3Features",
 )  # fmt: skip
 def timm_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
