@@ -75,6 +75,8 @@ SQNR = [
     {"name": "backbone.good", "weight_bits": 4, "activation_bits": 8, "sqnr_db": 31.5},
     {"name": "backbone.bad", "weight_bits": 4, "activation_bits": 8, "sqnr_db": -2.5},
     {"name": "backbone.first", "weight_bits": 8, "activation_bits": 8, "sqnr_db": 40.0},
+    {"name": "backbone.attn (key)", "weight_bits": None, "activation_bits": 4, "sqnr_db": 9.0},
+    {"name": "backbone.zero", "weight_bits": 4, "activation_bits": 4, "sqnr_db": None},
 ]
 
 
@@ -138,6 +140,16 @@ def make_results(*, masks: bool, compensated: bool, **warmup) -> list[dict]:
 
 def summarize(rows: list[dict], resamples: int = 100) -> None:
     tables.summarize(rows, "summary.csv", "summary.json", resamples=resamples)
+
+
+def with_second_model(rows: list[dict]) -> list[dict]:
+    """The rows again, under the name of another model."""
+    Path("results/n").symlink_to(Path("results/m").resolve())
+    again = [
+        {k: v.replace("results/m", "results/n") if isinstance(v, str) else v for k, v in r.items()}
+        for r in rows
+    ]
+    return [*rows, *({**row, "model": "n"} for row in again)]
 
 
 @pytest.fixture
@@ -232,13 +244,8 @@ def test_every_column_is_documented(summary):
         assert f"``{stem}``" in documented, column
 
 
-def test_equal_names_of_different_models_do_not_mix(results, tmp_path):
-    Path("results/n").symlink_to(tmp_path / "results" / "m")
-    second = {
-        key: value.replace("results/m", "results/n") if isinstance(value, str) else value
-        for key, value in results[0].items()
-    }
-    summarize([*results, {**second, "model": "n"}])
+def test_equal_names_of_different_models_do_not_mix(results):
+    summarize(with_second_model(results))
     with open("summary.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["model"] for row in rows] == ["m", "n"]
@@ -439,6 +446,18 @@ def test_a_table_without_compensation_has_empty_cells(tmp_path, monkeypatch):
     assert "–" in text.summary_table("summary.csv")
 
 
+def test_two_models_share_one_report(results):
+    rows = with_second_model(results)
+    summarize(rows, resamples=20)
+    page = render(rows)
+    assert page.open == []
+    assert page.tags.count("svg") == 6
+    assert len(set(page.ids)) == len(page.ids)
+    for section in ("Pictures", "AP by class", "Provenance"):
+        start = page.source.index(f"<h2>{section}</h2>")
+        assert page.source.index("<h3>m</h3>", start) < page.source.index("<h3>n</h3>", start)
+
+
 def test_names_from_outside_are_escaped(page):
     assert "dog &lt;b&gt;" in page.source
     assert "&lt;cpu&gt;" in page.source
@@ -484,12 +503,14 @@ def test_the_command_is_shown_where_the_workflow_tells_it(results, page, monkeyp
 
 def test_the_layers_that_hurt_are_on_top_with_the_entry_that_spares_them(case):
     _, page = case
-    names = [page.text.index(f"backbone.{layer}") for layer in ("bad", "good", "first")]
+    names = [page.text.index(f"backbone.{layer}") for layer in ("bad", "attn", "good", "first")]
     assert names == sorted(names)
     assert "-2.5 dB" in page.text
     hint = "- {pattern: backbone.bad, weight_bits: 8, activation_bits: 8}"
     assert hint in page.text
+    assert "- {pattern: backbone.attn, activation_bits: 8}" in page.text  # has no weights
     assert "pattern: backbone.first" not in page.text  # is at 8 bits
+    assert "backbone.zero" not in page.text  # has no error
 
 
 def test_the_section_of_layers_disappears_where_nothing_is_known(tmp_path, monkeypatch):

@@ -230,16 +230,33 @@ def _block_section(combination: Row, row: Row, name: str) -> dict[str, Any]:
     }
 
 
+def spare(layer: Mapping[str, Any]) -> str | None:
+    """Entry of ``overrides`` that keeps a layer at 8 bits; None where it has them already.
+
+    An operand of attention, ``backbone.attn (query)``, has no weights; it goes by its module's name.
+    """
+    bits = {key: layer[key] for key in ("weight_bits", "activation_bits") if layer[key] is not None}
+    if all(value >= 8 for value in bits.values()):
+        return None
+    pattern = layer["name"].partition(" ")[0]
+    return f"- {{{', '.join([f'pattern: {pattern}', *(f'{key}: 8' for key in bits)])}}}"
+
+
 def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Layers of one quantization, the largest error first, and what was not quantized."""
-    layers = sorted(quantization["layer_sqnr"], key=lambda layer: layer["sqnr_db"])
+    measured = [layer for layer in quantization["layer_sqnr"] if layer["sqnr_db"] is not None]
+    layers = sorted(measured, key=lambda layer: layer["sqnr_db"])
     most = max([layer["sqnr_db"] for layer in layers], default=0)
     least = min([0, *(layer["sqnr_db"] for layer in layers)])
     return {
         "title": quantization["quantization"],
         "layers": [
-            # the length of a bar, from the smallest ratio (or 0 dB) to the largest
-            {**layer, "share": (layer["sqnr_db"] - least) / ((most - least) or 1)}
+            layer
+            | {
+                "override": spare(layer),
+                # the length of a bar, from the smallest ratio (or 0 dB) to the largest
+                "share": (layer["sqnr_db"] - least) / ((most - least) or 1),
+            }
             for layer in layers
         ],
         "worst": layers[0] if layers else None,
