@@ -4,6 +4,8 @@ import dataclasses
 import pytest
 import tiny
 import torch
+from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation.blocks import find_blocks
 from qwt_mmdet.compensation.fit import fit_compensation, split_holdout
 from qwt_mmdet.compensation.modules import as_rows, block_input
@@ -142,6 +144,38 @@ def test_batch_size_changes_nothing(kind):
     for a, b in zip(one.blocks, four.blocks, strict=True):
         assert torch.equal(a.kind.weight, b.kind.weight)
         assert torch.equal(a.kind.bias, b.kind.bias)
+
+
+class Preprocessed(torch.nn.Module):
+    """A detector with mmdet's own preprocessor, which pads the images of a batch to one size."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
+        self.data_preprocessor = DetDataPreprocessor(mean=[1] * 3, std=[2] * 3, pad_size_divisor=8)
+
+
+@pytest.mark.parametrize("target", ["block", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_images_of_different_sizes_give_the_same_in_every_batch(kind, target):
+    """Swin's windows need padding here; images in one batch would be padded to the largest."""
+    full = Preprocessed(tiny.backbone(kind)).eval()
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(52, 76), (37, 45), (64, 64), (41, 90)]
+    images = [torch.rand(3, *size, generator=generator) * 255 for size in sizes]
+    batches = [{"inputs": [image], "data_samples": [DetDataSample()]} for image in images]
+    joint = [
+        {"inputs": images[:3], "data_samples": [DetDataSample() for _ in range(3)]},
+        batches[3],
+    ]
+    settings = QuantizationSettings(weight_bits=4, activation_bits=4, activation_range="minmax")
+    model = calibrate(quantize_model(copy.deepcopy(full), settings), batches)
+    settings = dataclasses.replace(PAPER, target=target)
+    one, three = (fit_compensation(model, full, data, settings) for data in (batches, joint))
+    for a, b in zip(one.blocks, three.blocks, strict=True):
+        assert torch.equal(a.kind.weight, b.kind.weight)
+        assert a.row() == b.row()
 
 
 def test_odd_sizes_need_window_padding_and_work():
