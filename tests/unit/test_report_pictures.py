@@ -111,6 +111,8 @@ def test_a_mask_is_tinted(tmp_path):
     assert (plain[middle] == 128).all()
     towards = np.sign(rgb(COLOURS["object"]) - 128)
     assert (np.sign(tinted[middle].astype(int) - 128) == towards).all()
+    missed = draw_records(grey, {"missed": content["annotations"]}, truth, masks=True)
+    assert (np.asarray(missed)[middle] == 128).all()
 
 
 @pytest.fixture
