@@ -1,9 +1,8 @@
 import pytest
 import torch
 from qwt_mmdet.compensation.kinds import Bias
-from qwt_mmdet.compensation.solve import solve_linear, solve_path, solve_ridge
-from qwt_mmdet.compensation.statistics import BlockStatistics, RegressionStatistics
-from qwt_mmdet.settings import CompensationSettings
+from qwt_mmdet.compensation.solve import RIDGES, choose_ridge, solve_path, solve_ridge
+from qwt_mmdet.compensation.statistics import RegressionStatistics
 
 
 def collect(x, y, pieces=1):
@@ -100,17 +99,28 @@ def test_chunks_and_merges_change_nothing():
             assert torch.allclose(getattr(other, key), getattr(whole, key), rtol=1e-9, atol=1e-7)
 
 
-def chosen_ridge(fit, holdout):
-    fit, holdout = BlockStatistics(fit, None), BlockStatistics(holdout, None)
-    return solve_linear(fit, [holdout], CompensationSettings())
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_chosen_ridge_has_the_smallest_error_on_held_out_rows(pieces):
+    x, y = problem(rows=90, inputs=40, mean=2.0, condition=1e3)
+    fit, held_x, held_y = collect(x[:50], y[:50]), x[50:], y[50:]
+    groups = [
+        collect(a, b) for a, b in zip(held_x.chunk(pieces), held_y.chunk(pieces), strict=True)
+    ]
+    chosen = choose_ridge(fit, groups)
+    errors = {
+        s.ridge: (held_y - held_x @ s.kind.weight - s.kind.bias).square().sum().item()
+        for s in solve_path(fit, RIDGES[:-1])
+    }
+    assert chosen.ridge == min(errors, key=errors.get)
+    assert 0 < chosen.ridge < 1e3
 
 
 def test_auto_ridge_shrinks_when_the_fit_is_noise_and_not_when_it_is_signal():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 30, generator=generator, dtype=torch.float64)
     noise = torch.randn(60, 4, generator=generator, dtype=torch.float64)
-    chosen = chosen_ridge(collect(x[:40], noise[:40]), collect(x[40:], noise[40:]))
+    chosen = choose_ridge(collect(x[:40], noise[:40]), [collect(x[40:], noise[40:])])
     assert chosen.ridge >= 1
     signal = x @ torch.randn(30, 4, generator=generator, dtype=torch.float64)
-    chosen = chosen_ridge(collect(x[:40], signal[:40]), collect(x[40:], signal[40:]))
+    chosen = choose_ridge(collect(x[:40], signal[:40]), [collect(x[40:], signal[40:])])
     assert chosen.ridge <= 1e-5

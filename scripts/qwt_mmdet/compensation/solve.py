@@ -101,40 +101,65 @@ def solve_ridge(statistics: RegressionStatistics, ridge: float) -> Solution:
     return solve_path(statistics, (ridge,))[0]
 
 
-def solve_path(statistics: RegressionStatistics, ridges: Sequence[float]) -> list[Solution]:
-    """Solutions for several ridge strengths from one eigendecomposition of the centred X'X.
+@dataclass(frozen=True)
+class _Spectrum:
+    """W for every ridge strength from one eigendecomposition of the centred X'X.
 
+    W = vectors · diag(shrinkage) · projected, in which only the shrinkage depends on the ridge.
     Directions below RANK_TOLERANCE of the largest eigenvalue are left out (minimum norm).
     """
-    values, vectors = torch.linalg.eigh(statistics.xx)
-    values = values.clamp(min=0)
-    projected = vectors.T @ statistics.xy
-    usable = values > values.max() * RANK_TOLERANCE
-    scale = statistics.xx.diagonal().mean()
-    solutions = []
-    for ridge in ridges:
+
+    statistics: RegressionStatistics
+    values: Tensor
+    vectors: Tensor
+    projected: Tensor
+
+    @classmethod
+    def of(cls, statistics: RegressionStatistics) -> "_Spectrum":
+        values, vectors = torch.linalg.eigh(statistics.xx)
+        return cls(statistics, values.clamp(min=0), vectors, vectors.T @ statistics.xy)
+
+    def shrinkage(self, ridge: float) -> Tensor:
+        usable = self.values > self.values.max() * RANK_TOLERANCE
+        penalty = ridge * self.statistics.xx.diagonal().mean()
+        return torch.where(usable, 1 / (self.values + penalty).clamp(min=1e-300), 0.0)
+
+    def solution(self, ridge: float) -> Solution:
         if ridge == math.inf:
-            solutions.append(_mean_error(statistics))
-            continue
-        inverse = torch.where(usable, 1 / (values + ridge * scale).clamp(min=1e-300), 0.0)
-        weight = vectors @ (inverse[:, None] * projected)
-        solutions.append(_linear(statistics, weight, ridge, "eigh"))
-    return solutions
+            return _mean_error(self.statistics)
+        weight = self.vectors @ (self.shrinkage(ridge)[:, None] * self.projected)
+        return _linear(self.statistics, weight, ridge, "eigh")
+
+    def errors(self, holdout: RegressionStatistics, ridges: Sequence[float]) -> Tensor:
+        """Squared error of each ridge strength on held-out rows, without forming W: [ridges]."""
+        shrinkage = torch.stack(
+            [
+                torch.zeros_like(self.values) if ridge == math.inf else self.shrinkage(ridge)
+                for ridge in ridges
+            ]
+        )
+        inner = self.vectors.T @ holdout.xx @ self.vectors * (self.projected @ self.projected.T)
+        cross = (self.projected * (self.vectors.T @ holdout.xy)).sum(1)
+        moved_x = (holdout.mean_x - self.statistics.mean_x) @ self.vectors
+        moved_y = holdout.mean_y - self.statistics.mean_y
+        offset = moved_y - (shrinkage * moved_x) @ self.projected
+        explained = (shrinkage @ inner * shrinkage).sum(1) - 2 * shrinkage @ cross
+        return holdout.variation + explained + holdout.count * offset.square().sum(1)
 
 
-def _linear_candidates(
-    statistics: RegressionStatistics, settings: CompensationSettings
-) -> list[Solution]:
-    if settings.ridge == "auto":
-        return solve_path(statistics, RIDGES)
-    return [solve_ridge(statistics, float(settings.ridge))]
+def solve_path(statistics: RegressionStatistics, ridges: Sequence[float]) -> list[Solution]:
+    """Solutions for several ridge strengths from one eigendecomposition."""
+    spectrum = _Spectrum.of(statistics)
+    return [spectrum.solution(ridge) for ridge in ridges]
 
 
-def best_on(holdout: Sequence[BlockStatistics], candidates: Sequence[Solution]) -> Solution:
-    """The candidate with the smallest squared error on held-out rows."""
-    if len(candidates) == 1:
-        return candidates[0]
-    return min(candidates, key=lambda s: sum(s.squared_error(group) for group in holdout))
+def choose_ridge(
+    statistics: RegressionStatistics, holdout: Sequence[RegressionStatistics]
+) -> Solution:
+    """The solution among :data:`RIDGES` with the smallest squared error on held-out rows."""
+    spectrum = _Spectrum.of(statistics)
+    errors = sum(spectrum.errors(group, RIDGES) for group in holdout)
+    return spectrum.solution(RIDGES[int(errors.argmin())])
 
 
 def reduce_rank(statistics: RegressionStatistics, solution: Solution, rank: int) -> Solution:
@@ -178,7 +203,9 @@ def solve_linear(
     fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
 ) -> Solution:
     """W and b on the block's input, with the given ridge or the best one on held-out rows."""
-    return best_on(holdout, _linear_candidates(fit.inputs, settings))
+    if settings.ridge == "auto":
+        return choose_ridge(fit.inputs, [group.inputs for group in holdout])
+    return solve_ridge(fit.inputs, float(settings.ridge))
 
 
 @register_solver("lowrank", "inputs")
@@ -186,8 +213,13 @@ def solve_lowrank(
     fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
 ) -> Solution:
     """As linear, with W of rank ``settings.rank``."""
-    candidates = _linear_candidates(fit.inputs, settings)
-    return best_on(holdout, [reduce_rank(fit.inputs, s, settings.rank) for s in candidates])
+    if settings.ridge != "auto":
+        return reduce_rank(
+            fit.inputs, solve_ridge(fit.inputs, float(settings.ridge)), settings.rank
+        )
+    path = solve_path(fit.inputs, RIDGES)
+    candidates = [reduce_rank(fit.inputs, solution, settings.rank) for solution in path]
+    return min(candidates, key=lambda s: sum(s.squared_error(group) for group in holdout))
 
 
 def simplest_within_noise(

@@ -50,8 +50,7 @@ class RegressionStatistics:
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add rows ``x`` [n, in] and ``y`` [n, out], any float dtype, in chunks."""
         for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            x_chunk, y_chunk = x_chunk.double(), y_chunk.double()
-            mean_x, mean_y = x_chunk.mean(0), y_chunk.mean(0)
+            mean_x, mean_y = (t.mean(0, dtype=torch.float64) for t in (x_chunk, y_chunk))
             x_chunk, y_chunk = x_chunk - mean_x, y_chunk - mean_y
             self.merge(
                 type(self)(
