@@ -58,6 +58,7 @@ STEP_PARTS = {
     "fit_compensation": (*_DETECTOR, "quantization", "compensation"),
     "evaluate_compensated": (*_DETECTOR, *_EVALUATION, "quantization", "compensation"),
     "summarize_results": (
+        "compat",
         "evaluation.bootstrap",
         "evaluation.coco",
         "quantization",
