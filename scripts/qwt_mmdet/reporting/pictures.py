@@ -147,9 +147,8 @@ def draw_records(
     size = tuple(max(round(length * scale), 1) for length in image.size)
     picture = image.resize(size, Image.Resampling.LANCZOS)
     if masks:
-        for what in [
-            key for key in records if key != "missed"
-        ]:  # a tint would look as if it had been found
+        # a tint on what was missed would look as if it had been found
+        for what in [key for key in records if key != "missed"]:
             for record in records[what]:
                 mask = Image.fromarray(truth.annToMask(record) * 110).resize(size)
                 picture.paste(COLOURS[what], mask=mask)
