@@ -6,6 +6,7 @@ from conftest import REAL_COCO, ROOT, Workflow
 # {name of the configuration: (models, quantized, compensated)}
 RESULTS = {
     "coco_download": (2, 3, 5),
+    "demo_tiny": (1, 1, 1),
     "yolox_coco_real": (1, 4, 8),
     "yolox_coco_real_tiny": (1, 1, 1),
 }

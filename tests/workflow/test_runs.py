@@ -1,4 +1,4 @@
-"""Whole runs on real images, from the checkpoint to the report."""
+"""Whole runs, from the checkpoint to the report."""
 
 import csv
 import json
@@ -7,11 +7,17 @@ import pytest
 import yaml
 from conftest import REAL_COCO, ROOT, Workflow
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.slow,
-    pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}"),
-]
+pytestmark = pytest.mark.slow
+
+
+def real(test):
+    """Mark a test that needs real images."""
+    missing = pytest.mark.skipif(
+        not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}"
+    )
+    return pytest.mark.real(missing(test))
+
+
 CONFIGS = ROOT / "tests" / "configs"
 RULES_PER_MODEL = {
     "fetch_checkpoint": "yolox_nano",
@@ -25,6 +31,22 @@ RULES_PER_MODEL = {
 }
 
 
+def test_the_demo_goes_from_its_checkpoint_to_the_report(workflow: Workflow):
+    """Without data from elsewhere; masks, attention, folding and error feedback included."""
+    config = str(CONFIGS / "demo_tiny.yaml")
+    done = workflow.run("--cores", "2", "--configfile", config)
+    assert done.returncode == 0, done.stdout
+    with open(workflow.folder / "results" / "summary.csv", newline="") as stream:
+        box, mask = csv.DictReader(stream)
+    assert (box["metrics"], mask["metrics"]) == ("bbox", "segm")
+    for row in (box, mask):
+        assert float(row["AP_baseline"]) > 0.3
+        assert float(row["AP_quantized"]) != float(row["AP_baseline"])
+    assert "demo" in (workflow.folder / "results" / "report.html").read_text()
+    assert workflow.jobs("--configfile", config) == {}
+
+
+@real
 def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
     config = str(CONFIGS / "yolox_coco_real_tiny.yaml")
     done = workflow.run("--cores", "2", "--resources", "gpu=0", "--configfile", config)
@@ -64,6 +86,7 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
     }
 
 
+@real
 def test_the_real_detector_reaches_its_known_ap_and_8_bits_keep_it(workflow: Workflow):
     """AP 0.269 and AP50 0.426 on these 160 images are the numbers of an independent evaluation."""
     variants = ["baseline", "w8a8/quantized", "w8a8-detector/quantized", "w6a6/quantized"]

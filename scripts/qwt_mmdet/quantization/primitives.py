@@ -12,6 +12,8 @@ section 3.3).
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 def quantization_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Turn clipping ranges into scales and zero points.
@@ -52,8 +54,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Round ``x`` to its quantization grid and keep it in floating point.
 
-    Equal to ``dequantize(quantize(x))`` and to torch.fake_quantize_per_tensor_affine. One new
-    tensor is made and worked on in place.
+    Equal to ``dequantize(quantize(x))`` and to torch.fake_quantize_per_tensor_affine, by whichever of
+    two ways (see :mod:`.kernels`).
 
     Args:
         x: any shape; ``scale`` and ``zero_point`` broadcast against it.
@@ -63,10 +65,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     """
     low = -zero_point
     high = low + (2**bits - 1)
-    y = x * scale.reciprocal()
-    y.round_()
-    torch.clamp(y, low, high, out=y)
-    return y.mul_(scale).to(x.dtype)
+    return kernels.round_to_grid(x, scale.reciprocal(), low, high, scale).to(x.dtype)
 
 
 _EXPONENT_BITS = 0x7F800000  # of a float32

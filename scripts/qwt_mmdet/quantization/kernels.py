@@ -1,0 +1,76 @@
+"""Two ways to round a tensor to a grid, with the same result: in place, or compiled.
+
+Fake quantization is bound by memory: four passes over a tensor in place, one when torch.compile has
+fused them. Compiling takes seconds to minutes, once in a process, so it is done when more time than
+that has gone into rounding in place. ``QWT_COMPILE`` in the environment forces either: ``always`` or
+``never`` (default: ``auto``).
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import QwtError
+
+logger = logging.getLogger(__name__)
+
+COMPILE_VARIABLE = "QWT_COMPILE"
+WORTH_COMPILING = 3e10
+"""Elements rounded in place after which compiling pays: about half a minute on one core."""
+
+_rounded_in_place = 0
+
+
+def round_to_grid(
+    x: Tensor, inverse_scale: Tensor, low: Tensor, high: Tensor, scale: Tensor
+) -> Tensor:
+    """Return ``clamp(round(x · inverse_scale), low, high) · scale`` as a new tensor.
+
+    Args:
+        x: any shape; the others broadcast against it.
+
+    Raises:
+        QwtError: ``QWT_COMPILE`` has another value, or is ``always`` where nothing can be compiled.
+    """
+    global _rounded_in_place
+    mode = os.environ.get(COMPILE_VARIABLE, "auto")
+    if mode not in ("auto", "always", "never"):
+        raise QwtError(f"{COMPILE_VARIABLE} is {mode!r}; set it to auto, always or never.")
+    # The compiled form is for one dimension and one scale, which is nearly all of the work.
+    plain = scale.numel() == 1 and x.is_contiguous() and not x.requires_grad
+    if plain and mode != "never":
+        if mode == "always" or _rounded_in_place > WORTH_COMPILING:
+            compiled = _compiled(x.device.type, required=mode == "always")
+            if compiled is not None:
+                flat = [t.reshape(-1) for t in (x, inverse_scale, low, high, scale)]
+                return compiled(*flat).view_as(x)
+        _rounded_in_place += x.numel()
+    y = x * inverse_scale
+    y.round_()
+    torch.clamp(y, low, high, out=y)
+    return y.mul_(scale)
+
+
+def _fused(x: Tensor, inverse_scale: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
+    return torch.clamp(torch.round(x * inverse_scale), low, high) * scale
+
+
+@functools.cache
+def _compiled(device: str, *, required: bool) -> Callable[..., Tensor] | None:
+    """The compiled form, tried once; None where it does not work and is not required."""
+    function = torch.compile(_fused, dynamic=True, fullgraph=True)
+    try:
+        function(torch.zeros(64, device=device), *torch.ones(4, 1, device=device))
+    except Exception as error:
+        message = f"torch.compile does not work here ({type(error).__name__})"
+        if required:
+            raise QwtError(
+                f"{message}, but {COMPILE_VARIABLE} is always; install a C++ compiler or unset it."
+            ) from error
+        logger.info("%s; tensors are rounded in place", message)
+        return None
+    return function

@@ -1,0 +1,142 @@
+"""What quantization costs on a Swin-T backbone: time of a forward pass and of calibration, memory.
+
+Run by hand, `make bench`; prints one line per figure. Ratios of medians of pairs in one process, since
+absolute times say little on a machine with other jobs.
+"""
+
+import argparse
+import copy
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from mmdet.models.backbones import SwinTransformer
+from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.quantization.kernels import COMPILE_VARIABLE
+from qwt_mmdet.settings import QuantizationSettings
+from torch import nn
+
+SETTINGS = QuantizationSettings(
+    weight_bits=4, activation_bits=4, weight_range="minmax", activation_range="repq"
+)
+
+
+class Backbone(nn.Module):
+    """What forward_scope needs of a detector, around a backbone with random weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = SwinTransformer(drop_path_rate=0.0)
+        self.backbone.init_weights()
+
+    def data_preprocessor(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}
+
+
+def images(count: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"inputs": [torch.randn(3, *size, generator=generator)]} for _ in range(count)]
+
+
+@torch.no_grad()
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def forward_ratio(size: tuple[int, int], pairs: int) -> None:
+    full = Backbone().eval()
+    batch = images(1, size)[0]
+    model = calibrate(quantize_model(copy.deepcopy(full), SETTINGS), [batch])
+    for mode, asked in (("never", 1.35), ("always", 1.20)):
+        os.environ[COMPILE_VARIABLE] = mode
+        seconds(lambda: forward_scope(model, batch, "backbone"))  # compiles
+        ratios = []
+        for _ in range(pairs):
+            plain = seconds(lambda: forward_scope(full, batch, "backbone"))
+            ratios.append(seconds(lambda: forward_scope(model, batch, "backbone")) / plain)
+        how = "compiled" if mode == "always" else "in place"
+        print(
+            f"W4A4 (repq) forward / full precision, {how}: {statistics.median(ratios):.2f} "
+            f"(asked: at most {asked:.2f}; {pairs} pairs, {min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    del os.environ[COMPILE_VARIABLE]
+
+
+def calibration_ratio(size: tuple[int, int], count: int) -> None:
+    settings = QuantizationSettings(**{**vars(SETTINGS), "bias_correction": False})
+    full, batches = Backbone().eval(), images(count, size)
+    plain = seconds(lambda: [forward_scope(full, batch, "backbone") for batch in batches])
+    quantize_model(full, settings)
+    print(
+        f"calibration of ranges (repq) / ({count} full-precision forwards): "
+        f"{seconds(lambda: calibrate(full, batches)) / plain:.2f} (asked: at most 1.5)"
+    )
+
+
+def peak_after_calibration(size: tuple[int, int], count: int) -> None:
+    """Prints the peak resident memory of this process in KiB; made for a process of its own."""
+    model = quantize_model(Backbone().eval(), SETTINGS)
+    if count:
+        calibrate(model, _Repeated(images(1, size)[0], count))
+    else:
+        with torch.no_grad():
+            model_in_full_precision = Backbone().eval()
+            forward_scope(model_in_full_precision, images(1, size)[0], "backbone")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+class _Repeated:
+    """A loader of ``count`` batches that holds one; the memory measured is that of calibration."""
+
+    def __init__(self, batch: dict[str, Any], count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.count):
+            yield self.batch
+
+
+def memory_ratio(size: tuple[int, int]) -> None:
+    start = peak("0", size)
+    few, many = peak("4", size), peak("32", size)
+    print(
+        f"extra memory of calibration, 32 images / 4 images: {(many - start) / (few - start):.3f} "
+        "(asked: at most 1.05)"
+    )
+
+
+def peak(count: str, size: tuple[int, int]) -> int:
+    command = [sys.executable, __file__, "--peak", count, "--size", *map(str, size)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1344))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--images", type=int, default=8, help="of the calibration's time")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    size = tuple(options.size)
+    if options.peak is not None:
+        peak_after_calibration(size, options.peak)
+        return
+    forward_ratio(size, options.pairs)
+    calibration_ratio(size, options.images)
+    memory_ratio(size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization import kernels
+from qwt_mmdet.quantization.primitives import fake_quantize, quantization_parameters
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    kernels._compiled.cache_clear()
+    monkeypatch.setattr(kernels, "_rounded_in_place", 0)
+
+
+def grid(bits):
+    return quantization_parameters(torch.tensor([-2.3]), torch.tensor([3.1]), bits)
+
+
+@pytest.mark.slow
+def test_compiled_and_in_place_results_are_equal_bit_for_bit(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    for bits in (2, 4, 8):
+        for shape in ((7,), (3, 65, 33), (2, 16, 30, 44)):
+            x = torch.randn(shape, generator=generator) * 3
+            results = []
+            for mode in ("always", "never"):
+                monkeypatch.setenv("QWT_COMPILE", mode)
+                results.append(fake_quantize(x, *grid(bits), bits))
+            assert torch.equal(*results)
+            assert results[0].shape == x.shape
+
+
+def test_automatic_compilation_starts_once_it_pays(monkeypatch):
+    calls = []
+
+    def compiler(device, *, required):
+        calls.append((device, required))
+        return kernels._fused
+
+    monkeypatch.setattr(kernels, "_compiled", compiler)
+    monkeypatch.setattr(kernels, "WORTH_COMPILING", 1500)
+    monkeypatch.delenv("QWT_COMPILE", raising=False)
+    x = torch.randn(1000)
+    results = [fake_quantize(x, *grid(4), 4) for _ in range(3)]
+    assert calls == [("cpu", False)]
+    assert torch.equal(results[0], results[2])
+
+
+def test_without_a_compiler_tensors_are_rounded_in_place(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    monkeypatch.setattr(kernels, "WORTH_COMPILING", -1)
+    x = torch.randn(1000)
+    monkeypatch.setenv("QWT_COMPILE", "auto")
+    automatic = fake_quantize(x, *grid(4), 4)
+    monkeypatch.setenv("QWT_COMPILE", "never")
+    assert torch.equal(automatic, fake_quantize(x, *grid(4), 4))
+    monkeypatch.setenv("QWT_COMPILE", "always")
+    with pytest.raises(QwtError, match="QWT_COMPILE is always"):
+        fake_quantize(x, *grid(4), 4)
+
+
+def test_another_value_is_an_error(monkeypatch):
+    monkeypatch.setenv("QWT_COMPILE", "yes")
+    with pytest.raises(QwtError, match="QWT_COMPILE is 'yes'"):
+        fake_quantize(torch.zeros(3), *grid(4), 4)
