@@ -357,3 +357,13 @@ def test_holdout_split_is_even():
     assert sum(held) == 20
     assert all(sum(held[i : i + 5]) == 1 for i in range(0, 100, 5))
     assert split_holdout(7, 0) == [False] * 7
+
+
+def test_each_block_is_logged_with_what_it_cost(caplog):
+    full, model, data = pair("resnet", images=4)
+    with caplog.at_level("INFO", logger="qwt_mmdet"):
+        fitted = fit_compensation(model, full, data, PAPER)
+    for block in fitted.blocks:
+        (line,) = [m for m in caplog.messages if m.startswith(f"{block.name}: ")]
+        for part in ("channels", "tokens", "linear", "held-out", "r2", "kept", " s", "peak memory"):
+            assert part in line
