@@ -43,7 +43,15 @@ DATASET_DEFAULTS = {
 }
 
 # Parts of the library (modules or packages) whose code decides the result of each step.
-_DETECTOR = ("checkpoints", "detectors", "fingerprint", "loaders", "pipeline")
+_DETECTOR = (
+    "checkpoints",
+    "compat",
+    "detectors",
+    "fingerprint",
+    "loaders",
+    "pipeline",
+    "timm_backbone",
+)
 _EVALUATION = ("evaluation.coco", "evaluation.predict")
 _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
