@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint clean
+.PHONY: help env test bench demo lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,6 +27,10 @@ $(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
 
 test: env ## run all tests (ARGS="-k word" chooses some)
 	@$(WITH_VENV) python -m pytest $(ARGS)
+
+bench: env ## measure time and memory on a Swin-T backbone (an hour on two cores)
+	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py
+	@$(WITH_VENV) python tests/benchmarks/bench_compensation.py --images 16 --check
 
 demo: env ## run the default configuration from checkpoint to report
 	@$(WITH_VENV) snakemake --cores all $(ARGS)

@@ -7,6 +7,8 @@ and plain values only, so torch loads it without executing anything.
 """
 
 import argparse
+import copy
+import itertools
 import logging
 import os
 import sys
@@ -24,6 +26,7 @@ CONFIG = (
 VALIDATION_IMAGES = 300
 LABELLING_BATCH_SIZE = 8
 LABELLING_RATE = 3e-3
+STATISTICS_BATCHES = 300
 LABELLING_STRIDE = 4  # of the pixels that are labelled, that of the neck's finest level
 
 logger = logging.getLogger("qwt_mmdet.train_demo")
@@ -132,6 +135,33 @@ def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Pat
         torch.save({"state_dict": learnt}, partial)
 
 
+def estimate_batch_statistics(detector: Any, settings: Any, *, seed: int) -> None:
+    """Set the statistics of batch normalization to the means over many training images, in place.
+
+    The coarse lateral outputs of the neck vary less than their mean drifts while moving averages
+    follow it: with those, large objects are taken for background (box AP 0.40 on the val split, and
+    0.03 for large objects). After Wu and Johnson, arXiv 2105.07576, section 3.
+    """
+    import torch
+    from mmengine.runner import Runner
+    from torch.optim.swa_utils import update_bn
+
+    class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.detector = detector
+
+        def forward(self, batch: Any) -> Any:
+            inputs = self.detector.data_preprocessor(batch, training=True)["inputs"]
+            return self.detector.extract_feat(inputs)
+
+    loader_settings = copy.deepcopy(settings.train_dataloader)
+    loader_settings.dataset.pipeline = settings.train_pipelines[-1]
+    loader = Runner.build_dataloader(loader_settings, seed=seed)
+    batches = itertools.islice(loader, STATISTICS_BATCHES)
+    update_bn(progress(batches, "Batch statistics", total=STATISTICS_BATCHES), Features())
+
+
 def train(
     *,
     config: Path,
@@ -175,6 +205,7 @@ def train(
         runner = Runner.from_cfg(settings)
     runner.register_hook(_progress_hook())
     model = runner.train()
+    estimate_batch_statistics(model, settings, seed=seed)
     minutes = (time.monotonic() - start) / 60
     metrics = {name: float(value) for name, value in runner.test().items()}
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}

@@ -16,7 +16,7 @@ image_scale = (256, 256)
 # Training begins with small copies of the images, which are a quarter of the work: what is learnt
 # about an object of 100 px there holds for one of 50 px later.
 train_scales = [(128, 128), (192, 192), image_scale]
-epochs_per_scale = 1
+epochs_per_scale = 2
 max_epochs = epochs_per_scale * len(train_scales)
 
 embed_dims = 32
