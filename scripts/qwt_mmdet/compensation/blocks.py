@@ -1,12 +1,15 @@
 """Which modules of a detector are compensated."""
 
 import fnmatch
+import logging
 import re
 from collections.abc import Callable
 
 from torch import nn
 
 from ..errors import QwtError
+
+logger = logging.getLogger(__name__)
 
 BlockFinder = Callable[[nn.Module, bool], list[str]]
 """Takes a backbone or neck and whether downsampling layers are wanted that are no blocks
@@ -163,7 +166,8 @@ def find_blocks(
 
     Args:
         patterns: module name patterns (fnmatch); empty takes what is registered for the backbone
-            and, where ``scope`` goes beyond it, for the neck.
+            and, where ``scope`` goes beyond it, for the neck; an unknown neck is left out, with a
+            warning.
         scope: which part of the detector is quantized.
         downsampling: registered blocks include the layers between stages.
 
@@ -172,8 +176,15 @@ def find_blocks(
     """
     if not patterns:
         found = [f"backbone.{n}" for n in _registered(model.backbone, BACKBONES, downsampling)]
-        if scope != "backbone" and getattr(model, "neck", None) is not None:
-            found += [f"neck.{n}" for n in _registered(model.neck, NECKS, downsampling)]
+        neck = getattr(model, "neck", None) if scope != "backbone" else None
+        if type(neck).__name__ in NECKS:
+            found += [f"neck.{n}" for n in _registered(neck, NECKS, downsampling)]
+        elif neck is not None:
+            logger.warning(
+                "The neck stays without compensation, since no blocks are registered for its class "
+                "%s (known: %s); 'blocks' can name them.",
+                type(neck).__name__, ", ".join(sorted(NECKS)),
+            )  # fmt: skip
         return found
     names = [name for name, _ in model.named_modules() if name]
     chosen: list[str] = []
