@@ -1,5 +1,6 @@
 import pytest
 import torch
+from qwt_mmdet.quantization.moments import InputMoments
 from qwt_mmdet.quantization.primitives import dequantize, quantization_parameters, quantize
 from qwt_mmdet.quantization.rounding import DAMPING, gptq_codes
 
@@ -74,3 +75,26 @@ def test_inputs_without_data_and_constant_inputs_give_codes_of_the_grid():
         codes = gptq_codes(weight, given, *grid, 2)
         assert codes.max() <= 3
         assert output_error(weight, codes, given, grid) < 1e6
+
+
+def test_moments_of_inputs_far_from_zero_keep_their_deviations():
+    generator = torch.Generator().manual_seed(0)
+    rows = 1e3 + torch.randn(1, 4000, 30, generator=generator) * 1e-2
+    moments = InputMoments()
+    for part in rows.split(700, dim=1):
+        moments.update_second(part)
+    exact = rows[0].double()
+    expected = torch.cov(exact.T, correction=0)
+    (centred,), (raw,) = moments.second(centred=True), moments.second(centred=False)
+    assert (centred[0] - expected).abs().max() <= 1e-3 * expected.abs().max()
+    torch.testing.assert_close(raw[0], exact.T @ exact / 4000, rtol=1e-8, atol=0)
+
+
+def test_moments_that_rounding_made_indefinite_are_damped_until_they_are_not():
+    weight, moments, grid = problem(inputs=20, bits=4)
+    moments[0] -= torch.eye(20) * moments[0].diagonal().mean() * 0.5
+    assert torch.linalg.eigvalsh(moments[0])[0] < 0
+    codes = gptq_codes(weight, moments, *grid, 4)
+    assert codes.max() <= 15
+    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
+        gptq_codes(weight, moments * float("nan"), *grid, 4)

@@ -24,6 +24,7 @@ class InputMoments:
         self._full: Tensor | float = 0.0
         self._quantized: Tensor | float = 0.0
         self._rows = 0
+        self._origin: Tensor
         self._sums: list[Tensor] = []
         self._products: list[Tensor] = []
 
@@ -39,7 +40,10 @@ class InputMoments:
 
     def update_second(self, rows: Tensor) -> None:
         """Add quantized inputs, [groups, positions, columns]."""
-        parts = rows.split(MAX_COLUMNS, dim=2)
+        if self._rows == 0:
+            self._origin = rows.mean(1, keepdim=True)
+        # Far from the origin, products in single precision would lose the deviations.
+        parts = (rows - self._origin).split(MAX_COLUMNS, dim=2)
         sums = [part.sum(1, dtype=torch.float64) for part in parts]
         products = [(part.transpose(1, 2) @ part).double() for part in parts]
         if self._rows == 0:
@@ -55,13 +59,15 @@ class InputMoments:
         Args:
             centred: of the deviations from the mean.
         """
-        moments = [product / self._rows for product in self._products]
-        if centred:
-            means = [sums / self._rows for sums in self._sums]
-            moments = [
-                moment - mean[:, :, None] * mean[:, None]
-                for moment, mean in zip(moments, means, strict=True)
-            ]
+        origins = self._origin[:, 0].double().split(MAX_COLUMNS, dim=1)
+        moments = []
+        for product, sums, origin in zip(self._products, self._sums, origins, strict=True):
+            mean = sums / self._rows  # from the origin
+            moment = product / self._rows - mean[:, :, None] * mean[:, None]
+            if not centred:
+                mean = mean + origin
+                moment = moment + mean[:, :, None] * mean[:, None]
+            moments.append(moment)
         return moments
 
 

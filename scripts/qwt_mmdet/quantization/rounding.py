@@ -61,6 +61,13 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     mean = diagonal.mean(-1, keepdim=True)
     # An input that is always 0 leaves its weight free; one that is all 0 leaves all of them.
     damping = torch.where(mean > 0, DAMPING * mean, 1.0)
-    damped = moments + torch.diag_embed(damping.expand_as(diagonal))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    while True:
+        damped = moments + torch.diag_embed(damping.expand_as(diagonal))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            break
+        # Rounding has made the moments indefinite; a damping above their trace always helps.
+        if not torch.isfinite(damped).all():
+            raise torch.linalg.LinAlgError("second moments are not finite")
+        damping = damping * torch.where(failed[:, None] > 0, 10.0, 1.0)
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
