@@ -73,6 +73,7 @@ STEP_PARTS = {
         "reporting.tables",
     ),
     "render_report": ("evaluation.coco", *_REPORT),
+    "train_demo": ("compat", "shapes"),
 }
 
 

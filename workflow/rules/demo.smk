@@ -19,9 +19,9 @@ rule train_demo:
         gpu=1,
     params:
         images=6000,
-        labelling_epochs=1,
+        labelling_epochs=2,
         seed=1,
         work_dir="results/train_demo/work",
-        code=source_hash("prepare_dataset"),  # the images are all that the library adds
+        code=source_hash("train_demo"),
     script:
         "../../scripts/train_demo.py"
