@@ -15,6 +15,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/compensate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/sensitivity.smk"
 include: "workflow/rules/demo.smk"
 
 

@@ -63,6 +63,7 @@ STEP_PARTS = {
     "evaluate_baseline": (*_DETECTOR, *_EVALUATION),
     "quantize_model": (*_DETECTOR, "quantization"),
     "evaluate_quantized": (*_DETECTOR, *_EVALUATION, "quantization"),
+    "rank_layers": (*_DETECTOR, "quantization"),
     "fit_compensation": (*_DETECTOR, "quantization", "compensation"),
     "evaluate_compensated": (*_DETECTOR, *_EVALUATION, "quantization", "compensation"),
     "summarize_results": (

@@ -289,6 +289,7 @@ OTHER_STEPS = {
     "evaluate_baseline": {"compensation", "download", "quantization"},
     "quantize_model": {"compensation", "download", "evaluation"},
     "evaluate_quantized": {"compensation", "download"},
+    "rank_layers": {"compensation", "download", "evaluation"},
     "fit_compensation": {"download", "evaluation"},
     "evaluate_compensated": {"download"},
     "summarize_results": {"compensation"},

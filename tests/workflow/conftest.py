@@ -47,7 +47,7 @@ class Workflow:
         counts = {name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
         total = counts.pop("total")
         assert total == sum(counts.values())
-        del counts["all"]
+        counts.pop("all", None)
         return counts
 
     def configure(self, config: dict) -> None:

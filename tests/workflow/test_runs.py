@@ -45,6 +45,19 @@ def test_the_demo_goes_from_its_checkpoint_to_the_report(workflow: Workflow):
     assert "demo" in (workflow.folder / "results" / "report.html").read_text()
     assert workflow.jobs("--configfile", config) == {}
 
+    jobs = workflow.jobs("sensitivity", "--configfile", config)
+    assert jobs == {"rank_layers": 1, "sensitivity": 1}
+    done = workflow.run("sensitivity", "--cores", "2", "--configfile", config)
+    assert done.returncode == 0, done.stdout
+    folder = workflow.folder / "results" / "demo" / "w4a4"
+    with open(folder / "sensitivity.csv", newline="") as stream:
+        ranked = list(csv.DictReader(stream))
+    assert all(row["layer"].startswith("backbone.") for row in ranked)
+    assert float(ranked[0]["sqnr_db"]) < float(ranked[-1]["sqnr_db"])
+    suggested = yaml.safe_load((folder / "sensitivity.yaml").read_text())["w4a4-mixed"]
+    assert suggested["activation_range"] == "repq"
+    assert {entry["weight_bits"] for entry in suggested["overrides"]} - {4}
+
 
 @real
 def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):

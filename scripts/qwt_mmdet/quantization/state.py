@@ -75,6 +75,19 @@ def settings_to_plain(settings: Any) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
 
 
+def settings_to_config(settings: QuantizationSettings) -> dict[str, Any]:
+    """The settings as a config entry: what equals its default is left out."""
+
+    def short(entry: Any) -> dict[str, Any]:
+        fields = {field.name: field.default for field in dataclasses.fields(entry)}
+        return {k: v for k, v in vars(entry).items() if k not in fields or v != fields[k]}
+
+    entry = short(settings)
+    if settings.overrides:
+        entry["overrides"] = [short(override) for override in settings.overrides]
+    return entry
+
+
 def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     """Sizes and exceptions, for reports: bytes of all weights before and after, layer counts.
 
@@ -150,12 +163,16 @@ def load_warmup(
     model: nn.Module,
     path: str | os.PathLike[str],
     settings: QuantizationSettings | None = None,
+    *,
+    round_weights: bool = True,
 ) -> nn.Module:
     """Quantize a freshly loaded full-precision detector with a saved warmup state, in place.
 
     Args:
         model: from ``load_detector``, in full precision.
         settings: what the caller expects to find; None takes the file's.
+        round_weights: False keeps the weights (folded, where the file folds them) in full precision,
+            as ``full_precision`` needs them.
 
     Raises:
         QwtError: the file belongs to another model, other weights or other settings (the message
@@ -202,7 +219,8 @@ def load_warmup(
             for key in LAYER_BUFFERS:
                 if f"{name}.{key}" in state:
                     setattr(layer, key, state[f"{name}.{key}"].to(device))
-            layer.restore_weight()
+            if round_weights:
+                layer.restore_weight()
     model.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
     model.signal_noise = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
     return model

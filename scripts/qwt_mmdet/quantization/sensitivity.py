@@ -1,0 +1,181 @@
+"""How much each layer's quantization alone disturbs what the heads compute, and bits chosen by it."""
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from torch import Tensor, nn
+
+from ..errors import QwtError
+from ..progress import progress
+from ..settings import Override, QuantizationSettings
+from .attention import QuantizedAttention
+from .convert import UNITS, full_precision
+from .moments import SignalNoise
+
+LEAST_BITS, MOST_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What quantizing one layer alone does.
+
+    Args:
+        name: of the layer, or of the attention module whose matrix products are meant.
+        weight_bits: None for attention, which has no weights of its own here.
+        weights: number of weights.
+        relative_noise: noise by signal power at the heads, averaged over their tensors; None where
+            nothing that is measured depends on the layer.
+    """
+
+    name: str
+    weight_bits: int | None
+    activation_bits: int
+    weights: int
+    relative_noise: float | None
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal-to-quantization-noise ratio at the heads in dB; None without any noise."""
+        return -10 * math.log10(self.relative_noise) if self.relative_noise else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def head_tensors(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    """The raw outputs of a detector's dense head (RPN or one-stage), for one collated batch.
+
+    Where the head needs more than the features (DETR and its like), the features that enter it.
+    """
+    features = model.extract_feat(model.data_preprocessor(batch, False)["inputs"])
+    head = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
+    return list(_tensors(head(features) if isinstance(head, BaseDenseHead) else features))
+
+
+@contextmanager
+def _quantized_alone(unit: nn.Module) -> Iterator[None]:
+    """Inside ``full_precision``: let one layer or attention module compute quantized."""
+    if isinstance(unit, QuantizedAttention):
+        switched, full = unit.quantizers(), None
+    else:
+        switched, full = [unit, unit.input_quantizer], unit.weight.data
+        unit.weight.data = unit.rounded_weight().to(full.dtype)
+    for module in switched:
+        module.enabled = True
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.enabled = False
+        if full is not None:
+            unit.weight.data = full
+
+
+@torch.no_grad()
+def rank_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> list[Sensitivity]:
+    """Quantize each layer alone and measure the noise at the heads; the most harmful one first.
+
+    Args:
+        model: from ``load_warmup(…, round_weights=False)``.
+        loader: calibration batches; each is run once more than there are layers.
+
+    Raises:
+        QwtError: no image came.
+    """
+    units = {n: m for n, m in model.named_modules() if isinstance(m, UNITS) and m.is_calibrated}
+    noise: dict[str, list[SignalNoise]] = {name: [] for name in units}
+    images = 0
+    with full_precision(model, {}):
+        for batch in progress(loader, "Quantizing each layer alone", unit="batch"):
+            expected = head_tensors(model, batch)
+            images += 1
+            for name, unit in units.items():
+                with _quantized_alone(unit):
+                    found = head_tensors(model, batch)
+                noise[name] = noise[name] or [SignalNoise() for _ in expected]
+                for total, full, quantized in zip(noise[name], expected, found, strict=True):
+                    total.update(full, quantized)
+    if images == 0:
+        raise QwtError("There are no calibration images; choose at least one.")
+    ranked = [_sensitivity(name, unit, noise[name]) for name, unit in units.items()]
+    return sorted(ranked, key=lambda entry: -(entry.relative_noise or 0))
+
+
+def _sensitivity(name: str, unit: nn.Module, noise: list[SignalNoise]) -> Sensitivity:
+    shares = [total.noise / total.signal for total in noise if total.signal > 0]
+    mean = sum(shares) / len(shares) if shares else 0
+    if isinstance(unit, QuantizedAttention):
+        return Sensitivity(name, None, unit.quantizers()[0].bits, 0, mean or None)
+    bits = unit.weight_bits, unit.input_quantizer.bits
+    return Sensitivity(name, *bits, unit.weight.numel(), mean or None)
+
+
+def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str, int]:
+    """Weight bits of each layer that make the sum of the noise small, for an average bit width.
+
+    A layer's noise is taken to fall by 6 dB per bit (uniform quantization), and the noise of several
+    layers to add up. Then giving the next bit to the layer that gains most per weight is optimal
+    but for the last few bits (marginal analysis: Shoham and Gersho, 1988).
+
+    Args:
+        ranked: layers without weights or without measured noise keep their bits and do not count.
+        average_bits: per weight, 2 to 8.
+
+    Raises:
+        QwtError: ``average_bits`` is out of range.
+    """
+    if not LEAST_BITS <= average_bits <= MOST_BITS:
+        raise QwtError(
+            f"average_bits is {average_bits}; it must be from {LEAST_BITS} to {MOST_BITS}."
+        )
+    layers = {e.name: e for e in ranked if e.weight_bits is not None and e.relative_noise}
+    chosen = dict.fromkeys(layers, LEAST_BITS)
+    left = (average_bits - LEAST_BITS) * sum(entry.weights for entry in layers.values())
+
+    def gain(name: str) -> float:
+        entry = layers[name]
+        return (
+            0.75 * entry.relative_noise * 4.0 ** (entry.weight_bits - chosen[name]) / entry.weights
+        )
+
+    queue = [(-gain(name), name) for name in layers]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        if layers[name].weights > left:
+            continue
+        left -= layers[name].weights
+        chosen[name] += 1
+        if chosen[name] < MOST_BITS:
+            heapq.heappush(queue, (-gain(name), name))
+    return chosen
+
+
+def mixed_precision(
+    settings: QuantizationSettings, ranked: list[Sensitivity], chosen: dict[str, int]
+) -> QuantizationSettings:
+    """The settings with an override for every layer whose bits change.
+
+    A layer's activations keep their distance from its weights' bits (8 at most, 2 at least).
+    """
+    overrides = []
+    for entry in ranked:
+        bits = chosen.get(entry.name, entry.weight_bits)
+        if bits == entry.weight_bits:
+            continue
+        activation_bits = bits + entry.activation_bits - entry.weight_bits
+        activation_bits = min(MOST_BITS, max(LEAST_BITS, activation_bits))
+        overrides.append(Override(entry.name, bits, activation_bits))
+    values = {**vars(settings), "overrides": (*settings.overrides, *overrides)}
+    return QuantizationSettings(**values)

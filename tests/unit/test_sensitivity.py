@@ -1,0 +1,141 @@
+import itertools
+import math
+
+import pytest
+import tiny
+import torch
+import yaml
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization.convert import calibrate, quantize_model
+from qwt_mmdet.quantization.sensitivity import (
+    Sensitivity,
+    choose_bits,
+    mixed_precision,
+    rank_layers,
+)
+from qwt_mmdet.quantization.state import load_warmup, save_warmup, settings_to_config
+from qwt_mmdet.settings import QuantizationSettings
+
+
+class Detector(tiny.TinyDetector):
+    def extract_feat(self, images):
+        return self.backbone(images)
+
+
+def detector():
+    torch.manual_seed(0)
+    return Detector(tiny.backbone("swin")).eval()
+
+
+def warmed_up(tmp_path, **settings):
+    quantization = QuantizationSettings(4, 4, **settings)
+    path = tmp_path / "warmup.pth"
+    save_warmup(calibrate(quantize_model(detector(), quantization), tiny.batches(2)), path)
+    return load_warmup(detector(), path, round_weights=False)
+
+
+@torch.no_grad()
+def noise_by_hand(expected, found):
+    """Mean over the tensors of the noise by the signal."""
+    pairs = list(zip(expected, found, strict=True))
+    return sum(float((a - b).square().sum() / a.square().sum()) for a, b in pairs) / len(pairs)
+
+
+def test_a_layer_alone_does_what_a_model_with_that_layer_alone_quantized_does(tmp_path):
+    batch = tiny.batches(1)
+    ranked = {e.name: e for e in rank_layers(warmed_up(tmp_path, bias_correction=False), batch)}
+    reference = detector()
+    name = "backbone.stages.0.blocks.1.ffn.layers.1"
+    single = calibrate(
+        quantize_model(
+            detector(),
+            QuantizationSettings.from_mapping(
+                {
+                    "weight_bits": 4,
+                    "activation_bits": 4,
+                    "input_bits": 4,  # of the layer that runs first, which here is this one
+                    "bias_correction": False,
+                    "overrides": [
+                        {"pattern": other, "skip": True} for other in ranked if other != name
+                    ],
+                }
+            ),
+        ),
+        tiny.batches(2),
+    )
+    images = torch.stack(batch[0]["inputs"])
+    with torch.no_grad():
+        expected = noise_by_hand(reference.backbone(images), single.backbone(images))
+    assert ranked[name].relative_noise == pytest.approx(expected, rel=1e-4)
+    assert ranked[name].sqnr_db == pytest.approx(-10 * math.log10(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("activation_range", ["mse", "repq"])
+def test_the_ranking_falls_and_leaves_the_model_as_it_was(tmp_path, activation_range):
+    model = warmed_up(tmp_path, activation_range=activation_range)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ranked = rank_layers(model, tiny.batches(2))
+    noise = [entry.relative_noise for entry in ranked]
+    assert all(noise)
+    assert noise == sorted(noise, reverse=True)
+    assert max(noise) < 1  # folded layers too are compared with the function that they belong to
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert any(entry.weight_bits is None for entry in ranked)  # attention has its place
+
+
+def entry(name, weights, noise, bits=4):
+    return Sensitivity(name, bits, bits, weights, noise)
+
+
+def total_noise(ranked, bits):
+    return sum(e.relative_noise * 4.0 ** (e.weight_bits - bits[e.name]) for e in ranked)
+
+
+@pytest.mark.parametrize("average", [2.5, 3, 4, 5.25])
+def test_chosen_bits_are_the_best_of_all_for_layers_of_one_size(average):
+    ranked = [entry("a", 10, 0.5), entry("b", 10, 0.01), entry("c", 10, 0.2), entry("d", 10, 1e-5)]
+    chosen = choose_bits(ranked, average)
+    possible = [
+        dict(zip("abcd", bits, strict=True))
+        for bits in itertools.product(range(2, 9), repeat=4)
+        if sum(bits) / 4 <= average
+    ]
+    best = min(total_noise(ranked, bits) for bits in possible)
+    assert sum(chosen.values()) / 4 <= average
+    assert total_noise(ranked, chosen) == pytest.approx(best)
+
+
+def test_small_layers_are_served_before_large_ones_of_equal_noise():
+    chosen = choose_bits([entry("large", 1000, 0.1), entry("small", 10, 0.1)], 4)
+    assert chosen["small"] > chosen["large"]
+
+
+def test_layers_without_noise_or_weights_keep_their_bits():
+    unmeasured = [Sensitivity("roi", 4, 4, 10, None), Sensitivity("attention", None, 4, 0, 0.3)]
+    assert choose_bits([*unmeasured, entry("a", 10, 0.1)], 8) == {"a": 8}
+
+
+@pytest.mark.parametrize("average", [1.9, 8.1])
+def test_an_impossible_average_is_refused(average):
+    with pytest.raises(QwtError, match="average_bits"):
+        choose_bits([entry("a", 10, 0.1)], average)
+
+
+def test_the_suggested_entry_quantizes_a_detector_to_the_bits_that_it_names(tmp_path):
+    model = warmed_up(tmp_path)
+    ranked = rank_layers(model, tiny.batches(1))
+    chosen = choose_bits(ranked, 5)
+    settings = mixed_precision(model.quantization_settings, ranked, chosen)
+    text = yaml.safe_dump(settings_to_config(settings))
+    read = QuantizationSettings.from_mapping(yaml.safe_load(text))
+    assert read == settings
+    mixed = quantize_model(detector(), read)
+    assert {n: mixed.get_submodule(n).weight_bits for n in chosen} == chosen
+    weights = {e.name: e.weights for e in ranked}
+    average = sum(chosen[n] * weights[n] for n in chosen) / sum(weights[n] for n in chosen)
+    assert 4.5 < average <= 5
+
+
+def test_no_image_is_an_error(tmp_path):
+    with pytest.raises(QwtError, match="no calibration images"):
+        rank_layers(warmed_up(tmp_path), [])
