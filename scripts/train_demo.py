@@ -7,8 +7,6 @@ and plain values only, so torch loads it without executing anything.
 """
 
 import argparse
-import copy
-import itertools
 import logging
 import os
 import sys
@@ -25,8 +23,7 @@ CONFIG = (
 )
 VALIDATION_IMAGES = 300
 LABELLING_BATCH_SIZE = 8
-LABELLING_RATE = 3e-3
-STATISTICS_BATCHES = 300
+LABELLING_RATE = 1e-3
 LABELLING_STRIDE = 4  # of the pixels that are labelled, that of the neck's finest level
 
 logger = logging.getLogger("qwt_mmdet.train_demo")
@@ -84,7 +81,12 @@ def _pixel_classes(sample: Any, shape: tuple[int, int]) -> Any:
 
 
 def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Path) -> None:
-    """Train backbone and neck on a dense task; write their weights with the detector's names."""
+    """Train backbone and neck on a dense task; write their weights with the detector's names.
+
+    Each level of the neck has to label the pixels by itself (deep supervision: Lee et al.,
+    arXiv 1409.5185). Without that the fine levels do all the work and the deep stages, of which
+    nothing is asked, decay to constants.
+    """
     import torch
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
@@ -97,9 +99,12 @@ def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Pat
     device = get_device()
     detector = MODELS.build(settings.model)
     detector.init_weights()
-    classifier = torch.nn.Conv2d(settings.model.neck.out_channels, len(settings.classes) + 1, 1)
+    classifiers = torch.nn.ModuleList(
+        torch.nn.Conv2d(settings.model.neck.out_channels, len(settings.classes) + 1, 1)
+        for _ in range(settings.model.neck.num_outs)
+    )
     model = torch.nn.ModuleDict(
-        {"backbone": detector.backbone, "neck": detector.neck, "classifier": classifier}
+        {"backbone": detector.backbone, "neck": detector.neck, "classifiers": classifiers}
     ).to(device)
     detector.data_preprocessor.to(device)
     model.train()
@@ -118,10 +123,13 @@ def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Pat
             batch = detector.data_preprocessor(batch, training=True)
             shape = batch["inputs"].shape[-2:]
             target = torch.stack([_pixel_classes(s, shape) for s in batch["data_samples"]])
-            finest, *coarser = model["neck"](model["backbone"](batch["inputs"]))
-            for level in coarser:
-                finest = finest + functional.interpolate(level, finest.shape[-2:])
-            loss = functional.cross_entropy(model["classifier"](finest), target.to(device))
+            target = target.to(device)
+            levels = model["neck"](model["backbone"](batch["inputs"]))
+            scores = [
+                functional.interpolate(classify(level), target.shape[-2:], mode="bilinear")
+                for classify, level in zip(model["classifiers"], levels, strict=True)
+            ]
+            loss = sum(functional.cross_entropy(score, target) for score in scores) / len(scores)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -130,36 +138,9 @@ def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Pat
             losses.append(loss.item())
             if len(losses) % 100 == 0:
                 logger.info("Labelling pixels: mean loss %.3f", sum(losses[-100:]) / 100)
-    learnt = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("classifier.")}
+    learnt = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("classifiers.")}
     with write_atomically(output) as partial:
         torch.save({"state_dict": learnt}, partial)
-
-
-def estimate_batch_statistics(detector: Any, settings: Any, *, seed: int) -> None:
-    """Set the statistics of batch normalization to the means over many training images, in place.
-
-    The coarse lateral outputs of the neck vary less than their mean drifts while moving averages
-    follow it: with those, large objects are taken for background (box AP 0.40 on the val split, and
-    0.03 for large objects). After Wu and Johnson, arXiv 2105.07576, section 3.
-    """
-    import torch
-    from mmengine.runner import Runner
-    from torch.optim.swa_utils import update_bn
-
-    class Features(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.detector = detector
-
-        def forward(self, batch: Any) -> Any:
-            inputs = self.detector.data_preprocessor(batch, training=True)["inputs"]
-            return self.detector.extract_feat(inputs)
-
-    loader_settings = copy.deepcopy(settings.train_dataloader)
-    loader_settings.dataset.pipeline = settings.train_pipelines[-1]
-    loader = Runner.build_dataloader(loader_settings, seed=seed)
-    batches = itertools.islice(loader, STATISTICS_BATCHES)
-    update_bn(progress(batches, "Batch statistics", total=STATISTICS_BATCHES), Features())
 
 
 def train(
@@ -205,7 +186,6 @@ def train(
         runner = Runner.from_cfg(settings)
     runner.register_hook(_progress_hook())
     model = runner.train()
-    estimate_batch_statistics(model, settings, seed=seed)
     minutes = (time.monotonic() - start) / 60
     metrics = {name: float(value) for name, value in runner.test().items()}
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}

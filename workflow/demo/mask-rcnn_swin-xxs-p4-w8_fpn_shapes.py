@@ -15,8 +15,8 @@ data_root = "data/shapes/"
 image_scale = (256, 256)
 # Training begins with small copies of the images, which are a quarter of the work: what is learnt
 # about an object of 100 px there holds for one of 50 px later.
-train_scales = [(128, 128), (192, 192), image_scale]
-epochs_per_scale = 2
+train_scales = [(128, 128), (192, 192), image_scale, image_scale]
+epochs_per_scale = 1
 max_epochs = epochs_per_scale * len(train_scales)
 
 embed_dims = 32
@@ -51,7 +51,6 @@ model = dict(
         in_channels=[embed_dims * 2**stage for stage in range(4)],
         out_channels=channels,
         num_outs=5,
-        norm_cfg=dict(type="BN"),
     ),
     rpn_head=dict(
         type="RPNHead",
@@ -240,11 +239,10 @@ test_cfg = dict(type="TestLoop")
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs)
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=4e-4, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
-        bias_decay_mult=0.0,
         custom_keys={"relative_position_bias_table": dict(decay_mult=0.0)},
     ),
 )
