@@ -141,6 +141,28 @@ def test_first_layer_has_input_bits_and_overrides_win():
     assert [entry.name for entry in model.not_quantized] == ["backbone.layer2.0.conv1"]
 
 
+def test_what_is_not_quantized_has_its_share_of_the_multiply_adds():
+    model, spent = tiny.detector("resnet"), {}
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.register_forward_hook(
+                lambda m, _, output, name=name: spent.update(
+                    {name: output.numel() * m.weight[0].numel()}
+                )
+            )
+    with torch.no_grad():
+        forward_scope(model, tiny.batches(1)[0], "backbone")
+    skipped = ["backbone.layer1.*", "backbone.layer2.0.conv1"]
+    entries = [{"pattern": pattern, "skip": True} for pattern in skipped]
+    model = calibrate(
+        quantize_model(tiny.detector("resnet"), settings(overrides=entries)), tiny.batches(2)
+    )
+    shares = {entry.name: entry.multiply_adds_percent for entry in model.not_quantized}
+    assert len(shares) == 5
+    for name, share in shares.items():
+        assert share == pytest.approx(100 * spent[name] / sum(spent.values()))
+
+
 def test_override_that_matches_nothing_is_an_error():
     entries = [{"pattern": "bakbone.*", "skip": True}]
     with pytest.raises(QwtError, match=r"bakbone\.\*"):

@@ -104,7 +104,14 @@ def make_results(*, masks: bool, compensated: bool, **warmup) -> list[dict]:
         "baseline_weight_bytes": 4_000_000,
         "weight_bytes": 1_000_000,
         "layers": 7,
-        "not_quantized": [{"name": "neck.conv", "type": "Conv2d", "reason": "out of scope"}],
+        "not_quantized": [
+            {
+                "name": "neck.conv",
+                "type": "Conv2d",
+                "reason": "out of scope",
+                "multiply_adds_percent": 12.34,
+            }
+        ],
         **warmup,
     }
     torch.save({"format": WARMUP_FORMAT, "summary": summary}, "results/m/w4/warmup.pth")
@@ -486,7 +493,7 @@ def test_the_table_tells_sizes_costs_and_times(page):
 def test_the_report_shows_blocks_exceptions_classes_and_provenance(page):
     assert "1 of 2 blocks kept" in page.text
     assert "inf" in page.text
-    assert "neck.conv Conv2d out of scope" in page.text
+    assert "neck.conv Conv2d out of scope 12.3 %" in page.text
     assert re.search(r"bird 12 0\.\d{3} 0\.\d{3} to 0\.\d{3}", page.text)
     assert "torch: 2" in page.text
     assert "warmup: cafe" in page.text

@@ -1,8 +1,10 @@
 """Turn a detector into a quantized one, and calibrate it on images."""
 
 import contextlib
+import dataclasses
 import fnmatch
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +14,7 @@ import torch
 from mmcv.cnn.bricks import wrappers
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import QwtError
 from ..progress import progress
@@ -43,11 +46,17 @@ NOISE_BATCHES = 8
 
 @dataclass(frozen=True)
 class NotQuantized:
-    """A module with weights or matrix products that stays in full precision, and why."""
+    """A module with weights or matrix products that stays in full precision, and why.
+
+    Args:
+        multiply_adds_percent: its share in the convolutions and matrix products of all that is in
+            scope; None where torch's counter knows none in it (mmcv's own operators).
+    """
 
     name: str
     type: str
     reason: str
+    multiply_adds_percent: float | None = None
 
 
 def in_scope(name: str, scope: str) -> bool:
@@ -224,7 +233,8 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
     """
     settings: QuantizationSettings = model.quantization_settings
     with observing(model):
-        _set_input_bits(model, _observe(model, loader))
+        first, shares = _observe(model, loader)
+        _set_input_bits(model, first)
         quantizers = activation_quantizers(model).values()
         for quantizer in progress(quantizers, "Choosing ranges", unit="quantizer"):
             if not quantizer.observer.is_empty:
@@ -243,6 +253,10 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
             reason = "never ran on a calibration image"
             logger.warning("%s %s and is not quantized; it raises if it runs later.", name, reason)
             model.not_quantized.append(NotQuantized(name, type(module).__name__, reason))
+    model.not_quantized = [
+        dataclasses.replace(entry, multiply_adds_percent=shares.get(entry.name))
+        for entry in model.not_quantized
+    ]
     return model
 
 
@@ -308,8 +322,39 @@ def _measure_noise(
     return {name: noise[module].decibels() for module, name in names.items()}
 
 
-def _observe(model: nn.Module, loader: Iterable[dict[str, Any]]) -> str | None:
-    """Run the calibration images and return the name of the layer that ran first."""
+@contextlib.contextmanager
+def _multiply_adds(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Count inside; afterwards the dictionary holds what is not quantized, in percent of all."""
+    start: dict[str, int] = {}
+    spent: Counter[str] = Counter()
+    shares: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        for name in [entry.name for entry in model.not_quantized]:
+
+            def enter(*_: Any, name: str = name) -> None:
+                start[name] = counter.get_total_flops()
+
+            def leave(*_: Any, name: str = name) -> None:
+                spent[name] += counter.get_total_flops() - start[name]
+
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        yield shares
+    shares.update({n: 100 * v / counter.get_total_flops() for n, v in spent.items() if v})
+
+
+def _observe(
+    model: nn.Module, loader: Iterable[dict[str, Any]]
+) -> tuple[str | None, dict[str, float]]:
+    """Run the calibration images.
+
+    Returns:
+        The name of the layer that ran first, and the multiply-adds (of the first batch, in percent)
+        of what is not quantized.
+    """
+    shares: dict[str, float] = {}
     order: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -318,7 +363,10 @@ def _observe(model: nn.Module, loader: Iterable[dict[str, Any]]) -> str | None:
     batches = 0
     try:
         for batch in progress(loader, "Calibrating", unit="batch"):
-            forward_scope(model, batch, model.quantization_settings.scope)
+            with contextlib.ExitStack() as stack:
+                if batches == 0:
+                    shares = stack.enter_context(_multiply_adds(model))
+                forward_scope(model, batch, model.quantization_settings.scope)
             batches += 1
             while handles:
                 handles.pop().remove()
@@ -327,7 +375,7 @@ def _observe(model: nn.Module, loader: Iterable[dict[str, Any]]) -> str | None:
             handle.remove()
     if batches == 0:
         raise QwtError("There are no calibration images; choose at least one.")
-    return order[0] if order else None
+    return order[0] if order else None, shares
 
 
 def _set_input_bits(model: nn.Module, first: str | None) -> None:

@@ -41,7 +41,8 @@ summary.json holds the same rows under ``rows``, and besides
 ``rankings``
     the ten classes of each row that lost most by quantization, and that regained most.
 ``quantizations``
-    of each model and quantization: ``not_quantized`` (name, type, reason) and, where it was measured,
+    of each model and quantization: ``not_quantized`` (name, type, reason,
+    multiply_adds_percent: its share in the scope, null where it is not known) and, where it was measured,
     ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer and each operand of
     attention; null for bits of weights that there are not, and for the ratio of an exact layer).
 """
