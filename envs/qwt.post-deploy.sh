@@ -5,7 +5,7 @@
 #
 # Snakemake makes the environment anew when this file changes, and does not look into requirements.txt.
 # Hence the next line, which tests/unit/test_environment.py compares with it.
-# requirements.txt sha256: 6c718dccda3b2e1dce85fc2f6c4f496522e0f9e891f75fe8687f62199eb99e18
+# requirements.txt sha256: 4522eb764e7d7709100243fb67040b872a8c3bc050c2f64cc7084966cf092c3e
 set -euo pipefail
 
 envs="${QWT_ROOT:-$PWD}/envs"

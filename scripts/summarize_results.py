@@ -11,4 +11,5 @@ with step(snakemake):
         snakemake.output.document,
         resamples=snakemake.params.resamples,
         seed=snakemake.params.seed,
+        processes=snakemake.threads,
     )

@@ -183,6 +183,15 @@ def test_the_seed_decides(variants, result):
     assert other.estimate("baseline", "bbox", "AP") != result.estimate("baseline", "bbox", "AP")
 
 
+def test_processes_change_nothing(variants, result):
+    path, records = variants
+    shared = bootstrap(path, records, masks=True, resamples=200, seed=5, processes=2)
+    for name, by_type in result.samples.items():
+        for iou_type, by_metric in by_type.items():
+            for metric, expected in by_metric.items():
+                np.testing.assert_array_equal(shared.samples[name][iou_type][metric], expected)
+
+
 def test_a_variant_does_not_differ_from_its_equal(result):
     difference = result.difference("w8/quantized", "baseline", "bbox", "AP")
     assert difference == {"value": 0, "low": 0, "high": 0, "dropped": 0, "significant": False}

@@ -32,6 +32,7 @@ rule summarize_results:
         "benchmarks/summarize_results.tsv"
     conda:
         "../../envs/qwt.yaml"
+    threads: 8
     params:
         rows=RESULT_ROWS,
         resamples=config["bootstrap"]["resamples"],

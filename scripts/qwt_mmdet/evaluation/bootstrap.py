@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import sparse
 
@@ -412,6 +414,16 @@ class Bootstrap:
         return {**_summary(value, lost, (low, high)), "reason": None}
 
 
+def _ap_under_weights(
+    ground_truth: COCO,
+    predictions: Sequence[dict[str, Any]],
+    iou_type: str,
+    weights: NDArray[np.int64],
+) -> dict[str | int, NDArray[np.float64]]:
+    metrics, classes = ApTable(match_detections(ground_truth, predictions, iou_type)).ap(weights)
+    return {**metrics, **classes}
+
+
 def bootstrap(
     annotations: str | os.PathLike[str],
     variants: Mapping[str, Sequence[dict[str, Any]]],
@@ -419,6 +431,7 @@ def bootstrap(
     masks: bool,
     resamples: int = 1000,
     seed: int = 0,
+    processes: int = 1,
 ) -> Bootstrap:
     """Compute AP of all variants under the same resamples of the images.
 
@@ -429,6 +442,7 @@ def bootstrap(
         resamples: number of resamples; a single image cannot be resampled, so it gets none and
             its values have no intervals.
         seed: of the drawing.
+        processes: that share the work; the result is the same.
 
     Raises:
         QwtError: see ``coco.load_ground_truth`` and ``coco.check_predictions``; names the variant.
@@ -444,14 +458,17 @@ def bootstrap(
             check_predictions(ground_truth, predictions, masks=masks)
         except QwtError as error:
             raise QwtError(f"Variant {name}: {error}") from error
-    values: dict[str, dict[str, dict[str | int, float]]] = {}
-    samples: dict[str, dict[str, dict[str | int, NDArray[np.float64]]]] = {}
-    for name in progress(list(variants), "Bootstrap", unit="variant"):
-        values[name], samples[name] = {}, {}
-        for iou_type in iou_types(masks):
-            table = ApTable(match_detections(ground_truth, variants[name], iou_type))
-            metrics, classes = table.ap(weights)
-            under_weights = {**metrics, **classes}
-            values[name][iou_type] = {key: float(ap[0]) for key, ap in under_weights.items()}
-            samples[name][iou_type] = {key: ap[1:] for key, ap in under_weights.items()}
+    parts = [(name, iou_type) for name in variants for iou_type in iou_types(masks)]
+    tasks = (
+        delayed(_ap_under_weights)(ground_truth, variants[name], iou_type, weights)
+        for name, iou_type in parts
+    )
+    results = Parallel(n_jobs=processes, return_as="generator")(tasks)
+    values: dict[str, dict[str, dict[str | int, float]]] = {name: {} for name in variants}
+    samples: dict[str, dict[str, dict[str | int, NDArray[np.float64]]]]
+    samples = {name: {} for name in variants}
+    done = progress(results, "Bootstrap", total=len(parts), unit="table")
+    for (name, iou_type), under_weights in zip(parts, done, strict=True):
+        values[name][iou_type] = {key: float(ap[0]) for key, ap in under_weights.items()}
+        samples[name][iou_type] = {key: ap[1:] for key, ap in under_weights.items()}
     return Bootstrap(images, len(drawn), seed, values, samples)

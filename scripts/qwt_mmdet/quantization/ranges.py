@@ -59,7 +59,8 @@ class RangeObserver:
             if self.channel_axis is None
             else x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
         )
-        low, high = rows.aminmax(dim=1)
+        # over all of a tensor much faster than over the one row of a matrix
+        low, high = rows.aminmax(dim=1) if len(rows) > 1 else map(torch.atleast_1d, rows.aminmax())
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise QwtError(
                 f"The input of layer {self.name} holds NaN or infinite values during calibration; "

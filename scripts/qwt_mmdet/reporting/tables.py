@@ -190,7 +190,7 @@ def _categories(
 
 
 def _model_summary(
-    rows: Sequence[Mapping[str, Any]], *, resamples: int, seed: int
+    rows: Sequence[Mapping[str, Any]], *, resamples: int, seed: int, processes: int
 ) -> dict[str, list[dict[str, Any]]]:
     """What summary.json says of one model; all its variants share the resamples."""
     folders = [folder for row in rows for v in VARIANTS if (folder := row[v]) is not None]
@@ -214,6 +214,7 @@ def _model_summary(
         masks="segm" in baseline,
         resamples=resamples,
         seed=seed,
+        processes=processes,
     )
     for folder in folders:
         _check_agreement(folder, metrics[folder], statistics)
@@ -260,6 +261,7 @@ def summarize(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    processes: int = 1,
 ) -> None:
     """Write all results as numbers; this module's docstring describes both files.
 
@@ -270,7 +272,7 @@ def summarize(
             compensation and compensated are None.
         table: the CSV file.
         document: the JSON file.
-        resamples, seed: of the bootstrap.
+        resamples, seed, processes: of the bootstrap.
 
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.
@@ -279,7 +281,8 @@ def summarize(
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
     summaries = [
-        _model_summary(group, resamples=resamples, seed=seed) for group in by_model.values()
+        _model_summary(group, resamples=resamples, seed=seed, processes=processes)
+        for group in by_model.values()
     ]
     merged = {key: [line for part in summaries for line in part[key]] for key in summaries[0]}
     with write_atomically(table) as partial, open(partial, "w", newline="") as stream:
