@@ -79,11 +79,11 @@ STEP_PARTS = {
 
 
 class Combination(NamedTuple):
-    """Names of the three entries that a result belongs to."""
+    """Names of the three entries that a result belongs to; None for no compensation."""
 
     model: str
     quantization: str
-    compensation: str
+    compensation: str | None
 
 
 def share_with_scripts() -> None:
@@ -418,6 +418,11 @@ def resolve(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, A
         "compensation", CompensationSettings.from_mapping, resolved["compensation"]
     )
     problems += _check_targets(resolved)
+    if not resolved["compensation"] and "evaluate_quantized" in resolved["skip"]:
+        problems.append(
+            "compensation is empty and skip names evaluate_quantized, so no quantized detector would "
+            "be evaluated; add a compensation or do not skip."
+        )
     _raise_problems(problems)
     return resolved
 
@@ -428,7 +433,7 @@ def combinations(config: Mapping[str, Any]) -> list[Combination]:
     found: dict[Combination, None] = {}
     for target in config.get("targets", [{}]):
         choices = [
-            target.get(key, list(config[section]))
+            target.get(key, list(config[section]) or [None])
             for key, section in zip(Combination._fields, sections, strict=True)
         ]
         found.update(dict.fromkeys(itertools.starmap(Combination, itertools.product(*choices))))

@@ -19,6 +19,7 @@ from qwt_mmdet.reporting.pictures import (
 from random_detections import detection, one_object, write
 
 BOX = [60.0, 50.0, 100.0, 80.0]
+TITLES = {"baseline": "baseline", "quantized": "w4", "compensated": "w4 + qwt"}
 
 
 def verdict(hits: int, false: int = 0, missed: int = 0) -> Verdict:
@@ -65,19 +66,22 @@ def test_images_are_chosen_where_most_is_lost_or_regained():
     for image in (3, 4, 5, 6, 7):  # lost and not regained, 7 most
         quantized[image] = compensated[image] = verdict(2 - (image > 3), missed=image)
     quantized[11] = verdict(2, missed=1)
-    chosen = choose_images(baseline, quantized, compensated, seed=0)
+    verdicts = {"baseline": baseline, "quantized": quantized, "compensated": compensated}
+    chosen = choose_images(verdicts, seed=0)
     by_rule = {rule: [i for i in chosen if chosen[i] == rule] for rule in chosen.values()}
     assert by_rule["largest loss"] == [7, 6, 5]
     assert by_rule["largest recovery"] == [11]
     assert len(by_rule["drawn at random"]) == 2
-    assert chosen == choose_images(baseline, quantized, compensated, seed=0)
-    others = [choose_images(baseline, quantized, compensated, seed=seed) for seed in range(1, 6)]
+    assert chosen == choose_images(verdicts, seed=0)
+    others = [choose_images(verdicts, seed=seed) for seed in range(1, 6)]
     assert any(other != chosen for other in others)
 
 
 def test_without_loss_only_random_images_are_shown():
     same = {image: verdict(1) for image in range(5)}
-    assert set(choose_images(same, same, None, seed=0).values()) == {"drawn at random"}
+    for variants in (("baseline", "quantized"), ("compensated",)):
+        chosen = choose_images(dict.fromkeys(variants, same), seed=0)
+        assert set(chosen.values()) == {"drawn at random"}
 
 
 def rgb(colour: str) -> np.ndarray:
@@ -134,8 +138,8 @@ def scene(tmp_path):
 
 def test_pictures_are_small_and_say_what_was_found(scene):
     right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
-    variants = {"baseline": right, "w4": right[:4], "w4 + qwt": right}
-    pictures = make_pictures(scene, variants, masks=False, seed=0, most=8)
+    variants = {"baseline": right, "quantized": right[:4], "compensated": right}
+    pictures = make_pictures(scene, variants, TITLES, masks=False, seed=0, most=8)
     rules = [picture["rule"] for picture in pictures]
     assert rules == ["largest loss"] * 3 + ["largest recovery"] * 2 + ["drawn at random"] * 2
     for panel in (panel for picture in pictures for panel in picture["panels"]):
@@ -152,14 +156,14 @@ def test_pictures_are_small_and_say_what_was_found(scene):
 
 def test_fewer_pictures_keep_one_of_each_rule(scene):
     right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
-    variants = {"baseline": right[:8], "w4": right[4:], "w4 + qwt": right}
-    pictures = make_pictures(scene, variants, masks=False, seed=0, most=3)
+    variants = {"baseline": right[:8], "quantized": right[4:], "compensated": right}
+    pictures = make_pictures(scene, variants, TITLES, masks=False, seed=0, most=3)
     assert len({picture["rule"] for picture in pictures}) == 3
 
 
 def test_images_that_are_gone_are_told_in_the_log(scene, tmp_path, caplog):
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    variants = {"baseline": [detection(BOX, 0.9)], "w4": [detection(BOX, 0.1)]}
-    assert make_pictures(scene, variants, masks=False, seed=0, most=8) == []
+    variants = {"baseline": [detection(BOX, 0.9)], "quantized": [detection(BOX, 0.1)]}
+    assert make_pictures(scene, variants, TITLES, masks=False, seed=0, most=8) == []
     assert "cannot be read" in caplog.text

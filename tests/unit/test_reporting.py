@@ -80,7 +80,9 @@ SQNR = [
 ]
 
 
-def make_results(*, masks: bool, compensated: bool, **warmup) -> list[dict]:
+def make_results(
+    *, masks: bool, compensated: bool, skipped: str | None = None, **warmup
+) -> list[dict]:
     """Result files, in the working directory, of a model that loses a lot and regains most of it."""
     rng = np.random.default_rng(0)
     content = scene(rng)
@@ -129,20 +131,19 @@ def make_results(*, masks: bool, compensated: bool, **warmup) -> list[dict]:
     benchmark = Path("benchmarks/quantize_model/m/w4.tsv")
     benchmark.parent.mkdir(parents=True)
     benchmark.write_text("s\th:m:s\n123.4\t0:02:03\n")
-    return [
-        {
-            "model": "m",
-            "quantization": "w4",
-            "compensation": "qwt" if compensated else None,
-            "settings": {"weight_bits": 4, "activation_bits": 8, "scope": "backbone"},
-            "compensation_settings": {"kind": "linear"} if compensated else None,
-            "annotations": "evaluation.json",
-            "baseline": "results/m/baseline",
-            "quantized": "results/m/w4/quantized",
-            "compensated": "results/m/w4/qwt" if compensated else None,
-            "warmup": "results/m/w4/warmup.pth",
-        }
-    ]
+    row = {
+        "model": "m",
+        "quantization": "w4",
+        "compensation": "qwt" if compensated else None,
+        "settings": {"weight_bits": 4, "activation_bits": 8, "scope": "backbone"},
+        "compensation_settings": {"kind": "linear"} if compensated else None,
+        "annotations": "evaluation.json",
+        "baseline": "results/m/baseline",
+        "quantized": "results/m/w4/quantized",
+        "compensated": "results/m/w4/qwt" if compensated else None,
+        "warmup": "results/m/w4/warmup.pth",
+    }
+    return [{**row, skipped: None} if skipped else row]
 
 
 def summarize(rows: list[dict], resamples: int = 100) -> None:
@@ -169,6 +170,8 @@ CASES = {
     "boxes": {"masks": False, "compensated": True},
     "masks": {"masks": True, "compensated": True},
     "no compensation": {"masks": False, "compensated": False},
+    "no baseline": {"masks": False, "compensated": True, "skipped": "baseline"},
+    "no quantized": {"masks": False, "compensated": True, "skipped": "quantized"},
 }
 
 
@@ -440,7 +443,9 @@ def test_sections_come_in_their_order_and_disappear_where_there_is_nothing(case)
     blocks = 0 if name == "no compensation" else 1
     assert page.tags.count("svg") == 2 * kinds + blocks
     assert ("mask AP" in page.text) == (name == "masks")
-    assert ("regained most" in page.text.lower()) == (name != "no compensation")
+    compared = name not in ("no compensation", "no quantized")
+    assert ("regained most" in page.text.lower()) == compared
+    assert ("of the baseline" in page.text) == (name not in ("no baseline", "no quantized"))
 
 
 def test_a_table_without_compensation_has_empty_cells(tmp_path, monkeypatch):
@@ -451,6 +456,18 @@ def test_a_table_without_compensation_has_empty_cells(tmp_path, monkeypatch):
     assert row["AP_compensated"] == row["compensation_bytes"] == row["compensation"] == ""
     assert row["AP_quantized_minus_baseline_significant"] == "True"
     assert "–" in text.summary_table("summary.csv")
+
+
+@pytest.mark.parametrize("skipped", ["baseline", "quantized"])
+def test_what_was_not_evaluated_is_empty_and_the_rest_as_ever(results, skipped):
+    rows = []
+    for row in (results[0], {**results[0], skipped: None}):
+        summarize([row])
+        rows.append(next(csv.DictReader(Path("summary.csv").read_text().splitlines())))
+    complete, row = rows
+    for column, value in row.items():
+        missing = column.startswith("AP") and (skipped in column or "recovered" in column)
+        assert value == ("" if missing else complete[column]), column
 
 
 def test_two_models_share_one_report(results):
@@ -473,7 +490,7 @@ def test_names_from_outside_are_escaped(page):
 def test_the_report_answers_first(page, summary):
     kept = float(summary["AP_quantized"]) / float(summary["AP_baseline"])
     reached = float(summary["AP_compensated"]) / float(summary["AP_baseline"])
-    assert f"w4 keeps {100 * kept:.0f} % of the baseline box AP" in page.text
+    assert f"w4 keeps {100 * kept:.0f} % of the baseline" in page.text
     assert f"qwt brings it to {100 * reached:.0f} %" in page.text
     assert page.text.index("w4 keeps") < page.text.index("Results")
 
@@ -530,10 +547,11 @@ def test_the_section_of_layers_disappears_where_nothing_is_known(tmp_path, monke
 def test_pictures_show_truth_and_variants_side_by_side(case):
     name, page = case
     images, panels = page.source.count('class="picture"'), page.tags.count("img")
-    assert images >= 5
-    assert panels == images * (3 if name == "no compensation" else 4)
+    assert images >= (2 if name == "no quantized" else 5)
+    assert panels == images * (3 if name.startswith("no ") else 4)
     assert page.source.count("data:image/webp;base64,") == panels
-    assert "Largest loss" in page.text
+    assert ("Largest loss" in page.text) == (name not in ("no baseline", "no quantized"))
+    assert "Drawn at random" in page.text
 
 
 def test_a_report_without_image_files_has_no_pictures(results, caplog):

@@ -1,6 +1,7 @@
 """Every configuration that the repository ships can be planned, and asks for what it should."""
 
 import pytest
+import yaml
 from conftest import REAL_COCO, ROOT, Workflow
 
 # {name of the configuration: (models, quantized, compensated)}
@@ -54,3 +55,22 @@ def test_a_config_file_on_the_command_line_replaces_the_default_one(workflow: Wo
     path = ROOT / "tests" / "configs" / "coco_download.yaml"
     jobs = workflow.jobs("--configfile", str(path))
     assert jobs["evaluate_baseline"] == 2
+
+
+def test_steps_can_be_left_out(workflow: Workflow):
+    config = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
+    workflow.configure({**config, "skip": ["evaluate_baseline", "evaluate_quantized"]})
+    steps = expected(1, 1, 1)
+    del steps["evaluate_baseline"], steps["evaluate_quantized"]
+    assert workflow.jobs() == steps
+    workflow.configure({**config, "compensation": {}})
+    steps = expected(1, 1, 0)
+    assert workflow.jobs() == {name: jobs for name, jobs in steps.items() if jobs}
+
+
+def test_a_run_that_would_evaluate_nothing_is_refused(workflow: Workflow):
+    config = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
+    workflow.configure({**config, "compensation": {}, "skip": ["evaluate_quantized"]})
+    done = workflow.run("--dry-run")
+    assert done.returncode != 0
+    assert "no quantized detector would be evaluated" in done.stdout

@@ -43,7 +43,7 @@ wildcard_constraints:
     dataset="|".join(map(re.escape, config["datasets"])),
     model="|".join(map(re.escape, config["models"])),
     quantization="|".join(map(re.escape, config["quantization"])),
-    compensation="|".join(map(re.escape, config["compensation"])),
+    compensation="|".join(map(re.escape, config["compensation"])) or "(?!)",
 
 
 def detector_threads(most=8):
@@ -130,6 +130,11 @@ def supplied_warmup(wildcards):
     )
 
 
+def kept(path, keep):
+    """Return an output file that stays, or that goes once nothing needs it any more."""
+    return path if keep else temp(path)
+
+
 def images(part):
     """Input function: annotation file of the model's calibration or evaluation images."""
     return lambda wildcards: (
@@ -140,14 +145,21 @@ def images(part):
 def result_row(combination):
     """Names, settings and result folders of a combination: what summary and report read."""
     model, quantization, compensation = combination
+    evaluated = {
+        "baseline": f"results/{model}/baseline",
+        "quantized": f"results/{model}/{quantization}/quantized",
+        "compensated": compensation
+        and f"results/{model}/{quantization}/{compensation}",
+    }
+    for variant in ("baseline", "quantized"):
+        if f"evaluate_{variant}" in config["skip"]:
+            evaluated[variant] = None
     return {
         **combination._asdict(),
         "settings": config["quantization"][quantization],
-        "compensation_settings": config["compensation"][compensation],
+        "compensation_settings": config["compensation"].get(compensation),
         "annotations": f"results/datasets/{config['models'][model]['dataset']}/evaluation.json",
-        "baseline": f"results/{model}/baseline",
-        "quantized": f"results/{model}/{quantization}/quantized",
-        "compensated": f"results/{model}/{quantization}/{compensation}",
+        **evaluated,
         "warmup": f"results/{model}/{quantization}/warmup.pth",
     }
 
@@ -162,6 +174,7 @@ def result_files(*names, variants=("baseline", "quantized", "compensated")):
             f"{row[variant]}/{name}"
             for row in RESULT_ROWS
             for variant in variants
+            if row[variant] is not None
             for name in names
         )
     )

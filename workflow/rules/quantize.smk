@@ -6,7 +6,7 @@ rule quantize_model:
         config_files=local_config,
         supplied=supplied_warmup,
     output:
-        warmup="results/{model}/{quantization}/warmup.pth",
+        warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
     log:
         "logs/quantize_model/{model}/{quantization}.log",
     benchmark:

@@ -33,20 +33,27 @@ def _select(rows: Iterable[Row], **names: Any) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in names.items())]
 
 
+def _share_of_baseline(row: Row, column: str) -> str:
+    """``95 % (0.589)``, or only the number where there is no baseline."""
+    value = text.number(row[column])
+    return (
+        f"{text.percent(row[column] / row['AP_baseline'])} ({value})"
+        if row["AP_baseline"]
+        else value
+    )
+
+
 def effect_sentence(row: Row) -> str:
     """Say in words what one compensation did, from a row of the summary."""
     ends = text.interval(row, GAIN)
     name = row["compensation"]
+    if row[GAIN] is None:
+        return f"with {name} it is {_share_of_baseline(row, 'AP_compensated')}"
     if not row[f"{GAIN}_significant"]:
         change = f"{name} changes it by {text.signed(row[GAIN])}, which is not significant"
         return f"{change} ({ends})" if ends else change
     verb = "brings" if row[GAIN] > 0 else "lowers"
-    value = text.number(row["AP_compensated"])
-    reached = (
-        f"{text.percent(row['AP_compensated'] / row['AP_baseline'])} ({value})"
-        if row["AP_baseline"]
-        else value
-    )
+    reached = _share_of_baseline(row, "AP_compensated")
     weights = row["compensation_bytes"] / row["quantized_bytes"]
     return (
         f"{name} {verb} it to {reached}, a change of {text.signed(row[GAIN])} (interval {ends}), "
@@ -62,7 +69,9 @@ def answer(rows: Sequence[Row]) -> str:
     """
     row = rows[0]
     kind = text.KINDS[row["metrics"]]
-    if row["AP_baseline"]:
+    if row["AP_quantized"] is None:
+        start = f"{row['quantization']} was not evaluated without compensation ({kind} AP)"
+    elif row["AP_baseline"]:
         start = (
             f"{row['quantization']} keeps {text.percent(row['AP_quantized'] / row['AP_baseline'])} of "
             f"the baseline {kind} AP ({text.number(row['AP_quantized'])} of "
@@ -70,7 +79,7 @@ def answer(rows: Sequence[Row]) -> str:
         )
     else:
         start = f"{row['quantization']} has {kind} AP {text.number(row['AP_quantized'])}"
-    if not row[f"{LOSS}_significant"]:
+    if row[f"{LOSS}_significant"] is False:
         start += ", a difference that is not significant"
     effects = [effect_sentence(r) for r in rows if r["compensation"] is not None]
     return "; ".join([start, *effects]) + "."
@@ -79,7 +88,7 @@ def answer(rows: Sequence[Row]) -> str:
 def featured(rows: Sequence[Row]) -> Row:
     """The row that the report shows first: the largest gain in box AP, else the largest loss."""
     boxes = _select(rows, metrics="bbox")
-    return max(boxes, key=lambda row: (row[GAIN] or 0, -row[LOSS]))
+    return max(boxes, key=lambda row: (row[GAIN] or 0, -(row[LOSS] or 0)))
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
@@ -187,6 +196,7 @@ def _tradeoff_figures(lines: Sequence[Mapping[str, Any]], kind: str, name: str) 
             megabytes=line["bytes"] / 1e6,
         )
         for line in lines
+        if line["ap"]["value"] is not None
     ]
     return [
         {"svg": draw(points, kind, f"{name}-{part}"), "label": f"{kind} AP against {part}"}
@@ -264,18 +274,29 @@ def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _titles(combination: Row) -> dict[str, str]:
+    """What each variant of a combination that was evaluated is called in the report."""
+    quantization, compensation = combination["quantization"], combination["compensation"]
+    titles = {
+        "baseline": "baseline",
+        "quantized": quantization,
+        "compensated": f"{quantization} + {compensation}",
+    }
+    return {variant: title for variant, title in titles.items() if combination[variant] is not None}
+
+
 def _pictures(combination: Row, seed: int, most: int) -> list[dict[str, Any]]:
-    titles = {"baseline": "baseline", "quantized": combination["quantization"]}
-    if combination["compensated"] is not None:
-        titles["compensated"] = f"{combination['quantization']} + {combination['compensation']}"
+    titles = _titles(combination)
     found = {
-        title: read_json(
+        variant: read_json(
             Path(combination[variant]) / "predictions.json", what="file of predictions"
         )
-        for variant, title in titles.items()
+        for variant in titles
     }
-    masks = "segm" in read_json(Path(combination["baseline"]) / "metrics.json")
-    return make_pictures(combination["annotations"], found, masks=masks, seed=seed, most=most)
+    masks = any("segmentation" in record for records in found.values() for record in records)
+    return make_pictures(
+        combination["annotations"], found, titles, masks=masks, seed=seed, most=most
+    )
 
 
 def _class_sections(
@@ -320,11 +341,9 @@ def _images(annotations: Path) -> dict[str, Any] | None:
 
 def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
     """Settings, versions, seeds, hashes, hardware and image lists of one model."""
-    variants = {"baseline": combinations[0]["baseline"]}
-    for row in combinations:
-        variants[row["quantization"]] = row["quantized"]
-        if row["compensated"] is not None:
-            variants[f"{row['quantization']} + {row['compensation']}"] = row["compensated"]
+    variants = {
+        title: row[variant] for row in combinations for variant, title in _titles(row).items()
+    }
     by_variant = {
         title: read_json(Path(folder) / "metrics.json")["provenance"]
         for title, folder in variants.items()
@@ -335,7 +354,7 @@ def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
         for part in ("calibration", "evaluation")
     }
     return {
-        "baseline": by_variant["baseline"],
+        "first": next(iter(by_variant.values())),
         "hashes": {
             title: {
                 key: value

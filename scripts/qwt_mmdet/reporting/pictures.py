@@ -76,30 +76,30 @@ def judge(
     return verdicts
 
 
-def choose_images(
-    baseline: Mapping[int, Verdict],
-    quantized: Mapping[int, Verdict],
-    compensated: Mapping[int, Verdict] | None,
-    *,
-    seed: int,
-) -> dict[int, str]:
+def choose_images(verdicts: Mapping[str, Mapping[int, Verdict]], *, seed: int) -> dict[int, str]:
     """Choose images by ``RULES``: the rule of each chosen image, by id.
 
     Equal differences of F1 are ordered by the number of objects, most first.
+
+    Args:
+        verdicts: by variant: baseline, quantized, compensated, as far as they were evaluated.
     """
 
-    def ranked(better: Mapping[int, Verdict], worse: Mapping[int, Verdict]) -> list[int]:
+    def ranked(a: str, b: str) -> list[int]:
+        if a not in verdicts or b not in verdicts:
+            return []
+        better, worse = verdicts[a], verdicts[b]
         differences = {
             image: (better[image].f1 - worse[image].f1, len(better[image].hit)) for image in better
         }
         gaining = [image for image, (difference, _) in differences.items() if difference > 0]
         return sorted(gaining, key=lambda image: (*(-d for d in differences[image]), image))
 
-    shuffled = sorted(baseline)
+    shuffled = sorted(next(iter(verdicts.values())))
     random.Random(seed).shuffle(shuffled)
     candidates = {
-        "largest loss": ranked(baseline, quantized),
-        "largest recovery": ranked(compensated, quantized) if compensated else [],
+        "largest loss": ranked("baseline", "quantized"),
+        "largest recovery": ranked("compensated", "quantized"),
         "drawn at random": shuffled,
     }
     chosen: dict[int, str] = {}
@@ -183,6 +183,7 @@ def data_uri(picture: Image.Image) -> str:
 def make_pictures(
     annotations: str | os.PathLike[str],
     variants: Mapping[str, Sequence[dict[str, Any]]],
+    titles: Mapping[str, str],
     *,
     masks: bool,
     seed: int,
@@ -192,7 +193,8 @@ def make_pictures(
 
     Args:
         annotations: COCO annotation file with ``info.image_root``.
-        variants: detections by the variant's title: baseline, quantized and, perhaps, compensated.
+        variants: detections of baseline, quantized and compensated, as far as they were evaluated.
+        titles: what each of these variants is called.
         most: number of images at the most.
 
     Returns:
@@ -200,9 +202,8 @@ def make_pictures(
         width and height, and what was found). Empty, with a warning, where image files are gone.
     """
     truth = load_ground_truth(annotations, masks=masks)
-    verdicts = {title: judge(truth, found, masks=masks) for title, found in variants.items()}
-    baseline, quantized, *rest = verdicts.values()
-    chosen = choose_images(baseline, quantized, rest[0] if rest else None, seed=seed)
+    verdicts = {name: judge(truth, found, masks=masks) for name, found in variants.items()}
+    chosen = choose_images(verdicts, seed=seed)
     # so that a smaller number still has pictures of each rule
     chosen = dict(sorted(chosen.items(), key=lambda item: _turn(chosen, item[0]))[:most])
     root = Path(truth.dataset["info"]["image_root"])
@@ -222,10 +223,10 @@ def make_pictures(
                 f"{len(objects)} object{'s' if len(objects) != 1 else ''}",
             )
         ]
-        for title, by_image in verdicts.items():
+        for name, by_image in verdicts.items():
             verdict = by_image[identifier]
             found = f"{len(verdict.hit)} of {len(verdict.hit) + len(verdict.missed)} found"
-            panels.append((title, vars(verdict), f"{found}, {len(verdict.false)} false"))
+            panels.append((titles[name], vars(verdict), f"{found}, {len(verdict.false)} false"))
         pictures.append(
             {
                 "name": truth.imgs[identifier]["file_name"],

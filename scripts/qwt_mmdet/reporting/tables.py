@@ -1,7 +1,8 @@
 """The results of a run as numbers: ``summary.csv``, and ``summary.json`` which says more.
 
 The table has one row for each model × quantization × compensation × kind of AP. An empty cell means
-that the number is undefined (no objects of that size, nothing to recover, no compensation).
+that the number is undefined (no objects of that size, nothing to recover, no compensation, or a
+variant that was not evaluated).
 
 ``model``, ``quantization``, ``compensation``
     names in the config.
@@ -76,6 +77,12 @@ IMAGES_OF_CLASS = 5
 NOTHING = {"value": None, "low": None, "high": None, "significant": None}
 
 
+def _folders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Result folders of all variants that were evaluated, each once."""
+    folders = [folder for row in rows for v in VARIANTS if (folder := row[v]) is not None]
+    return list(dict.fromkeys(folders))
+
+
 def _with_interval(column: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
     return {
         column: estimate["value"],
@@ -89,7 +96,7 @@ def _ap_columns(
 ) -> dict[str, Any]:
     """Columns of one metric (see ``Bootstrap.values``) of one row, under the name of the metric.
 
-    Variants go by their result folders; a compensation that there is not has None.
+    Variants go by their result folders; what was not evaluated has None.
     """
     columns: dict[str, Any] = {}
     for variant in VARIANTS:
@@ -98,7 +105,7 @@ def _ap_columns(
         columns |= _with_interval(f"{name}_{variant}", estimate)
     for a, b in DIFFERENCES:
         column = f"{name}_{a}_minus_{b}"
-        known = row[a] is not None
+        known = row[a] is not None and row[b] is not None
         difference = statistics.difference(row[a], row[b], kind, metric) if known else NOTHING
         columns |= _with_interval(column, difference)
         columns[f"{column}_significant"] = difference["significant"]
@@ -143,7 +150,7 @@ def _class_rows(
     """AP of each class that has objects; ``categories`` as from ``_categories``."""
     rows = []
     for category, about in categories.items():
-        if category not in statistics.values[row["baseline"]][kind]:
+        if category not in statistics.values[_folders([row])[0]][kind]:
             continue
         columns = _ap_columns(statistics, row, kind, category, "AP")
         if about["images"] < IMAGES_OF_CLASS:
@@ -193,12 +200,11 @@ def _model_summary(
     rows: Sequence[Mapping[str, Any]], *, resamples: int, seed: int, processes: int
 ) -> dict[str, list[dict[str, Any]]]:
     """What summary.json says of one model; all its variants share the resamples."""
-    folders = [folder for row in rows for v in VARIANTS if (folder := row[v]) is not None]
-    folders = list(dict.fromkeys(folders))
+    folders = _folders(rows)
     metrics = {
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
-    baseline = metrics[rows[0]["baseline"]]
+    some = metrics[folders[0]]  # for what all variants have in common
     # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
     warmups = {
         row["quantization"]: load_archive(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
@@ -211,14 +217,14 @@ def _model_summary(
             folder: read_json(Path(folder) / "predictions.json", what="predictions file")
             for folder in folders
         },
-        masks="segm" in baseline,
+        masks="segm" in some,
         resamples=resamples,
         seed=seed,
         processes=processes,
     )
     for folder in folders:
         _check_agreement(folder, metrics[folder], statistics)
-    categories = _categories(rows[0]["annotations"], baseline)
+    categories = _categories(rows[0]["annotations"], some)
     summary: dict[str, list[dict[str, Any]]] = {
         "rows": [],
         "classes": [],
@@ -234,7 +240,7 @@ def _model_summary(
         ],
     }
     for row, cost in zip(rows, costs, strict=True):
-        for kind in statistics.values[row["baseline"]]:
+        for kind in statistics.values[folders[0]]:
             names = {key: row[key] for key in ("model", "quantization", "compensation")}
             names["metrics"] = kind
             columns = {
@@ -267,9 +273,9 @@ def summarize(
 
     Args:
         rows: one dictionary per combination: model, quantization, compensation (names), settings
-            (of the quantization), annotations, warmup (files), and baseline, quantized and
-            compensated (folders with metrics.json and predictions.json). Without compensation,
-            compensation and compensated are None.
+            (of the quantization), annotations, warmup (files), and baseline,
+            quantized and compensated (folders with metrics.json and predictions.json), or None for
+            what was not evaluated. Without compensation, compensation is None too.
         table: the CSV file.
         document: the JSON file.
         resamples, seed, processes: of the bootstrap.
