@@ -1,3 +1,31 @@
 """Post-training quantization of MMDetection detectors with closed-form compensation (QwT)."""
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CompensationSettings": "settings",
+    "QuantizationSettings": "settings",
+    "QwtError": "errors",
+    "apply_compensation": "compensation.state",
+    "calibrate": "quantization.convert",
+    "evaluate_detector": "pipeline",
+    "fit_compensation": "compensation.fit",
+    "load_compensation": "compensation.state",
+    "load_detector": "detectors",
+    "load_warmup": "quantization.state",
+    "make_loader": "loaders",
+    "quantize_model": "quantization.convert",
+    "save_compensation": "compensation.state",
+    "save_warmup": "quantization.state",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for; Snakemake reads this package often and needs neither torch nor mmdet."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -62,10 +62,47 @@ def provenance(
     }
 
 
-def _load(
-    config: str, checkpoint: Pathlike, config_options: Mapping[str, Any] | None, device: str
+def load_quantized(
+    config: str,
+    checkpoint: Pathlike,
+    *,
+    warmup: Pathlike | None = None,
+    compensation: Pathlike | None = None,
+    device: str = "cpu",
+    config_options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    return load_detector(config, checkpoint, device=device, config_options=config_options)
+    """Load a detector, quantize it with a warmup file and compensate it, as far as files are given.
+
+    Raises:
+        QwtError: a file cannot be read, or does not belong to the others.
+    """
+    model = load_detector(config, checkpoint, device=device, config_options=config_options)
+    if warmup is not None:
+        load_warmup(model, warmup)
+    if compensation is not None:
+        load_compensation(model, compensation)
+    return model
+
+
+def evaluate_detector(
+    model: nn.Module, annotations: Pathlike, *, batch_size: int = 1, workers: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate a detector on the images of an annotation file.
+
+    Args:
+        model: from :func:`qwt_mmdet.load_detector`, quantized and compensated or not.
+        annotations: COCO annotation file whose ``info.image_root`` is the image folder.
+
+    Returns:
+        COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results.
+
+    Raises:
+        QwtError: the classes of model and annotations differ, or a detection is not finite.
+    """
+    loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
+    found = predict(model, loader, annotations, total=len(loader.dataset))
+    masks = any("segmentation" in detection for detection in found)
+    return coco_metrics(annotations, found, masks=masks), found
 
 
 def evaluate(
@@ -87,15 +124,15 @@ def evaluate(
 
     Writes ``metrics`` and ``predictions``, both or neither.
     """
-    model = _load(config, checkpoint, config_options, device)
-    if warmup is not None:
-        load_warmup(model, warmup)
-    if compensation is not None:
-        load_compensation(model, compensation)
-    loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
-    found = predict(model, loader, annotations, total=len(loader.dataset))
-    masks = any("segmentation" in detection for detection in found)
-    result = coco_metrics(annotations, found, masks=masks)
+    model = load_quantized(
+        config,
+        checkpoint,
+        warmup=warmup,
+        compensation=compensation,
+        device=device,
+        config_options=config_options,
+    )
+    result, found = evaluate_detector(model, annotations, batch_size=batch_size, workers=workers)
     result["provenance"] = provenance(
         checkpoint=checkpoint,
         annotations=annotations,
@@ -133,7 +170,7 @@ def quantize(
         supplied: an existing warmup file to check and take instead of calibrating.
     """
     resolved = QuantizationSettings.from_mapping(settings)
-    model = _load(config, checkpoint, config_options, device)
+    model = load_detector(config, checkpoint, device=device, config_options=config_options)
     if supplied is not None:
         load_warmup(model, supplied, resolved)
         logger.info("The warmup file %s fits and is used as it is", supplied)
@@ -177,7 +214,7 @@ def rank(
         images: calibration images to use, from the first.
         average_bits: of the weights in the suggestion; None: what they have now.
     """
-    model = _load(config, checkpoint, config_options, device)
+    model = load_detector(config, checkpoint, device=device, config_options=config_options)
     load_warmup(model, warmup, round_weights=False)
     loader = make_loader(model.cfg, annotations, batch_size=1, workers=workers)
     images = min(images, len(loader))
@@ -242,8 +279,10 @@ def compensate(
         activation_cache: {device_gb, memory_gb}, limits beyond which activations wait elsewhere.
     """
     resolved = CompensationSettings.from_mapping(settings)
-    reference = _load(config, checkpoint, config_options, device)
-    model = load_warmup(_load(config, checkpoint, config_options, device), warmup)
+    reference = load_detector(config, checkpoint, device=device, config_options=config_options)
+    model = load_warmup(
+        load_detector(config, checkpoint, device=device, config_options=config_options), warmup
+    )
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     unfinished = Path(f"{output}.unfinished")
     compensation = fit_compensation(

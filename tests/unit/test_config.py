@@ -328,4 +328,4 @@ def test_a_hash_covers_all_that_the_step_imports(step):
 
 def test_every_rule_has_a_script_and_a_list_of_code():
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts == set(config.STEP_PARTS)
+    assert scripts - {"run_calibration"} == set(config.STEP_PARTS)

@@ -1,0 +1,529 @@
+"""The command `qwt-mmdet`: the workflow without a config file, and what its files are good for."""
+
+import enum
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from tabulate import tabulate
+from tqdm import tqdm
+
+from . import __version__
+from .config import PACKAGE, check_duplicates, combinations, is_url, load_schema, resolve
+from .errors import QwtError
+from .reporting.text import megabytes, number, percent, summary_table
+from .settings import (
+    ACTIVATION_RANGES,
+    ROUNDINGS,
+    SCOPES,
+    WEIGHT_RANGES,
+    QuantizationSettings,
+)
+
+ROOT = PACKAGE.parents[1]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "qwt": {},
+    "paper": {"target": "block", "ridge": 0, "gate": "fit", "holdout_fraction": 0},
+    "affine": {"kind": "affine"},
+    "lowrank": {"kind": "lowrank"},
+    "bias": {"kind": "bias"},
+    "auto": {"kind": "auto"},
+}
+"""Compensations by name; what each leaves out has the default of ``CompensationSettings``."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize trained MMDetection detectors and recover accuracy with QwT.",
+)
+
+
+class Device(enum.StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def _choices(name: str, values: Sequence[str]) -> Any:
+    return enum.StrEnum(name, {value: value for value in values})
+
+
+Scope = _choices("Scope", SCOPES)
+WeightRange = _choices("WeightRange", WEIGHT_RANGES)
+ActivationRange = _choices("ActivationRange", ACTIVATION_RANGES)
+Rounding = _choices("Rounding", ROUNDINGS)
+Recipe = _choices("Recipe", [*RECIPES, "none"])
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """End with one sentence and status 1 where something is wrong with what the user gave."""
+    try:
+        yield
+    except QwtError as error:
+        typer.secho(f"Error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qwt-mmdet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+def _samples(value: str) -> int | str:
+    if value == "all":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise QwtError(f"A number of samples is {value!r}; give a whole number from 1, or all.")
+    return int(value)
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same in the output folder; an address or a zoo name stays."""
+    return str(Path(path).resolve()) if not is_url(path) and Path(path).exists() else path
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise QwtError(f"--cfg-options has {pair!r}; write key=value, such as a.b=0.5.")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def quantization_entry(
+    weight_bits: int, activation_bits: int, **settings: Any
+) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a quantization; the name tells what differs from the defaults.
+
+    Raises:
+        QwtError: a setting is outside of what is allowed.
+    """
+    QuantizationSettings(weight_bits, activation_bits, **settings)
+    default = QuantizationSettings(weight_bits, activation_bits)
+    other = {key: value for key, value in settings.items() if value != getattr(default, key)}
+    words = [
+        value if isinstance(value, str) else f"{'' if value else 'no-'}{key.replace('_', '-')}"
+        for key, value in other.items()
+    ]
+    name = "-".join([f"w{weight_bits}a{activation_bits}", *words]).replace("+", "-")
+    return name, {"weight_bits": weight_bits, "activation_bits": activation_bits, **other}
+
+
+def _bit_pairs(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> list[tuple[int, int]]:
+    if len(activation_bits) not in (1, len(weight_bits)):
+        raise QwtError(
+            f"--w-bit is given {len(weight_bits)} times and --a-bit {len(activation_bits)} times; "
+            "give --a-bit once, or once for each --w-bit."
+        )
+    return list(zip_longest(weight_bits, activation_bits, fillvalue=activation_bits[0]))
+
+
+@app.command()
+def run(
+    config: Annotated[
+        str,
+        typer.Option(help="Model config: a name in MMDetection's zoo, or a path."),
+    ],
+    checkpoint: Annotated[str, typer.Option(help="Trained weights: a path or an http(s) address.")],
+    coco_root: Annotated[
+        Path,
+        typer.Option(help="Folder in COCO's layout: annotations/, train2017/, val2017/."),
+    ],
+    output_dir: Annotated[
+        Path, typer.Option(help="Where results, logs and the workflow's config go.")
+    ] = Path("qwt_output"),
+    calibration_samples: Annotated[
+        str, typer.Option(help="Images for ranges and compensation; a number or all.")
+    ] = "512",
+    eval_samples: Annotated[
+        str, typer.Option(help="Images for AP; a number or all. A few hundred are noisy.")
+    ] = "100",
+    calibration_split: Annotated[
+        str, typer.Option(help="Split of the calibration images.")
+    ] = "train2017",
+    eval_split: Annotated[str, typer.Option(help="Split of the evaluation images.")] = "val2017",
+    w_bit: Annotated[list[int], typer.Option(help="Bits of weights, 2 to 8; repeatable.")] = [4],  # noqa: B006
+    a_bit: Annotated[list[int], typer.Option(help="Bits of activations; once, or per --w-bit.")] = [  # noqa: B006
+        4
+    ],
+    scope: Annotated[Scope, typer.Option(help="Part that is quantized.")] = Scope.backbone,
+    weight_range: Annotated[
+        WeightRange | None, typer.Option(help="Estimator of the weights' ranges.")
+    ] = None,
+    activation_range: Annotated[
+        ActivationRange | None, typer.Option(help="Estimator of the activations' ranges.")
+    ] = None,
+    rounding: Annotated[Rounding | None, typer.Option(help="Rounding of weights.")] = None,
+    bias_correction: Annotated[
+        bool | None, typer.Option("--bias-correction/--no-bias-correction", help="Of each layer.")
+    ] = None,
+    compensation: Annotated[
+        list[Recipe], typer.Option(help="Recipe of compensation; repeatable.")
+    ] = [Recipe.qwt],  # noqa: B006
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = (
+        Device.auto
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores; default: all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of images and all else.")] = 0,
+    warmup_checkpoint: Annotated[
+        Path | None, typer.Option(help="Warmup file to use instead of calibrating.")
+    ] = None,
+    save_warmup: Annotated[
+        bool, typer.Option("--save-warmup/--no-save-warmup", help="Keep the warmup file.")
+    ] = True,
+    skip_baseline: Annotated[
+        bool, typer.Option("--skip-baseline", help="Do not evaluate the full-precision model.")
+    ] = False,
+    skip_quantized_eval: Annotated[
+        bool, typer.Option("--skip-quantized-eval", help="Do not evaluate without compensation.")
+    ] = False,
+    cfg_options: Annotated[
+        list[str], typer.Option(help="Change of the model config, a.b=value; repeatable.")
+    ] = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
+) -> None:
+    """Quantize one model, compensate it, and measure what both did.
+
+    Writes the workflow's config into the output folder and runs the workflow there; what is already
+    computed is used again. For example:
+
+        qwt-mmdet run --config yolox/yolox_nano_8xb8-300e_coco.py --checkpoint yolox_nano.pth
+        --coco-root /data/coco --w-bit 4 --a-bit 8 --eval-samples all
+    """
+    with _plain_errors():
+        given = {
+            "weight_range": weight_range,
+            "activation_range": activation_range,
+            "rounding": rounding,
+            "bias_correction": bias_correction,
+        }
+        settings = {
+            key: value if isinstance(value, bool) else value.value
+            for key, value in given.items()
+            if value is not None
+        }
+        entries = [
+            quantization_entry(*bits, scope=scope.value, **settings)
+            for bits in _bit_pairs(w_bit, a_bit)
+        ]
+        names = [name for name, _ in entries]
+        model = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(config).stem)
+        content = {
+            "seed": seed,
+            "datasets": {
+                "coco": {
+                    "type": "coco",
+                    "seed": seed,
+                    "root": str(coco_root.resolve()),
+                    "calibration": {
+                        "split": calibration_split,
+                        "images": _samples(calibration_samples),
+                    },
+                    "evaluation": {"split": eval_split, "images": _samples(eval_samples)},
+                }
+            },
+            "models": {
+                model: {
+                    "config": _absolute(config),
+                    "checkpoint": _absolute(checkpoint),
+                    "dataset": "coco",
+                    "config_options": _options(cfg_options),
+                    "warmup": dict.fromkeys(names, str(warmup_checkpoint.resolve()))
+                    if warmup_checkpoint
+                    else {},
+                }
+            },
+            "quantization": dict(entries),
+            "compensation": {
+                recipe.value: RECIPES[recipe.value] for recipe in compensation if recipe != "none"
+            },
+            "skip": [
+                step
+                for step, skipped in (
+                    ("evaluate_baseline", skip_baseline),
+                    ("evaluate_quantized", skip_quantized_eval),
+                )
+                if skipped
+            ],
+            "keep_warmup": save_warmup,
+            "calibration": {"batch_size": batch_size, "workers": workers},
+            "evaluation": {"batch_size": batch_size, "workers": workers},
+        }
+        if warmup_checkpoint and len(names) > 1:
+            raise QwtError(
+                "--warmup-checkpoint is for one bit width; give --w-bit and --a-bit once."
+            )
+        run_workflow(content, output_dir, device=device.value, cores=cores, dry_run=dry_run)
+
+
+def run_workflow(
+    content: dict[str, Any], folder: Path, *, device: str, cores: int | None, dry_run: bool = False
+) -> None:
+    """Write a workflow config into a folder, run it there and print the table of results.
+
+    Raises:
+        QwtError: the config is wrong, or a step failed; says why.
+    """
+    if not (ROOT / "Snakefile").is_file():
+        raise QwtError(
+            f"There is no Snakefile in {ROOT}: the command runs the workflow of the clone that it was "
+            "installed from; install it with `make env` (pip install --editable) in a clone."
+        )
+    resolve(content, load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
+    _check_files(content)
+    if device == "cuda":
+        _check_cuda()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(
+        "# Written by `qwt-mmdet run`; `snakemake --configfile` takes it as well.\n"
+        + yaml.safe_dump(content, sort_keys=False),
+        encoding="utf-8",
+    )
+    command = [
+        *(sys.executable, "-m", "snakemake", "--nocolor"),
+        *("--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
+        *("--configfile", str(path), "--cores", str(cores or "all")),
+        *("--resources", f"gpu={0 if device == 'cpu' else 1}"),
+        *(["--dry-run", "--quiet", "rules"] if dry_run else []),
+    ]
+    environment = {**os.environ, "QWT_MMDET_COMMAND": " ".join(["qwt-mmdet", *sys.argv[1:]])}
+    if dry_run:
+        raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+    _follow(command, environment)
+    typer.echo(
+        f"\n{summary_table(folder / 'results' / 'summary.csv')}\n\n"
+        f"Table: {folder / 'results' / 'summary.csv'}\nReport: {folder / 'results' / 'report.html'}"
+    )
+
+
+def _follow(command: Sequence[str], environment: dict[str, str]) -> None:
+    """Run Snakemake; show what our steps say and how many are done, and nothing of its own.
+
+    Raises:
+        QwtError: it failed; with what the failed steps said, or else the end of its output.
+    """
+    said: list[str] = []
+    output: list[str] = []
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    terminal = sys.stderr.isatty()
+    with tqdm(desc="Steps", unit="step", disable=not terminal, dynamic_ncols=True) as bar:
+        for line in process.stdout:
+            output.append(line.rstrip())
+            if match := re.match(r"(\d+) of (\d+) steps", line):
+                bar.total = int(match[2])
+                bar.update(int(match[1]) - bar.n)
+                if not terminal:
+                    typer.echo(line.rstrip(), err=True)
+            elif re.match(r"\[[a-z]+_[a-z]+[^]]*\] ", line):
+                said.append(line.rstrip())
+                bar.write(line.rstrip(), file=sys.stderr)
+    if process.wait():
+        if said:
+            raise QwtError(
+                "A step failed; what it said stands above, more in its file under logs/."
+            )
+        raise QwtError("The workflow could not run:\n" + "\n".join(output[-20:]))
+
+
+def _check_files(content: dict[str, Any]) -> None:
+    """Raise QwtError for a checkpoint, a data set or a warmup file that is not there."""
+    for name, model in content["models"].items():
+        files = [("checkpoint", model["checkpoint"])]
+        files += [(f"warmup.{key}", path) for key, path in model.get("warmup", {}).items()]
+        for key, path in files:
+            if not is_url(path) and not Path(path).is_file():
+                raise QwtError(
+                    f"models.{name}.{key} is {path!r}, but there is no such file; check the path."
+                )
+    for name, dataset in content["datasets"].items():
+        root = dataset.get("root")
+        if root is not None and not Path(root).is_dir():
+            raise QwtError(f"datasets.{name}.root is {root!r}, but there is no such folder.")
+
+
+def _check_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise QwtError(
+            "--device is cuda, but torch sees no GPU; install a CUDA build of torch and a driver, or "
+            "use --device cpu."
+        )
+
+
+@app.command()
+def validate(
+    config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
+) -> None:
+    """Check a config of the workflow, its model configs and its local files; run nothing."""
+    from .datasets import read_annotations
+    from .detectors import dataset_classes, read_config
+
+    with _plain_errors():
+        if not config.is_file():
+            raise QwtError(f"The config {config} does not exist; check the path.")
+        check_duplicates(config)
+        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        schema = load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+        resolved = resolve(content, schema)
+        _check_files(resolved)
+        categories = {}
+        for name, dataset in resolved["datasets"].items():
+            if "root" not in dataset:
+                continue
+            for part in ("calibration", "evaluation"):
+                path = Path(dataset["root"], dataset[part]["annotations"])
+                found = read_annotations(path, labelled=part == "evaluation")
+                categories[name] = [category["name"] for category in found["categories"]]
+        for name, model in resolved["models"].items():
+            classes = dataset_classes(read_config(model["config"], model["config_options"]))
+            known = categories.get(model["dataset"])
+            if known is not None and classes is not None and set(known) != set(classes):
+                raise QwtError(
+                    f"models.{name} has the classes {', '.join(classes)}, but its data set "
+                    f"{model['dataset']} has {', '.join(known)}; use a data set with the model's "
+                    "classes, or set metainfo.classes in the model config."
+                )
+        rows = combinations(resolved)
+        typer.echo(tabulate(rows, ("model", "quantization", "compensation")))
+        typer.echo(f"\n{config} is sound: {len(rows)} combinations.")
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A warmup.pth or compensation.pth.")],
+) -> None:
+    """Tell what is in a warmup or compensation file."""
+    from .compensation.state import COMPENSATION_FORMAT
+    from .quantization.state import WARMUP_FORMAT, load_archive
+
+    with _plain_errors():
+        kinds = {"warmup": WARMUP_FORMAT, "compensation": COMPENSATION_FORMAT}
+        for kind, expected in kinds.items():
+            try:
+                content = load_archive(file, expected, kind)
+                break
+            except QwtError as error:
+                problem = error
+        else:
+            raise problem
+        lines = [("file", f"{kind}, format {content['format']!r}")]
+        lines += [(f"fingerprint: {key}", value) for key, value in content["fingerprint"].items()]
+        lines += [(key, value) for key, value in content["settings"].items()]
+        source = content["provenance"]
+        lines += [(key, source[key]) for key in ("images", "seed", "device") if key in source]
+        lines += [
+            (key, value)
+            for key, value in content["summary"].items()
+            if not isinstance(value, list | dict)
+        ]
+        typer.echo(tabulate(lines, tablefmt="plain", disable_numparse=True))
+        if kind == "compensation":
+            rows = [
+                (
+                    block["name"],
+                    block["kind"],
+                    block["decision"],
+                    number(block["fit_r2"]),
+                    number(block["holdout_r2"]),
+                    megabytes(block["bytes"]),
+                    percent(block["multiply_adds_percent"] / 100),
+                )
+                for block in content["blocks"]
+            ]
+            headers = (
+                "block", "kind", "decision", "r² fit", "r² held out", "size", "multiply-adds",
+            )  # fmt: skip
+            typer.echo("\n" + tabulate(rows, headers, disable_numparse=True))
+        else:
+            skipped = content["summary"]["not_quantized"]
+            typer.echo(f"\n{len(skipped)} modules in full precision")
+            for entry in islice(skipped, 20):
+                typer.echo(f"  {entry['name']} ({entry['type']}): {entry['reason']}")
+
+
+@app.command()
+def apply(
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    config: Annotated[str, typer.Option(help="Model config: a zoo name or a path.")],
+    checkpoint: Annotated[Path, typer.Option(help="The weights that were quantized.")],
+    warmup: Annotated[Path | None, typer.Option(help="warmup.pth; none: full precision.")] = None,
+    compensation: Annotated[Path | None, typer.Option(help="compensation.pth.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="For pictures and results.")] = Path("qwt_apply"),
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = (
+        Device.auto
+    ),
+    score: Annotated[float, typer.Option(min=0, max=1, help="Least score that is drawn.")] = 0.3,
+    cfg_options: Annotated[
+        list[str], typer.Option(help="Change of the model config, a.b=value; repeatable.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Run a quantized, compensated detector on images; save drawings and COCO-format results."""
+    with _plain_errors():
+        paths = _image_paths(images)
+        if compensation is not None and warmup is None:
+            raise QwtError("--compensation needs the --warmup that it was fitted for.")
+        if device == Device.cuda:
+            _check_cuda()
+        from .inference import run_on_images
+
+        count = run_on_images(
+            config,
+            checkpoint,
+            paths,
+            output_dir,
+            warmup=warmup,
+            compensation=compensation,
+            device=device.value,
+            score=score,
+            config_options=_options(cfg_options),
+        )
+        typer.echo(
+            f"{count} detections on {len(paths)} images\nPictures: {output_dir / 'pictures'}\n"
+            f"COCO results: {output_dir / 'predictions.json'} (images: {output_dir / 'images.json'})"
+        )
+
+
+def _image_paths(places: Sequence[Path]) -> list[Path]:
+    paths = []
+    for place in places:
+        if place.is_dir():
+            paths += sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif place.is_file():
+            paths.append(place)
+        else:
+            raise QwtError(f"There is no image or folder {place}; check the path.")
+    if not paths:
+        raise QwtError(f"There are no images in {', '.join(map(str, places))}.")
+    return paths
