@@ -82,7 +82,7 @@ class QuantizationSettings:
         scope: which part of the detector is quantized.
         weight_range, activation_range: estimator of the clipping range. ``repq`` is ``mse`` with a
             range per channel after each LayerNorm, folded into the layers around it, and a log-√2
-            grid for attention probabilities.
+            grid for attention probabilities; where there is neither, it is ``mse``.
         rounding: of the weights; ``gptq`` spreads each column's error over the next ones.
         percentile: two-sided percentile in percent for the ``percentile`` estimator.
         bias_correction: take back the shift of each layer's mean output that weight rounding causes.
@@ -97,8 +97,8 @@ class QuantizationSettings:
     input_bits: int = 8
     scope: str = "backbone"
     weight_range: str = "mse"
-    activation_range: str = "mse"
-    rounding: str = "nearest"
+    activation_range: str = "repq"
+    rounding: str = "gptq"
     percentile: float = 99.99
     bias_correction: bool = True
     overrides: tuple[Override, ...] = ()

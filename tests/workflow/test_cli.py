@@ -1,0 +1,158 @@
+"""The command line: a whole run, what its files tell, and plain words where something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from qwt_mmdet.cli import app, quantization_entry
+from qwt_mmdet.datasets import prepare_dataset
+from qwt_mmdet.errors import QwtError
+from typer.testing import CliRunner, Result
+
+DEMO = ROOT / "workflow" / "demo" / "mask-rcnn_swin-xxs-p4-w8_fpn_shapes"
+MODEL = ("--config", f"{DEMO}.py", "--checkpoint", f"{DEMO}.pth")
+SPLITS = ("--calibration-split", "calibration", "--eval-split", "val")
+RESULTS = Path("results", DEMO.name)
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A few generated images in COCO's layout."""
+    root = tmp_path / "coco"
+    settings = {
+        "type": "shapes",
+        "seed": 3,
+        "calibration": {"images": 5},
+        "evaluation": {"images": 4},
+    }
+    prepare_dataset(settings, folder=root, output=tmp_path / "manifest.json")
+    return root
+
+
+def command(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.mark.slow
+def test_one_command_does_the_whole_job_and_the_next_uses_it_again(coco, tmp_path):
+    output = tmp_path / "output"
+    options = [*MODEL, *SPLITS, "--coco-root", coco, "--output-dir", output]
+    options += ["--calibration-samples", "all", "--eval-samples", "all", "--device", "cpu"]
+    ours = [sys.executable, ROOT / "scripts" / "run_calibration.py"]
+    done = subprocess.run(
+        [*ours, *options],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "w4a4" in done.stdout
+    assert (output / "results" / "report.html").is_file()
+    written = yaml.safe_load((output / "config.yaml").read_text())
+    assert written["quantization"] == {"w4a4": {"weight_bits": 4, "activation_bits": 4}}
+    assert command("validate", output / "config.yaml").exit_code == 0
+
+    again = subprocess.run(
+        [*ours, *options, "--w-bit", "8", "--dry-run"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "quantize_model" in again.stdout
+    assert "evaluate_baseline" not in again.stdout
+
+    warmup = output / RESULTS / "w4a4" / "warmup.pth"
+    compensation = output / RESULTS / "w4a4" / "qwt" / "compensation.pth"
+    shown = command("show", compensation)
+    assert shown.exit_code == 0, shown.output
+    assert "backbone.stages.0.blocks.0" in shown.output
+    assert "weight_bits" in command("show", warmup).output
+
+    folder = tmp_path / "found"
+    files = ["--warmup", warmup, "--compensation", compensation, "--output-dir", folder]
+    applied = command("apply", coco / "val", *MODEL, *files, "--device", "cpu")
+    assert applied.exit_code == 0, applied.output
+    assert len(list((folder / "pictures").glob("*.jpg"))) == 4
+    images = json.loads((folder / "images.json").read_text())["images"]
+    records = json.loads((folder / "predictions.json").read_text())
+    assert {record["image_id"] for record in records} <= {image["id"] for image in images}
+    found = [(round(r["score"], 4), [round(v, 2) for v in r["bbox"]]) for r in records]
+    folder = output / RESULTS / "w4a4" / "qwt"
+    theirs = json.loads((folder / "predictions.json").read_text())
+    assert sorted(found) == sorted(
+        (round(r["score"], 4), [round(v, 2) for v in r["bbox"]]) for r in theirs
+    )
+
+
+def test_a_failed_step_ends_with_its_cause(coco, tmp_path):
+    for image in (coco / "val").glob("*.png"):
+        image.write_bytes(b"no image")
+    options = ["--coco-root", coco, "--output-dir", tmp_path / "output"]
+    options += ["--calibration-samples", "all", "--eval-samples", "all"]
+    failed = command("run", *MODEL, *SPLITS, *options)
+    assert failed.exit_code == 1
+    assert "are not usable" in failed.output
+    assert "Traceback" not in failed.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "missing.pth"], "no such file"),
+        (["--config", "yolox/yolox_nan_8xb8-300e_coco.py"], "did you mean"),
+        (["--coco-root", "nowhere"], "no such folder"),
+        (["--w-bit", "9"], "2 to 8"),
+        (["--w-bit", "4", "--a-bit", "8", "--a-bit", "6"], "--a-bit once"),
+        (["--eval-samples", "many"], "or all"),
+        (["--cfg-options", "a.b"], "key=value"),
+        (["--warmup-checkpoint", "missing.pth"], "no such file"),
+        (["--compensation", "none", "--skip-quantized-eval"], "would be evaluated"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco").mkdir()
+    arguments = [*MODEL, "--coco-root", "coco", *options]
+    failed = command("run", *arguments)
+    assert failed.exit_code == 1
+    assert message in failed.output
+    assert not (tmp_path / "qwt_output").exists()
+
+
+def test_settings_that_are_not_the_default_make_another_name():
+    assert quantization_entry(4, 8)[0] == "w4a8"
+    name, settings = quantization_entry(4, 8, scope="backbone+neck", bias_correction=False)
+    assert name == "w4a8-backbone-neck-no-bias-correction"
+    assert settings == {
+        "weight_bits": 4, "activation_bits": 8, "scope": "backbone+neck", "bias_correction": False,
+    }  # fmt: skip
+    with pytest.raises(QwtError, match="rounding"):
+        quantization_entry(4, 8, rounding="up")
+
+
+def test_other_files_are_not_shown(tmp_path):
+    (tmp_path / "some.pth").write_bytes(b"nothing")
+    failed = command("show", tmp_path / "some.pth")
+    assert failed.exit_code == 1
+    assert "cannot be read" in failed.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": "red"}, "not a known key"),
+        (
+            {"models": {"m": {"config": f"{DEMO}.py", "checkpoint": "no.pth", "dataset": "d"}}},
+            "no such",
+        ),
+    ],
+)
+def test_a_wrong_config_is_not_sound(tmp_path, change, message):
+    content = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
+    content["datasets"]["d"] = content["datasets"]["shapes"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**content, **change}))
+    failed = command("validate", path)
+    assert failed.exit_code == 1
+    assert message in failed.output
