@@ -1,0 +1,191 @@
+"""AP of quantization and compensation recipes on calibration images: how the defaults were chosen.
+
+The images are split in two. Ranges and compensation come from one half and AP from the other, both
+ways, and one AP is taken over all detections; so a recipe is judged on images that it has not seen,
+and evaluation images stay out of the choice. Prints one line per recipe, and appends it to a csv
+file: what stands there already is not measured again.
+
+    python tests/benchmarks/bench_recipes.py --config workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py \
+        --checkpoint workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.pth --scope detector \
+        --annotations results/datasets/shapes/calibration.json --output demo.csv
+"""
+
+import argparse
+import copy
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from qwt_mmdet.compensation.fit import fit_compensation
+from qwt_mmdet.compensation.state import apply_compensation
+from qwt_mmdet.detectors import load_detector
+from qwt_mmdet.evaluation.coco import coco_metrics
+from qwt_mmdet.evaluation.predict import predict
+from qwt_mmdet.files import read_json, write_json
+from qwt_mmdet.loaders import make_loader
+from qwt_mmdet.quantization.convert import calibrate, quantize_model
+from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
+from torch import nn
+
+BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4), "w3a8": (3, 8)}
+COMPENSATIONS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "paper": {"target": "block", "ridge": 0, "gate": "fit", "holdout_fraction": 0},
+    "block": {"target": "block"},
+    "reference": {},
+    "reference, bias": {"kind": "bias"},
+    "reference, affine": {"kind": "affine"},
+    "reference, lowrank": {"kind": "lowrank"},
+    "reference, auto": {"kind": "auto"},
+    "reference, downsampling": {"downsampling": True},
+    "reference, no holdout": {"ridge": 0.01, "gate": "none", "holdout_fraction": 0},
+}
+COLUMNS = ["bits", "weight_range", "range", "rounding", "bias_correction", "compensation"]
+
+
+def quantizations(
+    ranges: list[str], bits: list[str], weight_range: str | None
+) -> Iterator[dict[str, Any]]:
+    """Every combination, as a row of the table without its AP.
+
+    Weights have the range of activations (``mse`` for ``repq``) where ``weight_range`` is None.
+    """
+    for bit, of_activations, *others in itertools.product(
+        bits, ranges, ("nearest", "gptq"), (False, True)
+    ):
+        of_weights = weight_range or of_activations.replace("repq", "mse")
+        yield dict(zip(COLUMNS, (bit, of_weights, of_activations, *others, "none"), strict=True))
+
+
+def settings(row: dict[str, Any], scope: str) -> QuantizationSettings:
+    weight_bits, activation_bits = BITS[row["bits"]]
+    return QuantizationSettings(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        scope=scope,
+        weight_range=row["weight_range"],
+        activation_range=row["range"],
+        rounding=row["rounding"],
+        bias_correction=row["bias_correction"],
+    )
+
+
+class Trial:
+    """A detector and two halves of its calibration images."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.model = load_detector(options.config, options.checkpoint, device="cpu")
+        content = read_json(options.annotations, what="annotation file")
+        images = content["images"][: options.images]
+        self.all = self._write(content, images, folder / "all.json")
+        halves = [
+            self._write(content, images[half::2], folder / f"half{half}.json") for half in (0, 1)
+        ]
+        self.folds = [halves, halves[::-1]]
+        self.scope = options.scope
+        self.quantized: tuple[QuantizationSettings, list[nn.Module]] | None = None
+
+    @staticmethod
+    def _write(content: dict[str, Any], images: list[dict[str, Any]], path: Path) -> Path:
+        chosen = {image["id"] for image in images}
+        objects = [entry for entry in content["annotations"] if entry["image_id"] in chosen]
+        write_json(path, {**content, "images": images, "annotations": objects})
+        return path
+
+    def loader(self, annotations: Path) -> Any:
+        return make_loader(self.model.cfg, annotations, batch_size=4)
+
+    def found(self, model: nn.Module, annotations: Path) -> list[dict[str, Any]]:
+        return predict(model, self.loader(annotations), annotations)
+
+    def metrics(self, found: list[dict[str, Any]]) -> dict[str, float]:
+        masks = any("segmentation" in detection for detection in found)
+        metrics = coco_metrics(self.all, found, masks=masks)
+        return {kind: metrics[kind]["AP"] for kind in ("bbox", "segm") if kind in metrics}
+
+    def baseline(self) -> dict[str, float]:
+        return self.metrics(self.found(self.model, self.all))
+
+    def models(self, row: dict[str, Any]) -> list[nn.Module]:
+        """The quantized models of both folds; the last ones are kept for the next row."""
+        chosen = settings(row, self.scope)
+        if self.quantized is None or self.quantized[0] != chosen:
+            models = [
+                calibrate(quantize_model(copy.deepcopy(self.model), chosen), self.loader(fit))
+                for fit, _ in self.folds
+            ]
+            self.quantized = chosen, models
+        return self.quantized[1]
+
+    def measure(self, row: dict[str, Any]) -> dict[str, float]:
+        found = []
+        recipe = COMPENSATIONS[row["compensation"]]
+        for model, (fit, judge) in zip(self.models(row), self.folds, strict=True):
+            if recipe is not None:
+                model = copy.deepcopy(model)
+                chosen = CompensationSettings.from_mapping(recipe)
+                fitted = fit_compensation(model, self.model, self.loader(fit), chosen)
+                apply_compensation(model, fitted)
+            found += self.found(model, judge)
+        return self.metrics(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--annotations", required=True, help="a run's calibration.json")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--images", type=int, help="use the first ones only")
+    parser.add_argument("--scope", default="backbone")
+    parser.add_argument("--ranges", nargs="+", default=["minmax", "percentile", "mse", "repq"])
+    parser.add_argument("--weight-range", help="another one than that of activations")
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--rounding", choices=("nearest", "gptq"), help="only this one")
+    parser.add_argument(
+        "--compensation",
+        nargs=2,
+        metavar=("ROUNDING", "BIAS"),
+        help="try the compensations on this base instead: gptq true",
+    )
+    options = parser.parse_args()
+    rows = list(quantizations(options.ranges, options.bits, options.weight_range))
+    if options.rounding:
+        rows = [row for row in rows if row["rounding"] == options.rounding]
+    if options.compensation:
+        rounding, bias = options.compensation
+        base = {"rounding": rounding, "bias_correction": bias == "true"}
+        rows = [
+            {**row, "compensation": name}
+            for row in rows
+            if row.items() >= base.items()
+            for name in COMPENSATIONS
+        ]
+    done = pd.read_csv(options.output) if options.output.exists() else pd.DataFrame()
+    known = set(map(tuple, done[COLUMNS].itertuples(index=False))) if len(done) else set()
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(options, Path(folder))
+        baseline = trial.baseline()
+        print("baseline", *(f"{kind} {ap:.4f}" for kind, ap in baseline.items()), flush=True)
+        for row in rows:
+            if tuple(row.values()) in known:
+                continue
+            start = time.perf_counter()
+            result = trial.measure(row)
+            line = {**row, **result, **{f"baseline_{k}": v for k, v in baseline.items()}}
+            new = not options.output.exists()
+            pd.DataFrame([line]).to_csv(options.output, mode="a", header=new, index=False)
+            aps = (f"{kind} {ap:.4f}" for kind, ap in result.items())
+            print(*row.values(), *aps, f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
