@@ -161,6 +161,8 @@ class CompensationSettings:
         gate: ``holdout`` keeps a block's compensation only where it lowers the held-out error,
             ``fit`` where r2 on the fitting images is above 0 (the paper), ``none`` always.
         holdout_fraction: part of the calibration images that is kept out of the fit.
+        refit: once kind, ridge and gate are decided, fit what was kept to all images, held-out ones
+            included, for the next blocks and the result.
         blocks: module name patterns (fnmatch); empty means the blocks registered for the backbone
             and, where the neck is quantized, for the neck.
         downsampling: also the layers between stages (patch merging, downsampling convolutions) that
@@ -177,6 +179,7 @@ class CompensationSettings:
     ridge: float | str = "auto"
     gate: str = "holdout"
     holdout_fraction: float = 0.2
+    refit: bool = True
     blocks: tuple[str, ...] = ()
     downsampling: bool = False
     max_cost: MaxCost | None = None
@@ -190,8 +193,9 @@ class CompensationSettings:
         if self.ridge != "auto":
             _check_number("ridge", self.ridge, 0, float("inf"))
         _check_number("holdout_fraction", self.holdout_fraction, 0, 1)
-        if not isinstance(self.downsampling, bool):
-            raise QwtError(f"downsampling is {self.downsampling!r}; it is true or false.")
+        for key in ("refit", "downsampling"):
+            if not isinstance(getattr(self, key), bool):
+                raise QwtError(f"{key} is {getattr(self, key)!r}; it is true or false.")
         needs_holdout = self.gate == "holdout" or self.ridge == "auto" or self.kind == "auto"
         if needs_holdout and self.holdout_fraction == 0:
             raise QwtError(

@@ -36,13 +36,16 @@ BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4), "w3a8": 
 COMPENSATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "paper": {"target": "block", "ridge": 0, "gate": "fit", "holdout_fraction": 0},
-    "block": {"target": "block"},
-    "reference": {},
-    "reference, bias": {"kind": "bias"},
-    "reference, affine": {"kind": "affine"},
-    "reference, lowrank": {"kind": "lowrank"},
-    "reference, auto": {"kind": "auto"},
-    "reference, downsampling": {"downsampling": True},
+    "block": {"target": "block", "refit": False},
+    "reference, refit": {},
+    "reference, auto, refit": {"kind": "auto"},
+    "block, refit": {"target": "block"},
+    "reference": {"refit": False},
+    "reference, bias": {"kind": "bias", "refit": False},
+    "reference, affine": {"kind": "affine", "refit": False},
+    "reference, lowrank": {"kind": "lowrank", "refit": False},
+    "reference, auto": {"kind": "auto", "refit": False},
+    "reference, downsampling": {"downsampling": True, "refit": False},
     "reference, no holdout": {"ridge": 0.01, "gate": "none", "holdout_fraction": 0},
 }
 COLUMNS = ["bits", "weight_range", "range", "rounding", "bias_correction", "compensation"]

@@ -20,7 +20,9 @@ from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_mo
 from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 
 KINDS = ("swin", "resnet", "cspdarknet")
-PAPER = CompensationSettings(ridge=0, gate="none", target="block", holdout_fraction=0.25)
+PAPER = CompensationSettings(
+    ridge=0, gate="none", target="block", holdout_fraction=0.25, refit=False
+)
 
 
 def pair(kind, images=8, batch=1, size=(64, 64), bits=4):
@@ -115,6 +117,21 @@ def test_compensation_brings_the_backbone_closer_on_images_of_the_fit(kind, targ
             for m in (compensated, model)
         ]
     assert distances[0] < distances[1]
+
+
+@pytest.mark.parametrize("kind", ["linear", "lowrank", "affine", "bias"])
+def test_refitting_gives_the_fit_to_all_images(kind):
+    full, model, data = pair("cspdarknet")
+    plain = dataclasses.replace(PAPER, kind=kind, target="reference", rank=3)
+    refitted, on_all = (
+        fit_compensation(model, full, data, dataclasses.replace(plain, **changes)).blocks
+        for changes in ({"refit": True}, {"holdout_fraction": 0})
+    )
+    for ours, theirs in zip(refitted, on_all, strict=True):
+        assert ours.holdout_error_after is not None
+        for name, tensor in ours.kind.tensors().items():
+            if name not in ("left", "right"):  # these may change their signs together
+                torch.testing.assert_close(tensor, theirs.kind.tensors()[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["block", "reference"])

@@ -27,7 +27,7 @@ from .modules import aligned_input, as_rows, block_output, channel_axis
 from .replay import Path
 from .result import BYTES_PER_PARAMETER, BlockFit, Compensation
 from .resume import Resume
-from .solve import SOLVERS, Solution
+from .solve import SOLVERS, Solution, solve_again
 from .state import quantized_fingerprint
 from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics
 from .trace import Plan, detached, replay_scope, trace_blocks
@@ -276,14 +276,17 @@ def _fit_block(
     for group in held:
         holdout.merge(group)
     tokens = sums.count + holdout.count
-    kind = None if solution.kind is None else solution.kind.to("cpu", torch.float32)
-    if kind and not all(torch.isfinite(tensor).all() for tensor in kind.tensors().values()):
-        raise QwtError(f"The compensation of block {name} is not finite; set a larger ridge.")
     errors = {
         **_errors(solution, sums, "fit"),
         **_errors(solution, holdout, "holdout"),
     }
     passes_gate = _is_kept(settings, solution, errors)
+    if settings.refit and held and passes_gate:
+        sums.merge(holdout)
+        solution = solve_again(solution, sums, settings.rank)
+    kind = None if solution.kind is None else solution.kind.to("cpu", torch.float32)
+    if kind and not all(torch.isfinite(tensor).all() for tensor in kind.tensors().values()):
+        raise QwtError(f"The compensation of block {name} is not finite; set a larger ridge.")
     positions = tokens / fit.images
     parameters, multiply_adds = (kind.parameters, kind.multiply_adds) if kind else (0, 0)
     first_image = multiply_adds * fit.plan.positions[index]

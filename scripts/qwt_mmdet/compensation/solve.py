@@ -179,6 +179,21 @@ def reduce_rank(statistics: RegressionStatistics, solution: Solution, rank: int)
     return Solution(LowRank(left, right.contiguous(), bias), solution.ridge, solution.solver)
 
 
+def solve_again(solution: Solution, statistics: BlockStatistics, rank: int) -> Solution:
+    """The same kind at the same ridge strength, fitted to other sums."""
+    match solution.kind:
+        case Linear():
+            return solve_ridge(statistics.inputs, solution.ridge)
+        case LowRank():
+            again = solve_ridge(statistics.inputs, solution.ridge)
+            return reduce_rank(statistics.inputs, again, rank)
+        case Affine():
+            return _scale_and_shift(statistics)
+        case Bias():
+            return _mean_error(statistics.any)
+    return solution
+
+
 @register_solver("bias", "outputs")
 def solve_bias(
     fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
@@ -191,7 +206,12 @@ def solve_bias(
 def solve_affine(
     fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
 ) -> Solution:
-    """Scale and shift of each output channel by least squares; a constant channel is only shifted."""
+    """Scale and shift of each output channel by least squares."""
+    return _scale_and_shift(fit)
+
+
+def _scale_and_shift(fit: BlockStatistics) -> Solution:
+    """Least squares per channel; a constant channel is only shifted."""
     sums = fit.outputs
     varies = sums.xx > RANK_TOLERANCE * (sums.xx + sums.count * sums.mean_x.square())
     gain = torch.where(varies, sums.xy / torch.where(varies, sums.xx, 1.0), 0.0)
