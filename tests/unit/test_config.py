@@ -61,7 +61,7 @@ def test_defaults_fill_in_at_every_depth():
     resolved = config.resolve(MINIMAL, SCHEMA)
     assert resolved["evaluation"] == {"batch_size": 1, "workers": 2}
     assert resolved["bootstrap"] == {"resamples": 1000}
-    assert resolved["quantization"]["w4a8"]["activation_range"] == "mse"
+    assert resolved["quantization"]["w4a8"]["activation_range"] == "repq"
     assert resolved["compensation"]["paper"]["holdout_fraction"] == 0.2
     assert resolved["models"]["demo"]["config_options"] == {}
 

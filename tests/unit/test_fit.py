@@ -124,21 +124,22 @@ def test_refitting_gives_the_fit_to_all_images(kind):
     full, model, data = pair("cspdarknet")
     plain = dataclasses.replace(PAPER, kind=kind, target="reference", rank=3)
     refitted, on_all = (
-        fit_compensation(model, full, data, dataclasses.replace(plain, **changes)).blocks
+        # what later blocks see differs by rounding, which quantizers enlarge
+        fit_compensation(model, full, data, dataclasses.replace(plain, **changes)).blocks[0]
         for changes in ({"refit": True}, {"holdout_fraction": 0})
     )
-    for ours, theirs in zip(refitted, on_all, strict=True):
-        assert ours.holdout_error_after is not None
-        for name, tensor in ours.kind.tensors().items():
-            if name not in ("left", "right"):  # these may change their signs together
-                torch.testing.assert_close(tensor, theirs.kind.tensors()[name], rtol=1e-3, atol=1e-4)
+    assert refitted.holdout_error_after is not None
+    for name, tensor in refitted.kind.tensors().items():
+        if name not in ("left", "right"):  # these may change their signs together
+            torch.testing.assert_close(tensor, on_all.kind.tensors()[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", ["block", "reference"])
 def test_held_out_error_is_what_the_compensated_model_has(target):
     """The numbers in the file against the compensated model itself, at the last block."""
     full, model, data = pair("swin")
-    fitted = fit_compensation(model, full, data, CompensationSettings(target=target, gate="none"))
+    settings = CompensationSettings(target=target, gate="none", refit=False)
+    fitted = fit_compensation(model, full, data, settings)
     last = fitted.blocks[-1]
     compensated = apply_compensation(copy.deepcopy(model), fitted)
     held = [b for b, h in zip(data, split_holdout(len(data), 0.2), strict=True) if h]
