@@ -43,6 +43,22 @@ def resolve_config(config: str | os.PathLike[str]) -> Path:
     )
 
 
+def _refuse_other_tasks(path: Path, config: Config) -> None:
+    """Raise QwtError for configs of mmdet that train or test something else than a detector."""
+    evaluators = config.get("test_evaluator") or {}
+    evaluators = evaluators if isinstance(evaluators, list | tuple) else [evaluators]
+    if any("Panoptic" in str(evaluator.get("type")) for evaluator in evaluators):
+        raise QwtError(
+            f"The model config {path} is for panoptic segmentation, which has no box or mask AP; give "
+            "one for object detection or instance segmentation."
+        )
+    if "semi_train_cfg" in config.get("model", {}):
+        raise QwtError(
+            f"The model config {path} is for semi-supervised training, with two detectors in one; give "
+            "the config of the detector alone and a checkpoint with its weights alone."
+        )
+
+
 def read_config(
     config: str | os.PathLike[str], config_options: Mapping[str, Any] | None = None
 ) -> Config:
@@ -61,6 +77,7 @@ def read_config(
         raise QwtError(
             f"The model config {path} cannot be read: {type(error).__name__}: {error}."
         ) from error
+    _refuse_other_tasks(path, parsed)
     if "model" not in parsed or "test_dataloader" not in parsed:
         raise QwtError(
             f"The model config {path} has no 'model' or no 'test_dataloader'; give a complete mmdet "

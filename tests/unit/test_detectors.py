@@ -42,6 +42,21 @@ def test_broken_and_incomplete_configs_are_named(tmp_path):
         read_config(base)
 
 
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ("panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py", "panoptic"),
+        (
+            "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py",
+            "semi-supervised",
+        ),
+    ],
+)
+def test_other_tasks_are_refused(config, task):
+    with pytest.raises(QwtError, match=f"{task}.*give"):
+        read_config(config)
+
+
 def test_weights_arrive_and_the_model_is_ready(checkpoint):
     model = load_detector(NANO, checkpoint)
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]

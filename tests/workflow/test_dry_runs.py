@@ -50,6 +50,11 @@ def test_the_default_configuration_asks_for_the_demo(workflow: Workflow):
     assert workflow.jobs() == expected(1, 3, 6)
 
 
+def test_the_headline_configuration_asks_for_five_detectors(workflow: Workflow):
+    config = str(ROOT / "config" / "coco.yaml")
+    assert workflow.jobs("--configfile", config) == expected(5, 15, 30)
+
+
 def test_a_config_file_on_the_command_line_replaces_the_default_one(workflow: Workflow):
     (workflow.folder / "config").symlink_to(ROOT / "config")
     path = ROOT / "tests" / "configs" / "coco_download.yaml"
