@@ -5,7 +5,7 @@
 #
 # Snakemake makes the environment anew when this file changes, and does not look into requirements.txt.
 # Hence the next line, which tests/unit/test_environment.py compares with it.
-# requirements.txt sha256: 4522eb764e7d7709100243fb67040b872a8c3bc050c2f64cc7084966cf092c3e
+# requirements.txt sha256: 18ce870dabe167b085eb9e4c2938b44054bb9ea426032da82ca8cac4dc6607ea
 set -euo pipefail
 
 envs="${QWT_ROOT:-$PWD}/envs"
