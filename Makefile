@@ -26,7 +26,7 @@ $(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
 	@touch $@
 
 test: env ## run all tests (ARGS="-k word" chooses some)
-	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 bench: env ## measure time and memory on a Swin-T backbone (an hour on two cores)
 	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py
