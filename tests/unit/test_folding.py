@@ -94,10 +94,10 @@ def test_calibrated_model_quantizes_channels_as_if_each_had_a_scale_of_its_own(k
         quantizer = model.get_submodule(fold.layers[0]).input_quantizer
         assert quantizer.channel_axis is None
         assert quantizer.scale.numel() == 1
-    plain = calibrate(
-        quantize_model(detector(kind), QuantizationSettings(weight_bits=8, activation_bits=4)),
-        batches,
+    settings = QuantizationSettings.from_mapping(
+        {**REPQ, "activation_bits": 4, "activation_range": "mse"}
     )
+    plain = calibrate(quantize_model(detector(kind), settings), batches)
     full = outputs(detector(kind))
     errors = [
         sum(((a - e).norm() / e.norm()).item() for a, e in zip(outputs(m), full, strict=True))

@@ -55,7 +55,7 @@ def test_the_demo_goes_from_its_checkpoint_to_the_report(workflow: Workflow):
     assert all(row["layer"].startswith("backbone.") for row in ranked)
     assert float(ranked[0]["sqnr_db"]) < float(ranked[-1]["sqnr_db"])
     suggested = yaml.safe_load((folder / "sensitivity.yaml").read_text())["w4a4-mixed"]
-    assert suggested["activation_range"] == "repq"
+    assert suggested["weight_range"] == "minmax"
     assert {entry["weight_bits"] for entry in suggested["overrides"]} - {4}
 
 

@@ -215,7 +215,7 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
     def measure(self, x: Tensor, output: Tensor, moments: InputMoments, *, second: bool) -> None:
         """Add one call's input to ``moments``; ``second``: also to the second moments."""
         rows = x.reshape(-1, x.shape[-1])
-        quantized = self.input_quantizer.quantized(x).view_as(rows)
+        quantized = self.input_quantizer.quantized(x).reshape(rows.shape)
         sums = [t.sum(0, dtype=torch.float64) for t in (rows, quantized)]
         moments.update_means(*sums, len(rows))
         if second:
@@ -277,7 +277,7 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
         image, place = chosen // size.numel(), chosen % size.numel()
         taps = self._taps(padded, size).permute(0, 2, 3, 1, 4, 5)
         rows = taps[image, place // size[1], place % size[1]]
-        return rows.view(len(chosen), self.groups, -1).transpose(0, 1)
+        return rows.reshape(len(chosen), self.groups, -1).transpose(0, 1)
 
     def _mean_output(self, weight: Tensor, mean: Tensor) -> Tensor:
         grouped = mean.view(self.groups, -1, *mean.shape[1:])
