@@ -102,18 +102,16 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
 @real
 def test_the_real_detector_reaches_its_known_ap_and_8_bits_keep_it(workflow: Workflow):
     """AP 0.269 and AP50 0.426 on these 160 images are the numbers of an independent evaluation."""
-    variants = ["baseline", "w8a8/quantized", "w8a8-detector/quantized", "w6a6/quantized"]
+    variants = ["baseline", "w8a8-detector/quantized"]
     done = workflow.run(
         *(f"results/yolox_nano/{variant}/metrics.json" for variant in variants),
         *("--cores", "2", "--configfile", str(CONFIGS / "yolox_coco_real.yaml")),
     )
     assert done.returncode == 0, done.stdout
-    baseline, backbone8, detector8, backbone6 = (
+    baseline, detector8 = (
         json.loads((workflow.folder / f"results/yolox_nano/{v}/metrics.json").read_text())["bbox"]
         for v in variants
     )
     assert baseline["AP"] == pytest.approx(0.269, abs=0.002)
     assert baseline["AP50"] == pytest.approx(0.426, abs=0.003)
-    assert backbone8["AP"] == pytest.approx(baseline["AP"], abs=0.006)
-    assert detector8["AP"] >= baseline["AP"] - 0.012
-    assert backbone6["AP"] >= 0.245
+    assert detector8["AP"] >= baseline["AP"] - 0.008
