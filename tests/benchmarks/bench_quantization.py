@@ -23,7 +23,11 @@ from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
 SETTINGS = QuantizationSettings(
-    weight_bits=4, activation_bits=4, weight_range="minmax", activation_range="repq"
+    weight_bits=4,
+    activation_bits=4,
+    weight_range="minmax",
+    activation_range="repq",
+    rounding="nearest",
 )
 
 
@@ -119,14 +123,15 @@ def memory_ratio(size: tuple[int, int]) -> None:
 
 def peak(count: str, size: tuple[int, int]) -> int:
     command = [sys.executable, __file__, "--peak", count, "--size", *map(str, size)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(output.splitlines()[-1])  # mmengine warns on standard output
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1344))
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--images", type=int, default=8, help="of the calibration's time")
+    parser.add_argument("--images", type=int, default=16, help="of the calibration's time")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = tuple(options.size)
