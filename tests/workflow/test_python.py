@@ -40,10 +40,9 @@ def example(tmp_path_factory):
 @pytest.fixture
 def image(example):
     folder, _ = example
-    entry = json.loads((folder / "results/datasets/shapes/evaluation.json").read_text())["images"][
-        0
-    ]
-    return folder / "results/datasets/shapes/val" / entry["file_name"]
+    shapes = folder / "results/datasets/shapes"
+    images = json.loads((shapes / "evaluation.json").read_text())["images"]
+    return shapes / "val" / images[0]["file_name"]
 
 
 def boxes(sample):
