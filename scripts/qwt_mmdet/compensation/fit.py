@@ -283,7 +283,7 @@ def _fit_block(
     passes_gate = _is_kept(settings, solution, errors)
     if settings.refit and held and passes_gate:
         sums.merge(holdout)
-        solution = solve_again(solution, sums, settings.rank)
+        solution = solve_again(solution, sums, settings)
     kind = None if solution.kind is None else solution.kind.to("cpu", torch.float32)
     if kind and not all(torch.isfinite(tensor).all() for tensor in kind.tensors().values()):
         raise QwtError(f"The compensation of block {name} is not finite; set a larger ridge.")

@@ -1,5 +1,6 @@
 """Closed-form solutions of each kind of compensation from the sums of a regression."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,19 +180,13 @@ def reduce_rank(statistics: RegressionStatistics, solution: Solution, rank: int)
     return Solution(LowRank(left, right.contiguous(), bias), solution.ridge, solution.solver)
 
 
-def solve_again(solution: Solution, statistics: BlockStatistics, rank: int) -> Solution:
-    """The same kind at the same ridge strength, fitted to other sums."""
-    match solution.kind:
-        case Linear():
-            return solve_ridge(statistics.inputs, solution.ridge)
-        case LowRank():
-            again = solve_ridge(statistics.inputs, solution.ridge)
-            return reduce_rank(statistics.inputs, again, rank)
-        case Affine():
-            return _scale_and_shift(statistics)
-        case Bias():
-            return _mean_error(statistics.any)
-    return solution
+def solve_again(
+    solution: Solution, statistics: BlockStatistics, settings: CompensationSettings
+) -> Solution:
+    """The same kind (there is one) at the same ridge strength, fitted to other sums."""
+    if math.isfinite(solution.ridge):  # an infinite ridge has left the bias alone, without a ridge
+        settings = dataclasses.replace(settings, ridge=solution.ridge)
+    return SOLVERS[solution.kind.name].solve(statistics, (), settings)
 
 
 @register_solver("bias", "outputs")
@@ -206,12 +201,7 @@ def solve_bias(
 def solve_affine(
     fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
 ) -> Solution:
-    """Scale and shift of each output channel by least squares."""
-    return _scale_and_shift(fit)
-
-
-def _scale_and_shift(fit: BlockStatistics) -> Solution:
-    """Least squares per channel; a constant channel is only shifted."""
+    """Scale and shift of each output channel by least squares; a constant channel is only shifted."""
     sums = fit.outputs
     varies = sums.xx > RANK_TOLERANCE * (sums.xx + sums.count * sums.mean_x.square())
     gain = torch.where(varies, sums.xy / torch.where(varies, sums.xx, 1.0), 0.0)
