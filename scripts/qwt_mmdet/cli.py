@@ -297,7 +297,7 @@ def run_workflow(
             f"There is no Snakefile in {ROOT}: the command runs the workflow of the clone that it was "
             "installed from; install it with `make env` (pip install --editable) in a clone."
         )
-    resolve(content, load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
+    _resolve(content)
     _check_files(content)
     if device == "cuda":
         _check_cuda()
@@ -356,6 +356,11 @@ def _follow(command: Sequence[str], environment: dict[str, str]) -> None:
         raise QwtError("The workflow could not run:\n" + "\n".join(output[-20:]))
 
 
+def _resolve(content: dict[str, Any]) -> dict[str, Any]:
+    """The config with defaults, checked; see ``config.resolve``."""
+    return resolve(content, load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
+
+
 def _check_files(content: dict[str, Any]) -> None:
     """Raise QwtError for a checkpoint, a data set or a warmup file that is not there."""
     for name, model in content["models"].items():
@@ -395,8 +400,7 @@ def validate(
             raise QwtError(f"The config {config} does not exist; check the path.")
         check_duplicates(config)
         content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        schema = load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
-        resolved = resolve(content, schema)
+        resolved = _resolve(content)
         _check_files(resolved)
         categories = {}
         for name, dataset in resolved["datasets"].items():
@@ -497,18 +501,18 @@ def apply(
         if device == Device.cuda:
             _check_cuda()
         from .inference import run_on_images
+        from .pipeline import load_quantized
+        from .runtime import choose_device
 
-        count = run_on_images(
+        model = load_quantized(
             config,
             checkpoint,
-            paths,
-            output_dir,
             warmup=warmup,
             compensation=compensation,
-            device=device.value,
-            score=score,
+            device=choose_device(0 if device == Device.cpu else 1),
             config_options=_options(cfg_options),
         )
+        count = run_on_images(model, paths, output_dir, score=score)
         typer.echo(
             f"{count} detections on {len(paths)} images\nPictures: {output_dir / 'pictures'}\n"
             f"COCO results: {output_dir / 'predictions.json'} (images: {output_dir / 'images.json'})"

@@ -1,32 +1,21 @@
 """Run a detector on images that have no annotations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
-import torch
 from mmdet.apis import inference_detector
 from mmdet.visualization import DetLocalVisualizer
+from torch import nn
 
 from .errors import QwtError
 from .evaluation.predict import detections
 from .files import write_json
-from .pipeline import load_quantized
 from .progress import progress
 
 
 def run_on_images(
-    config: str,
-    checkpoint: str | Path,
-    images: Sequence[Path],
-    folder: Path,
-    *,
-    warmup: str | Path | None = None,
-    compensation: str | Path | None = None,
-    device: str = "auto",
-    score: float = 0.3,
-    config_options: Mapping[str, Any] | None = None,
+    model: nn.Module, images: Sequence[Path], folder: Path, *, score: float = 0.3
 ) -> int:
     """Detect on images; write drawings and the results in COCO's format.
 
@@ -34,25 +23,15 @@ def run_on_images(
     the model's labels from 1) and images.json (ids, names and sizes of images, and categories).
 
     Args:
-        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
+        model: from ``load_detector``, quantized and compensated or not.
         score: least score of a detection that is drawn; the results hold all.
 
     Returns:
         The number of detections.
 
     Raises:
-        QwtError: an image cannot be read, or see :func:`load_quantized`.
+        QwtError: an image cannot be read, or a detection is not finite.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_quantized(
-        config,
-        checkpoint,
-        warmup=warmup,
-        compensation=compensation,
-        device=device,
-        config_options=config_options,
-    )
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = model.dataset_meta
     classes = model.dataset_meta["classes"]

@@ -23,7 +23,7 @@ from .compensation.fit import fit_compensation
 from .compensation.state import load_compensation, save_compensation
 from .config import source_hash
 from .detectors import load_detector
-from .evaluation.coco import coco_metrics
+from .evaluation.coco import coco_metrics, has_masks
 from .evaluation.predict import predict
 from .files import read_json, sha256_file, write_atomically, write_json
 from .loaders import make_loader
@@ -101,8 +101,7 @@ def evaluate_detector(
     """
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     found = predict(model, loader, annotations, total=len(loader.dataset))
-    masks = any("segmentation" in detection for detection in found)
-    return coco_metrics(annotations, found, masks=masks), found
+    return coco_metrics(annotations, found, masks=has_masks(found)), found
 
 
 def evaluate(
@@ -280,8 +279,8 @@ def compensate(
     """
     resolved = CompensationSettings.from_mapping(settings)
     reference = load_detector(config, checkpoint, device=device, config_options=config_options)
-    model = load_warmup(
-        load_detector(config, checkpoint, device=device, config_options=config_options), warmup
+    model = load_quantized(
+        config, checkpoint, warmup=warmup, device=device, config_options=config_options
     )
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     unfinished = Path(f"{output}.unfinished")

@@ -21,10 +21,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from qwt_mmdet.cli import RECIPES
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import apply_compensation
 from qwt_mmdet.detectors import load_detector
-from qwt_mmdet.evaluation.coco import coco_metrics
+from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.evaluation.predict import predict
 from qwt_mmdet.files import read_json, write_json
 from qwt_mmdet.loaders import make_loader
@@ -35,7 +36,7 @@ from torch import nn
 BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4), "w3a8": (3, 8)}
 COMPENSATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "paper": {"target": "block", "ridge": 0, "gate": "fit", "holdout_fraction": 0},
+    "paper": RECIPES["paper"],
     "block": {"target": "block", "refit": False},
     "reference, refit": {},
     "reference, auto, refit": {"kind": "auto"},
@@ -107,8 +108,7 @@ class Trial:
         return predict(model, self.loader(annotations), annotations)
 
     def metrics(self, found: list[dict[str, Any]]) -> dict[str, float]:
-        masks = any("segmentation" in detection for detection in found)
-        metrics = coco_metrics(self.all, found, masks=masks)
+        metrics = coco_metrics(self.all, found, masks=has_masks(found))
         return {kind: metrics[kind]["AP"] for kind in ("bbox", "segm") if kind in metrics}
 
     def baseline(self) -> dict[str, float]:

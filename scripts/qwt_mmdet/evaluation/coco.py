@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,11 @@ MATCHED_KEYS = {"bbox": "bbox", "segm": "segmentation"}
 def iou_types(masks: bool) -> tuple[str, ...]:
     """Kinds of IoU that are evaluated: boxes always, masks where the model predicts them."""
     return ("bbox", "segm") if masks else ("bbox",)
+
+
+def has_masks(predictions: Iterable[dict[str, Any]]) -> bool:
+    """Whether COCO results come from a model that predicts masks."""
+    return any("segmentation" in record for record in predictions)
 
 
 @contextlib.contextmanager

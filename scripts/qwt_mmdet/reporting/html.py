@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from ..evaluation.coco import AP_METRICS
+from ..evaluation.coco import AP_METRICS, has_masks
 from ..files import read_json, write_atomically
 from . import figures, text
 from .pictures import RULES, SCORE, make_pictures
@@ -293,7 +293,7 @@ def _pictures(combination: Row, seed: int, most: int) -> list[dict[str, Any]]:
         )
         for variant in titles
     }
-    masks = any("segmentation" in record for records in found.values() for record in records)
+    masks = any(map(has_masks, found.values()))
     return make_pictures(
         combination["annotations"], found, titles, masks=masks, seed=seed, most=most
     )
