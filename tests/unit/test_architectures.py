@@ -56,6 +56,7 @@ def build(config: str, options: dict) -> nn.Module:
         if options is TIMM:
             from qwt_mmdet import timm_backbone  # noqa: F401  registers it
         model = MODELS.build(parsed.model)
+        model.init_weights()  # mmdet leaves some parameters of the DETR family unset before
     model.fingerprint = {"model": config, "weights": "random"}
     return model.eval()
 
