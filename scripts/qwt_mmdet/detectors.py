@@ -90,7 +90,7 @@ def without_pretraining(node: Any) -> None:
     """Drop init_cfg entries that would download ImageNet weights which the checkpoint replaces."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
-        if isinstance(init, dict) and init.get("type") == "Pretrained":
+        if isinstance(init, dict) and "checkpoint" in init:  # PVT's has no type
             node["init_cfg"] = None
         for value in node.values():
             without_pretraining(value)
