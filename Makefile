@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test bench demo lint clean
+.PHONY: help env test bench demo lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,9 @@ lint: env ## check code and workflow: ruff, snakefmt, snakemake --lint
 	@$(WITH_VENV) ruff format --check .
 	@$(WITH_VENV) snakefmt --check Snakefile workflow
 	@$(WITH_VENV) snakemake --lint
+
+docs: env ## write the API reference to docs/api/
+	@$(VENV)/bin/python docs/reference.py
 
 clean: ## remove .venv and the tools' caches; results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache scripts/*.egg-info

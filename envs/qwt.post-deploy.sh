@@ -5,7 +5,7 @@
 #
 # Snakemake makes the environment anew when this file changes, and does not look into requirements.txt.
 # Hence the next line, which tests/unit/test_environment.py compares with it.
-# requirements.txt sha256: 18ce870dabe167b085eb9e4c2938b44054bb9ea426032da82ca8cac4dc6607ea
+# requirements.txt sha256: 542df7a54e7d6fb303bf0bff0c871f75805d7075b4b0889575172c43ebc8f895
 set -euo pipefail
 
 envs="${QWT_ROOT:-$PWD}/envs"

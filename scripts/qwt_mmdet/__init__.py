@@ -28,4 +28,5 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for; Snakemake reads this package often and needs neither torch nor mmdet."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value

@@ -24,6 +24,10 @@ ZOO = Path(mmdet.__file__).parent / ".mim" / "configs"
 """The configs that mmdet ships."""
 
 
+OTHER_METRICS = {"VOCMetric", "LVISMetric", "OpenImagesMetric", "CrowdHumanMetric"}
+"""Metrics of mmdet whose figures COCO's AP would not be."""
+
+
 def resolve_config(config: str | os.PathLike[str]) -> Path:
     """Return the path of a config: an existing file, or a name in mmdet's zoo.
 
@@ -51,6 +55,14 @@ def _refuse_other_tasks(path: Path, config: Config) -> None:
         raise QwtError(
             f"The model config {path} is for panoptic segmentation, which has no box or mask AP; give "
             "one for object detection or instance segmentation."
+        )
+    metrics = {str(evaluator.get("type")).split(".")[-1] for evaluator in evaluators}
+    foreign = metrics & OTHER_METRICS
+    if foreign and "CocoMetric" not in metrics:
+        raise QwtError(
+            f"The model config {path} is evaluated with {foreign.pop()}, not with COCO's AP; convert "
+            "the annotations to COCO format and give a config with CocoMetric and the same classes, "
+            "such as pascal_voc/faster-rcnn_r50_fpn_1x_voc0712-cocofmt.py for Pascal VOC."
         )
     if "semi_train_cfg" in config.get("model", {}):
         raise QwtError(

@@ -328,7 +328,7 @@ class _ByteProgress:
         self.done = self.start_bytes = offset
         self.total = total
         self.show = show
-        self.bar: tqdm[Any] | None = None
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> "_ByteProgress":
         self.start = self.last = time.monotonic()

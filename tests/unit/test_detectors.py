@@ -45,6 +45,7 @@ def test_broken_and_incomplete_configs_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("config", "task"),
     [
+        ("pascal_voc/retinanet_r50_fpn_1x_voc0712.py", "VOCMetric"),
         ("panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py", "panoptic"),
         (
             "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py",
