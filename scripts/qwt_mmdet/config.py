@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,11 @@ def share_with_scripts() -> None:
     """Make the processes that this one starts import the same copy of the library."""
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, found out without torch."""
+    return shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
 
 
 def is_url(location: str) -> bool:

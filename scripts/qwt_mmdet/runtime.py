@@ -84,7 +84,7 @@ def choose_device(gpu: int) -> str:
     import torch
 
     if gpu <= 0:
-        logger.info("Device: CPU (no GPU was granted: --resources gpu=0)")
+        logger.info("Device: CPU (no GPU was found, or --resources gpu=0)")
         return "cpu"
     if not torch.cuda.is_available():
         logger.info("Device: CPU (torch sees no GPU)")

@@ -1,5 +1,8 @@
 """Every configuration that the repository ships can be planned, and asks for what it should."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from conftest import REAL_COCO, ROOT, Workflow
@@ -79,3 +82,21 @@ def test_a_run_that_would_evaluate_nothing_is_refused(workflow: Workflow):
     done = workflow.run("--dry-run")
     assert done.returncode != 0
     assert "no quantized detector would be evaluated" in done.stdout
+
+
+def test_steps_wait_for_a_gpu_only_where_there_is_one(workflow: Workflow, monkeypatch, tmp_path):
+    def wanted() -> set[str]:
+        done = workflow.run(
+            *("--dry-run", "--cores", "4", "--resources", "gpu=1"),
+            *("--configfile", str(ROOT / "tests" / "configs" / "demo_tiny.yaml")),
+        )
+        assert done.returncode == 0, done.stdout
+        return set(re.findall(r"resources: .*gpu=(\d)", done.stdout))
+
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    assert wanted() == ({"1"} if Path("/dev/nvidia0").exists() else {"0"})
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    assert wanted() == {"1"}

@@ -12,6 +12,7 @@ from qwt_mmdet.config import (
     check_duplicates,
     combinations,
     config_files,
+    has_gpu,
     is_url,
     load_schema,
     resolve,
@@ -46,14 +47,25 @@ wildcard_constraints:
     compensation="|".join(map(re.escape, config["compensation"])) or "(?!)",
 
 
-def detector_threads(most=8):
-    """Return threads for one run of a detector, of which several run side by side.
+def detector_gpu(wildcards):
+    """Resources function: the GPU that a step wants, 0 where it runs here and there is none.
+
+    Asking for one all the same would let `--resources gpu=1` run one step at a time on a CPU.
+    """
+    runs_here = workflow.local_exec and not workflow.remote_exec
+    return 0 if runs_here and not has_gpu() else 1
+
+
+def detector_threads(wildcards):
+    """Threads function: cores for one run of a detector, of which several run side by side.
 
     One thread each keeps the cores busiest; only cores that would be idle give a job more.
     """
-    return max(
-        1, min(most, (workflow.resource_settings.cores or 1) // len(COMBINATIONS))
-    )
+    cores = min(workflow.resource_settings.cores or 1, os.cpu_count())
+    at_once = len(COMBINATIONS)
+    if detector_gpu(wildcards):
+        at_once = min(at_once, workflow.global_resources.get("gpu") or at_once)
+    return max(1, min(8, cores // at_once))
 
 
 def existing(path, key):

@@ -23,9 +23,9 @@ rule fit_compensation:
         "benchmarks/fit_compensation/{model}/{quantization}/{compensation}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: detector_threads()
+    threads: detector_threads
     resources:
-        gpu=1,
+        gpu=detector_gpu,
     params:
         config=model_setting("config"),
         config_options=model_setting("config_options"),

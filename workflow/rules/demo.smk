@@ -16,7 +16,7 @@ rule train_demo:
         "../../envs/qwt.yaml"
     threads: 2
     resources:
-        gpu=1,
+        gpu=detector_gpu,
     params:
         images=6000,
         labelling_epochs=2,

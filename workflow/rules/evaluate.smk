@@ -13,9 +13,9 @@ rule evaluate_baseline:
         "benchmarks/evaluate_baseline/{model}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: detector_threads()
+    threads: detector_threads
     resources:
-        gpu=1,
+        gpu=detector_gpu,
     params:
         config=model_setting("config"),
         config_options=model_setting("config_options"),
@@ -41,9 +41,9 @@ rule evaluate_quantized:
         "benchmarks/evaluate_quantized/{model}/{quantization}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: detector_threads()
+    threads: detector_threads
     resources:
-        gpu=1,
+        gpu=detector_gpu,
     params:
         config=model_setting("config"),
         config_options=model_setting("config_options"),
@@ -70,9 +70,9 @@ rule evaluate_compensated:
         "benchmarks/evaluate_compensated/{model}/{quantization}/{compensation}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: detector_threads()
+    threads: detector_threads
     resources:
-        gpu=1,
+        gpu=detector_gpu,
     params:
         config=model_setting("config"),
         config_options=model_setting("config_options"),

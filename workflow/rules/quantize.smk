@@ -13,9 +13,9 @@ rule quantize_model:
         "benchmarks/quantize_model/{model}/{quantization}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: detector_threads()
+    threads: detector_threads
     resources:
-        gpu=1,
+        gpu=detector_gpu,
     params:
         config=model_setting("config"),
         config_options=model_setting("config_options"),

@@ -17,9 +17,9 @@ rule rank_layers:
         "benchmarks/rank_layers/{model}/{quantization}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: detector_threads()
+    threads: detector_threads
     resources:
-        gpu=1,
+        gpu=detector_gpu,
     params:
         config=model_setting("config"),
         config_options=model_setting("config_options"),

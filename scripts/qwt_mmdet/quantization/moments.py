@@ -8,7 +8,7 @@ from torch import Tensor
 MAX_COLUMNS = 4096
 """Inputs of a weight whose second moments are taken together. Larger weights are worked on in parts
 of this many columns, as if inputs of different parts were not correlated."""
-MAX_ROWS = 4096
+MAX_ROWS = 1024
 """Output positions of one forward pass that count towards second moments, chosen at random."""
 
 
