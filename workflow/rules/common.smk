@@ -63,8 +63,9 @@ def detector_threads(wildcards):
     """
     cores = min(workflow.resource_settings.cores or 1, os.cpu_count())
     at_once = len(COMBINATIONS)
-    if detector_gpu(wildcards):
-        at_once = min(at_once, workflow.global_resources.get("gpu") or at_once)
+    limit = workflow.global_resources.get("gpu")
+    if limit is not None and detector_gpu(wildcards):
+        at_once = min(at_once, limit.value or at_once)
     return max(1, min(8, cores // at_once))
 
 
