@@ -126,6 +126,43 @@ def dataset_classes(config: Config) -> tuple[str, ...] | None:
     return (classes,) if isinstance(classes, str) else tuple(classes)
 
 
+def _build(config: str | os.PathLike[str], parsed: Config) -> nn.Module:
+    without_pretraining(parsed.model)
+    if "TimmBackbone" in str(parsed.model.get("backbone", {}).get("type")):
+        from . import timm_backbone  # noqa: F401  registers it; timm takes seconds to import
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        try:
+            model = MODELS.build(parsed.model)
+        except Exception as error:
+            raise QwtError(
+                f"The model config {config} cannot be built: {type(error).__name__}: {error}."
+            ) from error
+        model.dataset_meta = {"classes": dataset_classes(parsed)}
+    model.cfg = parsed
+    return model
+
+
+def random_detector(
+    config: str | os.PathLike[str], config_options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Build an mmdet detector with random weights, as its trainer starts from but for pretraining.
+
+    Args:
+        config, config_options: see :func:`load_detector`.
+
+    Returns:
+        The detector in evaluation mode, with ``cfg`` and ``dataset_meta`` set.
+
+    Raises:
+        QwtError: the config cannot be read or built.
+    """
+    register_all_modules(init_default_scope=True)
+    model = _build(config, read_config(config, config_options))
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model.init_weights()  # mmdet leaves some parameters of the DETR family unset before
+    return model.eval()
+
+
 def load_detector(
     config: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str],
@@ -152,21 +189,9 @@ def load_detector(
     register_all_modules(init_default_scope=True)
     parsed = read_config(config, config_options)
     state = load_checkpoint(checkpoint)
-    without_pretraining(parsed.model)
-    if "TimmBackbone" in str(parsed.model.get("backbone", {}).get("type")):
-        from . import timm_backbone  # noqa: F401  registers it; timm takes seconds to import
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        try:
-            model = MODELS.build(parsed.model)
-        except Exception as error:
-            raise QwtError(
-                f"The model config {config} cannot be built: {type(error).__name__}: {error}."
-            ) from error
-        classes = dataset_classes(parsed)
+    model = _build(config, parsed)
     check_keys(model.state_dict(), state, f"The checkpoint {checkpoint} does not fit {config}")
     model.load_state_dict(state, strict=False)  # check_keys was stricter, but for counters
-    model.cfg = parsed
-    model.dataset_meta = {"classes": classes}
     model.fingerprint = {
         "model": settings_fingerprint(parsed.model.to_dict()),
         "weights": weights_fingerprint(model.state_dict()),

@@ -5,12 +5,9 @@ import math
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmdet.utils import register_all_modules
-from mmengine.registry import DefaultScope
 from qwt_mmdet.compensation.fit import fit_compensation
-from qwt_mmdet.detectors import read_config, without_pretraining
+from qwt_mmdet.detectors import random_detector
 from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
 from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
@@ -48,17 +45,10 @@ ZOO = {
 
 
 def build(config: str, options: dict) -> nn.Module:
-    register_all_modules(init_default_scope=True)
-    parsed = read_config(config, options)
-    without_pretraining(parsed.model)
     torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        if options is TIMM:
-            from qwt_mmdet import timm_backbone  # noqa: F401  registers it
-        model = MODELS.build(parsed.model)
-        model.init_weights()  # mmdet leaves some parameters of the DETR family unset before
+    model = random_detector(config, options)
     model.fingerprint = {"model": config, "weights": "random"}
-    return model.eval()
+    return model
 
 
 def images(size: tuple[int, int]) -> list[dict]:

@@ -16,12 +16,9 @@ import torch
 import yaml
 from conftest import ROOT, Workflow
 from mmdet.datasets import CocoDataset
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import DefaultScope
 from qwt_mmdet.datasets import prepare_dataset
-from qwt_mmdet.detectors import read_config, without_pretraining
+from qwt_mmdet.detectors import random_detector
 
 HEADLINE = (ROOT / "config" / "coco.yaml").read_text()
 COCO_URL, WEIGHTS_URL = "http://images.cocodataset.org", "https://download.openmmlab.com"
@@ -66,13 +63,8 @@ def stand_in_coco(folder: Path, temporary: Path) -> None:
 
 def openmmlab_checkpoint(config: str, path: Path) -> Path:
     """Random weights as OpenMMLab's trainer saves them; the name ends in the file's sha256."""
-    register_all_modules(init_default_scope=True)
-    parsed = read_config(config)
-    without_pretraining(parsed.model)
     torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model = MODELS.build(parsed.model)
-        model.init_weights()
+    model = random_detector(config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
