@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test bench demo lint docs clean
+.PHONY: help env test bench demo estimate lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,9 @@ bench: env ## measure time and memory on a Swin-T backbone (an hour on two cores
 
 demo: env ## run the default configuration from checkpoint to report
 	@$(WITH_VENV) snakemake --cores all $(ARGS)
+
+estimate: env ## tell what a run would take (CONFIG=config/coco.yaml names another config)
+	@$(VENV)/bin/qwt-mmdet estimate $(or $(CONFIG),config/config.yaml)
 
 lint: env ## check code and workflow: ruff, snakefmt, snakemake --lint
 	@$(WITH_VENV) ruff check .

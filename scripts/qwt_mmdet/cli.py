@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import __version__
 from .config import PACKAGE, check_duplicates, combinations, is_url, load_schema, resolve
 from .errors import QwtError
-from .reporting.text import megabytes, number, percent, summary_table
+from .reporting.text import duration, megabytes, number, percent, summary_table
 from .settings import (
     ACTIVATION_RANGES,
     ROUNDINGS,
@@ -361,6 +361,14 @@ def _resolve(content: dict[str, Any]) -> dict[str, Any]:
     return resolve(content, load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config file, checked and with defaults."""
+    if not path.is_file():
+        raise QwtError(f"The config {path} does not exist; check the path.")
+    check_duplicates(path)
+    return _resolve(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+
+
 def _check_files(content: dict[str, Any]) -> None:
     """Raise QwtError for a checkpoint, a data set or a warmup file that is not there."""
     for name, model in content["models"].items():
@@ -396,11 +404,7 @@ def validate(
     from .detectors import dataset_classes, read_config
 
     with _plain_errors():
-        if not config.is_file():
-            raise QwtError(f"The config {config} does not exist; check the path.")
-        check_duplicates(config)
-        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        resolved = _resolve(content)
+        resolved = _read_config(config)
         _check_files(resolved)
         categories = {}
         for name, dataset in resolved["datasets"].items():
@@ -422,6 +426,62 @@ def validate(
         rows = combinations(resolved)
         typer.echo(tabulate(rows, ("model", "quantization", "compensation")))
         typer.echo(f"\n{config} is sound: {len(rows)} combinations.")
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = (
+        Device.auto
+    ),
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores; default: all.")] = None,
+) -> None:
+    """Tell what a run of a config would take on this machine; needs neither weights nor images.
+
+    Each model is tried on a few generated images, one step at a time, which takes minutes. Downloads,
+    summary and report are not in it.
+    """
+    from .estimate import estimate_run
+    from .runtime import choose_device
+
+    with _plain_errors():
+        content = _read_config(config)
+        if device == Device.cuda:
+            _check_cuda()
+        chosen = choose_device(0 if device == Device.cpu else 1)
+        cores = cores or os.cpu_count()
+        threads = cores if chosen == "cuda" else 1
+        found = estimate_run(content, device=chosen, threads=threads)
+        rows = [
+            (
+                entry.model,
+                entry.step,
+                entry.jobs,
+                entry.images,
+                f"{entry.cost.seconds_per_image:.2f} s",
+                duration(entry.cost.seconds),
+                duration(entry.seconds),
+                f"{entry.cost.gigabytes:.1f} GB",
+                number(entry.cost.device_gigabytes, 1),
+            )
+            for entry in found
+        ]
+        headers = (
+            "model", "step", "jobs", "images", "an image", "once", "all jobs", "memory", "GPU memory",
+        )  # fmt: skip
+        if chosen == "cpu":
+            rows, headers = [row[:-1] for row in rows], headers[:-1]
+        typer.echo(tabulate(rows, headers, disable_numparse=True))
+        total = sum(entry.seconds for entry in found)
+        typer.echo(
+            f"\nOne after the other: {duration(total)}, on {chosen}, {threads} threads each."
+        )
+        if chosen == "cpu" and cores > 1:
+            typer.echo(f"{cores} at a time (--cores {cores}): about {duration(total / cores)}.")
+        cache = content["activation_cache"]["memory_gb"]
+        typer.echo(
+            f"Each fit of a compensation takes up to {cache:g} GB more (activation_cache.memory_gb)."
+        )
 
 
 @app.command()

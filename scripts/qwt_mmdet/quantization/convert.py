@@ -216,7 +216,9 @@ def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
+def calibrate(
+    model: nn.Module, loader: Iterable[dict[str, Any]], *, noise_batches: int = NOISE_BATCHES
+) -> nn.Module:
     """Find all ranges on calibration images, in full precision, then quantize the weights.
 
     Args:
@@ -224,6 +226,7 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
         loader: batches as mmdet's test step takes them. It is gone through once for the ranges and,
             with ``bias_correction`` or ``gptq``, once more for the moments of the quantized inputs;
             its first batches once more for the ratio of signal to noise of every layer.
+        noise_batches: number of these.
 
     Returns:
         ``model``, ready to run quantized, with ``signal_noise`` (dB by name) set on it.
@@ -245,7 +248,7 @@ def calibrate(model: nn.Module, loader: Iterable[dict[str, Any]]) -> nn.Module:
     moments = _measure_moments(model, loader, list(layers.values()))
     for layer in progress(layers.values(), "Quantizing weights", unit="layer"):
         layer.quantize_weight(settings, moments.pop(layer, None))
-    model.signal_noise = _measure_noise(model, islice(loader, NOISE_BATCHES), layers)
+    model.signal_noise = _measure_noise(model, islice(loader, noise_batches), layers)
     for layer in layers.values():
         layer.restore_weight()
     for name, module in model.named_modules():

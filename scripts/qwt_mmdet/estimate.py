@@ -1,0 +1,300 @@
+"""How long a run would take on this machine and how much memory: measured on a few images.
+
+A run's time and memory depend on the architecture, the size of its input and the machine, and hardly on
+what the weights are or what the pictures show (more objects cost a mask head more). So each step runs
+here with random weights on generated images, with two numbers of images; the difference is the cost of
+an image.
+"""
+
+import dataclasses
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import torch
+from mmengine.logging import MMLogger
+
+from .compensation.fit import fit_compensation
+from .compensation.state import save_compensation
+from .config import combinations
+from .datasets import read_annotations
+from .detectors import load_detector, random_detector
+from .errors import QwtError
+from .evaluation.predict import predict
+from .files import write_json
+from .loaders import make_loader
+from .pipeline import load_quantized
+from .quantization.convert import calibrate, quantize_model
+from .quantization.state import save_warmup
+from .settings import CompensationSettings, QuantizationSettings
+
+IMAGES = (2, 5)
+"""Numbers of images of the two measurements."""
+SIZE = (480, 640)
+"""Height and width of the generated images, those of most images of COCO."""
+
+COCO_IMAGES = {"train2017": 118287, "val2017": 5000}
+"""Images of COCO's splits, for those that are not here yet."""
+
+STEPS = (
+    "evaluate_baseline",
+    "quantize_model",
+    "evaluate_quantized",
+    "fit_compensation",
+    "evaluate_compensated",
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs.
+
+    Args:
+        seconds: once, whatever the number of images.
+        seconds_per_image: for each image, in addition.
+        gigabytes: peak memory of the process.
+        device_gigabytes: peak memory on the GPU; None without one.
+    """
+
+    seconds: float
+    seconds_per_image: float
+    gigabytes: float
+    device_gigabytes: float | None
+
+    def total(self, images: int) -> float:
+        """Seconds for ``images`` images."""
+        return self.seconds + images * self.seconds_per_image
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model with the settings that its steps are tried with.
+
+    Args:
+        folder: holds the weights, the images and what one step leaves for the next.
+    """
+
+    folder: Path
+    config: str
+    config_options: Mapping[str, Any]
+    quantization: QuantizationSettings
+    compensation: CompensationSettings | None
+    device: str
+    batch_sizes: Mapping[str, int]
+    threads: int
+
+    def path(self, name: str) -> Path:
+        """Path of a file in the folder."""
+        return self.folder / name
+
+
+def prepare(trial: Trial) -> None:
+    """Write random weights and generated images for the other steps."""
+    torch.manual_seed(0)
+    MMLogger.get_current_instance().setLevel("ERROR")  # it would list every parameter
+    model = random_detector(trial.config, trial.config_options)
+    torch.save({"state_dict": model.state_dict()}, trial.path("checkpoint.pth"))
+    generator = np.random.default_rng(0)
+    classes = model.dataset_meta["classes"] or ("object",)
+    content = {
+        "info": {"image_root": str(trial.folder)},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
+    }
+    for number in range(max(IMAGES)):
+        noise = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        picture = cv2.resize(noise, SIZE[::-1], interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(trial.path(f"{number}.jpg")), picture)
+        content["images"].append(
+            {"id": number, "file_name": f"{number}.jpg", "height": SIZE[0], "width": SIZE[1]}
+        )
+    for count in IMAGES:
+        write_json(trial.path(f"{count}.json"), {**content, "images": content["images"][:count]})
+
+
+def _load(trial: Trial, step: str) -> Any:
+    files = {
+        "evaluate_quantized": ("warmup",),
+        "fit_compensation": ("warmup",),
+        "evaluate_compensated": ("warmup", "compensation"),
+    }.get(step, ())
+    return load_quantized(
+        trial.config,
+        trial.path("checkpoint.pth"),
+        device=trial.device,
+        config_options=trial.config_options,
+        **{name: trial.path(f"{name}.pth") for name in files},
+    )
+
+
+def _run(trial: Trial, step: str, count: int) -> float:
+    """Seconds that a step takes for ``count`` images, from the loaded model on."""
+    model = _load(trial, step)
+    annotations = trial.path(f"{count}.json")
+    part = "evaluation" if step.startswith("evaluate") else "calibration"
+    loader = make_loader(model.cfg, annotations, batch_size=trial.batch_sizes[part])
+    if step == "quantize_model":
+        quantize_model(model, trial.quantization)
+    elif step == "fit_compensation":
+        reference = load_detector(
+            trial.config,
+            trial.path("checkpoint.pth"),
+            device=trial.device,
+            config_options=trial.config_options,
+        )
+    start = time.perf_counter()
+    if part == "evaluation":
+        predict(model, loader, annotations)
+    elif step == "quantize_model":
+        calibrate(model, loader, noise_batches=1)
+        save_warmup(model, trial.path("warmup.pth"))
+    else:
+        fitted = fit_compensation(model, reference, loader, trial.compensation)
+        save_compensation(model, fitted, trial.path("compensation.pth"))
+    if trial.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(trial: Trial, step: str) -> Cost:
+    """Run a step with few and with more images; made for a process of its own."""
+    torch.set_num_threads(trial.threads)
+    _load(trial, step)
+    starting = time.time() - psutil.Process().create_time()  # imports included
+    _run(trial, step, IMAGES[0])  # the first run is slower
+    few, many = (_run(trial, step, count) for count in IMAGES)
+    per_image = max(0.0, (many - few) / (IMAGES[1] - IMAGES[0]))
+    on_device = torch.cuda.max_memory_allocated() / 1e9 if trial.device == "cuda" else None
+    return Cost(
+        seconds=starting + max(0.0, few - IMAGES[0] * per_image),
+        seconds_per_image=per_image,
+        gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        device_gigabytes=on_device,
+    )
+
+
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process, whose peak memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure_model(trial: Trial) -> dict[str, Cost]:
+    """Costs of the steps that a model goes through.
+
+    Raises:
+        QwtError: the config cannot be built, or the model cannot be quantized or compensated.
+    """
+    _in_process(prepare, trial)
+    steps = STEPS if trial.compensation else STEPS[:3]
+    return {step: _in_process(measure, trial, step) for step in steps}
+
+
+def number_of_images(dataset: Mapping[str, Any], part: str) -> int:
+    """How many images the ``calibration`` or ``evaluation`` part of a resolved data set has.
+
+    Raises:
+        QwtError: it is all images of an annotation file that cannot be read here.
+    """
+    chosen = dataset[part]
+    if chosen["images"] != "all":
+        return chosen["images"]
+    if "root" in dataset:
+        path = Path(dataset["root"], chosen["annotations"])
+        return len(read_annotations(path, labelled=False)["images"])
+    if chosen["split"] in COCO_IMAGES:
+        return COCO_IMAGES[chosen["split"]]
+    raise QwtError(
+        f"The number of images of the split {chosen['split']} is not known before its annotations "
+        "are fetched; give a number in the place of all."
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step of a run costs, for all its jobs together.
+
+    Args:
+        jobs: how often the step runs. images: of each job.
+    """
+
+    model: str
+    step: str
+    jobs: int
+    images: int
+    cost: Cost
+
+    @property
+    def seconds(self) -> float:
+        """For all jobs, one after the other."""
+        return self.jobs * self.cost.total(self.images)
+
+
+def estimate_run(
+    config: Mapping[str, Any],
+    *,
+    device: str,
+    threads: int = 1,
+) -> list[Estimate]:
+    """Estimate the steps of a run that compute, model by model.
+
+    Each model is tried with the first of its quantizations and compensations; others cost about as
+    much.
+
+    Args:
+        config: resolved config of the workflow.
+        device: ``cpu`` or ``cuda``.
+        threads: of each step.
+
+    Raises:
+        QwtError: see :func:`number_of_images` and :func:`measure_model`.
+    """
+    rows = combinations(config)
+    found = []
+    for name in dict.fromkeys(row.model for row in rows):
+        own = [row for row in rows if row.model == name]
+        entry = config["models"][name]
+        quantization = QuantizationSettings.from_mapping(
+            config["quantization"][own[0].quantization]
+        )
+        compensation = None
+        if own[0].compensation:
+            compensation = CompensationSettings.from_mapping(
+                config["compensation"][own[0].compensation]
+            )
+            if compensation.holdout_fraction:  # few images must allow a split
+                compensation = dataclasses.replace(compensation, holdout_fraction=0.5)
+        with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
+            trial = Trial(
+                Path(folder),
+                entry["config"],
+                entry["config_options"],
+                quantization,
+                compensation,
+                device,
+                {part: config[part]["batch_size"] for part in ("evaluation", "calibration")},
+                threads,
+            )
+            costs = measure_model(trial)
+        quantizations = len({row.quantization for row in own})
+        jobs = {"evaluate_baseline": 1, "quantize_model": quantizations}
+        jobs |= {"evaluate_quantized": quantizations}
+        dataset = config["datasets"][entry["dataset"]]
+        for step, cost in costs.items():
+            if step in config["skip"]:
+                continue
+            part = "evaluation" if step.startswith("evaluate") else "calibration"
+            images = number_of_images(dataset, part)
+            found.append(Estimate(name, step, jobs.get(step, len(own)), images, cost))
+    return found
