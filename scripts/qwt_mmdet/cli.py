@@ -180,6 +180,13 @@ def run(
         ActivationRange | None, typer.Option(help="Estimator of the activations' ranges.")
     ] = None,
     rounding: Annotated[Rounding | None, typer.Option(help="Rounding of weights.")] = None,
+    migrate_scales: Annotated[
+        bool | None,
+        typer.Option(
+            "--migrate-scales/--no-migrate-scales",
+            help="Scales per channel for convolutions' inputs.",
+        ),
+    ] = None,
     bias_correction: Annotated[
         bool | None, typer.Option("--bias-correction/--no-bias-correction", help="Of each layer.")
     ] = None,
@@ -223,6 +230,7 @@ def run(
             "weight_range": weight_range,
             "activation_range": activation_range,
             "rounding": rounding,
+            "migrate_scales": migrate_scales,
             "bias_correction": bias_correction,
         }
         settings = {

@@ -33,6 +33,11 @@ def _check_number(key: str, value: Any, low: float, high: float) -> None:
         raise QwtError(f"{key} is {value!r}; it must be a number from {low} to below {high}.")
 
 
+def _check_bool(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise QwtError(f"{key} is {value!r}; it is true or false.")
+
+
 def _from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
     known = [field.name for field in dataclasses.fields(cls)]
     for key in values:
@@ -85,6 +90,9 @@ class QuantizationSettings:
             grid for attention probabilities; where there is neither, it is ``mse``.
         rounding: of the weights; ``gptq`` spreads each column's error over the next ones.
         percentile: two-sided percentile in percent for the ``percentile`` estimator.
+        migrate_scales: inputs of convolutions may have a scale per channel, whose differences move into
+            the weights, as far as that lowers the expected error of the layer's output (after
+            SmoothQuant, arXiv 2211.10438).
         bias_correction: take back the shift of each layer's mean output that weight rounding causes.
         overrides: exceptions by module name; the last match wins.
 
@@ -100,6 +108,7 @@ class QuantizationSettings:
     activation_range: str = "repq"
     rounding: str = "gptq"
     percentile: float = 99.99
+    migrate_scales: bool = True
     bias_correction: bool = True
     overrides: tuple[Override, ...] = ()
 
@@ -111,8 +120,13 @@ class QuantizationSettings:
         _check_choice("activation_range", self.activation_range, ACTIVATION_RANGES)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_number("percentile", self.percentile, 50, 100)
-        if not isinstance(self.bias_correction, bool):
-            raise QwtError(f"bias_correction is {self.bias_correction!r}; it is true or false.")
+        for key in ("migrate_scales", "bias_correction"):
+            _check_bool(key, getattr(self, key))
+
+    @property
+    def range_method(self) -> str:
+        """Estimator of a single clipping range of activations."""
+        return self.activation_range.replace("repq", "mse")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantizationSettings":
@@ -194,8 +208,7 @@ class CompensationSettings:
             _check_number("ridge", self.ridge, 0, float("inf"))
         _check_number("holdout_fraction", self.holdout_fraction, 0, 1)
         for key in ("refit", "downsampling"):
-            if not isinstance(getattr(self, key), bool):
-                raise QwtError(f"{key} is {getattr(self, key)!r}; it is true or false.")
+            _check_bool(key, getattr(self, key))
         needs_holdout = self.gate == "holdout" or self.ridge == "auto" or self.kind == "auto"
         if needs_holdout and self.holdout_fraction == 0:
             raise QwtError(

@@ -147,6 +147,11 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         for name in fold.layers:
             layer = model.get_submodule(name)
             layer.input_quantizer.channel_axis = 1 if isinstance(layer, nn.Conv2d) else -1
+    if settings.migrate_scales:
+        for layer in quantized_layers(model).values():
+            quantizer = layer.input_quantizer
+            if isinstance(layer, nn.Conv2d) and quantizer.channel_axis is None:
+                layer.migrates, quantizer.channel_axis = True, 1
     model.quantization_settings = settings
     model.not_quantized = not_quantized
     return model
@@ -239,10 +244,14 @@ def calibrate(
         first, shares = _observe(model, loader)
         _set_input_bits(model, first)
         quantizers = activation_quantizers(model).values()
+        migrating = {m.input_quantizer: m for m in quantized_layers(model).values() if m.migrates}
         for quantizer in progress(quantizers, "Choosing ranges", unit="quantizer"):
-            if not quantizer.observer.is_empty:
-                method = settings.activation_range.replace("repq", "mse")
-                quantizer.choose_range(method, settings.percentile)
+            if quantizer.observer.is_empty:
+                continue
+            if quantizer in migrating:
+                migrating[quantizer].migrate_scales(settings)
+            else:
+                quantizer.choose_range(settings.range_method, settings.percentile)
     _fold(model)
     layers = {n: layer for n, layer in quantized_layers(model).items() if layer.is_calibrated}
     moments = _measure_moments(model, loader, list(layers.values()))
@@ -272,8 +281,7 @@ def _fold(model: nn.Module) -> None:
             continue
         scale, zero_point, factor, shift = factors(first.scale, first.zero_point)
         for quantizer in quantizers:  # they have all seen the same values
-            quantizer.scale, quantizer.zero_point = scale, zero_point
-            quantizer.channel_axis = None
+            quantizer.set_parameters(scale, zero_point)
         apply_fold(model, fold, factor, shift)
 
 

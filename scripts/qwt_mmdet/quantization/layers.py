@@ -59,7 +59,13 @@ class ActivationQuantizer(nn.Module):
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set scale and zero point from a clipping range of shape [channels] or [1]."""
-        self.scale, self.zero_point = quantization_parameters(low, high, self.bits)
+        self.set_parameters(*quantization_parameters(low, high, self.bits))
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale and zero point, [channels] or, for one grid of the whole tensor, [1]."""
+        self.scale, self.zero_point = scale, zero_point
+        if scale.numel() == 1:
+            self.channel_axis = None
 
     def choose_range(self, method: str, percentile: float) -> None:
         """Set scale and zero point from what the observer has seen."""
@@ -110,7 +116,8 @@ class _QuantizedWeight:
     """What quantized Linear and Conv2d share: an input quantizer and weights with integer codes.
 
     ``weight`` holds the full-precision weights until :meth:`restore_weight` rounds them. With
-    ``enabled`` off the layer computes with what ``weight`` holds and nothing else.
+    ``enabled`` off the layer computes with what ``weight`` holds and nothing else. ``migrates``: its input's
+    scales are chosen by ``migrate_scales``.
     """
 
     weight: nn.Parameter
@@ -125,6 +132,7 @@ class _QuantizedWeight:
     def _attach(self, name: str, weight_bits: int, activation_bits: int) -> None:
         self.weight_bits = weight_bits
         self.enabled = True
+        self.migrates = False
         self.had_bias = self.bias is not None
         axis = self._input_channel_axis()
         self.input_quantizer = ActivationQuantizer(f"Layer {name}", activation_bits, axis)
@@ -162,22 +170,32 @@ class _QuantizedWeight:
         Args:
             moments: of the inputs; None, or empty, for nearest rounding without a correction.
         """
-        bits = self.weight_bits
-        limits = weight_range(self.weight, settings.weight_range, bits, settings.percentile)
+        bits, factor = self.weight_bits, self.input_factor()
+        weight = self.weight * factor
+        limits = weight_range(weight, settings.weight_range, bits, settings.percentile)
         scale, zero_point = quantization_parameters(*limits, bits)
         if moments is not None and settings.rounding == "gptq":
-            grouped = self.weight.flatten(1).unflatten(0, (self.weight_groups, -1))
+            grouped, factors = (
+                w.flatten(1).unflatten(0, (self.weight_groups, -1))
+                for w in (weight, factor.expand_as(weight))
+            )
             grids = [parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point)]
             parts = zip(
                 grouped.split(MAX_COLUMNS, dim=2),
+                factors[:, 0].double().split(MAX_COLUMNS, dim=1),
                 moments.second(centred=settings.bias_correction),
                 strict=True,
             )
-            codes = torch.cat([gptq_codes(w, m, *grids, bits) for w, m in parts], dim=2)
-            codes = codes.view_as(self.weight)
+            codes = torch.cat(
+                [
+                    gptq_codes(w, m / (f[:, :, None] * f[:, None]), *grids, bits)
+                    for w, f, m in parts
+                ],
+                dim=2,
+            ).view_as(weight)
         else:
-            shape = [-1] + [1] * (self.weight.dim() - 1)
-            codes = quantize(self.weight, scale.view(shape), zero_point.view(shape), bits)
+            shape = [-1] + [1] * (weight.dim() - 1)
+            codes = quantize(weight, scale.view(shape), zero_point.view(shape), bits)
         self.weight_codes, self.weight_scale, self.weight_zero_point = codes, scale, zero_point
         if moments is not None and settings.bias_correction:
             full, quantized = moments.means()
@@ -194,9 +212,24 @@ class _QuantizedWeight:
     def rounded_weight(self) -> Tensor:
         """The weights on their grids, from the integer codes."""
         shape = [-1] + [1] * (self.weight_codes.dim() - 1)
-        return dequantize(
+        rounded = dequantize(
             self.weight_codes, self.weight_scale.view(shape), self.weight_zero_point.view(shape)
         )
+        return rounded / self.input_factor()
+
+    def input_factor(self) -> Tensor:
+        """What the weights are multiplied with before they are rounded; broadcasts against them.
+
+        Integer arithmetic has one scale per output channel. Where input channels have scales of their
+        own, the weights take up how these differ.
+        """
+        scale = self.input_quantizer.scale
+        if self.input_quantizer.channel_axis is None:
+            return torch.ones(1, device=scale.device)
+        factor = (scale / scale.mean()).view(self.weight_groups, 1, -1)
+        outputs = len(self.weight) // self.weight_groups
+        shape = [len(self.weight), -1] + [1] * (self.weight.dim() - 2)
+        return factor.expand(-1, outputs, -1).reshape(shape)
 
     @torch.no_grad()
     def restore_weight(self) -> None:
@@ -225,15 +258,82 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
         return weight @ mean
 
 
+MIGRATION_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""From one scale for all input channels to one for each."""
+
+
 class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
     """nn.Conv2d with quantized input and weight (per output channel).
 
     The input of a depthwise convolution has a scale per channel: each output channel sees one input
-    channel, so the factor folds into the weight and the integer arithmetic stays the same.
+    channel, so the factor folds into the weight and the integer arithmetic stays the same. Other
+    convolutions may have such scales too (:meth:`migrate_scales`).
     """
 
     def _input_channel_axis(self) -> int | None:
-        return 1 if self.groups > 1 and self.groups == self.in_channels else None
+        return 1 if self.is_depthwise else None
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output channel sees one input channel."""
+        return self.groups > 1 and self.groups == self.in_channels
+
+    @torch.no_grad()
+    def migrate_scales(self, settings: QuantizationSettings) -> None:
+        """Choose how far the input's scale goes with its channels, while its observer is there.
+
+        Quiet channels waste the codes of a common scale. With scales of their own the weights have to
+        take up how the scales differ (:meth:`input_factor`), and are harder to round (SmoothQuant, Xiao
+        et al., arXiv 2211.10438, with one strength for all layers). Here ranges go from the tensor's to
+        the channel's by powers, range_tensor^(1 − a) · range_channel^a, and the a of
+        ``MIGRATION_STRENGTHS`` with the smallest expected error of the layer's output is taken:
+
+            Σ_c (Σ W_c² · E[(x_c − x̂_c)²] + Σ (W_c − Ŵ_c)² · E[x_c²])
+
+        over input channels c, as if errors were not correlated, with Ŵ rounded to the nearest and
+        deviations from the mean in the place of x_c where biases are corrected.
+        """
+        quantizer, observer = self.input_quantizer, self.input_quantizer.observer
+        channel, tensor = (
+            seen.estimate(settings.range_method, quantizer.bits, settings.percentile)
+            for seen in (observer, observer.pooled())
+        )
+        silent = (channel[0] == 0) & (channel[1] == 0)  # their scale would say nothing
+        channel = [torch.where(silent, t, c) for t, c in zip(tensor, channel, strict=True)]
+        power = observer.mean_square(centred=settings.bias_correction)
+        energy = self._by_input_channel(self.weight.square())
+        best = float("inf")
+        for strength in MIGRATION_STRENGTHS:
+            low, high = (
+                sign * (sign * whole).clamp(min=0) ** (1 - strength)
+                * (sign * own).clamp(min=0) ** strength
+                for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
+            )  # fmt: skip
+            quantizer.scale, quantizer.zero_point = quantization_parameters(
+                low, high, quantizer.bits
+            )
+            error = energy @ observer.mean_error(low, high, quantizer.bits)
+            weight = self.weight * self.input_factor()
+            limits = weight_range(
+                weight, settings.weight_range, self.weight_bits, settings.percentile
+            )
+            grid = [
+                parameter[:, None, None, None]
+                for parameter in quantization_parameters(*limits, self.weight_bits)
+            ]
+            lost = (fake_quantize(weight, *grid, self.weight_bits) - weight) / self.input_factor()
+            error += self._by_input_channel(lost.square()) @ power
+            if error < best:
+                best, found = error, (quantizer.scale, quantizer.zero_point, strength)
+        scale, zero_point, strength = found
+        if strength == 0:
+            scale, zero_point = scale[:1], zero_point[:1]
+        quantizer.set_parameters(scale, zero_point)
+
+    def _by_input_channel(self, weight: Tensor) -> Tensor:
+        """Sum a tensor of the weight's shape over all but the input channels: [in], float64."""
+        grouped = weight.double().unflatten(0, (self.groups, -1))
+        return grouped.sum((1, 3, 4)).flatten()
 
     @property
     def weight_groups(self) -> int:

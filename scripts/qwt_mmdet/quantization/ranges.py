@@ -103,6 +103,33 @@ class RangeObserver:
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
 
+    def pooled(self) -> "RangeObserver":
+        """The histogram of all channels together, as an observer of the whole tensor has it, but for
+        bins as wide as the widest here."""
+        copy = RangeObserver(self.name, self.channel_axis)
+        copy.merge(self)
+        copy._coarsen(self.exponent.max().expand_as(self.exponent))
+        whole = RangeObserver(self.name)
+        whole.bins = self.bins
+        whole.counts = copy.counts.sum(0, keepdim=True)
+        whole.exponent, whole.low, whole.high = (
+            copy.exponent[:1], copy.low.min().view(1), copy.high.max().view(1),
+        )  # fmt: skip
+        return whole
+
+    def mean_square(self, *, centred: bool) -> Tensor:
+        """Mean square of the values (``centred``: of their deviations from the mean), [channels]."""
+        centers, counts = self._centers().double(), self.counts.double()
+        total = counts.sum(1)
+        mean = torch.linalg.vecdot(centers, counts) / total
+        square = torch.linalg.vecdot(centers.square(), counts) / total
+        return square - mean.square() if centred else square
+
+    def mean_error(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
+        """Mean squared quantization error for clipping ranges [channels]; shape [channels]."""
+        counts = self.counts.double()
+        return _range_error(self._centers(), counts, low, high, bits) / counts.sum(1)
+
     def _coarsen(self, exponent: Tensor) -> None:
         """Widen the bins to 2^exponent by merging neighbours; index −1 goes with −2, 0 with 1."""
         shift = exponent - self.exponent

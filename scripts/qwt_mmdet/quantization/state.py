@@ -15,7 +15,7 @@ from .convert import NotQuantized, activation_quantizers, quantize_model, quanti
 from .folding import apply_fold
 from .layers import LAYER_BUFFERS
 
-WARMUP_FORMAT = "qwt-mmdet warmup 1"
+WARMUP_FORMAT = "qwt-mmdet warmup 2"
 
 
 def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     """Sizes and exceptions, for reports: bytes of all weights before and after, layer counts.
 
     ``weight_bytes`` counts quantized weights at their bit width plus a float32 scale and a one-byte
-    zero point per output channel, and everything else as float32, with the bias that a correction or
+    zero point per output channel and per scale of the input, and everything else as float32, with the bias that a correction or
     a fold gives to a layer without one. ``layer_sqnr``: signal-to-quantization-noise ratio in dB.
     """
     layers = quantized_layers(model)
@@ -100,8 +100,9 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     saved = 0.0
     for layer in layers.values():
         if layer.is_calibrated:
-            count, channels = layer.weight.numel(), layer.weight_scale.numel()
-            saved += count * 4 - (count * layer.weight_bits / 8 + channels * 5)
+            count = layer.weight.numel()
+            scales = layer.weight_scale.numel() + layer.input_quantizer.scale.numel()
+            saved += count * 4 - (count * layer.weight_bits / 8 + scales * 5)
         if not layer.had_bias and layer.bias is not None:
             full -= layer.bias.numel() * 4
         if not layer.had_bias and layer.effective_bias() is not None:
@@ -206,13 +207,12 @@ def load_warmup(
         keys = [f"{fold.layers[0]}.{key}" for key in ("fold_factor", "fold_shift")]
         if keys[0] in state:
             apply_fold(model, fold, *(state[key].to(device) for key in keys))
-            for name in fold.layers:
-                model.get_submodule(name).input_quantizer.channel_axis = None
     for name, quantizer in activation_quantizers(model).items():
         quantizer.bits = bits[name]
         if f"{name}.scale" in state:
-            quantizer.scale = state[f"{name}.scale"].to(device)
-            quantizer.zero_point = state[f"{name}.zero_point"].to(device)
+            quantizer.set_parameters(
+                *(state[f"{name}.{key}"].to(device) for key in ("scale", "zero_point"))
+            )
     for name, layer in quantized_layers(model).items():
         layer.weight_bits = bits[f"{name}.weight"]
         if f"{name}.weight_codes" in state:
