@@ -11,7 +11,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,11 @@ from .quantization.state import save_warmup
 from .settings import CompensationSettings, QuantizationSettings
 
 IMAGES = (2, 5)
-"""Numbers of images of the two measurements."""
+"""Least numbers of images of the two measurements."""
 SIZE = (480, 640)
 """Height and width of the generated images, those of most images of COCO."""
 
+PARTS = ("calibration", "evaluation")
 COCO_IMAGES = {"train2017": 118287, "val2017": 5000}
 """Images of COCO's splits, for those that are not here yet."""
 
@@ -92,6 +93,11 @@ class Trial:
     batch_sizes: Mapping[str, int]
     threads: int
 
+    def images(self, part: str) -> tuple[int, int]:
+        """Numbers of images of the two measurements: whole batches, if these are large."""
+        few = max(IMAGES[0], self.batch_sizes[part])
+        return few, few + max(IMAGES[1] - IMAGES[0], self.batch_sizes[part])
+
     def path(self, name: str) -> Path:
         """Path of a file in the folder."""
         return self.folder / name
@@ -111,14 +117,15 @@ def prepare(trial: Trial) -> None:
         "annotations": [],
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
     }
-    for number in range(max(IMAGES)):
+    counts = {count for part in PARTS for count in trial.images(part)}
+    for number in range(max(counts)):
         noise = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         picture = cv2.resize(noise, SIZE[::-1], interpolation=cv2.INTER_CUBIC)
         cv2.imwrite(str(trial.path(f"{number}.jpg")), picture)
         content["images"].append(
             {"id": number, "file_name": f"{number}.jpg", "height": SIZE[0], "width": SIZE[1]}
         )
-    for count in IMAGES:
+    for count in counts:
         write_json(trial.path(f"{count}.json"), {**content, "images": content["images"][:count]})
 
 
@@ -137,11 +144,15 @@ def _load(trial: Trial, step: str) -> Any:
     )
 
 
+def part_of(step: str) -> str:
+    """Which images a step reads."""
+    return "evaluation" if step.startswith("evaluate") else "calibration"
+
+
 def _run(trial: Trial, step: str, count: int) -> float:
     """Seconds that a step takes for ``count`` images, from the loaded model on."""
     model = _load(trial, step)
-    annotations = trial.path(f"{count}.json")
-    part = "evaluation" if step.startswith("evaluate") else "calibration"
+    annotations, part = trial.path(f"{count}.json"), part_of(step)
     loader = make_loader(model.cfg, annotations, batch_size=trial.batch_sizes[part])
     if step == "quantize_model":
         quantize_model(model, trial.quantization)
@@ -171,12 +182,13 @@ def measure(trial: Trial, step: str) -> Cost:
     torch.set_num_threads(trial.threads)
     _load(trial, step)
     starting = time.time() - psutil.Process().create_time()  # imports included
-    _run(trial, step, IMAGES[0])  # the first run is slower
-    few, many = (_run(trial, step, count) for count in IMAGES)
-    per_image = max(0.0, (many - few) / (IMAGES[1] - IMAGES[0]))
+    counts = trial.images(part_of(step))
+    _run(trial, step, counts[0])  # the first run is slower
+    few, many = (_run(trial, step, count) for count in counts)
+    per_image = max(0.0, (many - few) / (counts[1] - counts[0]))
     on_device = torch.cuda.max_memory_allocated() / 1e9 if trial.device == "cuda" else None
     return Cost(
-        seconds=starting + max(0.0, few - IMAGES[0] * per_image),
+        seconds=starting + max(0.0, few - counts[0] * per_image),
         seconds_per_image=per_image,
         gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         device_gigabytes=on_device,
@@ -190,14 +202,13 @@ def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def measure_model(trial: Trial) -> dict[str, Cost]:
-    """Costs of the steps that a model goes through.
+def measure_model(trial: Trial, steps: Sequence[str] = STEPS) -> dict[str, Cost]:
+    """Costs of the steps that a model goes through, in their order.
 
     Raises:
         QwtError: the config cannot be built, or the model cannot be quantized or compensated.
     """
     _in_process(prepare, trial)
-    steps = STEPS if trial.compensation else STEPS[:3]
     return {step: _in_process(measure, trial, step) for step in steps}
 
 
@@ -283,10 +294,10 @@ def estimate_run(
                 quantization,
                 compensation,
                 device,
-                {part: config[part]["batch_size"] for part in ("evaluation", "calibration")},
+                {part: config[part]["batch_size"] for part in PARTS},
                 threads,
             )
-            costs = measure_model(trial)
+            costs = measure_model(trial, STEPS if compensation else STEPS[:3])
         quantizations = len({row.quantization for row in own})
         jobs = {"evaluate_baseline": 1, "quantize_model": quantizations}
         jobs |= {"evaluate_quantized": quantizations}
@@ -294,7 +305,6 @@ def estimate_run(
         for step, cost in costs.items():
             if step in config["skip"]:
                 continue
-            part = "evaluation" if step.startswith("evaluate") else "calibration"
-            images = number_of_images(dataset, part)
+            images = number_of_images(dataset, part_of(step))
             found.append(Estimate(name, step, jobs.get(step, len(own)), images, cost))
     return found

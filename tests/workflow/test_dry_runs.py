@@ -13,7 +13,7 @@ from conftest import REAL_COCO, ROOT, Workflow
 RESULTS = {
     "coco_download": (2, 3, 5),
     "demo_tiny": (1, 1, 1),
-    "yolox_coco_real": (1, 4, 8),
+    "yolox_coco_real": (1, 5, 16),
     "yolox_coco_real_tiny": (1, 1, 1),
 }
 real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}")

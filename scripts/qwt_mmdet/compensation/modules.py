@@ -6,6 +6,7 @@ are, and copying, moving and state_dict work as usual.
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,19 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 PREFIX = "compensation_"
 
+_LAYER_KINDS: WeakKeyDictionary[nn.Module, set[type[nn.Module]]] = WeakKeyDictionary()
+
 
 def channel_axis(block: nn.Module, output: Tensor) -> int:
     """1 for maps [batch, channels, height, width], −1 for tokens and for maps with channels last.
 
     A block of linear layers without any convolution works on the last axis.
     """
-    kinds = {
-        kind for m in block.modules() for kind in (nn.Linear, nn.Conv2d) if isinstance(m, kind)
-    }
-    return -1 if output.dim() == 3 or kinds == {nn.Linear} else 1
+    if block not in _LAYER_KINDS:  # asked at every forward pass; the answer stays
+        _LAYER_KINDS[block] = {
+            kind for m in block.modules() for kind in (nn.Linear, nn.Conv2d) if isinstance(m, kind)
+        }
+    return -1 if output.dim() == 3 or _LAYER_KINDS[block] == {nn.Linear} else 1
 
 
 def block_input(arguments: Arguments) -> Tensor:

@@ -47,12 +47,10 @@ class Path:
         self.plan = plan
         self.cache = cache
         self.kinds: dict[str, Kind | None] = {}
+        self._modules = {name: model.get_submodule(name) for name in plan.modules}
         self._last_use = plan.last_uses(lingers)
         self._raw: set[Hashable] = set()
         self._outlines: dict[Hashable, Any] = {}
-
-    def _modules(self) -> dict[str, nn.Module]:
-        return {name: self.model.get_submodule(name) for name in self.plan.modules}
 
     def arguments_at(self, target: int, image: int, batch: dict[str, Any] | None) -> Arguments:
         """Replay one image up to block ``target`` and return what that block is called with.
@@ -65,7 +63,7 @@ class Path:
             QwtError: the block's input is not finite.
         """
         replay = _Replay(self, target, image)
-        forwards = {module: replay.stub(name, module) for name, module in self._modules().items()}
+        forwards = {module: replay.stub(name, module) for name, module in self._modules.items()}
         try:
             with replaced_forwards(forwards):
                 forward_scope(self.model, batch, self.plan.scope)

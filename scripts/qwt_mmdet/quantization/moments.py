@@ -8,7 +8,7 @@ from torch import Tensor
 MAX_COLUMNS = 4096
 """Inputs of a weight whose second moments are taken together. Larger weights are worked on in parts
 of this many columns, as if inputs of different parts were not correlated."""
-MAX_ROWS = 1024
+MAX_ROWS = 4096
 """Output positions of one forward pass that count towards second moments, chosen at random."""
 
 
@@ -27,6 +27,7 @@ class InputMoments:
         self._origin: Tensor
         self._sums: list[Tensor] = []
         self._products: list[Tensor] = []
+        self._waiting: list[Tensor] = []
 
     def update_means(self, full: Tensor, quantized: Tensor, positions: int) -> None:
         """Add sums over ``positions`` output positions, before and after quantization."""
@@ -40,6 +41,16 @@ class InputMoments:
 
     def update_second(self, rows: Tensor) -> None:
         """Add quantized inputs, [groups, positions, columns]."""
+        self._waiting.append(rows)
+        # Adding up [columns, columns] costs more than multiplying a few rows.
+        if sum(part.shape[1] for part in self._waiting) >= rows.shape[2]:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting, dim=1)
+        self._waiting.clear()
         if self._rows == 0:
             self._origin = rows.mean(1, keepdim=True)
         # Far from the origin, products in single precision would lose the deviations.
@@ -59,6 +70,7 @@ class InputMoments:
         Args:
             centred: of the deviations from the mean.
         """
+        self._add_waiting()
         origins = self._origin[:, 0].double().split(MAX_COLUMNS, dim=1)
         moments = []
         for product, sums, origin in zip(self._products, self._sums, origins, strict=True):
