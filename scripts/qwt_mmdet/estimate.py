@@ -167,7 +167,7 @@ def _run(trial: Trial, step: str, count: int) -> float:
     if part == "evaluation":
         predict(model, loader, annotations)
     elif step == "quantize_model":
-        calibrate(model, loader, noise_batches=1)
+        calibrate(model, loader, noise_images=1)
         save_warmup(model, trial.path("warmup.pth"))
     else:
         fitted = fit_compensation(model, reference, loader, trial.compensation)

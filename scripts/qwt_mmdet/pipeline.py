@@ -13,7 +13,6 @@ import mmcv
 import mmdet
 import mmengine
 import numpy as np
-import pandas as pd
 import torch
 import yaml
 from torch import nn
@@ -213,6 +212,8 @@ def rank(
         images: calibration images to use, from the first.
         average_bits: of the weights in the suggestion; None: what they have now.
     """
+    import pandas as pd  # takes a while, and most steps write no table
+
     model = load_detector(config, checkpoint, device=device, config_options=config_options)
     load_warmup(model, warmup, round_weights=False)
     loader = make_loader(model.cfg, annotations, batch_size=1, workers=workers)
@@ -277,6 +278,8 @@ def compensate(
     Args:
         activation_cache: {device_gb, memory_gb}, limits beyond which activations wait elsewhere.
     """
+    import pandas as pd
+
     resolved = CompensationSettings.from_mapping(settings)
     reference = load_detector(config, checkpoint, device=device, config_options=config_options)
     model = load_quantized(

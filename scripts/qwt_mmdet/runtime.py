@@ -6,6 +6,7 @@ module does not import Snakemake.
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import random
@@ -19,6 +20,10 @@ import numpy as np
 from .errors import QwtError
 
 logger = logging.getLogger(__name__)
+
+GARBAGE_THRESHOLD = 50_000
+"""Objects between two collections of cycles. With Python's 700, a sixth of the time that importing
+mmdet takes goes into collecting."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -160,6 +165,7 @@ def step(snakemake: Any) -> Iterator[str]:
         SystemExit: with status 1 after any failure. The terminal shows a sentence that says what to
             do; the log ends with the same sentence and the traceback.
     """
+    gc.set_threshold(GARBAGE_THRESHOLD)
     with _logging_to(Path(snakemake.log[0]), job_name(snakemake)):
         try:
             seed = snakemake.params.get("seed", 0)

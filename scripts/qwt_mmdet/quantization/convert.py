@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -40,8 +39,8 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 UNITS = (QuantizedLinear, QuantizedConv2d, QuantizedAttention)
 """What is quantized: layers, and the matrix products of attention."""
 
-NOISE_BATCHES = 8
-"""Calibration batches that the signal-to-noise ratios of the report are measured on."""
+NOISE_IMAGES = 8
+"""Calibration images that the signal-to-noise ratios of the report are measured on."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, loader: Iterable[dict[str, Any]], *, noise_batches: int = NOISE_BATCHES
+    model: nn.Module, loader: Iterable[dict[str, Any]], *, noise_images: int = NOISE_IMAGES
 ) -> nn.Module:
     """Find all ranges on calibration images, in full precision, then quantize the weights.
 
@@ -230,8 +229,8 @@ def calibrate(
         model: from :func:`quantize_model`.
         loader: batches as mmdet's test step takes them. It is gone through once for the ranges and,
             with ``bias_correction`` or ``gptq``, once more for the moments of the quantized inputs;
-            its first batches once more for the ratio of signal to noise of every layer.
-        noise_batches: number of these.
+            its first images once more for the ratio of signal to noise of every layer.
+        noise_images: number of these, in whole batches.
 
     Returns:
         ``model``, ready to run quantized, with ``signal_noise`` (dB by name) set on it.
@@ -257,7 +256,7 @@ def calibrate(
     moments = _measure_moments(model, loader, list(layers.values()))
     for layer in progress(layers.values(), "Quantizing weights", unit="layer"):
         layer.quantize_weight(settings, moments.pop(layer, None))
-    model.signal_noise = _measure_noise(model, islice(loader, noise_batches), layers)
+    model.signal_noise = _measure_noise(model, _first_images(loader, noise_images), layers)
     for layer in layers.values():
         layer.restore_weight()
     for name, module in model.named_modules():
@@ -270,6 +269,15 @@ def calibrate(
         for entry in model.not_quantized
     ]
     return model
+
+
+def _first_images(loader: Iterable[dict[str, Any]], images: int) -> Iterator[dict[str, Any]]:
+    """Batches until they hold so many images."""
+    for batch in loader:
+        if images <= 0:
+            return
+        yield batch
+        images -= len(batch["inputs"])
 
 
 def _fold(model: nn.Module) -> None:
