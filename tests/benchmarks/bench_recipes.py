@@ -49,11 +49,13 @@ COMPENSATIONS: dict[str, dict[str, Any] | None] = {
     "reference, downsampling": {"downsampling": True, "refit": False},
     "reference, no holdout": {"ridge": 0.01, "gate": "none", "holdout_fraction": 0},
 }
-COLUMNS = ["bits", "weight_range", "range", "rounding", "bias_correction", "compensation"]
+COLUMNS = [
+    "bits", "weight_range", "range", "rounding", "bias_correction", "migrate_scales", "compensation",
+]  # fmt: skip
 
 
 def quantizations(
-    ranges: list[str], bits: list[str], weight_range: str | None
+    ranges: list[str], bits: list[str], weight_range: str | None, migrate: bool
 ) -> Iterator[dict[str, Any]]:
     """Every combination, as a row of the table without its AP.
 
@@ -63,7 +65,8 @@ def quantizations(
         bits, ranges, ("nearest", "gptq"), (False, True)
     ):
         of_weights = weight_range or of_activations.replace("repq", "mse")
-        yield dict(zip(COLUMNS, (bit, of_weights, of_activations, *others, "none"), strict=True))
+        values = (bit, of_weights, of_activations, *others, migrate, "none")
+        yield dict(zip(COLUMNS, values, strict=True))
 
 
 def settings(row: dict[str, Any], scope: str) -> QuantizationSettings:
@@ -76,6 +79,7 @@ def settings(row: dict[str, Any], scope: str) -> QuantizationSettings:
         activation_range=row["range"],
         rounding=row["rounding"],
         bias_correction=row["bias_correction"],
+        migrate_scales=row["migrate_scales"],
     )
 
 
@@ -151,6 +155,7 @@ def main() -> None:
     parser.add_argument("--ranges", nargs="+", default=["minmax", "percentile", "mse", "repq"])
     parser.add_argument("--weight-range", help="another one than that of activations")
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--migrate-scales", action="store_true", help="for convolutions' inputs")
     parser.add_argument("--rounding", choices=("nearest", "gptq"), help="only this one")
     parser.add_argument(
         "--compensation",
@@ -159,7 +164,9 @@ def main() -> None:
         help="try the compensations on this base instead: gptq true",
     )
     options = parser.parse_args()
-    rows = list(quantizations(options.ranges, options.bits, options.weight_range))
+    rows = list(
+        quantizations(options.ranges, options.bits, options.weight_range, options.migrate_scales)
+    )
     if options.rounding:
         rows = [row for row in rows if row["rounding"] == options.rounding]
     if options.compensation:

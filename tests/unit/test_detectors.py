@@ -1,9 +1,12 @@
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.registry import DefaultScope
-from qwt_mmdet.detectors import dataset_classes, load_detector, read_config, resolve_config
+from qwt_mmdet.detectors import (
+    dataset_classes,
+    load_detector,
+    random_detector,
+    read_config,
+    resolve_config,
+)
 from qwt_mmdet.errors import QwtError
 
 NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
@@ -11,10 +14,7 @@ NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    register_all_modules(init_default_scope=True)
-    torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model = MODELS.build(read_config(NANO).model)
+    model = random_detector(NANO)
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
     torch.save({"state_dict": model.state_dict(), "meta": {}}, path)
     return path
@@ -101,3 +101,23 @@ def test_classes_come_from_metainfo_before_the_dataset_type():
     config = read_config(NANO)
     config.test_dataloader.dataset.metainfo = {"classes": ("a", "b")}
     assert dataset_classes(config) == ("a", "b")
+
+
+def test_a_config_brings_modules_of_its_own(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "own_backbone.py").write_text(
+        "from mmdet.models.backbones import CSPDarknet\n"
+        "from mmdet.registry import MODELS\n"
+        "@MODELS.register_module()\n"
+        "class OwnDarknet(CSPDarknet):\n"
+        "    pass\n"
+    )
+    config = tmp_path / "own.py"
+    config.write_text(
+        f"_base_ = {str(resolve_config(NANO))!r}\n"
+        "custom_imports = dict(imports=['own_backbone'])\n"
+        "model = dict(backbone=dict(type='OwnDarknet'))\n"
+    )
+    with pytest.raises(QwtError, match="own_backbone"):
+        load_detector(config, checkpoint)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert type(load_detector(config, checkpoint).backbone).__name__ == "OwnDarknet"
