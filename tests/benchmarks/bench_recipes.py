@@ -163,6 +163,7 @@ def main() -> None:
         metavar=("ROUNDING", "BIAS"),
         help="try the compensations on this base instead: gptq true",
     )
+    parser.add_argument("--recipes", nargs="+", choices=COMPENSATIONS, help="only these of them")
     options = parser.parse_args()
     rows = list(
         quantizations(options.ranges, options.bits, options.weight_range, options.migrate_scales)
@@ -176,7 +177,7 @@ def main() -> None:
             {**row, "compensation": name}
             for row in rows
             if row.items() >= base.items()
-            for name in COMPENSATIONS
+            for name in options.recipes or COMPENSATIONS
         ]
     done = pd.read_csv(options.output) if options.output.exists() else pd.DataFrame()
     known = set(map(tuple, done[COLUMNS].itertuples(index=False))) if len(done) else set()
