@@ -109,6 +109,19 @@ def _column_weights(
     return np.where(copies[:, None] == 0, rows, rows >= copies[:, None]).astype(np.int32)
 
 
+def _thresholds_reached(
+    hits: NDArray[np.int32], objects: NDArray[np.int64], recall_thresholds: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """How many recall thresholds ``hits`` [H, R] of ``objects`` [R] reach, [H, R].
+
+    Few numbers of objects occur, so recall is compared once for each of them.
+    """
+    numbers, which = np.unique(objects, return_inverse=True)
+    recall = np.arange(hits.max(initial=0) + 1)[:, None] / np.maximum(numbers, 1)
+    reached = np.searchsorted(recall_thresholds, recall, side="right")
+    return reached.ravel()[hits * len(numbers) + which]
+
+
 def _interpolated_precision(
     hits: NDArray[np.int32],
     counted: NDArray[np.int32],
@@ -131,8 +144,7 @@ def _interpolated_precision(
     # COCOeval's own expressions, so that rounding is the same.
     precision = hits / (counted + np.spacing(1))
     envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    recall = hits / np.maximum(objects, 1)
-    reached = np.searchsorted(recall_thresholds, recall, side="right")
+    reached = _thresholds_reached(hits, objects, recall_thresholds)
     reached[1:] -= reached[:-1].copy()
     return (envelope * reached).sum(axis=0) / len(recall_thresholds)
 
