@@ -239,19 +239,7 @@ def calibrate(
         QwtError: no image came, or an activation is not finite.
     """
     settings: QuantizationSettings = model.quantization_settings
-    with observing(model):
-        first, shares = _observe(model, loader)
-        _set_input_bits(model, first)
-        quantizers = activation_quantizers(model).values()
-        migrating = {m.input_quantizer: m for m in quantized_layers(model).values() if m.migrates}
-        for quantizer in progress(quantizers, "Choosing ranges", unit="quantizer"):
-            if quantizer.observer.is_empty:
-                continue
-            if quantizer in migrating:
-                migrating[quantizer].migrate_scales(settings)
-            else:
-                quantizer.choose_range(settings.range_method, settings.percentile)
-    _fold(model)
+    shares = find_ranges(model, loader)
     layers = {n: layer for n, layer in quantized_layers(model).items() if layer.is_calibrated}
     moments = _measure_moments(model, loader, list(layers.values()))
     for layer in progress(layers.values(), "Quantizing weights", unit="layer"):
@@ -269,6 +257,30 @@ def calibrate(
         for entry in model.not_quantized
     ]
     return model
+
+
+@torch.no_grad()
+def find_ranges(model: nn.Module, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The first part of :func:`calibrate`: run all images in full precision and choose the ranges.
+
+    Returns:
+        By name of a module that is not quantized its share of the multiply-adds, in percent.
+    """
+    settings: QuantizationSettings = model.quantization_settings
+    with observing(model):
+        first, shares = _observe(model, loader)
+        _set_input_bits(model, first)
+        quantizers = activation_quantizers(model).values()
+        migrating = {m.input_quantizer: m for m in quantized_layers(model).values() if m.migrates}
+        for quantizer in progress(quantizers, "Choosing ranges", unit="quantizer"):
+            if quantizer.observer.is_empty:
+                continue
+            if quantizer in migrating:
+                migrating[quantizer].migrate_scales(settings)
+            else:
+                quantizer.choose_range(settings.range_method, settings.percentile)
+    _fold(model)
+    return shares
 
 
 def _first_images(loader: Iterable[dict[str, Any]], images: int) -> Iterator[dict[str, Any]]:
@@ -383,7 +395,7 @@ def _observe(
     try:
         for batch in progress(loader, "Calibrating", unit="batch"):
             with contextlib.ExitStack() as stack:
-                if batches == 0:
+                if batches == 0 and model.not_quantized:  # counting slows a pass
                     shares = stack.enter_context(_multiply_adds(model))
                 forward_scope(model, batch, model.quantization_settings.scope)
             batches += 1

@@ -13,6 +13,8 @@ from .primitives import fake_quantize_log_sqrt2, quantization_parameters
 
 BINS = 8192
 CHANNEL_BINS = 2048
+CHUNK = 2**18
+"""Elements that are counted at once."""
 COARSE_FRACTIONS = [10 ** (-step / 8) for step in range(1, 17)]
 FINE_FRACTIONS = [10 ** (step / 40) for step in (-4, -3, -2, -1, 1, 2, 3, 4)]
 """Fractions of the full range that the search for the smallest squared error tries."""
@@ -59,8 +61,10 @@ class RangeObserver:
             if self.channel_axis is None
             else x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
         )
-        # over all of a tensor much faster than over the one row of a matrix
-        low, high = rows.aminmax(dim=1) if len(rows) > 1 else map(torch.atleast_1d, rows.aminmax())
+        if len(rows) > 1:  # two passes are much faster than aminmax where channels come last
+            low, high = rows.amin(1), rows.amax(1)
+        else:  # over all of a tensor much faster than over the one row of a matrix
+            low, high = map(torch.atleast_1d, rows.aminmax())
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise QwtError(
                 f"The input of layer {self.name} holds NaN or infinite values during calibration; "
@@ -78,13 +82,18 @@ class RangeObserver:
             self._coarsen(torch.maximum(self.exponent, exponent))
             self.low = torch.minimum(self.low, low)
             self.high = torch.maximum(self.high, high)
-        index = (rows * _power_of_two(-self.exponent, torch.float32)[:, None]).floor_()
-        index.add_(self.bins // 2).clamp_(0, self.bins - 1)
-        index = index.to(torch.int64)
-        if len(rows) > 1:
-            index += torch.arange(len(rows), device=index.device)[:, None] * self.bins
-        counts = torch.bincount(index.flatten(), minlength=self.counts.numel())
-        self.counts += counts.view_as(self.counts)
+        inverse_width = _power_of_two(-self.exponent, torch.float32)[:, None]
+        # Every |x| is below half the bins, in units of a bin. Small parts stay in the processor's cache.
+        channels, bins = self.counts.shape
+        first = torch.arange(channels, device=rows.device, dtype=torch.int32)[:, None] * bins
+        for part in rows.split(max(CHUNK // channels, bins), dim=1):
+            index = (part * inverse_width).floor_().to(torch.int16).add_(bins // 2)
+            if channels > 1:
+                index = first + index
+            # In the order in which they lie in memory: any order counts the same.
+            index = index if index.is_contiguous() else index.T
+            counts = torch.bincount(index.flatten(), minlength=channels * bins)
+            self.counts += counts.view_as(self.counts)
 
     def merge(self, other: "RangeObserver") -> None:
         """Add all that ``other`` has seen; the result does not depend on who saw what."""
