@@ -271,7 +271,7 @@ def _fit_block(
                 for _ in range(2 + len(set(fit.groups) - {None}))
             )
         (sums if group is None else held[group]).update(*rows)
-        power += float(expected.square().mean(dtype=torch.float64)) / fit.images
+        power += float(torch.linalg.vector_norm(expected)) ** 2 / expected.numel() / fit.images
     solution = solver.solve(sums, held, settings)
     for group in held:
         holdout.merge(group)
