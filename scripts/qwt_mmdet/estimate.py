@@ -27,7 +27,7 @@ from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
 from .config import combinations
 from .datasets import read_annotations
-from .detectors import load_detector, random_detector
+from .detectors import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict
 from .files import write_json
@@ -157,12 +157,7 @@ def _run(trial: Trial, step: str, count: int) -> float:
     if step == "quantize_model":
         quantize_model(model, trial.quantization)
     elif step == "fit_compensation":
-        reference = load_detector(
-            trial.config,
-            trial.path("checkpoint.pth"),
-            device=trial.device,
-            config_options=trial.config_options,
-        )
+        reference = _load(trial, "evaluate_baseline")
     start = time.perf_counter()
     if part == "evaluation":
         predict(model, loader, annotations)

@@ -313,7 +313,8 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
                 low, high, quantizer.bits
             )
             error = energy @ observer.mean_error(low, high, quantizer.bits)
-            weight = self.weight * self.input_factor()
+            factor = self.input_factor()
+            weight = self.weight * factor
             limits = weight_range(
                 weight, settings.weight_range, self.weight_bits, settings.percentile
             )
@@ -321,7 +322,7 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
                 parameter[:, None, None, None]
                 for parameter in quantization_parameters(*limits, self.weight_bits)
             ]
-            lost = (fake_quantize(weight, *grid, self.weight_bits) - weight) / self.input_factor()
+            lost = (fake_quantize(weight, *grid, self.weight_bits) - weight) / factor
             error += self._by_input_channel(lost.square()) @ power
             if error < best:
                 best, found = error, (quantizer.scale, quantizer.zero_point, strength)
