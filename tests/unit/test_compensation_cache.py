@@ -1,10 +1,12 @@
 import copy
+import platform
 
+import psutil
 import pytest
 import tiny
 import torch
 from qwt_mmdet.compensation import fit as fit_module
-from qwt_mmdet.compensation.cache import ActivationCache
+from qwt_mmdet.compensation.cache import ActivationCache, release_free_memory
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.settings import CompensationSettings
 
@@ -60,6 +62,18 @@ def test_a_small_part_of_a_tensor_does_not_keep_all_of_it():
     with ActivationCache() as cache:
         cache["row"] = torch.zeros(1000, 1000)[3]
         assert cache.pop("row").untyped_storage().nbytes() == 4000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they like")
+def test_freed_memory_between_kept_tensors_goes_back_to_the_system():
+    tensors = [torch.ones(15_000) for _ in range(3000)]  # 60 kB each: too small for a mapping
+    kept = tensors[::10]
+    full = psutil.Process().memory_info().rss
+    del tensors
+    release_free_memory()
+    released = full - psutil.Process().memory_info().rss
+    assert released > 0.8 * 0.9 * 3000 * 60_000
+    assert all(tensor.all() for tensor in kept)
 
 
 def test_files_are_removed_after_a_failure(temporary, monkeypatch):

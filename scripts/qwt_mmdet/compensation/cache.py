@@ -1,5 +1,6 @@
 """Tensors that wait between two blocks: on the device, in memory, and on disk beyond limits."""
 
+import ctypes
 import shutil
 import tempfile
 from collections.abc import Hashable
@@ -11,6 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+def release_free_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc).
+
+    Freed tensors leave holes between those that are kept, and new ones of the same size seldom fit
+    into them: the heap grows with every image although no more of it is in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)
@@ -103,18 +115,16 @@ class ActivationCache:
     def _put(self, tensor: Tensor) -> _InMemory | _OnDisk:
         """Keep a tensor that nobody else changes, with its values in order."""
         device = tensor.device
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # a view would keep its whole base alive
         tiers = ("memory",) if device.type == "cpu" else ("device", "memory")
         for tier in tiers:
             if tensor.nbytes <= self._free[tier]:
                 self._free[tier] -= tensor.nbytes
-                kept = tensor if tier == "device" else tensor.cpu()
-                # A view would keep its whole base alive.
-                whole = kept.untyped_storage().nbytes() == kept.nbytes
-                return _InMemory(kept if whole else kept.clone(), device, tier)
+                return _InMemory(tensor if tier == "device" else tensor.cpu(), device, tier)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="qwt-mmdet-"))
         path = self._folder / f"{self._written}.pt"
         self._written += 1
-        # A view would be saved with its whole storage.
-        torch.save(tensor.cpu().clone(), path)
+        torch.save(tensor.cpu(), path)
         return _OnDisk(path, device)

@@ -21,7 +21,7 @@ from ..progress import progress
 from ..quantization.state import settings_to_plain
 from ..settings import CompensationSettings
 from .blocks import find_blocks
-from .cache import ActivationCache
+from .cache import ActivationCache, release_free_memory
 from .cost import backbone_bytes, backbone_multiply_adds, too_expensive
 from .modules import aligned_input, as_rows, block_output, channel_axis
 from .replay import Path
@@ -252,6 +252,7 @@ def _fit_block(
     sums: BlockStatistics | None = None
     power = 0.0
     for image, group in enumerate(fit.groups):
+        release_free_memory()
         batch = _image(fit, image, is_first)
         arguments = quantized.arguments_at(index, image, batch)
         output = block_output(name, quantized.run(index, image, arguments, keep=True))
