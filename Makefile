@@ -30,7 +30,7 @@ test: env ## run all tests (ARGS="-k word" chooses some)
 
 bench: env ## measure time and memory on a Swin-T backbone (an hour on two cores)
 	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py
-	@$(WITH_VENV) python tests/benchmarks/bench_compensation.py --images 16 --check
+	@$(WITH_VENV) python tests/benchmarks/bench_compensation.py --images 32 --check
 
 demo: env ## run the default configuration from checkpoint to report
 	@$(WITH_VENV) snakemake --cores all $(ARGS)

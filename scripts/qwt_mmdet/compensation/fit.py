@@ -34,6 +34,9 @@ from .trace import Plan, detached, replay_scope, trace_blocks
 
 logger = logging.getLogger(__name__)
 
+RELEASE_INTERVAL = 8
+"""Images after which free memory goes back to the system: getting it again takes time."""
+
 HOLDOUT_GROUPS = 8
 """Groups of held-out images between which ``kind: auto`` measures how much errors scatter."""
 
@@ -248,31 +251,22 @@ def _fit_block(
     start = time.monotonic()
     settings, name = fit.settings, fit.plan.blocks[index]
     solver = SOLVERS[settings.kind]
-    block, reference_block = (path.model.get_submodule(name) for path in (quantized, full))
     sums: BlockStatistics | None = None
     power = 0.0
     for image, group in enumerate(fit.groups):
-        release_free_memory()
+        if image % RELEASE_INTERVAL == 0:
+            release_free_memory()
         batch = _image(fit, image, is_first)
-        arguments = quantized.arguments_at(index, image, batch)
-        output = block_output(name, quantized.run(index, image, arguments, keep=True))
-        if settings.target == "reference":
-            full_arguments = full.arguments_at(index, image, batch)
-            expected = full.run(index, image, full_arguments, keep=False)
-        else:
-            args, kwargs = detached(arguments)
-            expected = reference_block(*args, **kwargs)
-        expected = block_output(name, expected)
-        axis = channel_axis(block, output)
-        x = aligned_input(arguments, output, axis)
-        rows = [as_rows(t, axis) for t in (x, output, expected - output)]
+        x, output, expected = _run_block(settings, index, quantized, full, image, batch)
         if sums is None:
+            channels = x.shape[1], output.shape[1]
             sums, holdout, *held = (
-                _statistics(solver.needs, rows[0].shape[1], rows[1].shape[1], output.device)
+                _statistics(solver.needs, *channels, output.device)
                 for _ in range(2 + len(set(fit.groups) - {None}))
             )
-        (sums if group is None else held[group]).update(*rows)
+        (sums if group is None else held[group]).update(x, output, expected - output)
         power += float(torch.linalg.vector_norm(expected)) ** 2 / expected.numel() / fit.images
+        del x, output, expected  # before the next image needs the memory
     solution = solver.solve(sums, held, settings)
     for group in held:
         holdout.merge(group)
@@ -307,15 +301,48 @@ def _fit_block(
         target_power=power,
         **errors,
     )
-    _log(result, rows, tokens, time.monotonic() - start)
+    _log(result, channels, tokens, time.monotonic() - start, sums.any.mean_y.device)
     return result
 
 
-def _log(block: BlockFit, rows: list[torch.Tensor], tokens: int, seconds: float) -> None:
+def _run_block(
+    settings: CompensationSettings,
+    index: int,
+    quantized: Path,
+    full: Path,
+    image: int,
+    batch: dict[str, Any] | None,
+) -> list[torch.Tensor]:
+    """Run one block on one image on both paths.
+
+    Returns:
+        The block's input, its quantized output and what that should be: [positions, channels] each.
+    """
+    name = quantized.plan.blocks[index]
+    arguments = quantized.arguments_at(index, image, batch)
+    output = block_output(name, quantized.run(index, image, arguments, keep=True))
+    if settings.target == "reference":
+        full_arguments = full.arguments_at(index, image, batch)
+        expected = full.run(index, image, full_arguments, keep=False)
+    else:
+        args, kwargs = detached(arguments)
+        expected = full.model.get_submodule(name)(*args, **kwargs)
+    expected = block_output(name, expected)
+    axis = channel_axis(quantized.model.get_submodule(name), output)
+    return [as_rows(t, axis) for t in (aligned_input(arguments, output, axis), output, expected)]
+
+
+def _log(
+    block: BlockFit,
+    channels: tuple[int, int],
+    tokens: int,
+    seconds: float,
+    device: torch.device,
+) -> None:
     logger.info(
         "%s: %d -> %d channels, %d tokens, %s, error %.3g -> %.3g on fitted and %s on held-out "
         "images, r2 %.3f and %s, ridge %.1g (%s), %s, %.1f s, peak memory %s",
-        block.name, rows[0].shape[1], rows[1].shape[1], tokens,
+        block.name, *channels, tokens,
         block.kind.name if block.kind else "none",
         block.fit_error_before, block.fit_error_after,
         "no error" if block.holdout_error_before is None
@@ -323,5 +350,5 @@ def _log(block: BlockFit, rows: list[torch.Tensor], tokens: int, seconds: float)
         block.fit_r2, "none" if block.holdout_r2 is None else f"{block.holdout_r2:.3f}",
         block.ridge, block.solver,
         "kept" if block.kept else f"not kept ({block.decision})", seconds,
-        _peak_memory(rows[0].device),
+        _peak_memory(device),
     )  # fmt: skip

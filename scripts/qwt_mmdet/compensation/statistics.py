@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 16384
+CHUNK = 2048
+"""Rows that are summed at a time: their float64 copies stay in the cache."""
 
 
 @dataclass
@@ -50,8 +51,10 @@ class RegressionStatistics:
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add rows ``x`` [n, in] and ``y`` [n, out], any float dtype, in chunks."""
         for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            mean_x, mean_y = (t.mean(0, dtype=torch.float64) for t in (x_chunk, y_chunk))
-            x_chunk, y_chunk = x_chunk - mean_x, y_chunk - mean_y
+            x_chunk, y_chunk = (t.to(torch.float64, copy=True) for t in (x_chunk, y_chunk))
+            mean_x, mean_y = x_chunk.mean(0), y_chunk.mean(0)
+            x_chunk -= mean_x
+            y_chunk -= mean_y
             self.merge(
                 type(self)(
                     len(x_chunk),
@@ -59,7 +62,7 @@ class RegressionStatistics:
                     mean_y,
                     self._products(x_chunk, x_chunk),
                     self._products(x_chunk, y_chunk),
-                    y_chunk.square().sum(0),
+                    y_chunk.square_().sum(0),
                 )
             )
 

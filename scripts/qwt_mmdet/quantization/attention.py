@@ -65,16 +65,27 @@ class QuantizedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return softmax(query keyᵀ + bias) value, and the probabilities.
 
+        The operands may be overwritten.
+
         Args:
             query: […, queries, channels], scaled. key, value: […, keys, channels].
             add_bias: adds position bias and masks to scores […, queries, keys].
             dropout: of the probabilities, in training.
         """
-        scores = self.query_quantizer(query) @ self.key_quantizer(key).transpose(-2, -1)
-        probability = self.probability_quantizer(F.softmax(add_bias(scores), dim=-1))
+        # The products would copy operands that are not contiguous, after they are rounded.
+        query, key, value = (
+            quantizer(operand.contiguous(), overwrite=True)
+            for quantizer, operand in (
+                (self.query_quantizer, query),
+                (self.key_quantizer, key),
+                (self.value_quantizer, value),
+            )
+        )
+        probability = F.softmax(add_bias(query @ key.transpose(-2, -1)), dim=-1)
+        probability = self.probability_quantizer(probability, overwrite=True)
         if dropout and self.training:
             probability = F.dropout(probability, dropout)
-        return probability @ self.value_quantizer(value), probability
+        return probability @ value, probability
 
 
 @register_attention(WindowMSA)

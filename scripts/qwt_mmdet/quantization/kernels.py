@@ -26,12 +26,19 @@ _rounded_in_place = 0
 
 
 def round_to_grid(
-    x: Tensor, inverse_scale: Tensor, low: Tensor, high: Tensor, scale: Tensor
+    x: Tensor,
+    inverse_scale: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: Tensor,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
-    """Return ``clamp(round(x · inverse_scale), low, high) · scale`` as a new tensor.
+    """Return ``clamp(round(x · inverse_scale), low, high) · scale``.
 
     Args:
         x: any shape; the others broadcast against it.
+        overwrite: the result may take the place of ``x``; otherwise it is a new tensor.
 
     Raises:
         QwtError: ``QWT_COMPILE`` has another value, or is ``always`` where nothing can be compiled.
@@ -49,7 +56,7 @@ def round_to_grid(
                 flat = [t.reshape(-1) for t in (x, inverse_scale, low, high, scale)]
                 return compiled(*flat).view_as(x)
         _rounded_in_place += x.numel()
-    y = x * inverse_scale
+    y = torch.mul(x, inverse_scale, out=x if overwrite and not x.requires_grad else None)
     y.round_()
     torch.clamp(y, low, high, out=y)
     return y.mul_(scale)

@@ -75,8 +75,12 @@ class ActivationQuantizer(nn.Module):
         else:
             self.set_range(*self.observer.estimate(method, self.bits, percentile))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` on its grid (while it observes and when disabled: ``x`` itself)."""
+    def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Return ``x`` on its grid (while it observes and when disabled: ``x`` itself).
+
+        Args:
+            overwrite: nobody else needs ``x``; the result may take its place.
+        """
         if self.observer is not None:
             self.observer.update(x)
             return x
@@ -87,18 +91,18 @@ class ActivationQuantizer(nn.Module):
                 f"{self.name} runs now but did not run on any calibration image, so it has no "
                 "range; use more calibration images or exclude it with an override (skip: true)."
             )
-        return self.quantized(x)
+        return self.quantized(x, overwrite=overwrite)
 
-    def quantized(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """Return ``x`` on its grid, also when disabled."""
         if self.logarithmic:
-            return fake_quantize_log_sqrt2(x, self.scale, self.bits)
+            return fake_quantize_log_sqrt2(x, self.scale, self.bits, overwrite=overwrite)
         scale, zero_point = self.scale, self.zero_point
         if self.channel_axis is not None:
             shape = [1] * x.dim()
             shape[self.channel_axis] = -1
             scale, zero_point = scale.view(shape), zero_point.view(shape)
-        return fake_quantize(x, scale, zero_point, self.bits)
+        return fake_quantize(x, scale, zero_point, self.bits, overwrite=overwrite)
 
 
 LAYER_BUFFERS = (
@@ -237,10 +241,30 @@ class _QuantizedWeight:
         self.weight.copy_(self.rounded_weight())
 
 
+LARGE_INPUT = 2**23
+"""Elements beyond which a new tensor costs more than what is done with it: C libraries take fresh
+pages from the system for each (glibc: from 32 MiB)."""
+
+PART = 2**19
+"""Elements that are rounded at a time where the input is large: they stay in the cache."""
+
+
 class QuantizedLinear(_QuantizedWeight, nn.Linear):
     """nn.Linear with quantized input (per tensor) and weight (per output channel)."""
 
     weight_groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in] -> […, out]. A large input on the CPU is rounded and multiplied in parts."""
+        in_parts = self.enabled and x.numel() > LARGE_INPUT and x.device.type == "cpu"
+        if not in_parts or torch.is_grad_enabled():
+            return super().forward(x)
+        rows = x.flatten(0, -2)
+        output = rows.new_empty(len(rows), self.out_features)
+        parts = (t.split(max(1, PART // self.in_features)) for t in (rows, output))
+        for part, place in zip(*parts, strict=True):
+            place.copy_(super().forward(part))
+        return output.unflatten(0, x.shape[:-1])
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

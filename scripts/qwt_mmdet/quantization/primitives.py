@@ -51,7 +51,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.float() - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, overwrite: bool = False
+) -> Tensor:
     """Round ``x`` to its quantization grid and keep it in floating point.
 
     Equal to ``dequantize(quantize(x))`` and to torch.fake_quantize_per_tensor_affine, by whichever of
@@ -59,19 +61,23 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
 
     Args:
         x: any shape; ``scale`` and ``zero_point`` broadcast against it.
+        overwrite: ``x`` is not needed any more; the result may take its place.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``.
+        A tensor of the shape and dtype of ``x``, a new one unless ``overwrite`` is set.
     """
     low = -zero_point
     high = low + (2**bits - 1)
-    return kernels.round_to_grid(x, scale.reciprocal(), low, high, scale).to(x.dtype)
+    rounded = kernels.round_to_grid(x, scale.reciprocal(), low, high, scale, overwrite=overwrite)
+    return rounded.to(x.dtype)
 
 
 _EXPONENT_BITS = 0x7F800000  # of a float32
 
 
-def fake_quantize_log_sqrt2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def fake_quantize_log_sqrt2(
+    x: Tensor, scale: Tensor, bits: int, *, overwrite: bool = False
+) -> Tensor:
     """Round ``x`` ≥ 0 to powers of √2 and keep it in floating point.
 
     ``scale · 2^(−q/2)`` with ``q = max(0, round(−2 log2(x / scale)))``; the last of the 2^bits codes
@@ -83,11 +89,13 @@ def fake_quantize_log_sqrt2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     Args:
         x: any shape, no value below 0; ``scale`` broadcasts against it.
+        overwrite: ``x`` is not needed any more; the result may take its place.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``.
+        A tensor of the shape and dtype of ``x``, a new one unless ``overwrite`` is set.
     """
-    y = x.float() * (2**0.25 / scale)
+    y = x.float()
+    y = torch.mul(y, 2**0.25 / scale, out=y if overwrite and not x.requires_grad else None)
     y.square_().clamp_(max=1.0)
     y.view(torch.int32).bitwise_and_(_EXPONENT_BITS)  # now a power of two
     smallest = max(2.0 ** -(2**bits - 2), torch.finfo(torch.float32).tiny)
