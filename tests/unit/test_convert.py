@@ -5,6 +5,7 @@ import tiny
 import torch
 from mmdet.models.backbones.swin import WindowMSA
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization import layers
 from qwt_mmdet.quantization.attention import QuantizedWindowMSA
 from qwt_mmdet.quantization.convert import (
     activation_quantizers,
@@ -14,7 +15,11 @@ from qwt_mmdet.quantization.convert import (
     quantized_layers,
 )
 from qwt_mmdet.quantization.layers import QuantizedConv2d, QuantizedLinear
-from qwt_mmdet.quantization.primitives import quantization_parameters
+from qwt_mmdet.quantization.primitives import (
+    fake_quantize,
+    fake_quantize_log_sqrt2,
+    quantization_parameters,
+)
 from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
@@ -93,6 +98,60 @@ def test_quantized_linear_by_hand():
     # Input grid {0, 1, 2, 3}: 2.6 -> 3, 1.2 -> 1.
     expected = 3 * 2 * step + 1 * -1 * step + 0.25
     assert layer(torch.tensor([[2.6, 1.2]])).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(37, 16), (3, 25, 16)])
+def test_a_large_input_of_a_linear_layer_gives_the_same_in_parts(shape, monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 5)
+    layer.__class__ = QuantizedLinear
+    layer._attach("layer", 4, 4)
+    layer.input_quantizer.set_range(torch.tensor([-2.0]), torch.tensor([2.0]))
+    layer.quantize_weight(settings(4), None)
+    layer.restore_weight()
+    x = torch.randn(shape)
+    sizes = []
+    layer.input_quantizer.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        expected = layer(x)
+        assert len(sizes) == 1
+        monkeypatch.setattr(layers, "LARGE_INPUT", 100)
+        monkeypatch.setattr(layers, "PART", 10 * 16)
+        actual = layer(x)
+    assert sizes[1:3] == [10, 10]
+    assert sum(sizes[1:]) == x.numel() // 16
+    assert actual.shape == expected.shape
+    assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_window_attention_rounds_its_operands_by_hand():
+    torch.manual_seed(0)
+    attention = WindowMSA(embed_dims=16, num_heads=4, window_size=(3, 5)).eval()
+    attention.init_weights()
+    attention.__class__ = QuantizedWindowMSA
+    attention._attach("attention", 4, logarithmic_probability=True)
+    grids = {
+        name: (torch.tensor([0.03]), torch.tensor([7.0])) for name in ("query", "key", "value")
+    }
+    grids["probability"] = torch.tensor([0.5]), torch.tensor([0.0])
+    for name, grid in grids.items():
+        getattr(attention, f"{name}_quantizer").set_parameters(*grid)
+    x = torch.randn(2, 15, 16)
+    original = x.clone()
+    with torch.no_grad():
+        query, key, value = attention.qkv(x).reshape(2, 15, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            fake_quantize(operand, *grids[name], 4)
+            for name, operand in (("query", query * 0.5), ("key", key), ("value", value))
+        )
+        table = attention.relative_position_bias_table[attention.relative_position_index.view(-1)]
+        bias = table.view(15, 15, 4).permute(2, 0, 1)
+        probability = (query @ key.transpose(-2, -1) + bias).softmax(-1)
+        probability = fake_quantize_log_sqrt2(probability, grids["probability"][0], 4)
+        expected = attention.proj((probability @ value).transpose(1, 2).reshape(2, 15, 16))
+        actual = attention(x)
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, original)
 
 
 def test_depthwise_input_scales_are_per_channel_and_fold_into_the_weight():

@@ -71,7 +71,23 @@ def test_zero_is_exact(low, high):
 def test_input_is_left_alone():
     x = torch.tensor([0.3, 0.7])
     fake_quantize(x, *parameters(0.0, 1.0, 2), 2)
+    fake_quantize_log_sqrt2(x, torch.tensor([1.0]), 2)
     assert x.tolist() == pytest.approx([0.3, 0.7])
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        lambda x, **options: fake_quantize(x, *parameters(0.0, 1.0, 2), 2, **options),
+        lambda x, **options: fake_quantize_log_sqrt2(x, torch.tensor([1.0]), 2, **options),
+    ],
+)
+def test_input_gives_its_place_when_asked(quantizer, monkeypatch):
+    monkeypatch.setenv("QWT_COMPILE", "never")
+    x = torch.tensor([0.3, 0.7])
+    expected = quantizer(x)
+    assert torch.equal(quantizer(x, overwrite=True), expected)
+    assert torch.equal(x, expected)
 
 
 def test_hand_computed_log_sqrt2_case():

@@ -56,7 +56,7 @@ def round_to_grid(
                 flat = [t.reshape(-1) for t in (x, inverse_scale, low, high, scale)]
                 return compiled(*flat).view_as(x)
         _rounded_in_place += x.numel()
-    y = torch.mul(x, inverse_scale, out=x if overwrite and not x.requires_grad else None)
+    y = torch.mul(x, inverse_scale, out=x if overwrite else None)
     y.round_()
     torch.clamp(y, low, high, out=y)
     return y.mul_(scale)

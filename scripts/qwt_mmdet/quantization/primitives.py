@@ -95,7 +95,7 @@ def fake_quantize_log_sqrt2(
         A tensor of the shape and dtype of ``x``, a new one unless ``overwrite`` is set.
     """
     y = x.float()
-    y = torch.mul(y, 2**0.25 / scale, out=y if overwrite and not x.requires_grad else None)
+    y = torch.mul(y, 2**0.25 / scale, out=y if overwrite else None)
     y.square_().clamp_(max=1.0)
     y.view(torch.int32).bitwise_and_(_EXPONENT_BITS)  # now a power of two
     smallest = max(2.0 ** -(2**bits - 2), torch.finfo(torch.float32).tiny)
