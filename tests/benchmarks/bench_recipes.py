@@ -83,6 +83,14 @@ def settings(row: dict[str, Any], scope: str) -> QuantizationSettings:
     )
 
 
+def write_subset(content: dict[str, Any], images: list[dict[str, Any]], path: Path) -> Path:
+    """Write an annotation file of some of its images."""
+    chosen = {image["id"] for image in images}
+    objects = [entry for entry in content["annotations"] if entry["image_id"] in chosen]
+    write_json(path, {**content, "images": images, "annotations": objects})
+    return path
+
+
 class Trial:
     """A detector and two halves of its calibration images."""
 
@@ -90,20 +98,13 @@ class Trial:
         self.model = load_detector(options.config, options.checkpoint, device="cpu")
         content = read_json(options.annotations, what="annotation file")
         images = content["images"][: options.images]
-        self.all = self._write(content, images, folder / "all.json")
+        self.all = write_subset(content, images, folder / "all.json")
         halves = [
-            self._write(content, images[half::2], folder / f"half{half}.json") for half in (0, 1)
+            write_subset(content, images[half::2], folder / f"half{half}.json") for half in (0, 1)
         ]
         self.folds = [halves, halves[::-1]]
         self.scope = options.scope
         self.quantized: tuple[QuantizationSettings, list[nn.Module]] | None = None
-
-    @staticmethod
-    def _write(content: dict[str, Any], images: list[dict[str, Any]], path: Path) -> Path:
-        chosen = {image["id"] for image in images}
-        objects = [entry for entry in content["annotations"] if entry["image_id"] in chosen]
-        write_json(path, {**content, "images": images, "annotations": objects})
-        return path
 
     def loader(self, annotations: Path) -> Any:
         return make_loader(self.model.cfg, annotations, batch_size=4)

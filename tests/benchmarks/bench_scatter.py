@@ -1,0 +1,83 @@
+"""How much the AP of a recipe depends on which calibration images it was given.
+
+Quantizes and compensates on random subsets of the calibration images, with the default settings, and
+prints AP on the evaluation images for each. It chooses nothing: it tells which differences between
+recipes are luck.
+
+    python tests/benchmarks/bench_scatter.py --config yolox/yolox_nano_8xb8-300e_coco.py \
+        --checkpoint CHECKPOINT --calibration results/datasets/coco_real/calibration.json \
+        --evaluation results/datasets/coco_real/evaluation.json
+"""
+
+import argparse
+import copy
+import random
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+from bench_recipes import BITS, COMPENSATIONS, write_subset
+from qwt_mmdet.compensation.fit import fit_compensation
+from qwt_mmdet.compensation.state import apply_compensation
+from qwt_mmdet.detectors import load_detector
+from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
+from qwt_mmdet.evaluation.predict import predict
+from qwt_mmdet.files import read_json
+from qwt_mmdet.loaders import make_loader
+from qwt_mmdet.quantization.convert import calibrate, quantize_model
+from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
+
+
+def measure(options: argparse.Namespace, subset: Path) -> dict[str, float]:
+    """Box AP by recipe, calibrated on the images of ``subset``."""
+    full = load_detector(options.config, options.checkpoint, device="cpu")
+    images = make_loader(full.cfg, subset)
+    quantization = QuantizationSettings(*BITS[options.bits], scope=options.scope)
+    quantized = calibrate(quantize_model(copy.deepcopy(full), quantization), images)
+    result = {}
+    for name in options.recipes:
+        model = copy.deepcopy(quantized)
+        if COMPENSATIONS[name] is not None:
+            settings = CompensationSettings.from_mapping(COMPENSATIONS[name])
+            apply_compensation(model, fit_compensation(model, full, images, settings))
+        found = predict(model, make_loader(full.cfg, options.evaluation), options.evaluation)
+        result[name] = coco_metrics(options.evaluation, found, masks=has_masks(found))["bbox"]["AP"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--calibration", required=True, help="a run's calibration.json")
+    parser.add_argument("--evaluation", required=True, help="a run's evaluation.json")
+    parser.add_argument("--scope", default="backbone")
+    parser.add_argument("--bits", choices=BITS, default="w6a6")
+    parser.add_argument("--subsets", type=int, default=8)
+    parser.add_argument("--share", type=float, default=0.9, help="of the calibration images")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=COMPENSATIONS,
+        default=["none", "paper", "reference, refit"],
+    )
+    options = parser.parse_args()
+    content = read_json(options.calibration, what="annotation file")
+    images = content["images"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(options.subsets):
+            chosen = random.Random(seed).sample(images, round(options.share * len(images)))
+            chosen.sort(key=lambda image: image["id"])
+            subset = write_subset(content, chosen, Path(folder, f"{seed}.json"))
+            rows.append(measure(options, subset))
+            print(seed, *(f"{name} {ap:.4f}" for name, ap in rows[-1].items()), flush=True)
+    print(pd.DataFrame(rows).agg(["mean", "min", "max"]).round(4).to_string())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
