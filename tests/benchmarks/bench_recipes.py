@@ -91,6 +91,17 @@ def write_subset(content: dict[str, Any], images: list[dict[str, Any]], path: Pa
     return path
 
 
+def with_recipe(model: nn.Module, full: nn.Module, images: Any, name: str) -> nn.Module:
+    """The quantized model with the compensation ``name`` fitted to ``images``; itself for none."""
+    recipe = COMPENSATIONS[name]
+    if recipe is None:
+        return model
+    model = copy.deepcopy(model)
+    fitted = fit_compensation(model, full, images, CompensationSettings.from_mapping(recipe))
+    apply_compensation(model, fitted)
+    return model
+
+
 class Trial:
     """A detector and two halves of its calibration images."""
 
@@ -132,13 +143,8 @@ class Trial:
 
     def measure(self, row: dict[str, Any]) -> dict[str, float]:
         found = []
-        recipe = COMPENSATIONS[row["compensation"]]
         for model, (fit, judge) in zip(self.models(row), self.folds, strict=True):
-            if recipe is not None:
-                model = copy.deepcopy(model)
-                chosen = CompensationSettings.from_mapping(recipe)
-                fitted = fit_compensation(model, self.model, self.loader(fit), chosen)
-                apply_compensation(model, fitted)
+            model = with_recipe(model, self.model, self.loader(fit), row["compensation"])
             found += self.found(model, judge)
         return self.metrics(found)
 

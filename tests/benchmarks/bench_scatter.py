@@ -17,30 +17,25 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from bench_recipes import BITS, COMPENSATIONS, write_subset
-from qwt_mmdet.compensation.fit import fit_compensation
-from qwt_mmdet.compensation.state import apply_compensation
+from bench_recipes import BITS, COMPENSATIONS, with_recipe, write_subset
 from qwt_mmdet.detectors import load_detector
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.evaluation.predict import predict
 from qwt_mmdet.files import read_json
 from qwt_mmdet.loaders import make_loader
 from qwt_mmdet.quantization.convert import calibrate, quantize_model
-from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
+from qwt_mmdet.settings import QuantizationSettings
+from torch import nn
 
 
-def measure(options: argparse.Namespace, subset: Path) -> dict[str, float]:
+def measure(options: argparse.Namespace, full: nn.Module, subset: Path) -> dict[str, float]:
     """Box AP by recipe, calibrated on the images of ``subset``."""
-    full = load_detector(options.config, options.checkpoint, device="cpu")
     images = make_loader(full.cfg, subset)
     quantization = QuantizationSettings(*BITS[options.bits], scope=options.scope)
     quantized = calibrate(quantize_model(copy.deepcopy(full), quantization), images)
     result = {}
     for name in options.recipes:
-        model = copy.deepcopy(quantized)
-        if COMPENSATIONS[name] is not None:
-            settings = CompensationSettings.from_mapping(COMPENSATIONS[name])
-            apply_compensation(model, fit_compensation(model, full, images, settings))
+        model = with_recipe(quantized, full, images, name)
         found = predict(model, make_loader(full.cfg, options.evaluation), options.evaluation)
         result[name] = coco_metrics(options.evaluation, found, masks=has_masks(found))["bbox"]["AP"]
     return result
@@ -65,6 +60,7 @@ def main() -> None:
         default=["none", "paper", "reference, refit"],
     )
     options = parser.parse_args()
+    full = load_detector(options.config, options.checkpoint, device="cpu")
     content = read_json(options.calibration, what="annotation file")
     images = content["images"]
     rows = []
@@ -73,7 +69,7 @@ def main() -> None:
             chosen = random.Random(seed).sample(images, round(options.share * len(images)))
             chosen.sort(key=lambda image: image["id"])
             subset = write_subset(content, chosen, Path(folder, f"{seed}.json"))
-            rows.append(measure(options, subset))
+            rows.append(measure(options, full, subset))
             print(seed, *(f"{name} {ap:.4f}" for name, ap in rows[-1].items()), flush=True)
     print(pd.DataFrame(rows).agg(["mean", "min", "max"]).round(4).to_string())
 

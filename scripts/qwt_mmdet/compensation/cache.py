@@ -25,6 +25,12 @@ def release_free_memory() -> None:
         trim(0)
 
 
+def _without_base(tensor: Tensor) -> Tensor:
+    """The tensor, or of a view a copy: a view keeps its whole base alive, and is saved with it."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()
+
+
 @dataclass(frozen=True)
 class _OnDisk:
     path: Path
@@ -115,16 +121,15 @@ class ActivationCache:
     def _put(self, tensor: Tensor) -> _InMemory | _OnDisk:
         """Keep a tensor that nobody else changes, with its values in order."""
         device = tensor.device
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # a view would keep its whole base alive
         tiers = ("memory",) if device.type == "cpu" else ("device", "memory")
         for tier in tiers:
             if tensor.nbytes <= self._free[tier]:
                 self._free[tier] -= tensor.nbytes
-                return _InMemory(tensor if tier == "device" else tensor.cpu(), device, tier)
+                kept = tensor if tier == "device" else tensor.cpu()
+                return _InMemory(_without_base(kept), device, tier)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="qwt-mmdet-"))
         path = self._folder / f"{self._written}.pt"
         self._written += 1
-        torch.save(tensor.cpu(), path)
+        torch.save(_without_base(tensor.cpu()), path)
         return _OnDisk(path, device)
