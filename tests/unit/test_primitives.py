@@ -117,3 +117,28 @@ def test_log_sqrt2_keeps_the_relative_error_of_small_values():
     x = torch.logspace(-3, 0, 1000)
     error = (fake_quantize_log_sqrt2(x, torch.tensor([1.0]), 6) - x) / x
     assert error.abs().max() <= 2**0.25 - 1 + 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_gradient_is_torchs_own(bits):
+    scale, zero_point = parameters(-1.3, 2.2, bits)
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(bits)) * 3
+    ours, theirs = (values.clone().requires_grad_() for _ in range(2))
+    weights = torch.rand(10_000)
+    found = fake_quantize(ours, scale, zero_point, bits, overwrite=True)
+    assert torch.equal(found, fake_quantize(values, scale, zero_point, bits))
+    (found * weights).sum().backward()
+    expected = torch.fake_quantize_per_tensor_affine(
+        theirs, scale.item(), int(zero_point.item()), 0, 2**bits - 1
+    )
+    (expected * weights).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_the_gradient_on_the_log_sqrt2_grid_stops_where_values_are_clipped():
+    # Clipped is what would round to a power above the largest: over 2^0.25 = 1.19 times the scale.
+    x = torch.tensor([2.0, 1.2, 1.1, 0.5, 0.0], requires_grad=True)
+    found = fake_quantize_log_sqrt2(x, torch.tensor([1.0]), 3, overwrite=True)
+    assert torch.equal(found, fake_quantize_log_sqrt2(x.detach(), torch.tensor([1.0]), 3))
+    found.sum().backward()
+    assert x.grad.tolist() == [0, 0, 1, 1, 1]

@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 from mmdet.apis import DetInferencer, inference_detector
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.structures import InstanceData
 from qwt_mmdet import load_compensation, load_detector, load_warmup, make_loader
 from qwt_mmdet.datasets import prepare_dataset, select_images
 
@@ -77,6 +80,36 @@ def test_a_copy_is_the_same_detector(example, image):
         np.testing.assert_array_equal(boxes(inference_detector(again, str(image))), expected)
 
 
+def test_autograd_changes_no_result_and_reaches_image_and_weights(example):
+    folder, names = example
+    model = copy.deepcopy(names["model"])
+    loader = make_loader(model.cfg, folder / "results/datasets/shapes/evaluation.json")
+    inputs = model.data_preprocessor(next(iter(loader)), False)["inputs"].requires_grad_()
+    features = model.extract_feat(inputs)
+    with torch.no_grad():
+        expected = model.extract_feat(inputs)
+    assert all(map(torch.equal, features, expected))
+    sum(feature.square().mean() for feature in features).backward()
+    assert inputs.grad.isfinite().all()
+    assert inputs.grad.any()
+    for name, parameter in model.backbone.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.any(), name
+
+
+def test_it_has_a_loss_to_train_with(example):
+    _, names = example
+    model = copy.deepcopy(names["model"]).train()
+    sample = DetDataSample(metainfo={"img_shape": (96, 128), "pad_shape": (96, 128)})
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor([[10.0, 10.0, 60.0, 60.0]]), labels=torch.tensor([1]),
+        masks=BitmapMasks(np.ones((1, 96, 128), np.uint8), 96, 128),
+    )  # fmt: skip
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
+    loss, _ = model.parse_losses(model.loss(torch.randn(1, 3, 96, 128), [sample]))
+    loss.backward()
+    assert model.backbone.patch_embed.projection.weight.grad.any()
+
+
 def test_its_features_can_be_computed_under_autocast(example):
     folder, names = example
     model = names["model"]
@@ -106,5 +139,6 @@ def test_it_moves_to_a_gpu(example):
     model = copy.deepcopy(names["model"]).cuda()
     loader = make_loader(model.cfg, folder / "results/datasets/shapes/evaluation.json")
     batch = next(iter(loader))
-    (found,), (expected,) = model.test_step(batch), names["model"].test_step(batch)
+    (found,), (expected,) = (detector.test_step(batch) for detector in (model, names["model"]))
+    assert found.pred_instances.bboxes.is_cuda
     assert len(found.pred_instances) == pytest.approx(len(expected.pred_instances), abs=2)

@@ -7,7 +7,12 @@ the scale, as in torch's own fake_quantize functions.
 
 Logarithmic, for attention probabilities: ``x ≈ scale · 2^(−q/2)`` (RepQ-ViT, arXiv 2212.08254,
 section 3.3).
+
+Where autograd records, rounding has a straight-through gradient (Bengio et al., arXiv 1308.3432): 1
+where ``x`` lies in the range, 0 where it is clipped, as in torch's own fake_quantize functions.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +56,24 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.float() - zero_point) * scale
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Rounded values, with the gradient of the values that were rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, overwrite: bool = False
 ) -> Tensor:
@@ -61,14 +84,19 @@ def fake_quantize(
 
     Args:
         x: any shape; ``scale`` and ``zero_point`` broadcast against it.
-        overwrite: ``x`` is not needed any more; the result may take its place.
+        overwrite: ``x`` is not needed any more; the result may take its place, but for autograd.
 
     Returns:
         A tensor of the shape and dtype of ``x``, a new one unless ``overwrite`` is set.
     """
-    low = -zero_point
+    inverse, low = scale.reciprocal(), -zero_point
     high = low + (2**bits - 1)
-    rounded = kernels.round_to_grid(x, scale.reciprocal(), low, high, scale, overwrite=overwrite)
+    if _is_differentiated(x):
+        values = x.detach()
+        codes = (values * inverse).round_()
+        rounded = kernels.round_to_grid(values, inverse, low, high, scale)
+        return _StraightThrough.apply(x, rounded.to(x.dtype), (codes >= low) & (codes <= high))
+    rounded = kernels.round_to_grid(x, inverse, low, high, scale, overwrite=overwrite)
     return rounded.to(x.dtype)
 
 
@@ -89,11 +117,15 @@ def fake_quantize_log_sqrt2(
 
     Args:
         x: any shape, no value below 0; ``scale`` broadcasts against it.
-        overwrite: ``x`` is not needed any more; the result may take its place.
+        overwrite: ``x`` is not needed any more; the result may take its place, but for autograd.
 
     Returns:
         A tensor of the shape and dtype of ``x``, a new one unless ``overwrite`` is set.
     """
+    if _is_differentiated(x):
+        values = x.detach()
+        rounded = fake_quantize_log_sqrt2(values, scale, bits)
+        return _StraightThrough.apply(x, rounded, values <= 2**0.25 * scale)
     y = x.float()
     y = torch.mul(y, 2**0.25 / scale, out=y if overwrite else None)
     y.square_().clamp_(max=1.0)
