@@ -408,7 +408,7 @@ def validate(
     config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
 ) -> None:
     """Check a config of the workflow, its model configs and its local files; run nothing."""
-    from .datasets import read_annotations
+    from .annotations import read_annotations
     from .detectors import dataset_classes, read_config
 
     with _plain_errors():

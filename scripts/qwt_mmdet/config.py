@@ -53,14 +53,14 @@ _DETECTOR = (
     "pipeline",
     "timm_backbone",
 )
-_EVALUATION = ("evaluation.coco", "evaluation.predict")
+_EVALUATION = ("annotations", "evaluation.coco", "evaluation.predict")
 _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
 )
 STEP_PARTS = {
     "fetch_checkpoint": ("checkpoints", "download"),
-    "prepare_dataset": ("datasets", "download", "shapes"),
-    "select_images": ("datasets", "download"),
+    "prepare_dataset": ("annotations", "datasets", "download", "shapes"),
+    "select_images": ("annotations", "datasets", "download", "images"),
     "evaluate_baseline": (*_DETECTOR, *_EVALUATION),
     "quantize_model": (*_DETECTOR, "quantization"),
     "evaluate_quantized": (*_DETECTOR, *_EVALUATION, "quantization"),
@@ -68,13 +68,14 @@ STEP_PARTS = {
     "fit_compensation": (*_DETECTOR, "quantization", "compensation"),
     "evaluate_compensated": (*_DETECTOR, *_EVALUATION, "quantization", "compensation"),
     "summarize_results": (
+        "annotations",
         "compat",
         "evaluation.bootstrap",
         "evaluation.coco",
         "quantization",
         "reporting.tables",
     ),
-    "render_report": ("evaluation.coco", *_REPORT),
+    "render_report": ("annotations", "evaluation.coco", "images", *_REPORT),
     "train_demo": ("compat", "shapes"),
 }
 

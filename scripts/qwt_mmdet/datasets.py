@@ -1,7 +1,6 @@
 """COCO-format datasets: where they come from, and which of their images are used for what."""
 
 import logging
-import math
 import os
 import shutil
 import zipfile
@@ -9,26 +8,25 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
+from .annotations import few, read_annotations
 from .config import DATASET_DEFAULTS
 from .download import download, download_many
 from .errors import QwtError
 from .files import read_json, sha256_file, write_atomically, write_json
+from .images import SIDEWAYS, UPRIGHT, Exif, TurnedImageError, check_image
 from .progress import progress
 
 logger = logging.getLogger(__name__)
 
 PARTS = ("calibration", "evaluation")
 ARCHIVE = "annotations/annotations_trainval2017.zip"
-NAMED_IN_MESSAGES = 5
-EXIF_ORIENTATION = 0x0112
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+PROBLEMS_IN_MESSAGES = 5
 
 Count = int | Literal["all"]
 
@@ -42,9 +40,9 @@ def prepare_dataset(settings: Mapping[str, Any], *, folder: str | Path, output: 
 
     Args:
         settings: the config's entry: ``type`` (``shapes`` or ``coco``), for ``coco`` either
-            ``root`` or ``url``, ``seed``, and for ``calibration`` and ``evaluation`` the keys
-            ``split``, ``images``, ``annotations``, ``image_folder`` (the last two relative to
-            the root).
+            ``root`` or ``url``, ``seed``, ``exif``, ``allow_outside_root``, and for
+            ``calibration`` and ``evaluation`` the keys ``split``, ``images``, ``annotations``,
+            ``image_folder`` (the last two relative to the root).
         folder: where generated and downloaded files go.
         output: the manifest.
 
@@ -80,7 +78,8 @@ def select_images(
     Writes two COCO annotation files of exactly the chosen images, in order of their ids, with the
     choice recorded under ``info``: ``image_root`` (``file_name`` is relative to it), ``dataset``,
     ``part``, ``split``, ``seed``, ``images`` (their number), ``source`` and ``source_sha256`` (the
-    annotation file they are from), ``missing_classes``.
+    annotation file they are from), ``missing_classes``, ``exif`` (whether loaders turn images as
+    their EXIF orientation says) and ``exif_rotated`` (how many have one).
 
     A number of images, of either part, means a random choice of that many by ``seed``; a larger
     number contains the images of a smaller one. If both parts are of the same annotation file they
@@ -96,8 +95,8 @@ def select_images(
 
     Raises:
         QwtError: no or too few images, the same image in both parts, an image that is missing,
-            not decodable or of another size than its annotation says, or an evaluation without any
-            object.
+            outside of the root, not readable by MMDetection's loader or of another size than its
+            annotation says, or an evaluation without any object.
     """
     settings = _with_defaults(settings)
     splits = read_json(source, what="dataset manifest")["splits"]
@@ -126,17 +125,22 @@ def select_images(
             "source_sha256": split["sha256"],
             "missing_classes": _report_missing_classes(subsets[part], f"{name}.{part}"),
         }
-    if not subsets["evaluation"]["annotations"]:
+    if all(found["iscrowd"] for found in subsets["evaluation"]["annotations"]):
         raise QwtError(
             f"None of the {len(subsets['evaluation']['images'])} evaluation images of {name} has "
-            f"an annotation, so there is nothing to evaluate; raise datasets.{name}.evaluation."
-            "images, or check the annotation file."
+            "an annotation of an object (crowd regions are none), so there is nothing to evaluate; "
+            f"raise datasets.{name}.evaluation.images, or check the annotation file."
         )
     for part in PARTS:
+        images, image_root = subsets[part]["images"], splits[part]["image_root"]
         if splits[part]["image_url"] is None:
-            _check_local_images(subsets[part]["images"], splits[part]["image_root"], workers)
+            found = _check_local_images(images, image_root, settings, name, workers)
         else:
-            _fetch_images(subsets[part]["images"], splits[part], workers)
+            found = _fetch_images(images, splits[part], settings, name, workers)
+        subsets[part]["info"] |= {
+            "exif": settings["exif"],
+            "exif_rotated": _report_orientations(images, found, f"{name}.{part}", settings["exif"]),
+        }
     write_json(calibration, subsets["calibration"])
     write_json(evaluation, subsets["evaluation"])
 
@@ -181,90 +185,6 @@ def choose_ids(
     return chosen["calibration"], chosen["evaluation"]
 
 
-def read_annotations(path: str | Path, *, labelled: bool = True) -> dict[str, Any]:
-    """Read a COCO instances file and check what later steps rely on.
-
-    Args:
-        labelled: the file must have annotations and categories, and boxes and areas in them.
-
-    Returns:
-        The content, with ``images``, ``annotations`` and ``categories`` at least.
-
-    Raises:
-        QwtError: the file is missing, empty, not JSON, not in COCO's format, or contradicts itself.
-    """
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise QwtError(f"The annotation file {path} is empty; get it again.")
-    content = read_json(path, what="annotation file")
-    for key in ("images", "annotations", "categories"):
-        optional = key != "images" and not labelled
-        if not isinstance(content, dict) or not isinstance(
-            content.setdefault(key, [] if optional else None), list
-        ):
-            raise QwtError(
-                f"The annotation file {path} is not in COCO's instances format: it has no list "
-                f"{key!r}; take an instances_*.json file."
-            )
-    if not content["images"]:
-        raise QwtError(f"The annotation file {path} lists no images; take another file.")
-    _check_unique(path, content["images"], "image", "id", int)
-    _check_unique(path, content["images"], "image", "file_name", str)
-    _check_unique(path, content["categories"], "category", "id", int)
-    _check_unique(path, content["categories"], "category", "name", str)
-    _check_unique(path, content["annotations"], "annotation", "id", int)
-    for image in content["images"]:
-        if not (_is_size(image.get("width")) and _is_size(image.get("height"))):
-            _contradiction(path, f"image {image['id']} has no width and height in whole pixels")
-    images = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    for annotation in content["annotations"]:
-        number = annotation["id"]
-        if annotation.get("image_id") not in images:
-            _contradiction(
-                path,
-                f"annotation {number} belongs to image {annotation.get('image_id')}, which the "
-                "file does not list",
-            )
-        if annotation.get("category_id") not in categories:
-            _contradiction(
-                path,
-                f"annotation {number} has category {annotation.get('category_id')}, which the "
-                "file does not list",
-            )
-        if labelled and not _is_box(annotation.get("bbox")):
-            _contradiction(path, f"annotation {number} has no bbox [x, y, width, height]")
-        if labelled and not _is_number(annotation.get("area")):
-            _contradiction(path, f"annotation {number} has no area in pixels")
-    return content
-
-
-def check_image(path: str | Path, width: int, height: int) -> None:
-    """Decode a whole image file and compare its size with the annotation's.
-
-    The annotation may count pixels as stored or as shown, that is turned by the EXIF orientation:
-    both are in use.
-
-    Args:
-        width, height: size in pixels according to the annotation.
-
-    Raises:
-        QwtError: the file is not an image that can be decoded, or has another size.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            sizes = [image.size]
-            if image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
-                sizes.append(image.size[::-1])
-    except Exception as error:  # every decoder has errors of its own
-        raise QwtError(f"{path} cannot be decoded as an image ({error}).") from error
-    if (width, height) not in sizes:
-        raise QwtError(
-            f"{path} is {sizes[0][0]}x{sizes[0][1]} pixels, but its annotation says "
-            f"{width}x{height}."
-        )
-
-
 # --- Where the data comes from ---------------------------------------------------------------
 
 
@@ -278,7 +198,9 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise QwtError(
             "A dataset of type coco needs either root (a local folder) or url (to download from)."
         )
-    filled = {"seed": 0, **settings}
+    filled = {"seed": 0, "exif": "apply", "allow_outside_root": False, **settings}
+    if filled["exif"] not in ("apply", "ignore"):
+        raise QwtError(f"The dataset's exif is {filled['exif']!r}; choose apply or ignore.")
     for part in PARTS:
         images = {**DATASET_DEFAULTS[kind][part], **settings.get(part, {})}
         images.setdefault("annotations", f"annotations/instances_{images['split']}.json")
@@ -337,6 +259,12 @@ def _downloaded(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str
     url = settings["url"].rstrip("/")
     _claim(folder, url)
     names = {settings[part]["annotations"] for part in PARTS}
+    for name in names:
+        if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts:
+            raise QwtError(
+                f"The annotations {name!r} would be stored outside of the dataset's folder; name a "
+                f"file of {url}/{ARCHIVE}."
+            )
     absent = sorted(name for name in names if not (folder / name).is_file())
     if absent:
         archive = folder / PurePosixPath(ARCHIVE).name
@@ -398,42 +326,6 @@ def _extract(archive: Path, names: Sequence[str], folder: Path, url: str) -> Non
 # --- Annotation files ------------------------------------------------------------------------
 
 
-def _contradiction(path: str | Path, what: str) -> None:
-    raise QwtError(f"The annotation file {path} is wrong: {what}; correct it or get it again.")
-
-
-def _check_unique(
-    path: str | Path, entries: Sequence[Any], what: str, key: str, kind: type
-) -> None:
-    seen = set()
-    for position, entry in enumerate(entries):
-        value = entry.get(key) if isinstance(entry, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-            wanted = "a whole number" if kind is int else "a text"
-            _contradiction(path, f"{what} number {position} has no {key} that is {wanted}")
-        if value in seen:
-            _contradiction(path, f"the {what} {key} {value!r} appears twice")
-        seen.add(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_box(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(map(_is_number, value))
-        and value[2] >= 0
-        and value[3] >= 0
-    )
-
-
 def _read_splits(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Read the annotation files; one that serves both parts is read once."""
     contents: dict[str, dict[str, Any]] = {}
@@ -446,33 +338,26 @@ def _read_splits(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
                 "again with --forcerun prepare_dataset."
             )
         if expected not in by_hash:
-            by_hash[expected] = read_json(path, what="annotation file")
+            labelled = expected == splits["evaluation"]["sha256"]
+            by_hash[expected] = read_annotations(path, labelled=labelled)
         contents[part] = by_hash[expected]
     return contents
 
 
 def _subset(content: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
     wanted = set(ids)
-    subset: dict[str, Any] = {
+    return {
         "info": {},
         "images": sorted(
             (image for image in content["images"] if image["id"] in wanted),
             key=lambda image: image["id"],
         ),
         "annotations": sorted(
-            # pycocotools needs iscrowd, which many tools leave out when it is 0
-            (
-                {"iscrowd": 0, **annotation}
-                for annotation in content.get("annotations", [])
-                if annotation["image_id"] in wanted
-            ),
-            key=lambda annotation: annotation["id"],
+            (found for found in content["annotations"] if found["image_id"] in wanted),
+            key=lambda found: found["id"],
         ),
-        "categories": content.get("categories", []),
+        "categories": content["categories"],
     }
-    if "licenses" in content:
-        subset["licenses"] = content["licenses"]
-    return subset
 
 
 # --- The choice --------------------------------------------------------------------------------
@@ -488,11 +373,6 @@ def _count(wanted: Count, available: int, key: str) -> int:
             f"{key} is {wanted}, but there are only {available} images; ask for fewer, or all."
         )
     return wanted
-
-
-def _few(values: Sequence[Any]) -> str:
-    more = f", … ({len(values)} in all)" if len(values) > NAMED_IN_MESSAGES else ""
-    return ", ".join(map(str, values[:NAMED_IN_MESSAGES])) + more
 
 
 def _check_overlap(
@@ -516,7 +396,7 @@ def _check_overlap(
     if shared:
         raise QwtError(
             f"Calibration and evaluation of {name} would share {len(shared)} images, with the ids "
-            f"{_few(shared)}; ask for fewer images, or take them from different splits."
+            f"{few(shared)}; ask for fewer images, or take them from different splits."
         )
 
 
@@ -530,7 +410,7 @@ def _report_missing_classes(subset: Mapping[str, Any], what: str) -> list[str]:
     if missing:
         logger.warning(
             "%s: %d of %d classes do not occur in the %d chosen images: %s",
-            what, len(missing), len(subset["categories"]), len(subset["images"]), _few(missing),
+            what, len(missing), len(subset["categories"]), len(subset["images"]), few(missing),
         )  # fmt: skip
     return missing
 
@@ -538,54 +418,145 @@ def _report_missing_classes(subset: Mapping[str, Any], what: str) -> list[str]:
 # --- Image files -------------------------------------------------------------------------------
 
 
-def _problem(image: Mapping[str, Any], root: str) -> str | None:
+def _outside(
+    images: Sequence[Mapping[str, Any]], image_root: str, root: str | os.PathLike[str]
+) -> list[str]:
+    """Names of images that the annotation file or a link looks for outside of the dataset's root.
+
+    An image folder that the config itself names outside of the root is a root of its own.
+    """
+    named = Path(os.path.abspath(image_root)).is_relative_to(os.path.abspath(root))
+    allowed = os.path.realpath(root if named else image_root)
+    names = [image["file_name"] for image in images]
+    return [
+        name
+        for name in names
+        if not Path(os.path.realpath(os.path.join(image_root, name))).is_relative_to(allowed)
+    ]
+
+
+def _check(image: Mapping[str, Any], root: str, exif: Exif) -> int | QwtError:
+    path = os.path.join(root, image["file_name"])
     try:
-        check_image(os.path.join(root, image["file_name"]), image["width"], image["height"])
+        return check_image(path, image["width"], image["height"], exif=exif)
     except QwtError as error:
-        return str(error)
-    return None
+        return error
 
 
-def _check_local_images(images: Sequence[Mapping[str, Any]], root: str, workers: int) -> None:
+def _advice(name: str, exif: Exif) -> str:
+    other = {"apply": "ignore", "ignore": "apply"}[exif]
+    pixels = {"apply": "pixels as they are stored", "ignore": "turned image"}[exif]
+    return (
+        f"If sizes and boxes refer to the {pixels}, set datasets.{name}.exif: {other}; if the boxes "
+        "do not, correct width and height in the annotation file."
+    )
+
+
+def _check_local_images(
+    images: Sequence[Mapping[str, Any]],
+    image_root: str,
+    settings: Mapping[str, Any],
+    name: str,
+    workers: int,
+) -> list[int]:
+    """Check all images of a part; return their EXIF orientations."""
+    if "root" in settings and not settings["allow_outside_root"]:
+        outside = _outside(images, image_root, settings["root"])
+        if outside:
+            raise QwtError(
+                f"{len(outside)} of {len(images)} chosen images lie outside of the root "
+                f"{settings['root']}, where the annotation file or a link leads: {few(outside)}; if "
+                f"you trust that, set datasets.{name}.allow_outside_root: true."
+            )
     absent = [
         image["file_name"]
         for image in images
-        if not os.path.isfile(os.path.join(root, image["file_name"]))
+        if not os.path.isfile(os.path.join(image_root, image["file_name"]))
     ]
     if absent:
         raise QwtError(
-            f"{len(absent)} of {len(images)} chosen images are missing in {root}: {_few(absent)}; "
-            "add them, or correct the image folder."
+            f"{len(absent)} of {len(images)} chosen images are missing in {image_root}: "
+            f"{few(absent)}; add them, or correct the image folder."
         )
+    check = partial(_check, root=image_root, exif=settings["exif"])
     with ThreadPoolExecutor(max_workers=min(workers, os.cpu_count() or 1)) as executor:
-        results = executor.map(partial(_problem, root=root), images)
-        found = progress(results, f"Checking images in {root}", total=len(images))
-        problems = [problem for problem in found if problem]
+        results = executor.map(check, images)
+        found = list(progress(results, f"Checking images in {image_root}", total=len(images)))
+    problems = [result for result in found if isinstance(result, QwtError)]
     if problems:
+        turned = any(isinstance(problem, TurnedImageError) for problem in problems)
         raise QwtError(
-            f"{len(problems)} of {len(images)} chosen images in {root} are not usable: "
-            f"{' '.join(problems[:NAMED_IN_MESSAGES])} Replace them."
+            f"{len(problems)} of {len(images)} chosen images in {image_root} are not usable: "
+            f"{' '.join(map(str, problems[:PROBLEMS_IN_MESSAGES]))} "
+            f"{_advice(name, settings['exif']) if turned else 'Replace them.'}"
         )
+    return found
 
 
 def _fetch_images(
-    images: Sequence[Mapping[str, Any]], split: Mapping[str, Any], workers: int
-) -> None:
+    images: Sequence[Mapping[str, Any]],
+    split: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    name: str,
+    workers: int,
+) -> list[int]:
+    """Download and check all images of a part; return their EXIF orientations."""
     by_name = {image["file_name"]: image for image in images}
-    for name in by_name:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    for file_name in by_name:
+        if PureWindowsPath(file_name).anchor or ".." in PurePosixPath(file_name).parts:
             raise QwtError(
-                f"The annotation file {split['annotations']} has an image {name!r}, which would be "
-                "stored outside of the dataset's folder; do not use this source."
+                f"The annotation file {split['annotations']} has an image {file_name!r}, which would "
+                "be stored outside of the dataset's folder; do not use this source."
             )
+    orientations = {}
 
-    def check(name: str, path: Path) -> None:
-        check_image(path, by_name[name]["width"], by_name[name]["height"])
+    def check(file_name: str, path: Path) -> None:
+        image = by_name[file_name]
+        try:
+            orientations[file_name] = check_image(
+                path, image["width"], image["height"], exif=settings["exif"]
+            )
+        except TurnedImageError as error:
+            raise QwtError(f"{error} {_advice(name, settings['exif'])}") from error
 
     download_many(
-        [(f"{split['image_url']}/{quote(name)}", name) for name in by_name],
+        [(f"{split['image_url']}/{quote(file_name)}", file_name) for file_name in by_name],
         split["image_root"],
         workers,
         check=check,
         description=f"Fetching images of {split['split']}",
     )
+    return [orientations[image["file_name"]] for image in images]
+
+
+def _report_orientations(
+    images: Sequence[Mapping[str, Any]], orientations: Sequence[int], what: str, exif: Exif
+) -> int:
+    """Say which images carry an EXIF rotation; return their number."""
+    turned = [
+        (image, orientation)
+        for image, orientation in zip(images, orientations, strict=True)
+        if orientation != UPRIGHT
+    ]
+    if turned:
+        read = {
+            "apply": "are turned upright when they are read (exif: apply)",
+            "ignore": "are read as they are stored (exif: ignore)",
+        }[exif]
+        logger.warning(
+            "%s: %d of %d chosen images carry an EXIF rotation and %s: %s",
+            what, len(turned), len(images), read,
+            few([f"{image['file_name']} (orientation {number})" for image, number in turned]),
+        )  # fmt: skip
+    unknown = [
+        image["file_name"]
+        for image, orientation in turned
+        if orientation not in SIDEWAYS or image["width"] == image["height"]
+    ]
+    if unknown:
+        logger.warning(
+            "%s: sizes cannot tell whether the boxes of %d of these refer to the turned image or to "
+            "the pixels as stored, so look at them: %s",
+            what, len(unknown), few(unknown),
+        )  # fmt: skip
+    return len(turned)

@@ -23,10 +23,10 @@ import psutil
 import torch
 from mmengine.logging import MMLogger
 
+from .annotations import read_annotations
 from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
 from .config import combinations
-from .datasets import read_annotations
 from .detectors import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict

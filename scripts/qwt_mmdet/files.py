@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,31 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
 
 
 def read_json(path: str | os.PathLike[str], *, what: str = "file") -> Any:
-    """Read a JSON file; ``what`` names its role in the error message.
+    """Read a JSON file, with or without a byte order mark; ``what`` names its role in messages.
 
     Raises:
-        QwtError: the file is missing, unreadable or not JSON.
+        QwtError: the file is missing, unreadable or not JSON, or an object has a key twice.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+            where = f" with the id {value['id']!r}" if "id" in value else ""
+            raise QwtError(
+                f"The {what} {path} holds an object{where} that has the key {twice!r} twice; remove "
+                "one of them."
+            )
+        return value
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=unique)
     except FileNotFoundError:
         raise QwtError(f"The {what} {path} does not exist; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise QwtError(f"The {what} {path} cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting without end
         raise QwtError(
             f"The {what} {path} is not valid JSON ({error}); it may be truncated, so fetch it again."
         ) from error

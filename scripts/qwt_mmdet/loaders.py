@@ -1,6 +1,7 @@
 """Images as the model's own test pipeline prepares them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import QwtError
 from .files import read_json
+
+NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations
 
 
 def inference_pipeline(config: Config) -> list[dict[str, Any]]:
@@ -28,12 +31,37 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
     return [step for step in pipeline if not str(step["type"]).endswith("LoadAnnotations")]
 
 
+def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pipeline, with images turned by their EXIF orientation or not, as ``info.exif`` says."""
+    suffix = "_ignore_orientation"
+    steps = []
+    for step in pipeline:
+        name = getattr(step["type"], "__name__", str(step["type"])).split(".")[-1]
+        if name == "LoadImageFromFile" and "exif" in info:
+            color = step.get("color_type", "color")
+            turns = color != "unchanged" and step.get("imdecode_backend") not in NEVER_TURN
+            if turns:
+                base = color.removesuffix(suffix)
+                color = base if info["exif"] == "apply" else base + suffix
+                step = {**step, "color_type": color}
+            elif info["exif"] == "apply" and info["exif_rotated"]:
+                raise QwtError(
+                    f"The test pipeline reads images with {dict(step)}, which turns none, but "
+                    f"{info['exif_rotated']} images of {info['dataset']} have an EXIF rotation; set "
+                    f"datasets.{info['dataset']}.exif: ignore, or color_type: color and "
+                    "imdecode_backend: cv2 in the model config."
+                )
+        steps.append(step)
+    return steps
+
+
 class ImageDataset(Dataset):
     """The images of a COCO annotation file, through a test pipeline.
 
     Args:
         config: mmdet config with the test pipeline.
-        annotations: annotation file whose ``info.image_root`` is the image folder.
+        annotations: annotation file whose ``info.image_root`` is the image folder; ``info.exif``
+            (apply or ignore, where it is there) decides whether EXIF orientations are applied.
     """
 
     def __init__(self, config: Config, annotations: str | os.PathLike[str]) -> None:
@@ -41,7 +69,7 @@ class ImageDataset(Dataset):
         self.images = content["images"]
         self.root = Path(content["info"]["image_root"])
         with DefaultScope.overwrite_default_scope("mmdet"):
-            self.pipeline = Compose(inference_pipeline(config))
+            self.pipeline = Compose(_follow_exif(inference_pipeline(config), content["info"]))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -24,7 +24,8 @@ def repeated(content, predictions, weights):
         }
         for image in content["images"]:
             if image["id"] in renamed:
-                images.append({**image, "id": renamed[image["id"]]})
+                number = renamed[image["id"]]
+                images.append({**image, "id": number, "file_name": f"{number}.png"})
         for annotation in content["annotations"]:
             if annotation["image_id"] in renamed:
                 new = {"id": len(annotations) + 1, "image_id": renamed[annotation["image_id"]]}
@@ -70,7 +71,7 @@ def test_weights_are_numbers_of_copies_of_an_image(tmp_path, iou_type, scores):
 def two_images():
     """Image 1 has its object found with score 0.9; image 2 has only a false positive, 0.95."""
     content = one_object(BOX)
-    content["images"].append({**content["images"][0], "id": 2})
+    content["images"].append({**content["images"][0], "id": 2, "file_name": "2.png"})
     content["annotations"].append({**content["annotations"][0], "id": 2, "image_id": 2})
     predictions = [detection(BOX, 0.9), detection([200.0, 140.0, 50.0, 50.0], 0.95, image_id=2)]
     return content, predictions

@@ -128,14 +128,14 @@ def test_no_detection_at_all_is_refused(tmp_path):
         (lambda content: content.update(annotations=[]), "no ground truth objects"),
         (lambda content: content["annotations"][0].update(iscrowd=1), "no ground truth objects"),
         (lambda content: content.pop("categories"), "no list 'categories'"),
-        (lambda content: content["annotations"][0].pop("bbox"), "annotation 1 has no 'bbox'"),
-        (lambda content: content["annotations"].append(content["annotations"][0]), "occurs twice"),
-        (lambda content: content["annotations"][0].update(image_id=5), "image 5, which is not"),
+        (lambda content: content["annotations"][0].pop("bbox"), "annotation 1 has no bbox"),
+        (lambda content: content["annotations"].append(content["annotations"][0]), "appears twice"),
+        (lambda content: content["annotations"][0].update(image_id=5), "image 5, which the file"),
         (lambda content: content["annotations"][0].update(category_id=5), "category 5, which"),
         (lambda content: content["annotations"][0].update(segmentation=[]), "has no mask"),
         (
             lambda content: content["categories"].append({"id": 2, "name": "cat"}),
-            "names 2 categories 'cat'",
+            "name 'cat' appears twice",
         ),
     ],
 )

@@ -11,13 +11,8 @@ import pytest
 from flaky_server import FlakyServer, Status
 from PIL import Image
 from qwt_mmdet import download as download_module
-from qwt_mmdet.datasets import (
-    check_image,
-    choose_ids,
-    prepare_dataset,
-    read_annotations,
-    select_images,
-)
+from qwt_mmdet.annotations import read_annotations
+from qwt_mmdet.datasets import choose_ids, prepare_dataset, select_images
 from qwt_mmdet.errors import QwtError
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 7, "name": "zebra"}]
@@ -193,6 +188,8 @@ def test_local_folder_end_to_end(root, tmp_path):
         "source": str(root / "annotations/instances_val2017.json"),
         "source_sha256": manifest["splits"]["evaluation"]["sha256"],
         "missing_classes": ["zebra"],
+        "exif": "apply",
+        "exif_rotated": 0,
     }
 
 
@@ -343,7 +340,7 @@ def broken(**changes):
         (broken(images={"id": 2}), "image id 2 appears twice"),
         (broken(images={"file_name": "000002.jpg"}), "file_name '000002.jpg' appears twice"),
         (broken(images={"id": "a"}), "image number 0 has no id that is a whole number"),
-        (broken(images={"file_name": None}), "image number 0 has no file_name"),
+        (broken(images={"file_name": None}), "image 1 has no file_name"),
         (broken(images={"width": 0}), "image 1 has no width and height"),
         (broken(annotations={"id": 21}), "annotation id 21 appears twice"),
         (broken(annotations={"image_id": 99}), "annotation 11 belongs to image 99, which the file"),
@@ -432,24 +429,118 @@ def test_images_that_cannot_be_decoded(root, tmp_path):
     assert not (tmp_path / "out/calibration.json").exists()
 
 
-def test_size_of_an_image(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    check_image(tmp_path / "a.jpg", WIDTH, HEIGHT)
-    with pytest.raises(QwtError, match="is 24x16 pixels, but its annotation says 16x24"):
-        check_image(tmp_path / "a.jpg", HEIGHT, WIDTH)
+def name_of_image_3(root: Path, name: str) -> None:
+    content = coco(range(1, 21))
+    content["images"][2]["file_name"] = name
+    write(root / "annotations/instances_val2017.json", content)
 
 
-@pytest.mark.parametrize(("orientation", "both"), [(1, False), (3, False), (6, True), (8, True)])
-def test_size_of_an_image_that_is_stored_turned(tmp_path, orientation, both):
+@pytest.mark.parametrize(
+    "kind", ["dots", "absolute", "linked file", "linked folder", "backslashes"]
+)
+def test_images_outside_of_the_root_are_read_where_the_config_allows_it(root, tmp_path, kind):
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    inside = root / "val2017/000003.jpg"
+    inside.rename(outside / "x.jpg")
+    if kind == "linked file":
+        inside.symlink_to(outside / "x.jpg")
+    elif kind == "linked folder":
+        (root / "val2017/link").symlink_to(outside)
+    names = {
+        "dots": "../../elsewhere/x.jpg",
+        "absolute": str(outside / "x.jpg"),
+        "linked file": "000003.jpg",
+        "linked folder": "link/x.jpg",
+        "backslashes": r"..\..\elsewhere\x.jpg",
+    }
+    name_of_image_3(root, names[kind])
+    config = settings(root=root)
+    with pytest.raises(QwtError, match="1 of 20 chosen images lie outside of the root") as caught:
+        run(config, tmp_path / "out")
+    assert "set datasets.tiny.allow_outside_root: true" in str(caught.value)
+    assert not (tmp_path / "out/evaluation.json").exists()
+    _, evaluation = run(config | {"allow_outside_root": True}, tmp_path / "out")
+    assert ids(evaluation) == list(range(1, 21))
+
+
+def test_links_and_folders_within_the_root_need_no_permission(root, tmp_path):
+    (tmp_path / "alias").symlink_to(root)
+    (root / "val2017/000003.jpg").rename(root / "x.jpg")
+    name_of_image_3(root, r"..\x.jpg")
+    run(settings(root=tmp_path / "alias"), tmp_path / "out")
+    # The config itself names a folder outside of the root.
+    config = settings(root=root / "annotations")
+    for part, split in (("calibration", "train2017"), ("evaluation", "val2017")):
+        config[part] |= {
+            "annotations": f"instances_{split}.json",
+            "image_folder": str(root / split),
+        }
+    name_of_image_3(root, "x/../000003.jpg")
+    (root / "x.jpg").rename(root / "val2017/000003.jpg")
+    (root / "val2017/x").mkdir()
+    run(config, tmp_path / "other")
+
+
+def turned(path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    (tmp_path / "a.jpg").write_bytes(jpeg(0, exif=exif))
-    check_image(tmp_path / "a.jpg", WIDTH, HEIGHT)
-    if both:
-        check_image(tmp_path / "a.jpg", HEIGHT, WIDTH)
-    else:
-        with pytest.raises(QwtError, match="pixels"):
-            check_image(tmp_path / "a.jpg", HEIGHT, WIDTH)
+    path.write_bytes(jpeg(0, exif=exif))
+
+
+def test_a_size_that_fits_without_the_exif_rotation_alone(root, tmp_path, caplog):
+    turned(root / "val2017/000003.jpg", 6)
+    turned(root / "val2017/000004.jpg", 3)
+    config = settings(root=root)
+    with pytest.raises(QwtError, match="1 of 20 chosen images") as caught:
+        run(config, tmp_path / "out")
+    assert "(EXIF orientation 6, apply) is 16x24 pixels, but its annotation says 24x16" in str(
+        caught.value
+    )
+    assert "set datasets.tiny.exif: ignore" in str(caught.value)
+    caplog.clear()
+    _, evaluation = run(config | {"exif": "ignore"}, tmp_path / "out")
+    assert evaluation["info"]["exif"] == "ignore"
+    assert evaluation["info"]["exif_rotated"] == 2
+    assert "000003.jpg (orientation 6), 000004.jpg (orientation 3)" in caplog.text
+    assert "sizes cannot tell whether the boxes of 1 of these" in caplog.text
+
+
+def test_a_size_that_fits_with_the_exif_rotation_alone(root, tmp_path):
+    turned(root / "val2017/000003.jpg", 8)
+    content = coco(range(1, 21))
+    content["images"][2] |= {"width": HEIGHT, "height": WIDTH}
+    write(root / "annotations/instances_val2017.json", content)
+    _, evaluation = run(settings(root=root), tmp_path / "out")
+    assert evaluation["info"]["exif_rotated"] == 1
+    with pytest.raises(QwtError, match=r"set datasets\.tiny\.exif: apply"):
+        run(settings(root=root, exif="ignore"), tmp_path / "out")
+
+
+def test_an_image_that_the_detectors_loader_cannot_read_is_found(root, tmp_path):
+    floats = Image.fromarray(np.zeros((HEIGHT, WIDTH), np.float32))
+    floats.save(root / "val2017/000003.jpg", "TIFF")
+    with pytest.raises(QwtError, match=r"000003\.jpg cannot be read by OpenCV"):
+        run(settings(root=root), tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_in_keys_that_nobody_reads(root, tmp_path):
+    content = coco(range(100, 140))
+    for key in ("images", "annotations", "categories"):
+        content[key][0]["score"] = float("nan")
+    content |= {"info": [float("inf")], "licenses": float("nan")}
+    write(root / "annotations/instances_train2017.json", content)
+    calibration, _ = run(settings("all", root=root), tmp_path / "out")
+    assert len(calibration["images"]) == 40
+
+
+def test_crowd_regions_alone_are_nothing_to_evaluate(root, tmp_path):
+    content = coco(range(1, 21))
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    write(root / "annotations/instances_val2017.json", content)
+    with pytest.raises(QwtError, match=r"None of the 20 evaluation images .* of an object"):
+        run(settings(root=root), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -625,10 +716,11 @@ def test_files_of_two_addresses_are_never_mixed(root, tmp_path):
                 run(settings(2, 2, url=server.base), tmp_path / "out")
 
 
-def test_file_names_that_lead_out_of_the_folder(root, tmp_path):
-    content = coco(range(1, 21))
-    content["images"][0]["file_name"] = "../../../evil.jpg"
-    write(root / "annotations/instances_val2017.json", content)
+@pytest.mark.parametrize(
+    "name", ["../../../evil.jpg", r"..\..\evil.jpg", "/tmp/evil.jpg", r"C:\evil.jpg"]
+)
+def test_file_names_that_lead_out_of_the_folder(root, tmp_path, name):
+    name_of_image_3(root, name)
     with FlakyServer({ARCHIVE: zipped(root)}, folder=root) as server:
         with pytest.raises(QwtError, match="outside of the dataset's folder"):
             run(settings(2, url=server.base), tmp_path / "out")

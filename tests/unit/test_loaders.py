@@ -3,6 +3,8 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from qwt_mmdet.detectors import read_config
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.loaders import make_loader
@@ -41,3 +43,30 @@ def test_images_come_in_order_at_the_configs_resolution(annotations, workers):
 def test_missing_annotation_file_is_named(tmp_path):
     with pytest.raises(QwtError, match=r"absent\.json does not exist"):
         make_loader(read_config(NANO), tmp_path / "absent.json")
+
+
+def test_exif_decides_how_the_pipeline_reads_whatever_it_says_itself(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=orientation)
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+
+    def read(name, exif, **step):
+        config = read_config(NANO)
+        config.test_dataloader.dataset.pipeline[0].update(step)
+        size = {"height": 60, "width": 40} if exif == "apply" else {"height": 40, "width": 60}
+        info = {"image_root": str(tmp_path), "exif": exif, "exif_rotated": 1, "dataset": "tiny"}
+        content = {"images": [{"id": 1, "file_name": name, **size}], "info": info}
+        path = tmp_path / "annotations.json"
+        path.write_text(json.dumps({**content, "annotations": [], "categories": []}))
+        (batch,) = make_loader(config, path)
+        return batch["inputs"][0], batch["data_samples"][0].ori_shape
+
+    for flag in ("color", "color_ignore_orientation"):
+        ignored, shape = read("turned.png", "ignore", color_type=flag)
+        assert torch.equal(ignored, read("upright.png", "apply")[0])
+        assert shape == (40, 60)
+        assert read("turned.png", "apply", color_type=flag)[1] == (60, 40)
+    with pytest.raises(QwtError, match=r"set datasets\.tiny\.exif: ignore"):
+        read("turned.png", "apply", color_type="unchanged")

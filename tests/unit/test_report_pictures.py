@@ -44,7 +44,7 @@ def test_f1_by_hand(judged, f1):
 def test_a_verdict_knows_hits_false_alarms_and_what_was_missed(tmp_path, masks):
     content = one_object(BOX)
     content["annotations"].append({**content["annotations"][0], "id": 2, "iscrowd": 1})
-    content["images"].append({**content["images"][0], "id": 2})
+    content["images"].append({**content["images"][0], "id": 2, "file_name": "2.png"})
     truth = load_ground_truth(write(tmp_path, content), masks=masks)
     elsewhere = [200.0, 150.0, 30.0, 30.0]
     found = [detection(BOX, 0.9), detection(elsewhere, 0.8), detection(elsewhere, 0.1)]

@@ -94,7 +94,7 @@ def dataset_source(wildcards):
     dataset = config["datasets"][wildcards.dataset]
     if dataset["type"] == "shapes":
         return dataset
-    chosen = ("seed", "images")
+    chosen = ("seed", "images", "exif", "allow_outside_root")
     return {
         key: (
             {k: v for k, v in value.items() if k not in chosen}

@@ -13,8 +13,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..annotations import read_annotations
 from ..errors import QwtError
-from ..files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,43 +48,11 @@ def _without_printing() -> Iterator[None]:
         yield
 
 
-def _check_annotations(path: str | os.PathLike[str], content: Any, masks: bool) -> None:
-    what = f"The annotation file {path}"
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise QwtError(f"{what} has no list {key!r}; it must be in COCO's instances format.")
-    names = Counter(category["name"] for category in content["categories"])
-    for name, count in names.items():
-        if count > 1:
-            raise QwtError(f"{what} names {count} categories {name!r}; give each its own name.")
-    images = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    seen = set()
-    for annotation in content["annotations"]:
-        here = f"{what}: annotation {annotation.get('id')}"
-        for key in ("id", "image_id", "category_id", "bbox", "area"):
-            if key not in annotation:
-                raise QwtError(f"{here} has no {key!r}; add it or remove the annotation.")
-        if annotation["id"] in seen:
-            raise QwtError(f"{here} occurs twice; give every annotation its own id.")
-        seen.add(annotation["id"])
-        if annotation["image_id"] not in images:
-            raise QwtError(
-                f"{here} belongs to image {annotation['image_id']}, which is not listed."
-            )
-        if annotation["category_id"] not in categories:
-            raise QwtError(f"{here} has category {annotation['category_id']}, which is not listed.")
-        if masks and not annotation.get("segmentation"):
-            raise QwtError(f"{here} has no mask; use annotations with masks, or a box detector.")
-    if all(annotation.get("iscrowd") for annotation in content["annotations"]):
-        raise QwtError(f"{what} has no ground truth objects; evaluate on images that contain some.")
-
-
 def load_ground_truth(annotations: str | os.PathLike[str], *, masks: bool) -> COCO:
     """Read and check a COCO annotation file.
 
     An annotation with id 0 would count as "not matched" in COCOeval, which marks a missing match
-    by 0; such a file is numbered anew from 1. Annotations without ``iscrowd`` are no crowds.
+    by 0; such a file is numbered anew from 1.
 
     Args:
         annotations: path of the file.
@@ -94,10 +62,12 @@ def load_ground_truth(annotations: str | os.PathLike[str], *, masks: bool) -> CO
         QwtError: the file is missing, malformed, inconsistent or without objects (crowd regions
             alone are none), or lacks a mask that is needed.
     """
-    content = read_json(annotations, what="annotation file")
-    _check_annotations(annotations, content, masks)
-    for annotation in content["annotations"]:
-        annotation.setdefault("iscrowd", 0)
+    content = read_annotations(annotations, masks=masks)
+    if all(annotation["iscrowd"] for annotation in content["annotations"]):
+        raise QwtError(
+            f"The annotation file {annotations} has no ground truth objects; evaluate on images that "
+            "contain some."
+        )
     if any(annotation["id"] == 0 for annotation in content["annotations"]):
         logger.warning("%s has an annotation with id 0; numbering them from 1.", annotations)
         for number, annotation in enumerate(content["annotations"], start=1):

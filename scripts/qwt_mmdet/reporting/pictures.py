@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 
+from ..errors import QwtError
 from ..evaluation.coco import iou_types, load_ground_truth, match_detections
+from ..images import read_image
 
 logger = logging.getLogger(__name__)
 
@@ -211,10 +213,11 @@ def make_pictures(
     for identifier, rule in sorted(chosen.items(), key=lambda item: list(RULES).index(item[1])):
         path = root / truth.imgs[identifier]["file_name"]
         try:
-            image = Image.open(path).convert("RGB")
-        except OSError as error:
-            logger.warning("The report has no pictures: %s cannot be read (%s)", path, error)
+            pixels = read_image(path, exif=truth.dataset["info"].get("exif", "apply"))
+        except QwtError as error:
+            logger.warning("The report has no pictures: %s", error)
             return []
+        image = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
         objects = [a for a in truth.imgToAnns[identifier] if not a["iscrowd"]]
         panels = [
             (

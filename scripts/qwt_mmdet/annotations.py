@@ -1,0 +1,328 @@
+"""COCO annotation files: checked and brought into one form, in one place for all steps.
+
+What is harmless is read: ids that are whole numbers written as 3.0, ``iscrowd`` that is missing or
+null, empty polygons, Windows' backslashes in file names, a byte order mark. What would make a later
+step fail, or change AP without a word, is a sentence that names the entry.
+"""
+
+import logging
+import math
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import QwtError
+from .files import read_json
+
+logger = logging.getLogger(__name__)
+
+NAMED_IN_MESSAGES = 5
+LONGEST_NAME = 255  # bytes of a file name on all usual file systems
+LONGEST_PATH = 4000
+LARGEST_ID = 2**63 - 1
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, ends of lines
+
+
+class _Fault(Exception):
+    """What is wrong with an entry; ``read_annotations`` adds the file's name."""
+
+
+def read_annotations(
+    path: str | Path, *, labelled: bool = True, masks: bool = False
+) -> dict[str, Any]:
+    """Read a COCO instances file and check all that later steps rely on.
+
+    A box or mask that covers no pixel of its image is read with a warning: COCO's AP counts it as an
+    object that was missed.
+
+    Args:
+        labelled: the file must have annotations and categories, and boxes and areas in them.
+        masks: every annotation must have a mask.
+
+    Returns:
+        ``info`` as it is; ``images`` with id, file_name (relative, with slashes), width and height;
+        ``annotations`` with id, image_id, category_id and iscrowd (0 or 1), and bbox, area and
+        segmentation where the file has them; ``categories`` with id and name. Other keys are left
+        out.
+
+    Raises:
+        QwtError: the file is missing, empty, not JSON, not in COCO's format, or contradicts itself.
+    """
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        raise QwtError(f"The annotation file {path} is empty; get it again.")
+    content = read_json(path, what="annotation file")
+    for key in ("images", "annotations", "categories"):
+        if isinstance(content, dict) and key != "images" and not labelled:
+            content[key] = content.get(key) or []
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise QwtError(
+                f"The annotation file {path} is not in COCO's instances format: it has no list "
+                f"{key!r}; take an instances_*.json file."
+            )
+    if not content["images"]:
+        raise QwtError(f"The annotation file {path} lists no images; take another file.")
+    try:
+        images = _read_entries(content["images"], "image", _image)
+        _check_unique(content["images"], "image", "file_name")
+        categories = _read_entries(content["categories"], "category", _category)
+        _check_unique(content["categories"], "category", "name")
+        unfindable: list[int] = []
+
+        def annotation(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
+            found = _annotation(entry, number, images, categories, labelled=labelled)
+            if masks and not found.get("segmentation"):
+                raise _Fault(f"annotation {number} has no mask, which a mask detector needs")
+            if not _is_visible(found, images[found["image_id"]]):
+                unfindable.append(number)
+            return found
+
+        _read_entries(content["annotations"], "annotation", annotation)
+    except _Fault as fault:
+        raise QwtError(
+            f"The annotation file {path} is wrong: {fault}; correct it or get it again."
+        ) from None
+    if unfindable:
+        logger.warning(
+            "%s: %d boxes or masks have no pixel in their image, and AP counts them as missed; "
+            "annotations %s",
+            path, len(unfindable), few(unfindable),
+        )  # fmt: skip
+    info = content.get("info")
+    return {
+        "info": info if isinstance(info, dict) else {},
+        **{key: content[key] for key in ("images", "annotations", "categories")},
+    }
+
+
+def few(values: Sequence[Any]) -> str:
+    """The first of some values, and how many there are if that is not all."""
+    more = f", … ({len(values)} in all)" if len(values) > NAMED_IN_MESSAGES else ""
+    return ", ".join(map(str, values[:NAMED_IN_MESSAGES])) + more
+
+
+def _read_entries(
+    entries: list[Any], what: str, read: Callable[[Mapping[str, Any], int], dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """Put each entry's checked form in its place; return them by id."""
+    by_id: dict[int, dict[str, Any]] = {}
+    for position, entry in enumerate(entries):
+        number = _whole(entry.get("id")) if isinstance(entry, dict) else None
+        if number is None:
+            raise _Fault(f"{what} number {position} has no id that is a whole number")
+        if number in by_id:
+            raise _Fault(f"the {what} id {number} appears twice")
+        entries[position] = by_id[number] = {"id": number, **read(entry, number)}
+    return by_id
+
+
+def _check_unique(entries: Sequence[Mapping[str, Any]], what: str, key: str) -> None:
+    seen = set()
+    for entry in entries:
+        if entry[key] in seen:
+            raise _Fault(f"the {what} {key} {entry[key]!r} appears twice")
+        seen.add(entry[key])
+
+
+# --- Entries -----------------------------------------------------------------------------------
+
+
+def _image(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
+    name = _text(entry.get("file_name"), f"image {number}", "file_name", LONGEST_PATH)
+    name = str(PurePosixPath(name.replace("\\", "/")))
+    long = [part for part in name.split("/") if len(part.encode()) > LONGEST_NAME]
+    if long:
+        raise _Fault(
+            f"image {number} has the file_name {_quoted(name)}, of which a part is longer than "
+            f"{LONGEST_NAME} bytes"
+        )
+    width, height = _whole(entry.get("width")), _whole(entry.get("height"))
+    if width is None or height is None or width < 1 or height < 1:
+        raise _Fault(f"image {number} has no width and height in whole pixels")
+    return {"file_name": name, "width": width, "height": height}
+
+
+def _category(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
+    return {"name": _text(entry.get("name"), f"category {number}", "name", LONGEST_NAME)}
+
+
+def _annotation(
+    entry: Mapping[str, Any],
+    number: int,
+    images: Mapping[int, Mapping[str, Any]],
+    categories: Mapping[int, Any],
+    *,
+    labelled: bool,
+) -> dict[str, Any]:
+    here = f"annotation {number}"
+    image = images.get(_whole(entry.get("image_id")))
+    if image is None:
+        raise _Fault(
+            f"{here} belongs to image {_quoted(entry.get('image_id'))}, which the file does not list"
+        )
+    category = _whole(entry.get("category_id"))
+    if category not in categories:
+        raise _Fault(
+            f"{here} has category {_quoted(entry.get('category_id'))}, which the file does not list"
+        )
+    crowd = entry.get("iscrowd")
+    if crowd is not None and not (isinstance(crowd, int | float) and crowd in (0, 1)):
+        raise _Fault(f"{here} has the iscrowd {_quoted(crowd)}, which must be 0 or 1")
+    found = {"image_id": image["id"], "category_id": category, "iscrowd": int(crowd or 0)}
+    box, area = entry.get("bbox"), entry.get("area")
+    if labelled or box is not None:
+        if not _is_box(box):
+            raise _Fault(f"{here} has no bbox [x, y, width, height] of finite numbers")
+        _check_range(box[0], box[0] + box[2], box[1], box[1] + box[3], image, f"{here} has a bbox")
+        found["bbox"] = box
+    if labelled or area is not None:
+        largest = (3 * max(image["width"], image["height"])) ** 2
+        if not _is_number(area):
+            raise _Fault(f"{here} has no area in pixels")
+        if not 0 <= area <= largest:
+            raise _Fault(f"{here} has an area of {area} pixels, which its image cannot hold")
+        found["area"] = area
+    mask = _segmentation(entry.get("segmentation"), image, here)
+    if mask:
+        found["segmentation"] = mask
+    return found
+
+
+def _segmentation(value: Any, image: Mapping[str, Any], here: str) -> Any:
+    """A mask as pycocotools takes it: polygons without empty ones, or RLE; nothing for no mask."""
+    if not value and not isinstance(value, int | float):
+        return None
+    if isinstance(value, dict):
+        return _run_length_mask(value, image, here)
+    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
+        raise _Fault(f"{here} has a segmentation that is neither a list of polygons nor RLE")
+    polygons = [polygon for polygon in value if polygon]
+    for polygon in polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise _Fault(
+                f"{here} has a polygon of {len(polygon)} numbers; it must be x and y of 3 points or "
+                "more"
+            )
+        try:
+            finite = math.isfinite(sum(map(abs, polygon)))
+        except (TypeError, OverflowError):  # something else than numbers, or without any limit
+            finite = False
+        if not finite:
+            raise _Fault(f"{here} has a polygon with something that is not a finite number")
+        x, y = polygon[::2], polygon[1::2]
+        _check_range(min(x), max(x), min(y), max(y), image, f"{here} has a polygon")
+    return polygons
+
+
+def _run_length_mask(value: Mapping[str, Any], image: Mapping[str, Any], here: str) -> dict:
+    size, counts = value.get("size"), value.get("counts")
+    expected = [image["height"], image["width"]]
+    if not isinstance(size, list) or list(map(_whole, size)) != expected:
+        raise _Fault(
+            f"{here} has an RLE mask of the size {_quoted(size)}, but its image has {expected} "
+            "(height, width)"
+        )
+    if isinstance(counts, str):
+        lengths = _decompressed(counts)
+    else:
+        counts = lengths = list(map(_whole, counts)) if isinstance(counts, list) else None
+    if lengths is None or any(length is None or length < 0 for length in lengths):
+        raise _Fault(f"{here} has an RLE mask whose counts cannot be read")
+    if sum(lengths) != image["height"] * image["width"]:
+        raise _Fault(
+            f"{here} has an RLE mask whose counts add up to {sum(lengths)} pixels; its image has "
+            f"{image['height'] * image['width']}"
+        )
+    return {"size": expected, "counts": counts}
+
+
+def _decompressed(text: str) -> list[int] | None:
+    """Run lengths of a compressed RLE mask, or None if it is none.
+
+    pycocotools writes each length as digits of 5 bits, lowest first, from ``0`` on; the sixth bit says
+    that more follow. From the fourth on it is the difference to the length two before. pycocotools
+    itself reads on behind the end of a text that is cut.
+    """
+    lengths: list[int] = []
+    value = bits = 0
+    for character in text:
+        digit = ord(character) - 48
+        if not 0 <= digit < 64 or bits > 60:
+            return None
+        value |= (digit & 31) << bits
+        bits += 5
+        if not digit & 32:
+            value -= (digit & 16) << (bits - 4)  # the highest bit is the sign
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = bits = 0
+    return None if bits else lengths
+
+
+# --- Values ------------------------------------------------------------------------------------
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _text(value: Any, here: str, key: str, longest: int) -> str:
+    if not isinstance(value, str) or not value:
+        raise _Fault(f"{here} has no {key} that is a text")
+    for character in "" if value.isprintable() else value:
+        if unicodedata.category(character) in UNPRINTABLE:
+            raise _Fault(f"{here} has the {key} {_quoted(value)} with the character {character!r}")
+    if len(value.encode()) > longest:
+        raise _Fault(f"{here} has the {key} {_quoted(value)}, which is longer than {longest} bytes")
+    return value
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a value is (3 or 3.0), or None."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and abs(value) <= LARGEST_ID else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # false for NaN
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(map(_is_number, value))
+        and value[2] >= 0
+        and value[3] >= 0
+    )
+
+
+def _check_range(
+    left: float, right: float, top: float, bottom: float, image: Mapping[str, Any], what: str
+) -> None:
+    """Refuse coordinates that are further outside of the image than the image is large."""
+    width, height = image["width"], image["height"]
+    margin = max(width, height)
+    if min(left, top) < -margin or right > width + margin or bottom > height + margin:
+        raise _Fault(
+            f"{what} from ({left:g}, {top:g}) to ({right:g}, {bottom:g}), far outside of its image "
+            f"of {width}x{height} pixels"
+        )
+
+
+def _is_visible(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
+    """Whether box and mask, as far as there are any, cover some of the image."""
+    ranges = []
+    if "bbox" in annotation:
+        x, y, width, height = annotation["bbox"]
+        ranges.append((x, x + width, y, y + height))
+    mask = annotation.get("segmentation")
+    if isinstance(mask, list):
+        x = [value for polygon in mask for value in polygon[::2]]
+        y = [value for polygon in mask for value in polygon[1::2]]
+        ranges.append((min(x), max(x), min(y), max(y)))
+    return all(
+        min(right, image["width"]) > max(left, 0) and min(bottom, image["height"]) > max(top, 0)
+        for left, right, top, bottom in ranges
+    )

@@ -1,0 +1,215 @@
+"""Annotation files: what is harmless is read, what is harmful is a sentence that names the entry."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_utils
+from qwt_mmdet.annotations import read_annotations
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.evaluation.coco import coco_metrics
+from random_detections import HEIGHT, WIDTH, detection, one_object, write
+
+BOX = [20.0, 30.0, 60.0, 50.0]
+NAN, INF = float("nan"), float("inf")
+TRIANGLE = [20.0, 30.0, 80.0, 30.0, 80.0, 80.0]
+PIXELS = WIDTH * HEIGHT
+
+
+def rle(counts, size=(HEIGHT, WIDTH)) -> dict:
+    return {"segmentation": {"size": list(size), "counts": counts}}
+
+
+def read(folder, kind, change, **options):
+    content = one_object(BOX)
+    content[kind][0] |= change
+    return read_annotations(write(folder, content), **options)[kind][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "expected"),
+    [
+        ("annotations", {"iscrowd": None}, {"iscrowd": 0}),
+        ("annotations", {"iscrowd": False}, {"iscrowd": 0}),
+        ("annotations", {"iscrowd": True}, {"iscrowd": 1}),
+        ("annotations", {"iscrowd": 1.0}, {"iscrowd": 1}),
+        ("annotations", {"id": 7.0, "image_id": 1.0, "category_id": 1.0}, {"id": 7, "image_id": 1}),
+        ("annotations", {"segmentation": [TRIANGLE, []]}, {"segmentation": [TRIANGLE]}),
+        ("annotations", {"bbox": [-20, -9.5, 300, 230]}, {"bbox": [-20, -9.5, 300, 230]}),
+        ("annotations", rle([0.0, PIXELS]), rle([0, PIXELS])),
+        ("annotations", {"keypoints": NAN, "score": INF}, {"id": 1}),
+        ("images", {"id": 1.0, "width": float(WIDTH)}, {"id": 1, "width": WIDTH}),
+        ("images", {"file_name": r".\a\b.png"}, {"file_name": "a/b.png"}),
+        ("images", {"file_name": "Ä né 猫.png"}, {"file_name": "Ä né 猫.png"}),
+        ("images", {"license": [], "date_captured": NAN}, {"id": 1}),
+        ("categories", {"name": "crème brûlée", "supercategory": 3}, {"name": "crème brûlée"}),
+    ],
+)
+def test_what_is_harmless_is_read(tmp_path, kind, change, expected):
+    found = read(tmp_path, kind, change)
+    assert expected.items() <= found.items()
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("empty", [None, [], {}, [[]], [[], []]])
+def test_an_empty_mask_is_none(tmp_path, empty):
+    assert "segmentation" not in read(tmp_path, "annotations", {"segmentation": empty})
+    with pytest.raises(QwtError, match="annotation 1 has no mask, which a mask detector needs"):
+        read(tmp_path, "annotations", {"segmentation": empty}, masks=True)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iscrowd": "0"}, "has the iscrowd '0', which must be 0 or 1"),
+        ({"iscrowd": 2}, "has the iscrowd 2"),
+        ({"iscrowd": NAN}, "has the iscrowd nan"),
+        ({"iscrowd": [0]}, r"has the iscrowd \[0\]"),
+        ({"image_id": "1"}, "belongs to image '1', which the file"),
+        ({"image_id": [1]}, r"belongs to image \[1\], which the file"),
+        ({"category_id": True}, "has category True, which the file"),
+        ({"category_id": NAN}, "has category nan"),
+        ({"bbox": [1, 2, NAN, 4]}, "has no bbox .* of finite numbers"),
+        ({"bbox": [1, 2, INF, 4]}, "has no bbox .* of finite numbers"),
+        ({"bbox": [1, 2, "3", 4]}, "has no bbox"),
+        ({"bbox": [1, 2, -3, 4]}, "has no bbox"),
+        ({"bbox": {"x": 1}}, "has no bbox"),
+        ({"bbox": [1, 2, 1e30, 4]}, r"has a bbox from \(1, 2\) to \(1e\+30, 6\), far outside"),
+        ({"bbox": [10**400, 2, 1.5, 4]}, "has no bbox"),
+        ({"bbox": [-5000, 2, 10, 4]}, "far outside of its image of 260x200 pixels"),
+        ({"area": NAN}, "has no area"),
+        ({"area": "12"}, "has no area"),
+        ({"area": -1}, "has an area of -1 pixels, which its image cannot hold"),
+        ({"area": 1e30}, r"has an area of 1e\+30 pixels"),
+        ({"segmentation": "polygon"}, "neither a list of polygons nor RLE"),
+        ({"segmentation": TRIANGLE}, "neither a list of polygons nor RLE"),
+        ({"segmentation": 0}, "neither a list of polygons nor RLE"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "has a polygon of 4 numbers"),
+        ({"segmentation": [[*TRIANGLE, 5]]}, "has a polygon of 7 numbers"),
+        ({"segmentation": [[NAN, *TRIANGLE[1:]]]}, "not a finite number"),
+        ({"segmentation": [[INF, *TRIANGLE[1:-1], -INF]]}, "not a finite number"),
+        ({"segmentation": [["20", *TRIANGLE[1:]]]}, "not a finite number"),
+        ({"segmentation": [[None, *TRIANGLE[1:]]]}, "not a finite number"),
+        ({"segmentation": [[[1, 2], [3, 4], [5, 6], 7, 8, 9]]}, "not a finite number"),
+        ({"segmentation": [[10**400, *TRIANGLE[1:-1], -(10**400)]]}, "not a finite number"),
+        ({"segmentation": [TRIANGLE, [1e30, *TRIANGLE[1:]]]}, "has a polygon from .* far outside"),
+        (rle([0, PIXELS], (WIDTH, HEIGHT)), r"size \[260, 200\], but its image has \[200, 260\]"),
+        (rle([0, PIXELS], ()), r"an RLE mask of the size \[\]"),
+        ({"segmentation": {"counts": [0, PIXELS]}}, "an RLE mask of the size None"),
+        (rle([0, PIXELS - 1]), f"add up to {PIXELS - 1} pixels; its image has {PIXELS}"),
+        (rle([-1, PIXELS + 1]), "counts cannot be read"),
+        (rle([0.5, PIXELS - 0.5]), "counts cannot be read"),
+        (rle([NAN, PIXELS]), "counts cannot be read"),
+        (rle(None), "counts cannot be read"),
+        (rle("~~~"), "counts cannot be read"),
+        (rle("o" * 1000), "counts cannot be read"),
+        (rle(""), "add up to 0 pixels"),
+    ],
+)
+def test_what_is_harmful_is_a_sentence_that_names_the_annotation(
+    tmp_path, labelled, change, message
+):
+    with pytest.raises(QwtError, match=rf"annotations\.json is wrong: annotation 1 .*{message}"):
+        read(tmp_path, "annotations", change, labelled=labelled)
+
+
+@pytest.mark.parametrize("change", [{"bbox": None}, {"area": None}])
+def test_calibration_needs_no_boxes(tmp_path, change):
+    assert change.keys().isdisjoint(read(tmp_path, "annotations", change, labelled=False))
+    with pytest.raises(QwtError, match="annotation 1 has no "):
+        read(tmp_path, "annotations", change)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("annotations", {"id": "1"}, "annotation number 0 has no id that is a whole number"),
+        ("annotations", {"id": 1.5}, "annotation number 0 has no id"),
+        ("annotations", {"id": True}, "annotation number 0 has no id"),
+        ("annotations", {"id": 2**63}, "annotation number 0 has no id"),
+        ("images", {"id": NAN}, "image number 0 has no id"),
+        ("images", {"width": "260"}, "image 1 has no width and height in whole pixels"),
+        ("images", {"height": INF}, "image 1 has no width and height"),
+        ("images", {"file_name": "a\nb.png"}, r"image 1 has the file_name 'a\\nb\.png' with"),
+        ("images", {"file_name": "a\0.png"}, r"with the character '\\x00'"),
+        ("images", {"file_name": "\ud800.png"}, r"with the character '\\ud800'"),
+        ("images", {"file_name": f"{'a' * 300}.png"}, "a part is longer than 255 bytes"),
+        ("images", {"file_name": f"x/{'猫' * 100}.png"}, "a part is longer than 255 bytes"),
+        ("images", {"file_name": "a/" * 3000}, "is longer than 4000 bytes"),
+        ("categories", {"name": "cat\ndog"}, r"category 1 has the name 'cat\\ndog' with"),
+        ("categories", {"name": "cat\u2028"}, r"with the character '\\u2028'"),
+        ("categories", {"name": "\x1b[31m"}, r"with the character '\\x1b'"),
+        ("categories", {"name": "\udfff"}, r"with the character '\\udfff'"),
+        ("categories", {"name": "c" * 256}, "is longer than 255 bytes"),
+        ("categories", {"name": 5}, "category 1 has no name that is a text"),
+    ],
+)
+def test_ids_sizes_and_names_that_a_later_step_would_fail_on(tmp_path, kind, change, message):
+    with pytest.raises(QwtError, match=message) as caught:
+        read(tmp_path, kind, change)
+    str(caught.value).encode()  # a message can be printed
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [{"id": 3, "id": 4}]}', "with the id 4 that has the key 'id' twice"),
+        ("[" * 100_000, "is not valid JSON"),
+        (f'{{"images": {"9" * 5000}}}', "is not valid JSON"),
+    ],
+)
+def test_json_that_is_none_or_contradicts_itself(tmp_path, text, message):
+    path = tmp_path / "annotations.json"
+    path.write_text(text)
+    with pytest.raises(QwtError, match=message):
+        read_annotations(path)
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(one_object(BOX)), encoding="utf-8-sig")
+    assert read_annotations(path)["annotations"][0]["bbox"] == BOX
+
+
+def test_compressed_masks_of_pycocotools_are_read_and_cut_ones_are_not(tmp_path):
+    generator = np.random.default_rng(0)
+    content = one_object(BOX)
+    for number in range(2, 20):
+        mask = generator.random((HEIGHT, WIDTH)) < generator.random() ** 3
+        counts = mask_utils.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+        annotation = {**content["annotations"][0], "id": number, **rle(counts)}
+        content["annotations"].append(annotation)
+    read_annotations(write(tmp_path, content))
+    broken = copy.deepcopy(content)
+    broken["annotations"][-1] |= rle(counts[:-1])
+    with pytest.raises(QwtError, match="annotation 19 has an RLE mask whose counts"):
+        read_annotations(write(tmp_path, broken))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox": [20, 30, 0, 50]},
+        {"bbox": [300, 30, 60, 50]},
+        {"bbox": [20, -50, 60, 50]},
+        {"segmentation": [[270, 30, 280, 30, 280, 80]]},
+    ],
+)
+def test_an_object_without_a_pixel_is_told(tmp_path, caplog, change):
+    read(tmp_path, "annotations", {})
+    assert not caplog.text
+    read(tmp_path, "annotations", change)
+    assert "1 boxes or masks have no pixel in their image" in caplog.text
+    assert "annotations 1" in caplog.text
+
+
+@pytest.mark.parametrize("segmentation", [[[1e30, *TRIANGLE[1:]]], [[]], rle([0, 9], (3, 3))])
+def test_a_mask_that_is_wrong_never_changes_an_ap_without_a_word(tmp_path, segmentation):
+    content = one_object(BOX)
+    content["annotations"].append({**content["annotations"][0], "id": 2})
+    content["annotations"][1]["segmentation"] = segmentation
+    with pytest.raises(QwtError, match="annotation 2 has"):
+        coco_metrics(write(tmp_path, content), [detection(BOX, 0.9)], masks=True)
