@@ -5,7 +5,7 @@ import dataclasses
 import fnmatch
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ from ..progress import progress
 from ..settings import Override, QuantizationSettings
 from .attention import ATTENTION, QuantizedAttention, split_projections
 from .folding import apply_fold, factors, find_folds
-from .layers import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from .layers import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, Watch
 from .moments import InputMoments, SignalNoise
 from .ranges import RangeObserver
+from .subclasses import quantized_form, reason_against
 
 logger = logging.getLogger(__name__)
 
-# Exact classes only: a subclass with a forward of its own would lose it.
+# Exact classes only; subclasses with a forward of their own keep it (see subclasses.py).
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv2d: QuantizedConv2d,
@@ -35,6 +36,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     wrappers.Conv2d: QuantizedConv2d,
 }
 
+UNSUPPORTED = "layer type that cannot be quantized"
 
 UNITS = (QuantizedLinear, QuantizedConv2d, QuantizedAttention)
 """What is quantized: layers, and the matrix products of attention."""
@@ -75,6 +77,13 @@ def _is_opaque(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and type(module) not in ATTENTION
 
 
+def _reason_against(layer: nn.Linear | nn.Conv2d) -> str | None:
+    """Why a layer stays in full precision, or None where it has a quantized form."""
+    if "weight" not in layer._parameters:  # torch.nn.utils.weight_norm and its kin
+        return "its weight is computed from other tensors"
+    return None if type(layer) in LAYERS else reason_against(layer)
+
+
 def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Module:
     """Exchange the layers in scope for quantized ones, in place; they need :func:`calibrate` next.
 
@@ -105,10 +114,16 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             opaque.append(name)
             reason = "attention class without a registered quantized form"
             not_quantized.append(NotQuantized(name, kind, reason))
-        elif type(module) in LAYERS or type(module) in ATTENTION:
+        elif type(module) in ATTENTION:
             candidates.append((name, module))
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            reason = _reason_against(module)
+            if reason is None:
+                candidates.append((name, module))
+            else:
+                not_quantized.append(NotQuantized(name, kind, f"{UNSUPPORTED}: {reason}"))
         elif any(True for p in module.parameters(recurse=False) if p.dim() > 1):
-            not_quantized.append(NotQuantized(name, kind, "layer type that cannot be quantized"))
+            not_quantized.append(NotQuantized(name, kind, UNSUPPORTED))
     if not candidates:
         raise QwtError(
             f"The scope {settings.scope!r} of this model holds no Linear or Conv2d layer; "
@@ -133,8 +148,8 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         if override is not None:
             weight_bits = override.weight_bits or weight_bits
             activation_bits = override.activation_bits or activation_bits
-        if type(module) in LAYERS:
-            module.__class__ = LAYERS[type(module)]
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.__class__ = LAYERS.get(type(module)) or quantized_form(type(module))
             module._attach(name, weight_bits, activation_bits)
         else:
             module.__class__ = ATTENTION[type(module)]
@@ -181,28 +196,23 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_precision(
-    model: nn.Module, watch: dict[nn.Module, Callable[[nn.Module, Tensor, Tensor], None]]
-) -> Iterator[None]:
+def full_precision(model: nn.Module, watch: dict[nn.Module, Watch]) -> Iterator[None]:
     """Let a model whose weights are not rounded yet compute in full precision.
 
     Args:
-        watch: what is called with a module, its input and its output whenever the module has run.
+        watch: what is called with a layer or activation quantizer, its input and its output whenever it
+            has run.
     """
     switched = [*quantized_layers(model).values(), *activation_quantizers(model).values()]
-    handles = [
-        module.register_forward_hook(lambda m, inputs, output, call=call: call(m, *inputs, output))
-        for module, call in watch.items()
-    ]
     for module in switched:
         module.enabled = False
+        module.watch = watch.get(module)
     try:
         yield
     finally:
         for module in switched:
             module.enabled = True
-        for handle in handles:
-            handle.remove()
+            module.watch = None
 
 
 def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:

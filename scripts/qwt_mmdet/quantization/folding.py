@@ -104,9 +104,9 @@ def _has_factors(norm: nn.Module) -> bool:
 
 
 def _takes_factors(layer: nn.Module) -> bool:
-    if isinstance(layer, QuantizedConv2d):
+    if type(layer) is QuantizedConv2d:  # a subclass may pad the input by itself
         return layer.groups == 1 and not any(layer._reversed_padding_repeated_twice)
-    return isinstance(layer, QuantizedLinear)
+    return type(layer) is QuantizedLinear
 
 
 def factors(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

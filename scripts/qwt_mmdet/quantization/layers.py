@@ -5,6 +5,8 @@ subclass that quantizes its input and holds quantized weights. All that calibrat
 in buffers, so state_dict is the file format.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from .primitives import (
 )
 from .ranges import RangeObserver, weight_range
 from .rounding import gptq_codes
+
+Watch = Callable[[nn.Module, Tensor, Tensor], None]
+"""Called with a layer or quantizer, its input and its output whenever it has run with ``enabled`` off."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -50,6 +55,7 @@ class ActivationQuantizer(nn.Module):
         self.logarithmic = logarithmic
         self.enabled = True
         self.observer: RangeObserver | None = None
+        self.watch: Watch | None = None
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
 
@@ -85,6 +91,8 @@ class ActivationQuantizer(nn.Module):
             self.observer.update(x)
             return x
         if not self.enabled:
+            if self.watch is not None:
+                self.watch(self, x, x)
             return x
         if self.scale is None:
             raise RuntimeError(
@@ -136,6 +144,7 @@ class _QuantizedWeight:
     def _attach(self, name: str, weight_bits: int, activation_bits: int) -> None:
         self.weight_bits = weight_bits
         self.enabled = True
+        self.watch: Watch | None = None
         self.migrates = False
         self.had_bias = self.bias is not None
         axis = self._input_channel_axis()
@@ -153,7 +162,10 @@ class _QuantizedWeight:
     def forward(self, x: Tensor) -> Tensor:
         """Linear: […, in] -> […, out]. Conv2d: [batch, in, h, w] -> [batch, out, h', w']."""
         if not self.enabled:
-            return self._compute(x, self.weight, self.bias)
+            output = self._compute(x, self.weight, self.bias)
+            if self.watch is not None:
+                self.watch(self, x, output)
+            return output
         return self._compute(self.input_quantizer(x), self.weight, self.effective_bias())
 
     @torch.no_grad()
@@ -365,7 +377,7 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
         return self.groups
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+        return nn.Conv2d._conv_forward(self, x, weight, bias)  # a subclass may have its own
 
     def measure(self, x: Tensor, output: Tensor, moments: InputMoments, *, second: bool) -> None:
         """Add one call's input to ``moments``; ``second``: also to the second moments."""
