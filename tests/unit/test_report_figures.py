@@ -4,6 +4,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from qwt_mmdet.errors import QwtError
 from qwt_mmdet.reporting.figures import (
     BASELINE,
     QUANTIZED,
@@ -101,6 +102,46 @@ def test_without_intervals_and_without_compensation_there_is_a_figure_too():
     plain = [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)]
     for draw in (ap_by_bits, ap_by_size):
         assert ElementTree.fromstring(draw(plain, "box", "a")) is not None
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("draw", [ap_by_bits, ap_by_size])
+def test_numbers_that_no_axis_holds_are_left_out(draw):
+    spoiled = [
+        POINTS[0]._replace(low=NAN, high=INF),
+        POINTS[1]._replace(value=NAN),
+        POINTS[2]._replace(megabytes=INF),
+        POINTS[3]._replace(low=0.1, high=0.1, value=0.0),
+    ]
+    shown = texts(draw(spoiled, "box", "a"))
+    assert {"baseline", "quantized"} <= set(shown)
+    assert "qwt" not in shown
+    for nothing in ([], [POINTS[1]._replace(value=NAN)]):
+        with pytest.raises(QwtError, match="No variant has an AP and a size to draw"):
+            draw(nothing, "box", "a")
+
+
+@pytest.mark.parametrize("draw", [ap_by_bits, ap_by_size])
+def test_variants_that_do_not_differ_can_be_drawn(draw):
+    same = [p._replace(value=0.0, low=0.0, high=0.0, megabytes=0.0) for p in POINTS]
+    assert "quantized" in texts(draw(same, "box", "a"))
+    assert "quantized" in texts(draw([POINTS[1]._replace(quantization="$w_4")], "box", "a"))
+
+
+def test_blocks_whose_error_no_logarithm_has_are_left_out():
+    spoiled = [
+        {"name": str(error), "kept": True, "fit_error_before": 1.0, "fit_error_after": error}
+        for error in (0.0, -1.0, NAN, INF, None)
+    ]
+    good = {"name": "good", "kept": True, "fit_error_before": 1.0, "fit_error_after": 1.0}
+    shown = texts(block_errors([*spoiled, good], "fit", "a"))
+    assert "good" in shown
+    assert not {"0.0", "nan", "inf", "None"} & set(shown)
+    for nothing in ([], spoiled):
+        with pytest.raises(QwtError, match="No block has an error above 0"):
+            block_errors(nothing, "fit", "a")
 
 
 def test_nothing_beats_the_front_in_both_size_and_ap():

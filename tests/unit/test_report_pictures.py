@@ -2,21 +2,24 @@
 
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.coco import load_ground_truth
 from qwt_mmdet.reporting.pictures import (
     COLOURS,
     SIDE,
     Verdict,
     choose_images,
+    choose_pictures,
     draw_records,
     judge,
-    make_pictures,
+    visible_box,
 )
-from random_detections import detection, one_object, write
+from random_detections import compressed, detection, hexagon, one_object, write
 
 BOX = [60.0, 50.0, 100.0, 80.0]
 TITLES = {"baseline": "baseline", "quantized": "w4", "compensated": "w4 + qwt"}
@@ -139,15 +142,15 @@ def scene(tmp_path):
 def test_pictures_are_small_and_say_what_was_found(scene):
     right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
     variants = {"baseline": right, "quantized": right[:4], "compensated": right}
-    pictures = make_pictures(scene, variants, TITLES, masks=False, seed=0, most=8)
-    rules = [picture["rule"] for picture in pictures]
+    pictures = choose_pictures(scene, variants, TITLES, masks=False, seed=0, most=8)
+    rules = [picture.rule for picture in pictures]
     assert rules == ["largest loss"] * 3 + ["largest recovery"] * 2 + ["drawn at random"] * 2
-    for panel in (panel for picture in pictures for panel in picture["panels"]):
+    for panel in (panel for picture in pictures for panel in picture.panels()):
         data = base64.b64decode(panel["data"].removeprefix("data:image/webp;base64,"))
         assert len(data) < 150_000  # noise is the worst case
         assert Image.open(io.BytesIO(data)).size == (panel["width"], panel["height"])
         assert max(panel["width"], panel["height"]) == SIDE
-    lost = pictures[0]["panels"]
+    lost = pictures[0].panels()
     assert [panel["title"] for panel in lost] == ["ground truth", "baseline", "w4", "w4 + qwt"]
     assert [panel["found"] for panel in lost[:3]] == [
         "1 object", "1 of 1 found, 0 false", "0 of 1 found, 0 false",
@@ -157,13 +160,88 @@ def test_pictures_are_small_and_say_what_was_found(scene):
 def test_fewer_pictures_keep_one_of_each_rule(scene):
     right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
     variants = {"baseline": right[:8], "quantized": right[4:], "compensated": right}
-    pictures = make_pictures(scene, variants, TITLES, masks=False, seed=0, most=3)
-    assert len({picture["rule"] for picture in pictures}) == 3
+    pictures = choose_pictures(scene, variants, TITLES, masks=False, seed=0, most=3)
+    assert len({picture.rule for picture in pictures}) == 3
 
 
-def test_images_that_are_gone_are_told_in_the_log(scene, tmp_path, caplog):
-    for path in tmp_path.glob("*.png"):
-        path.unlink()
-    variants = {"baseline": [detection(BOX, 0.9)], "quantized": [detection(BOX, 0.1)]}
-    assert make_pictures(scene, variants, TITLES, masks=False, seed=0, most=8) == []
-    assert "cannot be read" in caplog.text
+@pytest.fixture
+def variants():
+    return {"baseline": [detection(BOX, 0.9)], "quantized": [detection(BOX, 0.1)]}
+
+
+def test_an_image_that_is_gone_costs_no_other_picture(scene, tmp_path, variants):
+    (tmp_path / "1.png").unlink()
+    Image.new("RGB", (30, 40)).save(tmp_path / "2.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    found = [detection(BOX, 0.9, image_id=number) for number in (1, 2, 3)]
+    variants = {"baseline": found, "quantized": [detection(BOX, 0.9, image_id=4)]}
+    pictures = choose_pictures(scene, variants, TITLES, masks=False, seed=0, most=8)
+    lost = sorted(picture for picture in pictures if picture.rule == "largest loss")
+    whole = [picture for picture in pictures if picture.rule != "largest loss"]
+    messages = ("cannot be read", "(30, 40) pixels, but (260, 200)", "cannot be read")
+    for picture, message in zip(lost, messages, strict=True):
+        with pytest.raises(QwtError, match=re.escape(message)):
+            picture.panels()
+    assert all(len(picture.panels()) == 3 for picture in whole)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    "box",
+    [
+        [60, 50, 0, 0],  # a point
+        [60, 50, 1e-9, 80],  # a line
+        [60, 50, 2, 2],  # under 3 pixels
+        [60, 50, -20, -10],  # turned inside out
+        [-500, -500, 20, 20],  # beside the image
+        [0, 0, 1e30, 1e30],  # far beyond it
+        [float("nan"), 0, 10, 10],
+        [0, 0, float("inf"), 10],
+    ],
+)
+def test_any_box_leaves_a_picture(tmp_path, box, masks):
+    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=masks)
+    record = {**detection(BOX, 0.5), "bbox": box}
+    grey = Image.new("RGB", (260, 200), "#808080")
+    for what in COLOURS:
+        picture = np.asarray(draw_records(grey, {what: [record]}, truth, masks=masks))
+        assert (picture != 128).any() == np.isfinite(box).all()
+
+
+def test_a_tiny_box_is_large_enough_to_be_seen():
+    assert visible_box([100, 100, 101, 100], (480, 300)).tolist() == [97, 96.5, 104, 103.5]
+    assert visible_box([-50, 400, -40, 420], (480, 300)).tolist() == [0, 292, 7, 299]
+    assert visible_box([10, 10, 60, 90], (480, 300)).tolist() == [10, 10, 60, 90]
+
+
+def test_images_of_any_shape_can_be_drawn_on(tmp_path):
+    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=False)
+    for size in ((1, 1), (1, 4000), (4000, 1)):
+        picture = draw_records(
+            Image.new("RGB", size), {"object": [detection(BOX, 0.5)]}, truth, masks=False
+        )
+        assert max(picture.size) == SIDE
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "tab\t\r\x00", "\ud800", "", "long " * 100])
+def test_any_class_name_can_be_written_beside_a_box(tmp_path, name):
+    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=False)
+    truth.cats[1]["name"] = name
+    draw_records(Image.new("RGB", (260, 200)), {"hit": [detection(BOX, 0.5)]}, truth, masks=False)
+
+
+def test_a_mask_of_another_size_is_not_stretched(tmp_path):
+    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=True)
+    record = detection(BOX, 0.5, segmentation=compressed(hexagon(1, 1, 9, 9), 20, 30))
+    with pytest.raises(QwtError, match=r"A mask has \(30, 20\) pixels, but its image \(260, 200\)"):
+        draw_records(Image.new("RGB", (260, 200)), {"hit": [record]}, truth, masks=True)
+
+
+def test_detections_that_are_not_finite_are_left_out(scene):
+    nowhere = {**detection(BOX, 0.9), "bbox": [float("nan")] * 4}
+    bad = [detection(BOX, 0.9), nowhere, detection(BOX, float("inf"))]
+    pictures = choose_pictures(
+        scene, {"quantized": bad}, {"quantized": "w2"}, masks=False, seed=0, most=9
+    )
+    texts = {panel["found"] for picture in pictures for panel in picture.panels()}
+    assert not any("1 false" in text for text in texts)

@@ -554,12 +554,69 @@ def test_pictures_show_truth_and_variants_side_by_side(case):
     assert "Drawn at random" in page.text
 
 
-def test_a_report_without_image_files_has_no_pictures(results, caplog):
-    summarize(results, resamples=20)
-    for path in Path().glob("*.png"):
-        path.unlink()
-    assert "Pictures" not in render(results).text
-    assert "cannot be read" in caplog.text
+def edit_summary(**changes) -> None:
+    path = Path("summary.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+BLOCKS_CSV = Path("results/m/w4/qwt/blocks.csv")
+RANKING = {
+    "model": "m", "quantization": "w4", "compensation": "qwt", "metrics": "bbox",
+    "lost_most": [], "regained_most": [],
+}  # fmt: skip
+SPOILED = [
+    {
+        "cannot show the picture of 1.png. 1.png cannot be read": lambda: [
+            path.write_bytes(b"no picture") for path in Path().glob("*.png")
+        ],
+        "cannot show the blocks of w4 + qwt. results/m/w4/qwt/blocks.csv has no blocks": (
+            lambda: BLOCKS_CSV.write_text("")
+        ),
+        "cannot show the provenance of m. The file": (
+            lambda: Path("results/m/w4/qwt/metrics.json").write_text("{")
+        ),
+        "cannot show the classes of m. Unexpected KeyError": lambda: edit_summary(classes=[]),
+        "W4 A8": lambda: Path("benchmarks/quantize_model/m/w4.tsv").write_bytes(b"s\n\xff\n"),
+    },
+    {
+        "cannot show the pictures of m. The file of predictions": (
+            lambda: Path("results/m/w4/qwt/predictions.json").unlink()
+        ),
+        "cannot show the blocks of w4 + qwt. Unexpected": (
+            lambda: BLOCKS_CSV.write_text("name,kept\nbackbone.stage1,True\n")
+        ),
+        "cannot show its section layers. Unexpected KeyError": (
+            lambda: edit_summary(quantizations=[{"model": "m", "quantization": "w4"}])
+        ),
+        "No class has objects in the evaluation images.": (
+            lambda: edit_summary(classes=[], rankings=[RANKING])
+        ),
+    },
+    {
+        "Not drawn, since the error is 0 or not known: backbone.stage2.": (
+            lambda: BLOCKS_CSV.write_text(BLOCKS.replace("0.5,0.25,0.5,,,", "0,0,0,,,"))
+        ),
+    },
+]  # fmt: skip
+"""What the report says of each spoiled file; some at a time, to save time."""
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_what_cannot_be_shown_costs_no_more_than_itself(boxes, tmp_path, monkeypatch, spoiled):
+    shutil.copytree(boxes.folder, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setattr(html, "PICTURED_IMAGES", IMAGES if "1.png" in str(spoiled) else 1)
+    for spoil in spoiled.values():
+        spoil()
+    page = render(boxes.rows)
+    assert page.open == []
+    for sentence in spoiled:
+        assert sentence in page.text
+    lost = sum("cannot show" in sentence for sentence in spoiled)
+    assert page.text.count("cannot show") == lost or "1.png" in str(spoiled)
+    headings = [h[: len(s)] for h in re.findall(r"<h[12]>(.*?)</h", page.source) for s in SECTIONS]
+    assert set(SECTIONS) - set(headings) <= {"Error of each layer"}
+    assert page.tags.count("svg") == 2 + ("the blocks of" not in str(spoiled))
 
 
 BROWSER = next(

@@ -6,6 +6,7 @@ marker of its own as well.
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
+
+from ..errors import QwtError
 
 WIDTH = 5.6  # inches of 72 units; text of 11 units is readable on a phone that is 390 pixels wide
 
@@ -41,6 +44,7 @@ STYLE: dict[str, Any] = {
     "axes.grid": True,
     "grid.color": LINE,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold a dollar sign
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     ),
@@ -96,12 +100,36 @@ def _error(point: Point) -> list[list[float]] | None:
     return [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
 
 
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _drawable(points: Sequence[Point]) -> list[Point]:
+    """Points with numbers that axes can hold, without ends of intervals that they cannot.
+
+    Raises:
+        QwtError: there are none.
+    """
+    drawable = [
+        point if _finite(point.low) and _finite(point.high) else point._replace(low=None, high=None)
+        for point in points
+        if _finite(point.value) and _finite(point.megabytes)
+    ]
+    if not drawable:
+        raise QwtError("No variant has an AP and a size to draw.")
+    return drawable
+
+
 def ap_by_bits(points: Sequence[Point], kind: str, name: str) -> Markup:
     """AP of each quantization and its compensations, most bits on top, beside the baseline's.
 
     Args:
         kind: ``box`` or ``mask``. name: of the figure, for the ids of its parts.
+
+    Raises:
+        QwtError: there is no point that can be drawn.
     """
+    points = _drawable(points)
     series = list(dict.fromkeys(point.series for point in points))
     styles = series_styles(series)
     shown = [entry for entry in series if entry != BASELINE]
@@ -170,7 +198,12 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
-    """AP against the size of weights and compensation, with the Pareto front."""
+    """AP against the size of weights and compensation, with the Pareto front.
+
+    Raises:
+        QwtError: there is no point that can be drawn.
+    """
+    points = _drawable(points)
     styles = series_styles(list(dict.fromkeys(point.series for point in points)))
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(4.2)
@@ -197,12 +230,25 @@ def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
         return _svg(figure, name)
 
 
+def has_errors(block: Mapping[str, Any], part: str) -> bool:
+    """Whether a logarithmic axis can show the errors of a block, a row of blocks.csv."""
+    errors = [block[f"{part}_error_{when}"] for when in ("before", "after")]
+    return all(_finite(error) and error > 0 for error in errors)
+
+
 def block_errors(blocks: Sequence[Mapping[str, Any]], part: str, name: str) -> Markup:
     """Error of each block before and after its compensation, on a logarithmic axis.
 
     Args:
-        blocks: rows of blocks.csv. part: ``holdout`` or ``fit``, the images that are measured on.
+        blocks: rows of blocks.csv; those without :func:`has_errors` are left out.
+        part: ``holdout`` or ``fit``, the images that are measured on.
+
+    Raises:
+        QwtError: no block is left.
     """
+    blocks = [block for block in blocks if has_errors(block, part)]
+    if not blocks:
+        raise QwtError("No block has an error above 0 to draw.")
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(1.5 + 0.24 * len(blocks))
         for position, block in enumerate(blocks):

@@ -1,18 +1,24 @@
 """The report of a run: one HTML file without external parts."""
 
 import csv
+import logging
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from ..errors import QwtError
 from ..evaluation.coco import AP_METRICS, has_masks
 from ..files import read_json, write_atomically
+from ..runtime import explain
 from . import figures, text
-from .pictures import RULES, SCORE, make_pictures
+from .pictures import RULES, SCORE, Picture, choose_pictures
+
+logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -22,6 +28,21 @@ PICTURED_IMAGES = 24  # in the whole report, so that it stays below 5 MB
 WORST_LAYERS = 10
 
 Row = Mapping[str, Any]
+
+
+def part(what: str, caller: Callable[[], Markup]) -> Markup:
+    """Show a part of the report, or a sentence in its place where that fails.
+
+    All that can fail stands in the templates within ``{% call part("what it is") %}``, so that no
+    picture, figure or table costs more than itself. Parts may hold parts.
+    """
+    try:
+        return caller()
+    except Exception as error:
+        sentence = f"The report cannot show {what}. {explain(error)}"
+        logger.warning("%s", sentence)
+        logging.getLogger("traceback").info("", exc_info=error)
+        return Markup('<p class="missing">{}</p>').format(sentence)
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
@@ -108,9 +129,10 @@ def seconds(rule: str, *wildcards: str) -> float | None:
     path = Path("benchmarks", rule, *wildcards[:-1], f"{wildcards[-1]}.tsv")
     if not path.is_file():
         return None
-    with open(path, newline="", encoding="utf-8") as stream:
+    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    return float(rows[-1]["s"]) if rows else None
+    measured = text.parse(rows[-1].get("s") or "") if rows else None
+    return measured if isinstance(measured, float) else None
 
 
 def _estimate(row: Row, column: str) -> dict[str, Any]:
@@ -183,9 +205,9 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def _tradeoff_figures(lines: Sequence[Mapping[str, Any]], kind: str, name: str) -> list[Any]:
-    """AP against bits and against size."""
-    points = [
+def _points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
+    """What the figures show of the variants that were evaluated."""
+    return [
         figures.Point(
             quantization=line.get("quantization", ""),
             bits=line.get("bits", (32, 32)),
@@ -196,47 +218,34 @@ def _tradeoff_figures(lines: Sequence[Mapping[str, Any]], kind: str, name: str) 
             megabytes=line["bytes"] / 1e6,
         )
         for line in lines
-        if line["ap"]["value"] is not None
-    ]
-    return [
-        {"svg": draw(points, kind, f"{name}-{part}"), "label": f"{kind} AP against {part}"}
-        for part, draw in (("bits", figures.ap_by_bits), ("size", figures.ap_by_size))
+        if line["ap"]["value"] is not None and line["bytes"] is not None
     ]
 
 
-def _results(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
-    """Table and figures of each kind of AP that the model has."""
-    results = []
-    for metrics, kind in text.KINDS.items():
-        chosen = _select(rows, metrics=metrics)
-        if not chosen:
-            continue
-        lines = variant_lines(chosen)
-        results.append(
-            {
-                "kind": kind,
-                "rows": chosen,
-                "lines": lines,
-                "figures": _tradeoff_figures(lines, kind, f"{name}-{metrics}"),
-            }
-        )
-    return results
+def block_section(combination: Row, name: str) -> dict[str, Any]:
+    """Errors of the blocks of one compensation, on held-out images where there are some.
 
+    Args:
+        name: of the figure.
 
-def _block_section(combination: Row, row: Row, name: str) -> dict[str, Any]:
-    """Errors of the blocks of one compensation, on held-out images where there are some."""
-    blocks = text.read_table(Path(combination["compensated"]) / "blocks.csv")
+    Raises:
+        QwtError: blocks.csv has no blocks.
+    """
+    path = Path(combination["compensated"]) / "blocks.csv"
+    blocks = text.read_table(path)
+    if not blocks:
+        raise QwtError(f"{path} has no blocks; delete it and let the workflow make it again.")
     held_out = all(block["holdout_error_after"] is not None for block in blocks)
-    part = "holdout" if held_out else "fit"
-    drawable = all(
-        (block[f"{part}_error_{when}"] or 0) > 0 for block in blocks for when in ("before", "after")
-    )
+    images = "holdout" if held_out else "fit"
+    undrawn = [b["name"] for b in blocks if not figures.has_errors(b, images)]
     return {
-        "title": f"{row['quantization']} + {row['compensation']}",
+        "title": f"{combination['quantization']} + {combination['compensation']}",
         "blocks": blocks,
         "kept": sum(bool(block["kept"]) for block in blocks),
         "images": "held-out images" if held_out else "the images of the fit",
-        "svg": figures.block_errors(blocks, part, name) if blocks and drawable else None,
+        "draw": lambda: figures.block_errors(blocks, images, name),
+        "drawn": len(undrawn) < len(blocks),
+        "undrawn": undrawn,
     }
 
 
@@ -285,7 +294,7 @@ def _titles(combination: Row) -> dict[str, str]:
     return {variant: title for variant, title in titles.items() if combination[variant] is not None}
 
 
-def _pictures(combination: Row, seed: int, most: int) -> list[dict[str, Any]]:
+def _pictures(combination: Row, seed: int, most: int) -> list[Picture]:
     titles = _titles(combination)
     found = {
         variant: read_json(
@@ -294,7 +303,7 @@ def _pictures(combination: Row, seed: int, most: int) -> list[dict[str, Any]]:
         for variant in titles
     }
     masks = any(map(has_masks, found.values()))
-    return make_pictures(
+    return choose_pictures(
         combination["annotations"], found, titles, masks=masks, seed=seed, most=most
     )
 
@@ -391,42 +400,80 @@ def hardware() -> str:
     )
 
 
-def _model_section(
-    index: int,
-    combinations: Sequence[Row],
-    summary: Mapping[str, Any],
-    most_images: int,
-) -> dict[str, Any]:
-    """What the templates show of one model; empty lists for what there is nothing of."""
-    model = combinations[0]["model"]
-    rows = _select(summary["rows"], model=model)
-    first = featured(rows)
+class Model:
+    """What the templates show of one model. A part is made when it is asked for: it may fail."""
 
-    def is_featured(row: Row) -> bool:
-        return all(row[key] == first[key] for key in ("quantization", "compensation"))
+    def __init__(
+        self, index: int, combinations: Sequence[Row], summary: Mapping[str, Any], most_images: int
+    ) -> None:
+        self.name: str = combinations[0]["model"]
+        self._id = f"m{index}"  # keeps the ids of its figures apart
+        self._summary = summary
+        self._most_images = most_images
+        self._first = featured(_select(summary["rows"], model=self.name))
+        self._rows = sorted(
+            _select(summary["rows"], model=self.name), key=lambda row: not self._is_featured(row)
+        )
+        self._combinations = sorted(combinations, key=lambda row: not self._is_featured(row))
+        self.compensated = [row for row in self._combinations if row["compensated"] is not None]
 
-    ordered = sorted(combinations, key=lambda row: not is_featured(row))
-    return {
-        "name": model,
-        "answers": answers(rows),
-        "results": _results(rows, f"m{index}"),
-        "blocks": [
-            _block_section(row, row, f"m{index}-blocks{number}")
-            for number, row in enumerate(ordered)
-            if row["compensated"] is not None
-        ],
-        "layers": [
-            section
-            for quantization in sorted(
-                _select(summary["quantizations"], model=model),
-                key=lambda entry: entry["quantization"] != first["quantization"],
-            )
-            if (section := _layer_section(quantization))["layers"] or section["not_quantized"]
-        ],
-        "pictures": _pictures(ordered[0], summary["seed"], most_images),
-        "classes": _class_sections(sorted(rows, key=lambda row: not is_featured(row)), summary),
-        "provenance": _provenance(combinations),
-    }
+    def _is_featured(self, row: Row) -> bool:
+        return all(row[key] == self._first[key] for key in ("quantization", "compensation"))
+
+    def answers(self) -> list[str]:
+        return answers(_select(self._summary["rows"], model=self.name))
+
+    def results(self) -> list[dict[str, Any]]:
+        """Rows and lines of each kind of AP that the model has."""
+        rows = _select(self._summary["rows"], model=self.name)
+        return [
+            {"kind": kind, "rows": chosen, "lines": variant_lines(chosen)}
+            for metrics, kind in text.KINDS.items()
+            if (chosen := _select(rows, metrics=metrics))
+        ]
+
+    def tradeoffs(self) -> list[dict[str, Any]]:
+        """Figures of AP against bits and against size: their label, and what draws them."""
+        return [
+            {
+                "label": f"{result['kind']} AP against {cost}",
+                "draw": lambda draw=draw, result=result, cost=cost: draw(
+                    _points(result["lines"]), result["kind"], f"{self._id}-{result['kind']}-{cost}"
+                ),
+            }
+            for result in self.results()
+            for cost, draw in (("bits", figures.ap_by_bits), ("size", figures.ap_by_size))
+        ]
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """Compensations: their title, and what reads the errors of their blocks."""
+        return [
+            {
+                "title": f"{row['quantization']} + {row['compensation']}",
+                "section": lambda row=row, number=number: block_section(
+                    row, f"{self._id}-blocks{number}"
+                ),
+            }
+            for number, row in enumerate(self.compensated)
+        ]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Quantizations of which a layer was measured or left out."""
+        quantizations = sorted(
+            _select(self._summary["quantizations"], model=self.name),
+            key=lambda entry: entry["quantization"] != self._first["quantization"],
+        )
+        sections = map(_layer_section, quantizations)
+        return [section for section in sections if section["layers"] or section["not_quantized"]]
+
+    def pictures(self) -> list[Picture]:
+        return _pictures(self._combinations[0], self._summary["seed"], self._most_images)
+
+    def classes(self) -> list[dict[str, Any]]:
+        return _class_sections(self._rows, self._summary)
+
+    def provenance(self) -> dict[str, Any]:
+        return _provenance(self._combinations)
 
 
 def render(
@@ -442,7 +489,8 @@ def render(
         output: the HTML file.
 
     Raises:
-        QwtError: a result file is missing or unreadable.
+        QwtError: the summary is missing or unreadable. Of all else a sentence tells, in its place, why
+            it is not shown.
     """
     summary = read_json(document, what="summary")
     environment = jinja2.Environment(
@@ -457,12 +505,13 @@ def render(
         text.duration, text.significant_digits,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
-    environment.globals |= {form.__name__: form for form in forms} | {"interval": text.interval}
+    functions = (*forms, text.interval, part, hardware)
+    environment.globals |= {function.__name__: function for function in functions}
     models = _unique(row["model"] for row in rows)
     most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)
     page = environment.get_template("report.html.j2").render(
         models=[
-            _model_section(index, _select(rows, model=model), summary, most_images)
+            Model(index, _select(rows, model=model), summary, most_images)
             for index, model in enumerate(models)
         ],
         metrics=AP_METRICS,
@@ -471,9 +520,8 @@ def render(
         seed=summary["seed"],
         score=SCORE,
         worst_layers=WORST_LAYERS,
-        hardware=hardware(),
         # the workflow leaves it there for its jobs
         command=os.environ.get("QWT_MMDET_COMMAND"),
     )
     with write_atomically(output) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="replace")

@@ -7,15 +7,16 @@ class with an IoU of at least 0.5. COCO's own matching decides, and crowd region
 
 import base64
 import io
-import logging
+import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 
@@ -23,10 +24,9 @@ from ..errors import QwtError
 from ..evaluation.coco import iou_types, load_ground_truth, match_detections
 from ..images import read_image
 
-logger = logging.getLogger(__name__)
-
 SCORE = 0.3
 SIDE = 480  # pixels of the longer side of a picture
+LEAST = 7  # pixels of the shorter side of a drawn box, so that a tiny one can be seen
 QUALITY = 60  # of WebP: about 20 kB a picture
 RULES = {"largest loss": 3, "largest recovery": 3, "drawn at random": 2}
 
@@ -34,6 +34,14 @@ FONT = ImageFont.load_default(size=18)
 
 # Okabe and Ito's colours; missed objects are dashed besides.
 COLOURS = {"object": "#009E73", "hit": "#56B4E9", "false": "#D55E00", "missed": "#F0E442"}
+
+
+class Picture(NamedTuple):
+    """An image of the report; ``panels`` draws it, which fails where its file is gone."""
+
+    name: str
+    rule: str
+    panels: Callable[[], list[dict[str, Any]]]
 
 
 @dataclass
@@ -125,11 +133,31 @@ def _draw_label(
     draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: str
 ) -> None:
     """Write a name above a corner (x, y) of a box, or below where the picture ends."""
+    text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
     width, height = draw.textlength(text, FONT) + 6, sum(FONT.getmetrics())
-    x = max(min(corner[0], SIDE - width), 0)
+    x = max(min(corner[0], draw.im.size[0] - width), 0)
     y = corner[1] - height if corner[1] >= height else corner[1]
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     draw.text((x + 3, y), text, fill="black", font=FONT)
+
+
+def _finite(record: Mapping[str, Any]) -> bool:
+    return all(map(math.isfinite, (*record["bbox"], record.get("score", 0))))
+
+
+def visible_box(box: Sequence[float], size: tuple[int, int]) -> NDArray[np.float64]:
+    """What is drawn of a box: the part in the picture, at least ``LEAST`` pixels long and wide.
+
+    A box beside the picture becomes a mark at its edge.
+
+    Args:
+        box: left, top, right and bottom in pixels. size: width and height of the picture.
+    """
+    limit = np.asarray(size, dtype=float) - 1
+    corners = np.clip(np.reshape(box, (2, 2)), 0, limit)
+    half = np.maximum(abs(corners[1] - corners[0]), LEAST) / 2
+    middle = np.clip(corners.mean(axis=0), LEAST / 2, np.maximum(limit - LEAST / 2, LEAST / 2))
+    return np.concatenate([middle - half, middle + half])
 
 
 def draw_records(
@@ -139,24 +167,32 @@ def draw_records(
 
     Args:
         image: in its original size, RGB.
-        records: by what they are, a key of ``COLOURS``.
+        records: by what they are, a key of ``COLOURS``; those that are not finite are left out.
         truth: knows the names of categories, and how to decode masks.
 
     Returns:
         a picture whose longer side has ``SIDE`` pixels.
+
+    Raises:
+        QwtError: a mask has another size than the image.
     """
     scale = SIDE / max(image.size)
     size = tuple(max(round(length * scale), 1) for length in image.size)
+    records = {what: [r for r in group if _finite(r)] for what, group in records.items()}
     picture = image.resize(size, Image.Resampling.LANCZOS)
     if masks:
         # a tint on what was missed would look as if it had been found
         for what in [key for key in records if key != "missed"]:
             for record in records[what]:
-                mask = Image.fromarray(truth.annToMask(record) * 110).resize(size)
-                picture.paste(COLOURS[what], mask=mask)
+                mask = Image.fromarray(truth.annToMask(record) * 110)
+                if mask.size != image.size:
+                    raise QwtError(
+                        f"A mask has {mask.size} pixels, but its image {image.size} (width, height)."
+                    )
+                picture.paste(COLOURS[what], mask=mask.resize(size))
     draw = ImageDraw.Draw(picture)
     boxes = [
-        (what, record, (scale * x, scale * y, scale * (x + w), scale * (y + h)))
+        (what, record, visible_box(scale * np.array([x, y, x + w, y + h]), size).tolist())
         for what, group in records.items()
         for record in group
         for x, y, w, h in (record["bbox"],)
@@ -182,7 +218,7 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-def make_pictures(
+def choose_pictures(
     annotations: str | os.PathLike[str],
     variants: Mapping[str, Sequence[dict[str, Any]]],
     titles: Mapping[str, str],
@@ -190,8 +226,8 @@ def make_pictures(
     masks: bool,
     seed: int,
     most: int,
-) -> list[dict[str, Any]]:
-    """Pictures of images that are chosen by rule, with the ground truth first.
+) -> list[Picture]:
+    """Choose images by rule.
 
     Args:
         annotations: COCO annotation file with ``info.image_root``.
@@ -200,47 +236,65 @@ def make_pictures(
         most: number of images at the most.
 
     Returns:
-        For each image its ``name``, the ``rule`` that chose it and its ``panels`` (title, data URI,
-        width and height, and what was found). Empty, with a warning, where image files are gone.
+        Pictures whose ``panels`` (title, data URI, width and height, and what was found) show the
+        ground truth first.
     """
     truth = load_ground_truth(annotations, masks=masks)
-    verdicts = {name: judge(truth, found, masks=masks) for name, found in variants.items()}
+    verdicts = {
+        name: judge(truth, list(filter(_finite, found)), masks=masks)
+        for name, found in variants.items()
+    }
     chosen = choose_images(verdicts, seed=seed)
     # so that a smaller number still has pictures of each rule
     chosen = dict(sorted(chosen.items(), key=lambda item: _turn(chosen, item[0]))[:most])
-    root = Path(truth.dataset["info"]["image_root"])
-    pictures = []
-    for identifier, rule in sorted(chosen.items(), key=lambda item: list(RULES).index(item[1])):
-        path = root / truth.imgs[identifier]["file_name"]
-        try:
-            pixels = read_image(path, exif=truth.dataset["info"].get("exif", "apply"))
-        except QwtError as error:
-            logger.warning("The report has no pictures: %s", error)
-            return []
-        image = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
-        objects = [a for a in truth.imgToAnns[identifier] if not a["iscrowd"]]
-        panels = [
-            (
-                "ground truth",
-                {"object": objects},
-                f"{len(objects)} object{'s' if len(objects) != 1 else ''}",
-            )
-        ]
-        for name, by_image in verdicts.items():
-            verdict = by_image[identifier]
-            found = f"{len(verdict.hit)} of {len(verdict.hit) + len(verdict.missed)} found"
-            panels.append((titles[name], vars(verdict), f"{found}, {len(verdict.false)} false"))
-        pictures.append(
-            {
-                "name": truth.imgs[identifier]["file_name"],
-                "rule": rule,
-                "panels": [
-                    _panel(image, title, records, found, truth, masks)
-                    for title, records, found in panels
-                ],
-            }
+    return [
+        Picture(
+            truth.imgs[identifier]["file_name"],
+            rule,
+            lambda identifier=identifier: _panels(identifier, truth, verdicts, titles, masks),
         )
-    return pictures
+        for rule in RULES
+        for identifier in chosen
+        if chosen[identifier] == rule
+    ]
+
+
+def _read(truth: COCO, identifier: int) -> Image.Image:
+    """Read an image as the detector saw it.
+
+    Raises:
+        QwtError: it is gone, no longer readable, or has another size than annotated.
+    """
+    about, info = truth.imgs[identifier], truth.dataset["info"]
+    path = Path(info["image_root"]) / about["file_name"]
+    pixels = read_image(path, exif=info.get("exif", "apply"))
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
+    size = (about["width"], about["height"])
+    if image.size != size:
+        raise QwtError(
+            f"{path} has {image.size} pixels, but {size} in the annotations (width, height)."
+        )
+    return image
+
+
+def _panels(
+    identifier: int,
+    truth: COCO,
+    verdicts: Mapping[str, Mapping[int, Verdict]],
+    titles: Mapping[str, str],
+    masks: bool,
+) -> list[dict[str, Any]]:
+    """Ground truth and each variant on one image."""
+    image = _read(truth, identifier)
+    objects = [a for a in truth.imgToAnns[identifier] if not a["iscrowd"]]
+    count = f"{len(objects)} object{'s' if len(objects) != 1 else ''}"
+    panels = [_panel(image, "ground truth", {"object": objects}, count, truth, masks)]
+    for name, by_image in verdicts.items():
+        verdict = by_image[identifier]
+        found = f"{len(verdict.hit)} of {len(verdict.hit) + len(verdict.missed)} found"
+        found = f"{found}, {len(verdict.false)} false"
+        panels.append(_panel(image, titles[name], vars(verdict), found, truth, masks))
+    return panels
 
 
 def _turn(chosen: Mapping[int, str], image: int) -> int:
