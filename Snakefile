@@ -2,13 +2,6 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-# A config file named on the command line replaces the default one; merged, it would drag the
-# default's models and targets along.
-if not workflow.overwrite_configfiles:
-
-    configfile: "config/config.yaml"
-
-
 include: "workflow/rules/common.smk"
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/evaluate.smk"

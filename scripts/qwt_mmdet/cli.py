@@ -18,8 +18,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from . import __version__
-from .config import PACKAGE, check_duplicates, combinations, is_url, load_schema, resolve
+from .config import PACKAGE, combinations, load_schema, read_file, resolve
 from .errors import QwtError
+from .files import is_url
 from .reporting.text import duration, megabytes, number, percent, summary_table
 from .settings import (
     ACTIVATION_RANGES,
@@ -371,10 +372,7 @@ def _resolve(content: dict[str, Any]) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A config file, checked and with defaults."""
-    if not path.is_file():
-        raise QwtError(f"The config {path} does not exist; check the path.")
-    check_duplicates(path)
-    return _resolve(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    return _resolve(read_file(path))
 
 
 def _check_files(content: dict[str, Any]) -> None:
@@ -383,13 +381,13 @@ def _check_files(content: dict[str, Any]) -> None:
         files = [("checkpoint", model["checkpoint"])]
         files += [(f"warmup.{key}", path) for key, path in model.get("warmup", {}).items()]
         for key, path in files:
-            if not is_url(path) and not Path(path).is_file():
+            if not is_url(path) and not os.path.isfile(path):
                 raise QwtError(
                     f"models.{name}.{key} is {path!r}, but there is no such file; check the path."
                 )
     for name, dataset in content["datasets"].items():
         root = dataset.get("root")
-        if root is not None and not Path(root).is_dir():
+        if root is not None and not os.path.isdir(root):
             raise QwtError(f"datasets.{name}.root is {root!r}, but there is no such folder.")
 
 

@@ -9,27 +9,38 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError
 
 from .errors import QwtError
+from .files import is_url
 from .settings import CompensationSettings, QuantizationSettings
 
 PACKAGE = Path(__file__).resolve().parent
 
-# Names that would collide with other files under results/.
+# Names that would collide with other files under results/, in small letters.
 RESERVED_NAMES = {
+    "datasets": (),
     "models": ("datasets", "train_demo", "summary.csv", "summary.json", "report.html"),
-    "quantization": ("baseline", "checkpoint.pth"),
-    "compensation": ("quantized", "warmup.pth"),
+    "quantization": ("baseline", "checkpoint.pth", "checkpoint.pth.download"),
+    "compensation": ("quantized", "warmup.pth", "sensitivity.csv", "sensitivity.yaml"),
 }
+WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+MOST_VALUES = 20_000  # aliases count each time: a few lines of YAML may mean billions of values
+DEEPEST_NESTING = 50
+MOST_MESSAGES = 20
 
 # Splits and numbers of images that a dataset uses where its entry does not say otherwise.
 DATASET_DEFAULTS = {
@@ -99,49 +110,80 @@ def has_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
 
 
-def is_url(location: str) -> bool:
-    """Whether a checkpoint is an address rather than a path."""
-    return location.startswith(("http://", "https://"))
-
-
 def suggestion(word: Any, known: Iterable[str]) -> str:
     """Return ``"; did you mean …?"`` for a near miss of a known word, else nothing."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(word)[:100], list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses a key that appears twice in one mapping."""
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML loader that refuses a key that appears twice, and names the line of a broken value."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         first_line: dict[Any, int] = {}
-        for key_node, _ in node.value:  # merge keys (<<) are still unexpanded here
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key_node, yaml.ScalarNode):
                 continue
             line = key_node.start_mark.line + 1
-            key = (key_node.tag, key_node.value)
+            key = (key_node.tag, key_node.value)  # merge keys (<<) are still unexpanded here
             if key in first_line:
                 raise QwtError(
-                    f"{node.start_mark.name}: the name {key_node.value!r} appears twice, on line "
-                    f"{first_line[key]} and on line {line}; rename or delete one of them."
+                    f"{node.start_mark.name}: the name {_shown(key_node.value)} appears twice, on "
+                    f"line {first_line[key]} and on line {line}; rename or delete one of them."
                 )
             first_line[key] = line
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:  # merges of merges grow tenfold with each line
+            raise QwtError(
+                f"{node.start_mark.name}: the merges (<<) on line {node.start_mark.line + 1} bring more "
+                f"than {MOST_VALUES} values; write out what is meant."
+            )
 
-def check_duplicates(path: str | os.PathLike[str]) -> None:
-    """Refuse a config file in which a key appears twice.
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            kind = node.tag.rpartition(":")[2]  # a date with month 13, 0x_, a number of 5000 digits
+            raise QwtError(
+                f"{node.start_mark.name}: {_shown(node.value)} on line {node.start_mark.line + 1} "
+                f"looks like YAML's {kind} but is none; correct it, or put text in quotes."
+            ) from error
+
+
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a config file as Snakemake does, but refuse a key that appears twice.
 
     YAML parsers silently keep the last one, and the other would be lost without a word.
 
     Raises:
-        QwtError: a key appears twice in one mapping, or the file is not YAML.
+        QwtError: the file cannot be read, is not UTF-8, not YAML or no mapping, or a key appears
+            twice in one mapping.
     """
-    with open(path, encoding="utf-8") as stream:
-        try:
-            yaml.load(stream, Loader=_UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            raise QwtError(f"{path} is not valid YAML: {error}") from error
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.load(stream, Loader=_ConfigLoader)
+    except FileNotFoundError:
+        raise QwtError(f"The config {path} does not exist; check the path.") from None
+    except OSError as error:
+        raise QwtError(f"The config {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise QwtError(
+            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} on line {line}; save it "
+            "as UTF-8."
+        ) from error
+    except yaml.YAMLError as error:
+        raise QwtError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise QwtError(f"{path} is nested too deeply; a config needs few levels.") from error
+    if not isinstance(content, dict):
+        raise QwtError(f"{path} holds {_shown(content)}; it must be a mapping (key: value).")
+    return content
 
 
 def load_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -204,8 +246,17 @@ def with_defaults(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any]
 
 def _key(path: Iterable[str | int]) -> str:
     """Write a path in the config as people do: ``targets[0].model``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    text = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{repr(part)[1:-1]:.100}" for part in path
+    )
     return text.removeprefix(".") or "the configuration"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: in one line, and not all of a long one."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:
@@ -240,56 +291,106 @@ def _allowed(schema: Mapping[str, Any]) -> str:
 def _number_hint(value: Any) -> str:
     """YAML 1.1 reads 1e-3 as text; say how to write it."""
     try:
-        number = float(value) if isinstance(value, str) else None
+        number = float(value) if isinstance(value, str) else math.nan
     except ValueError:
         return ""
-    return f" (write {number!r}: this was read as text)" if number is not None else ""
+    if not math.isfinite(number):
+        return ""
+    shown = int(number) if number.is_integer() else number
+    return f" (write {shown}: this was read as text)"
 
 
-def _describe(error: ValidationError) -> list[str]:
+def _describe(error: ValidationError) -> Iterable[str]:
     """Turn an error of the JSON Schema validator into sentences about a key and its value."""
-    key, value, schema = _key(error.absolute_path), error.instance, error.schema
+    key, value, schema = _key(error.absolute_path), _shown(error.instance), error.schema
+    if "propertyNames" in error.absolute_schema_path:
+        yield f"{key} has an entry named {value}; a name must be {_allowed(schema)}."
+        return
     match error.validator:
         case "additionalProperties":
             known = list(schema.get("properties", {}))
-            return [
-                f"{_key([*error.absolute_path, name])} is not a known key"
-                f"{suggestion(name, known) or '.'} Known here: {', '.join(known)}."
-                for name in value
-                if name not in known
-            ]
+            for name in error.instance:
+                if name not in known:
+                    yield (
+                        f"{_key([*error.absolute_path, name])} is not a known key"
+                        f"{suggestion(name, known) or '.'} Known here: {', '.join(known)}."
+                    )
         case "required":
-            missing = [name for name in error.validator_value if name not in value]
-            return [f"{key} lacks the key {name!r}; add it." for name in missing]
+            for name in error.validator_value:
+                if name not in error.instance:
+                    yield f"{key} lacks the key {name!r}; add it."
         case "minProperties" | "minItems":
-            return [f"{key} is empty; it needs at least one entry."]
+            yield f"{key} is empty; it needs at least one entry."
         case "enum":
             options = [str(option) for option in schema["enum"]]
-            return [
-                f"{key} is {value!r}; choose {_allowed(schema)}{suggestion(value, options) or '.'}"
-            ]
-    if "propertyNames" in error.absolute_schema_path:
-        return [f"{key} has an entry named {value!r}; a name must be {_allowed(schema)}."]
-    return [f"{key} is {value!r}; it must be {_allowed(schema)}.{_number_hint(value)}"]
+            hint = suggestion(error.instance, options) or "."
+            yield f"{key} is {value}; choose {_allowed(schema)}{hint}"
+        case _:
+            yield f"{key} is {value}; it must be {_allowed(schema)}.{_number_hint(error.instance)}"
 
 
-def _check_key_types(value: Any, path: tuple[str | int, ...] = ()) -> list[str]:
+def _check_value(value: Any) -> str | None:
+    """Say what is wrong with a value whatever its key, if anything."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "is too large a number; put text in quotes"
+    if isinstance(value, str) and re.search(
+        r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", value
+    ):
+        return "holds a character that is no text; remove it"
+    if value is not None and not isinstance(value, str | int | float | list | tuple | Mapping):
+        return f"was read as {type(value).__name__}; put text in quotes"
+    return None
+
+
+def check_values(config: Any) -> None:
+    """Check what holds for every key: names are text, and values are what JSON can hold.
+
+    Raises:
+        QwtError: one line for each problem; or the config is too deep or too large to look further.
+    """
     problems = []
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if isinstance(key, str):
-                problems += _check_key_types(item, (*path, key))
-            else:
-                problems.append(f"{_key(path)}: the name {key!r} must be text; put it in quotes.")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            problems += _check_key_types(item, (*path, index))
-    return problems
+    pending: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
+    for count in itertools.count(1):
+        if not pending:
+            break
+        path, value = pending.pop()
+        if count > MOST_VALUES or len(path) > DEEPEST_NESTING:
+            raise QwtError(
+                f"{_key(path[:3])} is nested more than {DEEPEST_NESTING} levels deep, or has more than "
+                f"{MOST_VALUES} values; look for an alias (*name) that repeats or contains itself."
+            )
+        if problem := _check_value(value):
+            problems.append(f"{_key(path)} is {_shown(value)}, which {problem}.")
+        if isinstance(value, Mapping):
+            for name, item in reversed(value.items()):
+                if isinstance(name, str):
+                    pending.append(((*path, name), item))
+                else:
+                    problems.append(
+                        f"{_key(path)}: the name {_shown(name)} must be text; put it in quotes."
+                    )
+        elif isinstance(value, list | tuple):
+            pending += [((*path, index), item) for index, item in enumerate(value)][::-1]
+    _raise_problems(problems)
 
 
-def _raise_problems(problems: Sequence[str]) -> None:
-    if problems:
-        raise QwtError("\n".join(dict.fromkeys(problems)))
+def _raise_problems(problems: Iterable[str]) -> None:
+    shown = list(itertools.islice(dict.fromkeys(problems), MOST_MESSAGES + 1))
+    if len(shown) > MOST_MESSAGES:
+        shown[-1] = "There are more mistakes; mend these first."
+    if shown:
+        raise QwtError("\n".join(shown))
+
+
+# JSON Schema takes 2.0 for a whole number; what reads it, as a seed or a batch size, does not.
+_Validator = validators.extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda checker, value: isinstance(value, int) and not isinstance(value, bool)
+    ),
+)
 
 
 def check_schema(config: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
@@ -298,27 +399,44 @@ def check_schema(config: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
     Raises:
         QwtError: one line for each problem, naming the key, the value and what is allowed.
     """
-    _raise_problems(_check_key_types(config))
-    errors = sorted(
-        Draft202012Validator(schema).iter_errors(config), key=lambda e: list(map(str, e.path))
-    )
-    _raise_problems([line for error in errors for line in _describe(error)])
+    errors = sorted(_Validator(schema).iter_errors(config), key=lambda e: list(map(str, e.path)))
+    _raise_problems(line for error in errors for line in _describe(error))
 
 
 def _unknown(key: str, name: str, section: str, known: Iterable[str]) -> str:
     known = list(known)
     hint = suggestion(name, known)
     return (
-        f"{key} names {name!r}, which is not an entry of {section}{hint or '.'} "
+        f"{key} names {_shown(name)}, which is not an entry of {section}{hint or '.'} "
         f"Known: {', '.join(known)}."
     )
 
 
 def _check_names(config: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the names that cannot be folders beside the others; macOS and Windows ignore case."""
     for section, reserved in RESERVED_NAMES.items():
+        seen: dict[str, str] = {}
         for name in config[section]:
-            if name in reserved:
+            other = seen.setdefault(name.lower(), name)
+            if other != name:
+                yield (
+                    f"{section}: the names {other!r} and {name!r} differ in case alone, so one would "
+                    "overwrite the other on macOS and Windows; rename one."
+                )
+            if name.lower() in reserved:
                 yield f"{section}.{name}: the name {name!r} is taken by the workflow; choose another."
+            if WINDOWS_DEVICE.fullmatch(name):
+                yield f"{section}.{name}: {name!r} is a device on Windows; choose another name."
+
+
+def _check_address(key: str, address: str) -> Iterable[str]:
+    try:
+        parts = urlsplit(address)
+        sound = bool(parts.hostname) and parts.port != 0  # port raises for one that is no number
+    except ValueError:
+        sound = False
+    if not sound or re.search(r"\s", address):
+        yield f"{key} is {_shown(address)}, which is not a valid address; check it."
 
 
 def _resolve_dataset(name: str, entry: dict[str, Any]) -> Iterable[str]:
@@ -329,6 +447,8 @@ def _resolve_dataset(name: str, entry: dict[str, Any]) -> Iterable[str]:
         if len(given) != 1:
             has = "has both root and url" if given else "has neither root nor url"
             yield f"{where} {has}; give either root (a local folder) or url (to download from)."
+        if "url" in entry:
+            yield from _check_address(f"{where}.url", entry["url"])
     for part in ("calibration", "evaluation"):
         images = {**DATASET_DEFAULTS[entry["type"]][part], **entry[part]}
         if entry["type"] == "shapes":
@@ -360,12 +480,12 @@ def zoo_folder() -> Path | None:
 
 def _check_model_config(key: str, location: str) -> Iterable[str]:
     zoo = zoo_folder()
-    if Path(location).is_file() or zoo is None or (zoo / location).is_file():
+    if os.path.isfile(location) or zoo is None or os.path.isfile(zoo / location):
         return
     known = [str(path.relative_to(zoo)) for path in zoo.glob("*/*.py")]
     hint = suggestion(location, known)
     yield (
-        f"{key} is {location!r}, which is neither a file nor a config that MMDetection ships"
+        f"{key} is {_shown(location)}, which is neither a file nor a config that MMDetection ships"
         f"{hint or '; check the name, which has the form yolox/yolox_nano_8xb8-300e_coco.py.'}"
     )
 
@@ -377,9 +497,11 @@ def _check_model(name: str, entry: dict[str, Any], config: Mapping[str, Any]) ->
     for quantization in entry["warmup"]:
         if quantization not in config["quantization"]:
             yield _unknown(f"{where}.warmup", quantization, "quantization", config["quantization"])
-    if "://" in entry["checkpoint"] and not is_url(entry["checkpoint"]):
+    if is_url(entry["checkpoint"]):
+        yield from _check_address(f"{where}.checkpoint", entry["checkpoint"])
+    elif "://" in entry["checkpoint"]:
         yield (
-            f"{where}.checkpoint is {entry['checkpoint']!r}; give a path or an address that starts "
+            f"{where}.checkpoint is {_shown(entry['checkpoint'])}; give a path or an address that starts "
             "with http:// or https://."
         )
     yield from _check_model_config(f"{where}.config", entry["config"])
@@ -411,6 +533,7 @@ def resolve(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, A
     Raises:
         QwtError: one line for each problem, naming the key, the value and what is allowed.
     """
+    check_values(config)
     resolved = with_defaults(config, schema, schema)
     check_schema(resolved, schema)
     problems = list(_check_names(resolved))

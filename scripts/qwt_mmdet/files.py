@@ -78,6 +78,11 @@ def read_json(path: str | os.PathLike[str], *, what: str = "file") -> Any:
         ) from error
 
 
+def is_url(location: str) -> bool:
+    """Whether a location is an address to download from rather than a path."""
+    return str(location).startswith(("http://", "https://"))
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the hexadecimal sha256 of a file's content."""
     with open(path, "rb") as stream:

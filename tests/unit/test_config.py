@@ -3,6 +3,9 @@
 import ast
 import copy
 import dataclasses
+import datetime
+import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -222,7 +225,7 @@ def test_a_name_that_appears_twice_is_an_error(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("quantization:\n  w8a8: {a: 1}\n  w4a4: {a: 1}\n  w8a8: {a: 2}\n")
     with pytest.raises(QwtError, match=r"'w8a8' appears twice, on line 2 and on line 4"):
-        config.check_duplicates(path)
+        config.read_file(path)
 
 
 def test_the_same_name_in_two_places_and_merge_keys_are_fine(tmp_path):
@@ -230,7 +233,147 @@ def test_the_same_name_in_two_places_and_merge_keys_are_fine(tmp_path):
     path.write_text(
         "quantization:\n  a: &a {bits: 8, scope: x}\n  b: {<<: *a, bits: 4}\ncompensation:\n  a: {}\n"
     )
-    config.check_duplicates(path)
+    config.read_file(path)
+
+
+GOOD = yaml.safe_dump(MINIMAL, sort_keys=False)
+LAUGHTER = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in itertools.pairwise("abcdefghijkl")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (f"# caf\u00e9\n{GOOD}".encode("latin-1"), ["not UTF-8", "0xe9 on line 1"]),
+        (GOOD.encode("utf-16"), ["not UTF-8"]),
+        (GOOD.replace("  ", "\t").encode(), ["not valid YAML", "line 2"]),
+        (b"", ["mapping (key: value)"]),
+        (b"- a\n- b\n", ["mapping (key: value)"]),
+        (b"a: 1\n---\nb: 1\n", ["not valid YAML", "single document"]),
+        (b"seed: 2024-13-45", ["'2024-13-45' on line 1"]),
+        (b"seed: 0x_", ["'0x_' on line 1"]),
+        (b"seed: " + b"9" * 5000, ["999' on line 1"]),
+        (b"seed: !!bool maybe", ["'maybe' on line 1"]),
+        (b"seed: !!map [a]", ["expected a mapping"]),
+        (b"? [a]\n: 1\n", ["unhashable key"]),
+        (b"seed: !!python/object/apply:os.getcwd []", ["could not determine a constructor"]),
+        (b"a: " + b"[" * 500, ["nested too deeply"]),
+        (LAUGHTER.encode(), ["alias"]),
+        (b"seed: &a {b: *a}", ["alias"]),
+        (
+            LAUGHTER.replace("x, x, x, x, x, x, x, x, x, x", "{x: 1}").replace("[", "{<<: [")
+            .replace("]", "]}").encode(),
+            ["merges (<<) on line"],
+        ),
+        (b"seed: 2020-01-01\n", ["was read as date"]),
+        (b"seed: !!binary aGk=\n", ["was read as bytes"]),
+        (b"seed: !!set {a}\n", ["was read as set"]),
+    ],
+)  # fmt: skip
+def test_whatever_yaml_can_hold_gets_one_sentence(tmp_path, content, parts):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(QwtError) as caught:
+        config.resolve(config.read_file(path), SCHEMA)
+    text = str(caught.value)
+    for part in parts:
+        assert part in text
+    assert "\n" not in text
+    assert len(text) < 500
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_read(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(GOOD.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert config.read_file(tmp_path / "config.yaml") == MINIMAL
+
+
+def keys(node, path=()):
+    """Every key and index of a config, in full."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from keys(value, (*path, key))
+
+
+def test_no_key_takes_a_value_that_is_none():
+    given = changed("targets", [{"model": ["demo"]}])
+    given["models"]["demo"] |= {"config_options": {"a.b": 1}, "warmup": {"w8a8": "x.pth"}}
+    given["datasets"]["coco"] = {"type": "coco", "url": "http://x.org"}
+    given["quantization"]["w4a8"]["overrides"] = [{"pattern": "x", "weight_bits": 4}]
+    given["compensation"]["paper"] |= {"blocks": ["x"], "max_cost": {"bytes": 1}}
+    given["sensitivity"] = {"average_bits": 4}
+    given = config.resolve(given, SCHEMA)
+    for path in keys(given):
+        *parents, key = path
+        for value in (float("nan"), float("inf"), 10**400, datetime.date(2020, 1, 1), b"x", "\0"):
+            broken = copy.deepcopy(given)
+            section = broken
+            for parent in parents:
+                section = section[parent]
+            section[key] = value
+            with pytest.raises(QwtError) as caught:
+                config.resolve(broken, SCHEMA)
+            assert config._key(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["datasets", "models", "quantization", "compensation"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("x\n", "a name must be"),
+        ("x" * 101, "at most 100"),
+        ("a/b", "a name must be"),
+        ("..", "a name must be"),
+        (".hidden", "a name must be"),
+        ("end.", "a name must be"),
+        ("end ", "a name must be"),
+        ("ä", "a name must be"),
+        ("", "a name must be"),
+        ("con", "device on Windows"),
+        ("NUL.x", "device on Windows"),
+    ],
+)
+def test_a_name_that_cannot_be_a_folder_everywhere_is_refused(section, name, remedy):
+    entry = next(iter(MINIMAL[section].values()))
+    given = copy.deepcopy(MINIMAL)
+    given[section][name] = entry
+    with pytest.raises(QwtError, match=remedy) as caught:
+        config.resolve(given, SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["datasets", "models", "quantization", "compensation"])
+def test_names_that_differ_in_case_alone_are_refused(section):
+    name, entry = next(iter(MINIMAL[section].items()))
+    assert "differ in case" in message(f"{section}/{name.title()}", entry or {})
+
+
+def test_no_name_is_that_of_a_file_beside_it():
+    """Every path that a rule writes, against the names that its neighbours may have."""
+    rules = "".join(path.read_text() for path in (ROOT / "workflow" / "rules").glob("*.smk"))
+    levels = {"models": "results/", "quantization": "results/{model}/"}
+    levels["compensation"] = "results/{model}/{quantization}/"
+    for section, folder in levels.items():
+        beside = set(re.findall(rf'"{re.escape(folder)}([^/"{{]+)[/"]', rules))
+        assert beside, section
+        for name in beside:
+            entry = next(iter(MINIMAL[section].values()))
+            assert "is taken by the workflow" in message(f"{section}/{name.upper()}", entry or {})
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[::bad/x.pth", "http://host:99999999/x", "https://", "http://a b/x"]
+)
+def test_an_address_that_is_none_is_refused(address):
+    assert "not a valid address" in message("models/demo/checkpoint", address)
+    entry = {"type": "coco", "url": address}
+    assert "not a valid address" in message("datasets/coco", entry)
+
+
+def test_a_whole_number_is_not_written_with_a_point():
+    assert "seed is 1.0" in message("seed", 1.0)
+    assert "write 512:" in message("datasets/shapes/calibration", {"images": "512"})
 
 
 def test_without_targets_all_combinations_are_wanted():

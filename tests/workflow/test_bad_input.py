@@ -61,8 +61,16 @@ def test_a_name_given_twice_is_refused_although_yaml_takes_it(workflow, folder):
     assert "the name 'seed' appears twice" in refusal(workflow, "--configfile", str(path))
 
 
-def test_a_missing_checkpoint_is_named_with_its_key(workflow, folder):
+def test_a_config_file_that_snakemake_could_not_read_is_named(workflow, folder):
+    workflow.configure(CONFIG)
+    path = folder / "config" / "config.yaml"
+    path.write_bytes("# caf\u00e9\n".encode("latin-1") + path.read_bytes())
+    assert "not UTF-8 text: byte 0xe9 on line 1" in refusal(workflow)
+
+
+def test_a_checkpoint_that_is_no_file_is_named_with_its_key(workflow, folder):
     (folder / "own.pth").unlink()
+    (folder / "own.pth").mkdir()
     workflow.configure(CONFIG)
     assert "models.own.checkpoint is 'own.pth', but there is no such file" in refusal(workflow)
 

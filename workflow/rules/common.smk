@@ -9,34 +9,49 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import (
-    check_duplicates,
     combinations,
     config_files,
     has_gpu,
-    is_url,
     load_schema,
+    read_file,
     resolve,
     share_with_scripts,
     source_hash,
 )
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.files import is_url
 
 share_with_scripts()
 
 
-def checked_config(config):
-    """Return the config with defaults filled in; end with a plain message if it is wrong."""
+def in_plain_words(check, *arguments):
+    """Return what ``check`` returns; end with a plain message if it finds something wrong."""
     try:
-        for path in workflow.configfiles:
-            check_duplicates(path)
-        schema = Path(workflow.basedir) / "workflow" / "schemas" / "config.schema.yaml"
-        return resolve(config, load_schema(schema))
+        return check(*arguments)
     except QwtError as error:
-        files = ", ".join(map(str, workflow.configfiles))
+        files = ", ".join(map(str, workflow.configfiles)) or "config/config.yaml"
         sys.exit(f"Error in the configuration ({files}):\n{error}")
 
 
-config = checked_config(config)
+# Snakemake has no plain words for a broken file, so it is read here first, as far as possible: those
+# named on the command line Snakemake has read by now.
+for path in workflow.overwrite_configfiles or ["config/config.yaml"]:
+    in_plain_words(read_file, path)
+
+# A config file named on the command line replaces the default one; merged, it would drag the
+# default's models and targets along.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+config = in_plain_words(
+    resolve,
+    config,
+    load_schema(
+        Path(workflow.basedir) / "workflow" / "schemas" / "config.schema.yaml"
+    ),
+)
 COMBINATIONS = combinations(config)
 
 
@@ -71,7 +86,7 @@ def detector_threads(wildcards):
 
 def existing(path, key):
     """Return ``path``; end with a plain message if there is no such file."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         sys.exit(f"{key} is {str(path)!r}, but there is no such file; check the path.")
     return path
 
