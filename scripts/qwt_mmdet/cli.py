@@ -50,6 +50,13 @@ app = typer.Typer(
 )
 
 
+class Exif(enum.StrEnum):
+    """What is done with the EXIF orientation of images."""
+
+    apply = "apply"
+    ignore = "ignore"
+
+
 class Device(enum.StrEnum):
     """Where to compute."""
 
@@ -169,6 +176,13 @@ def run(
         str, typer.Option(help="Split of the calibration images.")
     ] = "train2017",
     eval_split: Annotated[str, typer.Option(help="Split of the evaluation images.")] = "val2017",
+    exif: Annotated[
+        Exif,
+        typer.Option(help="Turn images as their EXIF orientation says, or read them as stored."),
+    ] = Exif.apply,
+    allow_outside_root: Annotated[
+        bool, typer.Option("--allow-outside-root", help="Read images that links or .. lead to.")
+    ] = False,
     w_bit: Annotated[list[int], typer.Option(help="Bits of weights, 2 to 8; repeatable.")] = [4],  # noqa: B006
     a_bit: Annotated[list[int], typer.Option(help="Bits of activations; once, or per --w-bit.")] = [  # noqa: B006
         4
@@ -252,6 +266,8 @@ def run(
                     "type": "coco",
                     "seed": seed,
                     "root": str(coco_root.resolve()),
+                    "exif": exif.value,
+                    "allow_outside_root": allow_outside_root,
                     "calibration": {
                         "split": calibration_split,
                         "images": _samples(calibration_samples),

@@ -56,6 +56,7 @@ DATASET_DEFAULTS = {
 
 # Parts of the library (modules or packages) whose code decides the result of each step.
 _DETECTOR = (
+    "annotations",
     "checkpoints",
     "compat",
     "detectors",
@@ -64,13 +65,13 @@ _DETECTOR = (
     "pipeline",
     "timm_backbone",
 )
-_EVALUATION = ("annotations", "evaluation.coco", "evaluation.predict")
+_EVALUATION = ("evaluation.coco", "evaluation.predict")
 _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
 )
 STEP_PARTS = {
     "fetch_checkpoint": ("checkpoints", "download"),
-    "prepare_dataset": ("annotations", "datasets", "download", "shapes"),
+    "prepare_dataset": ("annotations", "datasets", "download", "images", "shapes"),
     "select_images": ("annotations", "datasets", "download", "images"),
     "evaluate_baseline": (*_DETECTOR, *_EVALUATION),
     "quantize_model": (*_DETECTOR, "quantization"),

@@ -139,7 +139,9 @@ def select_images(
             found = _fetch_images(images, splits[part], settings, name, workers)
         subsets[part]["info"] |= {
             "exif": settings["exif"],
-            "exif_rotated": _report_orientations(images, found, f"{name}.{part}", settings["exif"]),
+            "exif_rotated": _report_orientations(
+                images, found, settings["exif"], name=name, part=part
+            ),
         }
     write_json(calibration, subsets["calibration"])
     write_json(evaluation, subsets["evaluation"])
@@ -530,7 +532,12 @@ def _fetch_images(
 
 
 def _report_orientations(
-    images: Sequence[Mapping[str, Any]], orientations: Sequence[int], what: str, exif: Exif
+    images: Sequence[Mapping[str, Any]],
+    orientations: Sequence[int],
+    exif: Exif,
+    *,
+    name: str,
+    part: str,
 ) -> int:
     """Say which images carry an EXIF rotation; return their number."""
     turned = [
@@ -544,8 +551,8 @@ def _report_orientations(
             "ignore": "are read as they are stored (exif: ignore)",
         }[exif]
         logger.warning(
-            "%s: %d of %d chosen images carry an EXIF rotation and %s: %s",
-            what, len(turned), len(images), read,
+            "%s.%s: %d of %d chosen images carry an EXIF rotation and %s: %s",
+            name, part, len(turned), len(images), read,
             few([f"{image['file_name']} (orientation {number})" for image, number in turned]),
         )  # fmt: skip
     unknown = [
@@ -555,8 +562,8 @@ def _report_orientations(
     ]
     if unknown:
         logger.warning(
-            "%s: sizes cannot tell whether the boxes of %d of these refer to the turned image or to "
-            "the pixels as stored, so look at them: %s",
-            what, len(unknown), few(unknown),
+            "%s.%s: sizes cannot tell whether the boxes of %d of these refer to the turned image or to "
+            "the pixels as stored, so look at them, and set datasets.%s.exif: apply or ignore: %s",
+            name, part, len(unknown), name, few(unknown),
         )  # fmt: skip
     return len(turned)

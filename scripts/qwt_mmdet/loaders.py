@@ -12,8 +12,8 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader, Dataset
 
+from .annotations import read_annotations
 from .errors import QwtError
-from .files import read_json
 
 NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations
 
@@ -44,12 +44,11 @@ def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> lis
                 base = color.removesuffix(suffix)
                 color = base if info["exif"] == "apply" else base + suffix
                 step = {**step, "color_type": color}
-            elif info["exif"] == "apply" and info["exif_rotated"]:
+            elif info["exif"] == "apply" and info.get("exif_rotated"):
                 raise QwtError(
                     f"The test pipeline reads images with {dict(step)}, which turns none, but "
-                    f"{info['exif_rotated']} images of {info['dataset']} have an EXIF rotation; set "
-                    f"datasets.{info['dataset']}.exif: ignore, or color_type: color and "
-                    "imdecode_backend: cv2 in the model config."
+                    f"{info['exif_rotated']} images have an EXIF rotation; set exif: ignore for the "
+                    "dataset, or color_type: color and imdecode_backend: cv2 in the model config."
                 )
         steps.append(step)
     return steps
@@ -65,7 +64,12 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, config: Config, annotations: str | os.PathLike[str]) -> None:
-        content = read_json(annotations, what="annotation file")
+        content = read_annotations(annotations, labelled=False)
+        if not isinstance(content["info"].get("image_root"), str):
+            raise QwtError(
+                f"The annotation file {annotations} has no info.image_root; put the folder that its "
+                "file names are relative to there."
+            )
         self.images = content["images"]
         self.root = Path(content["info"]["image_root"])
         with DefaultScope.overwrite_default_scope("mmdet"):
@@ -100,7 +104,7 @@ def make_loader(
         "data_samples": [DetDataSample]}.
 
     Raises:
-        QwtError: the annotation file is unreadable or the config has no test pipeline.
+        QwtError: the annotation file is unreadable or wrong, or the config has no test pipeline.
     """
     return DataLoader(
         ImageDataset(config, annotations),

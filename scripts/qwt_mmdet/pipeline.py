@@ -22,7 +22,7 @@ from .compensation.fit import fit_compensation
 from .compensation.state import load_compensation, save_compensation
 from .config import source_hash
 from .detectors import load_detector
-from .evaluation.coco import coco_metrics, has_masks
+from .evaluation.coco import coco_metrics, has_masks, load_ground_truth
 from .evaluation.predict import predict
 from .files import read_json, sha256_file, write_atomically, write_json
 from .loaders import make_loader
@@ -98,6 +98,7 @@ def evaluate_detector(
     Raises:
         QwtError: the classes of model and annotations differ, or a detection is not finite.
     """
+    load_ground_truth(annotations, masks=model.with_mask)  # a fault in it is told before the work
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     found = predict(model, loader, annotations, total=len(loader.dataset))
     return coco_metrics(annotations, found, masks=has_masks(found)), found

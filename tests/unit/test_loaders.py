@@ -45,6 +45,15 @@ def test_missing_annotation_file_is_named(tmp_path):
         make_loader(read_config(NANO), tmp_path / "absent.json")
 
 
+def test_annotation_file_that_does_not_say_where_its_images_are(annotations):
+    content = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps({**content, "info": {}}))
+    with pytest.raises(
+        QwtError, match=r"annotations\.json has no info\.image_root; put the folder"
+    ):
+        make_loader(read_config(NANO), annotations)
+
+
 def test_exif_decides_how_the_pipeline_reads_whatever_it_says_itself(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     orientation = Image.Exif()
@@ -56,7 +65,7 @@ def test_exif_decides_how_the_pipeline_reads_whatever_it_says_itself(tmp_path):
         config = read_config(NANO)
         config.test_dataloader.dataset.pipeline[0].update(step)
         size = {"height": 60, "width": 40} if exif == "apply" else {"height": 40, "width": 60}
-        info = {"image_root": str(tmp_path), "exif": exif, "exif_rotated": 1, "dataset": "tiny"}
+        info = {"image_root": str(tmp_path), "exif": exif, "exif_rotated": 1}
         content = {"images": [{"id": 1, "file_name": name, **size}], "info": info}
         path = tmp_path / "annotations.json"
         path.write_text(json.dumps({**content, "annotations": [], "categories": []}))
@@ -68,5 +77,5 @@ def test_exif_decides_how_the_pipeline_reads_whatever_it_says_itself(tmp_path):
         assert torch.equal(ignored, read("upright.png", "apply")[0])
         assert shape == (40, 60)
         assert read("turned.png", "apply", color_type=flag)[1] == (60, 40)
-    with pytest.raises(QwtError, match=r"set datasets\.tiny\.exif: ignore"):
+    with pytest.raises(QwtError, match="1 images have an EXIF rotation; set exif: ignore"):
         read("turned.png", "apply", color_type="unchanged")
