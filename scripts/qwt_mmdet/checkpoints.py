@@ -3,30 +3,47 @@
 import contextlib
 import datetime
 import io
+import json
 import logging
-import pickle
 import re
-import tarfile
-import types
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from .download import download, is_url, printable
 from .errors import QwtError
 from .files import sha256_file, write_atomically
+from .unpickling import (
+    LEGACY_MAGIC,
+    ZIP_MAGIC,
+    Damaged,
+    Dictionary,
+    Refused,
+    StoredTensor,
+    TorchFile,
+    kind,
+    quoted,
+)
 
 logger = logging.getLogger(__name__)
 
 LISTED_KEYS = 10
-ZIP_MAGIC = b"PK\x03\x04"
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
+WEIGHTS = ("state_dict", "model", "model_state_dict", "params", "net", "module")
+"""Where a checkpoint may keep its weights; a bare state dict is understood as well."""
+AVERAGES = ("ema", "ema_state_dict", "model_ema", "state_dict_ema", "params_ema", "ema_model")
+"""Where a checkpoint may keep their average over the training (EMA)."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of parallel training, of averaged and of compiled models."""
+COUNTERS = {"n_averaged", "steps"}
+"""How often torch's and MMEngine's averaged models were updated."""
+MAX_CLASSES = 100_000
+MAX_CLASS_NAME = 200
 
 
 def fetch_checkpoint(source: str | Path, output: str | Path, *, sha256: str | None = None) -> None:
@@ -35,16 +52,17 @@ def fetch_checkpoint(source: str | Path, output: str | Path, *, sha256: str | No
     ``output`` becomes ``{"state_dict": {name: tensor}, "meta": {"source", "sha256", "classes"}}``
     of plain types, which ``torch.load(weights_only=True)`` reads; its bytes depend on the source
     alone. ``sha256`` in it is that of the source file, ``classes`` the class names that an
-    OpenMMLab checkpoint carries, or None.
+    OpenMMLab checkpoint or the metadata of a safetensors file carries, or None.
 
     Args:
-        source: path or http(s) address of a file written by ``torch.save``.
+        source: path or http(s) address of a file written by ``torch.save`` or by safetensors.
         sha256: the hash that the source must have. Without one, the last eight digits of an
             OpenMMLab file name (``name-1a2b3c4d.pth``) must be the first eight of the hash.
 
     Raises:
         QwtError: the source cannot be had, has another hash, is damaged, refers to anything that
-            reading weights does not need, or holds no weights. ``output`` is then not written.
+            reading weights does not need, or holds no weights or such that are not finite.
+            ``output`` is then not written.
     """
     source = str(source)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -56,9 +74,8 @@ def fetch_checkpoint(source: str | Path, output: str | Path, *, sha256: str | No
     with _local_file(source, Path(output), sha256) as path:
         digest = sha256_file(path)
         _verify(name, path.name, digest, sha256)
-        checkpoint = _read(path, name)
-        weights = _weights(checkpoint, name)
-    meta = {"source": name, "sha256": digest, "classes": _classes(checkpoint)}
+        weights, classes = _read(path, name)
+    meta = {"source": name, "sha256": digest, "classes": classes}
     # Saved through a stream: torch would write the name of a file into the archive.
     content = io.BytesIO()
     torch.save({"state_dict": weights, "meta": meta}, content)
@@ -67,24 +84,138 @@ def fetch_checkpoint(source: str | Path, output: str | Path, *, sha256: str | No
     logger.info("%s: %d tensors from %s", output, len(weights), name)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def load_checkpoint(path: str | Path) -> OrderedDict[str, Tensor]:
     """Read the weights of a checkpoint file; nothing that is in the file is run.
 
-    Understands what :func:`fetch_checkpoint` writes, OpenMMLab files (``state_dict``), files with
-    the weights under ``model``, and bare state dicts, in torch's present and its pre-1.6 format.
-    Where a checkpoint was trained with an average of the weights (EMA), ``state_dict`` holds the
-    average already, as OpenMMLab's hook swaps it in before saving; the raw copies are dropped.
+    Understands what :func:`fetch_checkpoint` writes, safetensors, OpenMMLab files (``state_dict``),
+    files with the weights under another of the names in ``WEIGHTS`` or ``AVERAGES``, and bare state
+    dicts, in torch's present and its pre-1.6 format. Where a file has weights and their average
+    (EMA), the average is taken, and the log says so. ``state_dict`` of an OpenMMLab file is the
+    average already, as MMEngine's hook swaps it in before saving.
 
     Returns:
-        Tensors on the CPU by parameter name, without a ``module.`` prefix of parallel training.
+        Tensors on the CPU by parameter name, without the prefixes in ``WRAPPERS``. ``_metadata``,
+        where modules look up of which version their keys are, is kept if the file has it.
 
     Raises:
-        QwtError: the file is missing, damaged, refused, or holds no weights.
+        QwtError: the file is missing, damaged, refused, or holds no weights or such that are not
+            finite.
     """
     path = Path(path)
     if not path.is_file():
         raise QwtError(f"The checkpoint {path} does not exist; check the path.")
-    return _weights(_read(path, str(path)), str(path))
+    return _read(path, str(path))[0]
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load a state dict into a model, strictly, once its modules have converted their older keys.
+
+    Where the keys fit only without a prefix, such as Lightning's ``model.``, it is removed and
+    tensors without it are left out; the log says so.
+
+    Args:
+        model: is changed, even where an error is raised.
+        state: what :func:`load_checkpoint` returns.
+        what: how the message begins, such as "The checkpoint a.pth does not fit b.py".
+
+    Raises:
+        QwtError: lists missing, unexpected and wrong-shaped names.
+    """
+    prefixes = _prefixes(model.state_dict(), state)
+    try:
+        _load(model, state, what)
+        return
+    except QwtError as error:
+        misfit = error
+    fitting = []
+    for prefix in prefixes:
+        with contextlib.suppress(QwtError):
+            _load(model, _below(state, prefix), what)
+            fitting.append(prefix)
+    if not fitting:
+        raise (
+            misfit
+            if not prefixes
+            else QwtError(
+                f"{misfit}\nMost names of the model follow the prefix {quoted(prefixes[0])!r}; remove it "
+                f"with state = {_without(prefixes[0])}, and compare the rest."
+            )
+        )
+    averages = [prefix for prefix in fitting if "ema" in prefix or "average" in prefix]
+    prefix = (averages or fitting)[0]
+    _load(model, _below(state, prefix), what)
+    others = [key for key in state if not key.startswith(prefix)]
+    logger.log(
+        logging.WARNING if len(fitting) > 1 else logging.INFO,
+        "The prefix %s of the checkpoint's names is removed%s%s.",
+        quoted(prefix),
+        f"; left out are {_some(others)}" if others else "",
+        f"; {_some(fitting)} would fit as well, for another one save {_without(fitting[-1])}"
+        if len(fitting) > 1
+        else "",
+    )
+
+
+def _without(prefix: str) -> str:
+    """The line of Python that removes a prefix."""
+    text = repr(quoted(prefix))
+    return f"{{k.removeprefix({text}): v for k, v in state.items() if k.startswith({text})}}"
+
+
+def _prefixes(needed: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Prefixes of at most four parts that at least half of a model's names follow, best first."""
+    found: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".", 4)
+        for count in range(1, len(parts)):
+            prefix = ".".join(parts[:count]) + "."
+            if key[len(prefix) :] in needed:
+                found[prefix] += 1
+    return [prefix for prefix, count in found.most_common(4) if count >= len(needed) / 2]
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
+    """The tensors and the metadata whose names follow a prefix, without it."""
+    part = OrderedDict(
+        (key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix)
+    )
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        part._metadata = OrderedDict(
+            (f"{key}.".removeprefix(prefix)[:-1], value)
+            for key, value in metadata.items()
+            if f"{key}.".startswith(prefix)
+        )
+    return part
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    # Each module converts its older keys in what it is given. mmcv's deformable convolutions look
+    # beside their own prefix for them, so all are given everything, as torch did until 1.12.
+    converted = OrderedDict(state)
+    metadata = getattr(state, "_metadata", {})
+    missing: list[str] = []
+    problems: list[str] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        version = dict(metadata.get(prefix[:-1], {}))
+        module._load_from_state_dict(converted, prefix, version, True, missing, [], problems)
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.")
+
+    with torch.no_grad():
+        visit(model, "")
+    lost = set(missing)
+    needed = model.state_dict()
+    # A module may make up for what is missing, as mmcv's ConvAWS2d does.
+    check_keys(
+        {key: value for key, value in needed.items() if key in converted or key in lost},
+        converted,
+        what,
+    )
+    if problems:
+        raise QwtError(f"{what}: {quoted(problems[0])}.")
 
 
 def check_keys(
@@ -110,7 +241,14 @@ def check_keys(
     misshapen = [
         f"{key} (checkpoint {tuple(checkpoint_state[key].shape)}, model {tuple(value.shape)})"
         for key, value in model_state.items()
-        if key in needed & there and checkpoint_state[key].shape != value.shape
+        if key in needed & there and not _same_shape(checkpoint_state[key], value)
+    ]
+    mistyped = [
+        f"{key} ({checkpoint_state[key].dtype})".replace("torch.", "")
+        for key, value in model_state.items()
+        if key in needed & there
+        and value.is_floating_point()
+        and not checkpoint_state[key].is_floating_point()
     ]
     groups = [
         f"  {name} ({len(keys)}): {_some(keys)}"
@@ -118,16 +256,29 @@ def check_keys(
             ("missing in the checkpoint", missing),
             ("unexpected in the checkpoint", unexpected),
             ("of another shape", misshapen),
+            ("whole numbers where the model has floating point", mistyped),
         )
         if keys
     ]
     if not groups:
         return
-    if missing or unexpected:
+    if any(_OLD_SSD.match(key) for key in unexpected):
+        remedy = (
+            "These are names of MMDetection before 2.14; its "
+            "tools/model_converters/upgrade_ssd_version.py renames them."
+        )
+    elif any(_OLD_HEAD.match(key) for key in unexpected):
+        remedy = (
+            "These may be names of MMDetection 1; its tools/model_converters/"
+            "upgrade_model_version.py renames them and puts the background class last."
+        )
+    elif missing or unexpected:
         remedy = (
             "The checkpoint is of another architecture than the config; take the config that "
             "it was trained with."
         )
+    elif mistyped:
+        remedy = "The weights are quantized or damaged; take those of the full-precision model."
     else:
         remedy = (
             "The architecture is the same but not its size; adapt the config (for a head, "
@@ -136,8 +287,17 @@ def check_keys(
     raise QwtError("\n".join([f"{what}:", *groups, remedy]))
 
 
+_OLD_SSD = re.compile(r"backbone\.(extra|l2_norm)\.")
+_OLD_HEAD = re.compile(r"(bbox_head(\.\d)?\.fc_(cls|reg)|.*\.(cls|reg)_convs\.\d+)\.(weight|bias)$")
+
+
+def _same_shape(found: Tensor, needed: Tensor) -> bool:
+    # torch 0.3 had no tensors without dimensions; torch still reads its single numbers.
+    return found.shape == needed.shape or (found.shape == (1,) and needed.dim() == 0)
+
+
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
+    names = [quoted(name) for name in names]
     more = f", and {len(names) - LISTED_KEYS} more" if len(names) > LISTED_KEYS else ""
     return ", ".join(names[:LISTED_KEYS]) + more
 
@@ -192,7 +352,7 @@ def _verify(source: str, name: str, digest: str, sha256: str | None) -> None:
 
 def _digits_in_name(name: str) -> str | None:
     """First eight digits of the sha256 as OpenMMLab writes them into file names."""
-    found = re.search(r"-([0-9a-f]{8})\.pth$", name)
+    found = re.search(r"-([0-9a-f]{8})\.(?:pth|safetensors)$", name)
     if not found:
         return None
     try:  # model-20240131.pth carries a date, not a hash
@@ -202,227 +362,182 @@ def _digits_in_name(name: str) -> str | None:
     return None
 
 
-# --- Reading without running -----------------------------------------------------------------
-
-
-class _RefusedGlobal(pickle.UnpicklingError):
-    """A pickle refers to something that is not on our list."""
-
-
-class _Discarded:
-    """Stands in for an object that is of no use here: takes what it is given and keeps nothing."""
-
-    __slots__ = ()
-
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "_Discarded":
-        return super().__new__(cls)
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    def add(self, item: Any) -> None:
-        pass
-
-
-class _Rebuild:
-    """A function that a pickle may call but, unlike a bare function, cannot alter."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_function", function)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name} cannot be set")
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
-
-
-def _discarded_attribute(owner: Any, name: str) -> type[_Discarded]:
-    """MMEngine's HistoryBuffer refers to its own methods by ``getattr``; nobody else may."""
-    if owner is not _Discarded:
-        raise _RefusedGlobal("builtins.getattr")
-    return _Discarded
-
-
-def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    # Hooks and requires_grad, which follow, are of no use for weights.
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-
-# All that a checkpoint needs to become tensors in dictionaries ...
-_REBUILT = {
-    ("builtins", "getattr"): _Rebuild(_discarded_attribute),
-    ("collections", "OrderedDict"): _Rebuild(OrderedDict),
-    ("torch._utils", "_rebuild_tensor"): _Rebuild(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Rebuild(lambda data, *_: data),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Rebuild(lambda data, *_: data),
-    ("torch._tensor", "_rebuild_from_type_v2"): _Rebuild(
-        lambda function, kind, arguments, state: function(*arguments)
-    ),
-}
-# ... and what training leaves beside them: nothing of it is imported, made or called.
-_ARRAYS = {"_reconstruct", "scalar", "_frombuffer"}
-_PATHS = {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"}
-_DISCARDED = {
-    "_codecs": {"encode"},
-    "addict.addict": {"Dict"},
-    "argparse": {"Namespace"},
-    "builtins": {"bytearray", "complex", "frozenset", "list", "range", "set", "slice"},
-    "collections": {"Counter", "defaultdict", "deque"},
-    "datetime": {"date", "datetime", "timedelta", "timezone"},
-    "mmcv.utils.config": {"Config", "ConfigDict"},
-    "mmengine.config.config": {"Config", "ConfigDict"},
-    "mmengine.logging.history_buffer": {"HistoryBuffer"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": _ARRAYS,
-    "numpy._core.numeric": _ARRAYS,
-    "numpy.core.multiarray": _ARRAYS,
-    "numpy.core.numeric": _ARRAYS,
-    "pathlib": _PATHS,
-    "pathlib._local": _PATHS,
-    "torch": {"Size", "Tensor", "device"},
-    "torch._tensor": {"Tensor"},
-    "torch.nn.parameter": {"Parameter"},
-    "torch.serialization": {"_get_layout"},
-}
-_PYTHON2_MODULES = {"__builtin__": "builtins"}  # as pickles up to protocol 2 have it
-
-
-class _Unpickler(pickle.Unpickler):
-    """Finds what is on our list and refuses all else, before anything of it is imported."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = _PYTHON2_MODULES.get(module, module)
-        if (module, name) in _REBUILT:
-            return _REBUILT[module, name]
-        if (
-            name.partition(".")[0] in _DISCARDED.get(module, ())
-            or (module == "numpy.dtypes" and "." not in name)
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        ):
-            return _Discarded
-        raise _RefusedGlobal(f"{module}.{name}")
-
-
-# What torch.load takes as pickle_module. Its own allow-list (weights_only=True) would not do: it
-# makes and calls what is added to it, knows only today's names of numpy's functions, and reads
-# one protocol.
-_PICKLE_MODULE = types.SimpleNamespace(
-    __name__=__name__,
-    Unpickler=_Unpickler,
-    load=lambda file, **options: _Unpickler(file, **options).load(),
-)
-
-
-def _check_archive(path: Path) -> None:
-    # The very reader that torch.load uses: a zip file can look different to another one.
-    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-        raise _RefusedGlobal("TorchScript code")
-    with zipfile.ZipFile(path) as archive:  # torch itself does not compare checksums
-        record = archive.testzip()
-    if record is not None:
-        raise pickle.UnpicklingError(f"the checksum of {record} is wrong")
-
-
-def _read(path: Path, name: str) -> Any:
-    """Read a file written by torch.save; ``name`` is what messages call it."""
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        head = stream.read(32)
-        stream.seek(0)
-        is_zip = head.startswith(ZIP_MAGIC)
-        try:
-            if is_zip:
-                _check_archive(path)
-            # torch still unpacks the tar files of its first versions; a file can be both.
-            if not is_zip and tarfile.is_tarfile(path):
-                raise pickle.UnpicklingError("it is a tar file")
-            return torch.load(
-                stream, map_location="cpu", pickle_module=_PICKLE_MODULE, weights_only=False
-            )
-        except _RefusedGlobal as error:
-            raise QwtError(
-                f"The checkpoint {name} was refused: it refers to {error}, which weights do not "
-                "need and which could run code; nothing of it was run. If you trust its origin, "
-                "load it there and save model.state_dict() alone."
-            ) from None
-        except Exception as error:  # a damaged pickle can raise anything
-            if is_zip or head.startswith(LEGACY_MAGIC):
-                problem = "is truncated or damaged"
-            elif size == 0:
-                problem = "is empty"
-            else:
-                problem = f"is not a PyTorch checkpoint; it begins with {head!r}"
-            reason = str(error).split("\n")[0] or type(error).__name__
-            raise QwtError(
-                f"The checkpoint {name} ({size} bytes) {problem} ({reason}). Get the whole file "
-                "again and compare its size with the original's."
-            ) from error
-
-
 # --- What is in it ---------------------------------------------------------------------------
 
 
-def _weights(checkpoint: Any, name: str) -> dict[str, Tensor]:
-    state = checkpoint
-    if isinstance(checkpoint, Mapping):
-        for key in ("state_dict", "model"):
-            if isinstance(checkpoint.get(key), Mapping):
-                state = checkpoint[key]
-                break
-    tensors = (
-        {
-            key: value
-            for key, value in state.items()
-            if isinstance(key, str) and isinstance(value, Tensor)
-        }
-        if isinstance(state, Mapping)
-        else {}
+def _read(path: Path, name: str) -> tuple[OrderedDict[str, Tensor], list[str] | None]:
+    """Weights and class names of a checkpoint file; ``name`` is what messages call it."""
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(512)
+        is_zip = head.startswith(ZIP_MAGIC)
+        if not is_zip and (path.suffix == ".safetensors" or head[8:9] == b"{"):
+            weights, classes = _read_safetensors(path, name)
+        else:
+            with TorchFile(path) as file:
+                stored, metadata = _chosen(file.content, name)
+                weights = OrderedDict(file.tensors(stored))
+                classes = _classes(file.content, name)
+            if metadata is not None:
+                weights._metadata = metadata
+    except Refused as error:
+        raise QwtError(
+            f"The checkpoint {name} was refused: {error}; nothing of it was run. If you trust its "
+            "origin, load it there and save model.state_dict() alone."
+        ) from None
+    except (Damaged, SafetensorError) as error:
+        size = path.stat().st_size
+        if size == 0:
+            problem = "is empty"
+        elif head[257:262] == b"ustar":
+            problem = "is not a PyTorch checkpoint; it is a tar file"
+        elif is_zip or head.startswith(LEGACY_MAGIC) or isinstance(error, SafetensorError):
+            problem = "is truncated or damaged"
+        else:
+            problem = f"is not a PyTorch checkpoint; it begins with {head[:32]!r}"
+        raise QwtError(
+            f"The checkpoint {name} ({size} bytes) {problem} ({quoted(error)}). Get the whole file "
+            "again and compare its size with the original's."
+        ) from error
+    except OSError as error:
+        raise QwtError(f"The checkpoint {name} cannot be read: {error}.") from error
+    _require_finite(weights, name)
+    return weights, classes
+
+
+def _read_safetensors(path: Path, name: str) -> tuple[OrderedDict[str, Tensor], list[str] | None]:
+    with safe_open(path, framework="pt") as file:
+        stored, _ = _chosen(Dictionary(file.get_tensors()), name)
+        meta = file.metadata() or {}
+    decoded = {}
+    for key in {"classes", "CLASSES", "dataset_meta", "meta"} & meta.keys():
+        try:
+            decoded[key] = json.loads(meta[key])
+        except (ValueError, RecursionError):
+            logger.warning("%s: the metadata %s is not JSON and is left out.", name, key)
+    inner = decoded.get("meta")
+    return (
+        OrderedDict((key, tensor.contiguous()) for key, tensor in stored.items()),
+        _classes({"meta": decoded | (inner if isinstance(inner, dict) else {})}, name),
     )
-    if not tensors:
-        found = (
-            f"a dictionary of {_some(map(str, state))}"
-            if isinstance(state, Mapping)
-            else f"a {type(state).__name__}"
-        )
+
+
+def _candidates(content: Dictionary, seen: set[int], place: tuple[str, ...] = ()) -> list[Any]:
+    """All ``(keys that lead to it, state dict)`` in a checkpoint."""
+    seen.add(id(content))
+    found = []
+    for key in (*WEIGHTS, *AVERAGES):
+        inner = content.get(key)
+        if type(inner) is Dictionary and id(inner) not in seen and len(place) < 3:
+            found += _candidates(inner, seen, (*place, key))
+    if not found and any(isinstance(value, StoredTensor | Tensor) for value in content.values()):
+        found = [(place, content)]
+    return found
+
+
+def _chosen(content: Any, name: str) -> tuple[dict[str, Any], OrderedDict[str, Any] | None]:
+    """The tensors of a checkpoint's state dict, by name, and the versions of its modules."""
+    candidates = _candidates(content, set()) if type(content) is Dictionary else []
+    if not candidates:
+        found = kind(content)
+        if type(content) is Dictionary:
+            found += f" of {_some(content)}" if content else ""
+            found += f" with {content.foreign_key} as a key" if content.foreign_key else ""
         raise QwtError(
             f"The checkpoint {name} holds no weights but {found}; it needs a state dict, bare or "
-            "under the key state_dict or model."
+            f"under one of the keys {', '.join((*WEIGHTS, *AVERAGES))}."
         )
-    if len(tensors) < len(state):
-        logger.info(
-            "%s: left out what is no tensor: %s",
+    states = {place: _unwrapped(state, place, name) for place, state in candidates}
+    places = list(states)
+    first, reason = places[0], "it comes first"
+    averages = [place for place in places if set(AVERAGES) & set(place)]
+    if averages and averages[0] != first:
+        # MMEngine's hook has swapped the two before saving.
+        if "steps" in (content.get("ema_state_dict") or ()):
+            reason = "MMEngine has put the average over the training (EMA) there"
+        elif states[averages[0]][0].keys() >= states[first][0].keys():
+            first, reason = averages[0], "it is the average over the training (EMA)"
+        else:
+            reason = f"{_place(averages[0])} is not complete"
+    others = [p for p in places if p != first and states[p][0] != states[first][0]]
+    if others:
+        logger.warning(
+            "%s: the weights are taken from %s, since %s. For those of %s, save "
+            "{'state_dict': checkpoint%s} as a file of its own.",
             name,
-            _some(str(key) for key in state if key not in tensors),
+            _place(first),
+            reason,
+            " or ".join(map(_place, others)),
+            "".join(f"[{key!r}]" for key in others[0]),
         )
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return states[first]
+
+
+def _place(keys: tuple[str, ...]) -> str:
+    return ".".join(keys)
+
+
+def _unwrapped(
+    state: Dictionary, place: tuple[str, ...], name: str
+) -> tuple[dict[str, Any], OrderedDict[str, Any] | None]:
+    """The tensors of a state dict without prefixes of wrappers, and the versions of its modules."""
+    if state.foreign_key is not None:
+        raise QwtError(
+            f"The checkpoint {name} was refused: a name in {_place(place) or 'its state dict'} is "
+            f"{state.foreign_key} where only a text can be the name of a weight."
+        )
+    tensors = {k: v for k, v in state.items() if isinstance(v, StoredTensor | Tensor)}
+    if len(tensors) < len(state):
+        left_out = _some(key for key in state if key not in tensors)
+        logger.info("%s: left out what is no tensor: %s", name, left_out)
+    weights: Mapping[str, Any] = OrderedDict(tensors)
+    versions = state.metadata
+    if versions is not None:
+        weights._metadata = OrderedDict(
+            (key, {"version": value["version"]})
+            for key, value in versions.items()
+            if type(value) is Dictionary and type(value.get("version")) is int
+        )
+    while True:
+        names = weights.keys() - COUNTERS
+        prefix = next((p for p in WRAPPERS if names and all(k.startswith(p) for k in names)), None)
+        if prefix is None:
+            break
+        weights = _below(weights, prefix)
+        logger.info("%s: removed the prefix %s of all names", name, prefix)
+    common = next(iter(weights)).partition(".")[0] + "."
+    if all(key.startswith(common) for key in weights):
+        logger.info(
+            "%s: all names begin with %s; a model that has none such is loaded without it",
+            name,
+            quoted(common),
+        )
     # MMDetection 2 registered the raw weights beside their average under such names.
-    raw = {"ema_" + key.replace(".", "_") for key in tensors}
-    return {
-        # A copy of its own, so that saving it saves no storage that it only looks into.
-        key: value.detach().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-        if key not in raw
-    }
+    raw = {"ema_" + key.replace(".", "_") for key in weights}
+    return (
+        {key: value for key, value in weights.items() if key not in raw},
+        getattr(weights, "_metadata", None),
+    )
 
 
-def _classes(checkpoint: Any) -> list[str] | None:
+def _require_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    wrong = []
+    for key, tensor in weights.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            # torch cannot ask its 8-bit types
+            values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+            count = values.numel() - int(values.isfinite().sum())
+            if count:
+                wrong.append(f"{quoted(key)} ({count} of {values.numel()})")
+    if wrong:
+        raise QwtError(
+            f"The checkpoint {name} has {len(wrong)} tensors with NaN or infinite numbers: "
+            f"{_some(wrong)}. Its training diverged, or the file was converted wrongly; take an "
+            "earlier checkpoint."
+        )
+
+
+def _classes(checkpoint: Any, name: str) -> list[str] | None:
     """Class names of an OpenMMLab checkpoint (MMEngine: meta.dataset_meta; before: meta)."""
     meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
     if not isinstance(meta, Mapping):
@@ -431,11 +546,11 @@ def _classes(checkpoint: Any) -> list[str] | None:
         for key in ("classes", "CLASSES"):
             names = place.get(key) if isinstance(place, Mapping) else None
             if isinstance(names, str):
-                return [names]
-            if (
-                isinstance(names, list | tuple)
-                and names
-                and all(isinstance(name, str) for name in names)
-            ):
-                return list(names)
+                names = [names]
+            if isinstance(names, list | tuple) and names:
+                if len(names) <= MAX_CLASSES and all(
+                    isinstance(n, str) and len(n) <= MAX_CLASS_NAME for n in names
+                ):
+                    return list(names)
+                logger.warning("%s: its %s are no list of names and are left out.", name, key)
     return None

@@ -64,13 +64,14 @@ _DETECTOR = (
     "loaders",
     "pipeline",
     "timm_backbone",
+    "unpickling",
 )
 _EVALUATION = ("evaluation.coco", "evaluation.predict")
 _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
 )
 STEP_PARTS = {
-    "fetch_checkpoint": ("checkpoints", "download"),
+    "fetch_checkpoint": ("checkpoints", "download", "unpickling"),
     "prepare_dataset": ("annotations", "datasets", "download", "images", "shapes"),
     "select_images": ("annotations", "datasets", "download", "images"),
     "evaluate_baseline": (*_DETECTOR, *_EVALUATION),

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from .checkpoints import check_keys, load_checkpoint
+from .checkpoints import load_checkpoint, load_weights
 from .errors import QwtError
 from .fingerprint import settings_fingerprint, weights_fingerprint
 
@@ -190,8 +190,7 @@ def load_detector(
     parsed = read_config(config, config_options)
     state = load_checkpoint(checkpoint)
     model = _build(config, parsed)
-    check_keys(model.state_dict(), state, f"The checkpoint {checkpoint} does not fit {config}")
-    model.load_state_dict(state, strict=False)  # check_keys was stricter, but for counters
+    load_weights(model, state, f"The checkpoint {checkpoint} does not fit {config}")
     model.fingerprint = {
         "model": settings_fingerprint(parsed.model.to_dict()),
         "weights": weights_fingerprint(model.state_dict()),

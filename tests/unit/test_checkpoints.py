@@ -3,9 +3,12 @@
 import datetime
 import hashlib
 import io
+import json
 import os
 import pathlib
 import pickle
+import re
+import struct
 import sys
 import tarfile
 import warnings
@@ -17,8 +20,9 @@ import pytest
 import torch
 from flaky_server import Drop, FlakyServer, Status
 from qwt_mmdet import download as download_module
-from qwt_mmdet.checkpoints import check_keys, fetch_checkpoint, load_checkpoint
+from qwt_mmdet.checkpoints import check_keys, fetch_checkpoint, load_checkpoint, load_weights
 from qwt_mmdet.errors import QwtError
+from safetensors.torch import save_file
 from torch import nn
 
 CLASSES = ("person", "bicycle", "traffic light")
@@ -181,6 +185,196 @@ def test_a_parameter_that_only_looks_like_a_raw_copy_stays(tmp_path):
     assert_same(load_checkpoint(tmp_path / "a.pth"), state)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"module." + key: value for key, value in small_state().items()},
+        {"n_averaged": torch.tensor(9)} | {"module." + k: v for k, v in small_state().items()},
+        {"module._orig_mod." + k: v for k, v in small_state().items()},
+        {"_orig_mod." + k: v for k, v in small_state().items()},
+    ],
+    ids=["parallel", "averaged", "compiled and parallel", "compiled"],
+)
+def test_wrappers_go(tmp_path, state, caplog):
+    caplog.set_level("INFO")
+    torch.save(state, tmp_path / "a.pth")
+    assert_same(load_checkpoint(tmp_path / "a.pth"), small_state())
+    assert "removed the prefix" in caplog.text
+
+
+def test_averaged_models_of_torch_and_mmengine(tmp_path):
+    from mmengine.model import ExponentialMovingAverage
+
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    for averaged in (torch.optim.swa_utils.AveragedModel(model), ExponentialMovingAverage(model)):
+        torch.save({"state_dict": averaged.state_dict()}, tmp_path / "a.pth")
+        loaded = load_checkpoint(tmp_path / "a.pth")
+        assert_same(loaded, model.state_dict())
+        assert loaded._metadata["1"] == {"version": 2}  # of the batch normalization's keys
+        fetch_checkpoint(tmp_path / "a.pth", tmp_path / "b.pth")
+        again = torch.load(tmp_path / "b.pth", weights_only=True)["state_dict"]
+        assert again._metadata == loaded._metadata
+
+
+def changed() -> OrderedDict:
+    return OrderedDict(
+        (key, value + 1 if value.is_floating_point() else value)
+        for key, value in small_state().items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        ({"model": changed(), "ema": {"module": small_state(), "updates": 7}}, r"ema\.module"),
+        ({"state_dict": changed(), "state_dict_ema": small_state()}, "state_dict_ema"),
+        ({"model": changed(), "model_ema": small_state()}, "model_ema"),
+        ({"params": changed(), "params_ema": small_state()}, "params_ema"),
+        ({"state_dict": changed(), "ema_state_dict": small_state()}, "ema_state_dict"),
+        ({"ema": {"state_dict": small_state()}}, None),
+        ({"module": small_state(), "ds_version": "1"}, None),
+        ({"model": {"state_dict": small_state()}, "step": torch.tensor(3)}, None),
+        ({"state_dict": small_state(), "ema": small_state()}, "ema"),
+        (
+            {  # as MMEngine's hook leaves it: the average lies in state_dict
+                "state_dict": small_state(),
+                "ema_state_dict": {"steps": torch.tensor(4)}
+                | {"module." + key: value for key, value in changed().items()},
+            },
+            "state_dict, since MMEngine",
+        ),
+        (
+            {"model": small_state(), "ema": {"conv.weight": torch.ones(1)}},
+            r"model, since ema is not complete",
+        ),
+    ],
+)
+def test_of_two_sets_of_weights_the_log_says_which_is_taken(tmp_path, content, taken, caplog):
+    torch.save(content, tmp_path / "a.pth")
+    assert_same(load_checkpoint(tmp_path / "a.pth"), small_state())
+    if taken is None:
+        assert "taken from" not in caplog.text
+    else:
+        assert re.search(
+            f"weights are taken from {taken}.*save {{'state_dict': checkpoint", caplog.text
+        )
+
+
+# --- safetensors -------------------------------------------------------------------------------
+
+
+def test_safetensors_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    state = {"module." + key: value.contiguous() for key, value in small_state().items()}
+    meta = {"classes": json.dumps(CLASSES), "format": "pt"}
+    save_file(state | {"module.b": torch.ones(2).bfloat16()}, path, metadata=meta)
+    expected = dict(sorted((small_state() | {"b": torch.ones(2).bfloat16()}).items()))
+    assert_same(dict(sorted(load_checkpoint(path).items())), expected)
+    fetch_checkpoint(path, tmp_path / "out.pth", sha256=digest(path))
+    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert written["meta"]["classes"] == list(CLASSES)
+    assert written["meta"]["sha256"] == digest(path)
+    wrong = path.rename(tmp_path / "a-deadbeef.safetensors")
+    with pytest.raises(QwtError, match="its name says deadbeef"):
+        fetch_checkpoint(wrong, tmp_path / "wrong.pth")
+
+
+@pytest.mark.parametrize(
+    ("meta", "classes"),
+    [
+        ({"dataset_meta": '{"classes": ["a", "b"]}'}, ["a", "b"]),
+        ({"meta": '{"CLASSES": ["a"]}'}, ["a"]),
+        ({"classes": "[" * 100_000}, None),
+        ({"classes": "1" * 100_000}, None),
+        ({"classes": "a, b"}, None),
+        ({"classes": '["a", 1]'}, None),
+        ({}, None),
+    ],
+)
+def test_class_names_in_a_safetensors_file(tmp_path, meta, classes):
+    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", metadata=meta)
+    fetch_checkpoint(tmp_path / "a.safetensors", tmp_path / "out.pth")
+    assert torch.load(tmp_path / "out.pth", weights_only=True)["meta"]["classes"] == classes
+
+
+def test_safetensors_over_a_bad_connection(tmp_path):
+    save_file(small_state(), tmp_path / "a.safetensors")
+    with FlakyServer(folder=tmp_path) as server:
+        server.plan["a.safetensors"] += [Status(503), Drop(20_000)]
+        fetch_checkpoint(server.url("a.safetensors"), tmp_path / "out" / "checkpoint.pth")
+    assert load_checkpoint(tmp_path / "out" / "checkpoint.pth").keys() == small_state().keys()
+
+
+def safetensors(header: str | bytes, data: bytes = bytes(16), size: int | None = None) -> bytes:
+    header = header.encode() if isinstance(header, str) else header
+    return struct.pack("<Q", len(header) if size is None else size) + header + data
+
+
+def entry(begin: int, end: int, shape: str = "[4]", dtype: str = "F32") -> str:
+    return f'{{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [{begin}, {end}]}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"{", id="one byte"),
+        pytest.param(safetensors("{}", size=2**63), id="header of 8 exabytes"),
+        pytest.param(safetensors("{}", size=10**9), id="header of 1 GB"),
+        pytest.param(safetensors('{"w": '), id="header that ends early"),
+        pytest.param(safetensors("[]"), id="list for a header"),
+        pytest.param(safetensors("[" * 100_000), id="deep header"),
+        pytest.param(safetensors(b"\xff\xfe{}"), id="header that is no UTF-8"),
+        pytest.param(safetensors('{"w": 1}'), id="number for a tensor"),
+        pytest.param(
+            safetensors(f'{{"w": {entry(0, 16)}, "v": {entry(0, 16)}}}'),
+            id="one range for two tensors",
+        ),
+        pytest.param(
+            safetensors(f'{{"w": {entry(0, 16)}, "v": {entry(8, 24)}}}', bytes(24)),
+            id="ranges that overlap",
+        ),
+        pytest.param(safetensors(f'{{"w": {entry(16, 0)}}}'), id="range from behind"),
+        pytest.param(safetensors(f'{{"w": {entry(0, 10**15)}}}'), id="range beyond the file"),
+        pytest.param(
+            safetensors(f'{{"w": {entry(0, 16, "[700000000]")}}}'), id="shape larger than its range"
+        ),
+        pytest.param(
+            safetensors(f'{{"w": {entry(0, 16, "[4611686018427387904, 4]")}}}'),
+            id="shape that overflows",
+        ),
+        pytest.param(safetensors(f'{{"w": {entry(0, 16, "[-4]")}}}'), id="negative size"),
+        pytest.param(safetensors(f'{{"w": {entry(0, 16, dtype="X")}}}'), id="unknown type"),
+        pytest.param(safetensors(f'{{"w": {entry(0, 16)}}}', bytes(15)), id="too little data"),
+        pytest.param(safetensors('{"__metadata__": {"format": "pt"}}', b""), id="metadata alone"),
+        pytest.param(b"<!DOCTYPE html><html>", id="web page"),
+    ],
+)
+def test_broken_safetensors_file(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(
+        QwtError, match=r"a\.safetensors.* (holds no weights|is empty|damaged)"
+    ) as e:
+        load_checkpoint(tmp_path / "a.safetensors")
+    assert str(e.value).isprintable()
+    assert len(str(e.value)) < 600
+
+
+# --- Weights that are no numbers ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.complex64])
+def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
+    state = small_state() | {f"bad{n}": torch.full((3,), value, dtype=dtype) for n in range(12)}
+    state["bad0"][1:] = 0
+    torch.save(state, tmp_path / "a.pth")
+    message = r"a\.pth has 12 tensors with NaN .*: bad0 \(1 of 3\), bad1 \(3 of 3\), .*, and 2 more"
+    with pytest.raises(QwtError, match=message):
+        fetch_checkpoint(tmp_path / "a.pth", tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
 # --- Files that would run something ------------------------------------------------------------
 
 
@@ -314,7 +508,7 @@ def test_flipped_bit_in_a_weight(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(QwtError, match=r"is truncated or damaged \(the checksum of .*data/"):
+    with pytest.raises(QwtError, match=r"is truncated or damaged \(Bad CRC-32 .*data/"):
         load_checkpoint(path)
 
 
@@ -374,7 +568,6 @@ def test_fetched_file_holds_the_weights_and_where_they_are_from(tmp_path, checkp
         "sha256": digest(checkpoint),
         "classes": list(CLASSES),
     }
-    assert type(written["state_dict"]) is dict
     assert_same(written["state_dict"], small_state())
     assert_same(load_checkpoint(output), small_state())
     assert os.listdir(output.parent) == ["checkpoint.pth"]
@@ -498,3 +691,124 @@ def test_long_lists_are_cut():
     ) as caught:
         check_keys(model, {}, "w.pth")
     assert "block10" not in str(caught.value)
+
+
+# --- Loading into a model -----------------------------------------------------------------------
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(OrderedDict(backbone=nn.Linear(2, 3), head=nn.BatchNorm1d(3)))
+
+
+def equal(first: dict, second: dict) -> bool:
+    return all(torch.equal(first[key], second[key]) for key in second)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "model.detector.", "pl_module.net.model."])
+def test_prefix_that_the_model_does_not_have_goes(prefix, caplog):
+    caplog.set_level("INFO")
+    weights = small_model().state_dict()
+    state = {prefix + key: value for key, value in weights.items()}
+    state |= {"criterion.weight": torch.ones(3)}  # of a loss that Lightning keeps beside the model
+    model = small_model()
+    load_weights(model, state, "a.pth does not fit b.py")
+    assert equal(model.state_dict(), weights)
+    assert f"prefix {prefix} of the checkpoint's names is removed" in caplog.text
+    assert "left out are criterion.weight" in caplog.text
+
+
+def test_of_two_prefixes_the_average_is_taken_and_the_log_says_so(caplog):
+    raw, average = small_model().state_dict(), small_model().state_dict()
+    state = {f"model.{k}": v for k, v in raw.items()}
+    state |= {f"ema_model.{k}": v for k, v in average.items()}
+    model = small_model()
+    load_weights(model, state, "a")
+    assert equal(model.state_dict(), average)
+    assert "prefix ema_model. of" in caplog.text
+    assert "model., ema_model. would fit as well" in caplog.text
+
+
+def test_line_that_removes_a_prefix_does_so():
+    weights = small_model().state_dict()
+    state = {f"net.{key}": value for key, value in weights.items()} | {"net.more": torch.ones(1)}
+    with pytest.raises(QwtError, match=r"follow the prefix 'net\.'") as caught:
+        load_weights(small_model(), state, "a")
+    line = re.search(r"state = (\{.*\}), and", str(caught.value))[1]
+    assert eval(line, {"state": state}).keys() == weights.keys() | {"more"}
+
+
+def test_a_model_with_such_a_prefix_keeps_it():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small_model()
+
+    weights = Wrapped().state_dict()
+    model = Wrapped()
+    load_weights(model, weights, "a")
+    assert equal(model.state_dict(), weights)
+
+
+def test_versions_of_the_modules_decide_which_keys_are_old(tmp_path):
+    class Renamed(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            if metadata.get("version", 1) < 2:
+                state[prefix + "weight"] = state.pop(prefix + "old")
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    new = nn.Sequential(Renamed(2, 3))
+    torch.save({"state_dict": new.state_dict()}, tmp_path / "new.pth")
+    weights = dict(new.state_dict())
+    old = {"0.old": weights.pop("0.weight")} | weights
+    torch.save({"state_dict": old}, tmp_path / "old.pth")
+    for name in ("new.pth", "old.pth"):
+        fetch_checkpoint(tmp_path / name, tmp_path / "fetched.pth")
+        for path in (tmp_path / name, tmp_path / "fetched.pth"):
+            model = nn.Sequential(Renamed(2, 3))
+            load_weights(model, load_checkpoint(path), "a")
+            assert equal(model.state_dict(), new.state_dict())
+
+
+def test_keys_of_a_module_that_does_not_look_are_compared_all_the_same():
+    class Silent(nn.Sequential):  # as mmdet's VFNetHead
+        def _load_from_state_dict(self, *_):
+            pass
+
+    model = Silent(nn.Linear(2, 3))
+    with pytest.raises(QwtError, match=r"unexpected in the checkpoint \(1\): more"):
+        load_weights(model, model.state_dict() | {"more": torch.ones(1)}, "a")
+    with pytest.raises(QwtError, match=r"missing in the checkpoint \(1\): 0\.bias"):
+        load_weights(model, {"0.weight": torch.ones(3, 2)}, "a")
+
+
+def test_integer_weights_do_not_pass_for_others():
+    model = small_model()
+    state = model.state_dict() | {"backbone.weight": torch.ones(3, 2, dtype=torch.int8)}
+    with pytest.raises(QwtError, match=r"floating point \(1\): backbone\.weight \(int8\)"):
+        load_weights(model, state, "a")
+
+
+def test_number_of_torch_0_3_is_read():
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    load_weights(model, {"scale": torch.tensor([2.0])}, "a")
+    assert model.scale.item() == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "tool"),
+    [
+        ("backbone.extra.0.weight", "upgrade_ssd_version"),
+        ("bbox_head.fc_cls.weight", "upgrade_model_version"),
+        ("bbox_head.cls_convs.0.weight", "upgrade_model_version"),
+    ],
+)
+def test_names_that_a_tool_of_mmdetection_converts(key, tool):
+    import mmdet
+
+    with pytest.raises(QwtError, match=f"model_converters/{tool}.py"):
+        check_keys(state(a=(1,)), {key: torch.ones(1)}, "a")
+    folder = pathlib.Path(mmdet.__file__).parent / ".mim" / "tools" / "model_converters"
+    assert (folder / f"{tool}.py").exists()

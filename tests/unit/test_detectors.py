@@ -1,5 +1,6 @@
 import pytest
 import torch
+from qwt_mmdet.checkpoints import fetch_checkpoint
 from qwt_mmdet.detectors import (
     dataset_classes,
     load_detector,
@@ -90,6 +91,24 @@ def test_checkpoint_of_another_model_lists_the_keys(checkpoint):
     assert "missing" in message.lower()
     assert "unexpected" in message.lower()
     assert "backbone.stem.conv.conv.weight" in message
+
+
+def test_fcos_with_the_names_of_mmdet_1(tmp_path):
+    config = "fcos/fcos_r50-dcn-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py"
+    model = random_detector(config)
+    new = model.state_dict()
+    changes = {"bbox_head.conv_": "bbox_head.fcos_", ".conv2.conv_offset.": ".conv2_offset."}
+    old = {}
+    for key, value in new.items():
+        for now, then in changes.items():
+            key = key.replace(now, then)
+        old[key] = value
+    assert len(old.keys() - new.keys()) > 10
+    path = tmp_path / "fcos.pth"
+    torch.save({"state_dict": old, "meta": {}}, path)
+    fetch_checkpoint(path, tmp_path / "fetched.pth")
+    loaded = load_detector(config, tmp_path / "fetched.pth").state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in new.items())
 
 
 def test_number_of_classes_that_differs_is_a_shape_mismatch(checkpoint):
