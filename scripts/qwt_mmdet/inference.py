@@ -1,5 +1,6 @@
 """Run a detector on images that have no annotations."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from mmdet.visualization import DetLocalVisualizer
 from torch import nn
 
 from .errors import QwtError
-from .evaluation.predict import detections
+from .evaluation.predict import detections, finite
 from .files import write_json
 from .progress import progress
+
+logger = logging.getLogger(__name__)
 
 
 def run_on_images(
@@ -30,7 +33,7 @@ def run_on_images(
         The number of detections.
 
     Raises:
-        QwtError: an image cannot be read, or a detection is not finite.
+        QwtError: an image cannot be read.
     """
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = model.dataset_meta
@@ -43,6 +46,10 @@ def run_on_images(
         if image is None:
             raise QwtError(f"The image {path} cannot be read; convert it to JPEG or PNG.")
         sample = inference_detector(model, image)
+        instances = finite(sample.pred_instances)
+        if lost := len(sample.pred_instances) - len(instances):
+            logger.warning("%s: %d detections are NaN or infinite and left out.", path, lost)
+            sample.pred_instances = instances
         found += detections(sample.pred_instances, number, list(range(1, len(classes) + 1)))
         height, width = image.shape[:2]
         entries.append({"id": number, "file_name": str(path), "height": height, "width": width})

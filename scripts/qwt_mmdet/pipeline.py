@@ -22,11 +22,13 @@ from .compensation.fit import fit_compensation
 from .compensation.state import load_compensation, save_compensation
 from .config import source_hash
 from .detectors import load_detector
-from .evaluation.coco import coco_metrics, has_masks, load_ground_truth
+from .errors import QwtError
+from .evaluation.coco import coco_metrics, load_ground_truth
 from .evaluation.predict import predict
 from .files import read_json, sha256_file, write_atomically, write_json
 from .loaders import make_loader
 from .quantization.convert import calibrate, quantize_model
+from .quantization.moments import worst_layers
 from .quantization.sensitivity import choose_bits, mixed_precision, rank_layers
 from .quantization.state import load_warmup, save_warmup, settings_to_config, settings_to_plain
 from .settings import CompensationSettings, QuantizationSettings
@@ -93,15 +95,33 @@ def evaluate_detector(
         annotations: COCO annotation file whose ``info.image_root`` is the image folder.
 
     Returns:
-        COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results.
+        COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results. The
+        metrics also hold ``not_finite``, the number of detections with a NaN or an infinity, which
+        count as not made, and ``collapsed``: whether a quantized detector finds not one object
+        (box AP 0), which is a result.
 
     Raises:
-        QwtError: the classes of model and annotations differ, or a detection is not finite.
+        QwtError: the classes of model and annotations differ, or a detector that is not quantized
+            makes no detection or one that is not finite.
     """
     load_ground_truth(annotations, masks=model.with_mask)  # a fault in it is told before the work
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     found = predict(model, loader, annotations, total=len(loader.dataset))
-    return coco_metrics(annotations, found, masks=has_masks(found)), found
+    quantized = hasattr(model, "quantization_settings")
+    if not quantized and found.not_finite:
+        raise QwtError(
+            f"{found.not_finite} detections of the full-precision model are NaN or infinite; check "
+            "the checkpoint and the preprocessing."
+        )
+    if not quantized and not found.records:
+        raise QwtError(
+            "There is not a single detection of the full-precision model, although the images contain "
+            "objects; check the checkpoint, the classes and the preprocessing."
+        )
+    metrics = coco_metrics(annotations, found.records, masks=found.masks)
+    metrics["collapsed"] = quantized and metrics["bbox"]["AP"] == 0
+    metrics["not_finite"] = found.not_finite
+    return metrics, found.records
 
 
 def evaluate(
@@ -147,6 +167,14 @@ def evaluate(
     for kind in ("bbox", "segm"):
         if kind in result:
             logger.info("%s AP %.4f, AP50 %.4f", kind, result[kind]["AP"], result[kind]["AP50"])
+    if result["not_finite"]:
+        logger.warning("%d detections are NaN or infinite and do not count.", result["not_finite"])
+    if result["collapsed"]:
+        logger.warning(
+            "The quantized detector collapsed: it finds not one object. Layers with the lowest "
+            "signal-to-noise ratio: %s.",
+            worst_layers(model.signal_noise) or "not measured",
+        )
 
 
 def quantize(

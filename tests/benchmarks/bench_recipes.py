@@ -121,7 +121,7 @@ class Trial:
         return make_loader(self.model.cfg, annotations, batch_size=4)
 
     def found(self, model: nn.Module, annotations: Path) -> list[dict[str, Any]]:
-        return predict(model, self.loader(annotations), annotations)
+        return predict(model, self.loader(annotations), annotations).records
 
     def metrics(self, found: list[dict[str, Any]]) -> dict[str, float]:
         metrics = coco_metrics(self.all, found, masks=has_masks(found))

@@ -288,8 +288,8 @@ def test_estimates_fit_into_json(result):
 
 def test_bad_predictions_name_their_variant(tmp_path):
     path = write(tmp_path, one_object(BOX))
-    records = {"baseline": [detection(BOX, 0.5)], "w4/quantized": []}
-    with pytest.raises(QwtError, match=r"Variant w4/quantized: .*not a single detection"):
+    records = {"baseline": [detection(BOX, 0.5)], "w4/quantized": [detection(BOX, float("nan"))]}
+    with pytest.raises(QwtError, match=r"Variant w4/quantized: .*score nan"):
         bootstrap(path, records, masks=False)
 
 
@@ -352,3 +352,22 @@ def test_real_annotations_with_images_drawn_twice(tmp_path, iou_type):
         again, records = repeated(content, predictions, dict(zip(table.images, row, strict=True)))
         metrics = coco_metrics(write(tmp_path, again, "again.json"), records, masks=True)
         assert_equals_cocoeval(ap, index, metrics[iou_type])
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_detector_that_finds_nothing_has_the_interval_0_to_0(tmp_path, masks):
+    content, predictions = random_detections(images=9, detections=25, classes=4, seed=7)
+    variants = {"baseline": predictions, "nothing": [], "again": []}
+    found = bootstrap(write(tmp_path, content), variants, masks=masks, resamples=50)
+    for kind in ("bbox", "segm")[: 1 + masks]:
+        for metric in ("AP", "AP50", 1):
+            estimate = found.estimate("nothing", kind, metric)
+            assert (estimate["value"], estimate["low"], estimate["high"]) == (0, 0, 0)
+        loss = found.difference("nothing", "baseline", kind, "AP")
+        assert loss["value"] == -found.values["baseline"][kind]["AP"]
+        assert loss["significant"]
+        assert not found.difference("again", "nothing", kind, "AP")["significant"]
+        regained = found.recovered("baseline", "nothing", "again", kind, "AP")
+        assert (regained["value"], regained["low"], regained["high"]) == (0, 0, 0)
+        whole = found.recovered("baseline", "nothing", "baseline", kind, "AP")
+        assert (whole["value"], whole["low"], whole["high"]) == (1, 1, 1)

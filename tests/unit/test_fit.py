@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import pytest
 import tiny
@@ -385,3 +386,33 @@ def test_each_block_is_logged_with_what_it_cost(caplog):
         (line,) = [m for m in caplog.messages if m.startswith(f"{block.name}: ")]
         for part in ("channels", "tokens", "linear", "held-out", "r2", "kept", " s", "peak memory"):
             assert part in line
+
+
+@pytest.mark.parametrize("target", ["block", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_quantized_detector_that_diverges_keeps_no_compensation_after_that(
+    tmp_path, caplog, target, value
+):
+    full, model, data = pair("resnet", images=4)
+    settings = CompensationSettings(target=target, gate="none", holdout_fraction=0.25)
+    sound = fit_compensation(model, full, data, settings)
+    second = sound.blocks[1].name
+    model.get_submodule(second).bn2.bias.data.fill_(value)
+    fitted = fit_compensation(model, full, data, settings)
+    assert fitted.blocks[0].kept
+    lost = [block for block in fitted.blocks if not block.kept]
+    # quantizers clip an infinity, so that the detector may recover from it
+    assert lost == list(fitted.blocks[1:]) if math.isnan(value) else second in str(lost)
+    for block in lost:
+        assert (block.kept, block.decision, block.kind) == (False, "not_finite", None)
+        assert block.row()["fit_error_before"] is None
+    assert f"{second}: the quantized detector's values are NaN or infinite on 4 of 4" in caplog.text
+    save_compensation(model, fitted, tmp_path / "compensation.pth")
+    load_compensation(model, tmp_path / "compensation.pth")
+
+
+def test_a_full_precision_detector_that_diverges_is_an_error():
+    full, model, data = pair("resnet", images=4)
+    full.backbone.layer1[1].bn1.bias.data.fill_(float("nan"))
+    with pytest.raises(QwtError, match=r"output of block backbone.* NaN .* in full precision"):
+        fit_compensation(model, full, data, CompensationSettings(holdout_fraction=0.25))

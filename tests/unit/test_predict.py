@@ -1,10 +1,18 @@
+import json
+from types import SimpleNamespace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
+from qwt_mmdet import pipeline
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.evaluation.predict import category_ids, detections
+from qwt_mmdet.evaluation.predict import Predictions, category_ids, detections, predict
+from qwt_mmdet.pipeline import evaluate_detector
+from random_detections import detection, one_object, write
 
 CATEGORIES = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
 
@@ -51,9 +59,72 @@ def test_no_detection_gives_no_record():
     assert detections(empty, 1, [3, 7]) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("key", ["bboxes", "scores"])
-def test_values_that_are_not_finite_name_the_image(key):
-    bad = instances()
-    getattr(bad, key).view(-1)[0] = float("nan")
-    with pytest.raises(QwtError, match="image 42"):
-        detections(bad, 42, [3, 7])
+def test_detections_that_are_not_finite_are_left_out_and_counted(tmp_path, key, value):
+    bad = instances(masks=torch.zeros(2, 10, 6, dtype=torch.bool))
+    getattr(bad, key).view(-1)[0] = value
+    sample = DetDataSample(pred_instances=bad, metainfo={"img_id": 42})
+    (tmp_path / "a.json").write_text(json.dumps(CATEGORIES))
+    found = predict(Model([sample]), [{}], tmp_path / "a.json")
+    (record,) = found.records
+    assert record["score"] == 0.25
+    assert "segmentation" in record
+    assert found.not_finite == 1
+
+
+class Model:
+    """Gives the same detections for each batch."""
+
+    dataset_meta: ClassVar = {"classes": ("dog", "cat")}
+
+    def __init__(self, samples):
+        self.test_step = lambda batch: samples
+
+
+def test_a_detector_without_a_detection_shows_its_masks(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(CATEGORIES))
+    for extra in ({}, {"masks": torch.zeros(2, 10, 6, dtype=torch.bool)}):
+        nothing = instances(**extra)[:0]
+        sample = DetDataSample(pred_instances=nothing, metainfo={"img_id": 42})
+        found = predict(Model([sample]), [{}], tmp_path / "a.json")
+        assert found == ([], 0, bool(extra))
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (Predictions([], 0, False), "not a single detection"),
+        (Predictions([{}], 3, False), "^3 det"),
+    ],
+)
+def test_only_the_full_precision_detector_must_detect(tmp_path, monkeypatch, found, message):
+    path = write(tmp_path, one_object([20.0, 30.0, 60.0, 50.0]))
+    loader = SimpleNamespace(dataset=[0])
+    monkeypatch.setattr(pipeline, "make_loader", lambda *args, **kwargs: loader)
+    monkeypatch.setattr(pipeline, "predict", lambda *args, **kwargs: found)
+    with pytest.raises(QwtError, match=message):
+        evaluate_detector(SimpleNamespace(cfg={}, with_mask=False), path)
+    found = found._replace(records=[], masks=True)
+    quantized = SimpleNamespace(cfg={}, with_mask=False, quantization_settings=None)
+    metrics, records = evaluate_detector(quantized, path)
+    assert records == []
+    assert metrics["collapsed"] is True
+    assert metrics["not_finite"] == found.not_finite
+    assert (
+        metrics["bbox"]["AP"] == metrics["segm"]["AP"] == metrics["per_class"]["cat"]["segm"] == 0
+    )
+
+
+def test_a_quantized_detector_that_finds_something_has_not_collapsed(tmp_path, monkeypatch):
+    box = [20.0, 30.0, 60.0, 50.0]
+    path = write(tmp_path, one_object(box))
+    found = Predictions([detection(box, 0.5)], 7, True)
+    loader = SimpleNamespace(dataset=[0])
+    monkeypatch.setattr(pipeline, "make_loader", lambda *args, **kwargs: loader)
+    monkeypatch.setattr(pipeline, "predict", lambda *args, **kwargs: found)
+    metrics, _ = evaluate_detector(
+        SimpleNamespace(cfg={}, with_mask=False, quantization_settings=None), path
+    )
+    assert metrics["bbox"]["AP"] == pytest.approx(1)
+    assert (metrics["collapsed"], metrics["not_finite"]) == (False, 7)

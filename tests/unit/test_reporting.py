@@ -619,6 +619,43 @@ def test_what_cannot_be_shown_costs_no_more_than_itself(boxes, tmp_path, monkeyp
     assert page.tags.count("svg") == 2 + ("the blocks of" not in str(spoiled))
 
 
+def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(html, "PICTURED_IMAGES", 1)
+    (row,) = make_results(masks=True, compensated=True, layer_sqnr=SQNR)
+    for folder, collapsed, lost in ((row["quantized"], True, 0), (row["compensated"], False, 5)):
+        path = Path(folder, "metrics.json")
+        metrics = json.loads(path.read_text())
+        if collapsed:
+            Path(folder, "predictions.json").write_text("[]")
+            metrics |= coco_metrics("evaluation.json", [], masks=False)  # that it has masks is lost
+            del metrics["segm"]
+        path.write_text(json.dumps({**metrics, "collapsed": collapsed, "not_finite": lost}))
+    summarize([row], resamples=50)
+    with open("summary.csv", newline="") as stream:
+        box, mask = csv.DictReader(stream)
+    worst = "backbone.bad (-2.5 dB), backbone.attn (key) (9.0 dB), backbone.good (31.5 dB)"
+    for line in (box, mask):
+        assert (line["collapsed_quantized"], line["collapsed_compensated"]) == ("True", "False")
+        assert (line["not_finite_quantized"], line["not_finite_compensated"]) == ("0", "5")
+        assert [line[f"AP_quantized{end}"] for end in ("", "_low", "_high")] == ["0.0"] * 3
+        assert line["AP_quantized_minus_baseline_significant"] == "True"
+        recovered = float(line["AP_compensated"]) / float(line["AP_baseline"])
+        assert float(line["AP_recovered"]) == pytest.approx(recovered)
+        assert line["worst_layers"] == worst
+    shown = text.summary_table("summary.csv")
+    assert "0.000 collapsed" in shown
+    assert (
+        f"m w4 collapsed: it finds not one object. Lowest signal-to-noise ratios: {worst}." in shown
+    )
+    page = render([row])
+    assert "w4 collapsed, it finds not one object (box AP); lowest signal" in page.text
+    assert "W4 A8, backbone collapsed: finds not one object" in page.text
+    assert "5 detections are NaN or infinite and do not count" in page.text
+    assert worst in page.text
+    assert "cannot show" not in page.text
+
+
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

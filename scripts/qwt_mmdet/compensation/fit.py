@@ -147,8 +147,9 @@ def fit_compensation(
         resume_inputs: further plain values that must be the same for that.
 
     Raises:
-        QwtError: no images, no registered blocks, a block that cannot be compensated, or values
-            that are not finite.
+        QwtError: no images, no registered blocks, a block that cannot be compensated, or values of
+            the full-precision detector that are not finite. Where the quantized one's are not, a
+            block stays without compensation.
     """
     with ActivationCache(device_gb, memory_gb) as cache:
         digest = hashlib.sha256()
@@ -253,6 +254,7 @@ def _fit_block(
     solver = SOLVERS[settings.kind]
     sums: BlockStatistics | None = None
     power = 0.0
+    diverged = 0
     for image, group in enumerate(fit.groups):
         if image % RELEASE_INTERVAL == 0:
             release_free_memory()
@@ -264,9 +266,24 @@ def _fit_block(
                 _statistics(solver.needs, *channels, output.device)
                 for _ in range(2 + len(set(fit.groups) - {None}))
             )
-        (sums if group is None else held[group]).update(x, output, expected - output)
-        power += float(torch.linalg.vector_norm(expected)) ** 2 / expected.numel() / fit.images
+        if settings.target == "reference" and not _is_finite(expected):
+            raise QwtError(
+                f"The output of block {name} holds NaN or infinite values in full precision; check "
+                "that the checkpoint is sound and that the full-precision model evaluates."
+            )
+        if all(map(_is_finite, (x, output, expected))):
+            (sums if group is None else held[group]).update(x, output, expected - output)
+            power += float(torch.linalg.vector_norm(expected)) ** 2 / expected.numel() / fit.images
+        else:
+            diverged += 1
         del x, output, expected  # before the next image needs the memory
+    if diverged:
+        logger.warning(
+            "%s: the quantized detector's values are NaN or infinite on %d of %d images, so the block "
+            "stays without compensation; raise the bits of the blocks before it.",
+            name, diverged, fit.images,
+        )  # fmt: skip
+        return _left_alone(name, "not_finite")
     solution = solver.solve(sums, held, settings)
     for group in held:
         holdout.merge(group)
@@ -281,7 +298,8 @@ def _fit_block(
         solution = solve_again(solution, sums, settings)
     kind = None if solution.kind is None else solution.kind.to("cpu", torch.float32)
     if kind and not all(torch.isfinite(tensor).all() for tensor in kind.tensors().values()):
-        raise QwtError(f"The compensation of block {name} is not finite; set a larger ridge.")
+        logger.warning("The compensation of block %s is not finite; set a larger ridge.", name)
+        return _left_alone(name, "not_finite")
     positions = tokens / fit.images
     parameters, multiply_adds = (kind.parameters, kind.multiply_adds) if kind else (0, 0)
     first_image = multiply_adds * fit.plan.positions[index]
@@ -303,6 +321,25 @@ def _fit_block(
     )
     _log(result, channels, tokens, time.monotonic() - start, sums.any.mean_y.device)
     return result
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The extremes are NaN where any value is, and found in one pass.
+    return all(map(torch.isfinite, torch.aminmax(tensor)))
+
+
+def _left_alone(name: str, decision: str) -> BlockFit:
+    """A block without compensation, about which nothing could be measured."""
+    counts = ("parameters", "bytes", "bytes_percent", "multiply_adds", "multiply_adds_percent")
+    errors = [
+        f"{part}_{key}"
+        for part in ("fit", "holdout")
+        for key in ("error_before", "error_after", "r2")
+    ]
+    return BlockFit(
+        name=name, kind=None, kept=False, decision=decision, ridge=0.0, solver="none",
+        positions=0.0, target_power=0.0, **dict.fromkeys(counts, 0), **dict.fromkeys(errors),
+    )  # fmt: skip
 
 
 def _run_block(

@@ -24,7 +24,8 @@ class BlockFit:
     Attributes:
         kind: the fitted tensors in float32; None where leaving the block alone was best.
         kept: whether the block runs with its compensation.
-        decision: ``kept``; or what spoke against it: ``gate`` or ``max_cost``.
+        decision: ``kept``; or what spoke against it: ``gate``, ``max_cost``, or ``not_finite`` where
+            the quantized detector's values or the fit's are NaN or infinite.
         positions: output positions (tokens, pixels) of one image, on average.
         parameters: numbers in the tensors. bytes: of these in float16.
         bytes_percent: of the weights of the quantized backbone.
@@ -46,9 +47,9 @@ class BlockFit:
     multiply_adds: float
     multiply_adds_percent: float
     target_power: float
-    fit_error_before: float
-    fit_error_after: float
-    fit_r2: float
+    fit_error_before: float | None
+    fit_error_after: float | None
+    fit_r2: float | None
     holdout_error_before: float | None
     holdout_error_after: float | None
     holdout_r2: float | None

@@ -97,14 +97,9 @@ def check_predictions(
     """Refuse predictions that cannot be a detector's result on these images.
 
     Raises:
-        QwtError: there are none at all; one is of an unknown image or category, has a number that is
-            not finite, or (``masks``) no mask of its image's size.
+        QwtError: one is of an unknown image or category, has a number that is not finite, or
+            (``masks``) no mask of its image's size.
     """
-    if not predictions:
-        raise QwtError(
-            "There is not a single detection although the images contain objects; check the "
-            "checkpoint, the preprocessing and the quantization ranges."
-        )
     for record in predictions:
         image_id = record.get("image_id")
         if image_id not in ground_truth.imgs:
@@ -149,9 +144,14 @@ def match_detections(
     """
     keys = ("image_id", "category_id", "score", MATCHED_KEYS[iou_type])
     with _without_printing():
-        detections = ground_truth.loadRes(
-            [{key: record[key] for key in keys} for record in predictions]
-        )
+        if predictions:
+            detections = ground_truth.loadRes(
+                [{key: record[key] for key in keys} for record in predictions]
+            )
+        else:  # which loadRes does not take
+            detections = COCO()
+            detections.dataset = {**ground_truth.dataset, "annotations": []}
+            detections.createIndex()
         evaluator = COCOeval(ground_truth, detections, iou_type)
         evaluator.evaluate()
     return evaluator

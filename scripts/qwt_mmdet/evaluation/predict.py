@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,23 +34,39 @@ def category_ids(classes: Iterable[str], annotations: dict[str, Any]) -> list[in
     return [by_name[name] for name in classes]
 
 
+class Predictions(NamedTuple):
+    """Detections of a detector on some images.
+
+    Attributes:
+        records: COCO results, a dictionary per detection: image_id, category_id, bbox (x, y, width,
+            height in pixels), score, and segmentation (compressed run lengths) with masks.
+        not_finite: number of detections with a NaN or an infinity, which ``records`` lack.
+        masks: whether the detector predicts masks.
+    """
+
+    records: list[dict[str, Any]]
+    not_finite: int
+    masks: bool
+
+
+def finite(instances: InstanceData) -> InstanceData:
+    """The detections whose box and score are finite numbers."""
+    return instances[instances.bboxes.isfinite().all(1) & instances.scores.isfinite()]
+
+
 def detections(
     instances: InstanceData, image_id: int, label_to_category: list[int]
 ) -> list[dict[str, Any]]:
-    """COCO results of one image.
+    """COCO results of one image; detections that are not finite are left out.
 
     Args:
         instances: mmdet's ``pred_instances``: bboxes [n, 4] (x1, y1, x2, y2 in pixels of the
             original image), scores [n], labels [n], perhaps masks [n, height, width].
     """
+    instances = finite(instances)
     boxes = instances.bboxes.float().cpu().numpy().astype(np.float64)
     scores = instances.scores.float().cpu().numpy().astype(np.float64)
     labels = instances.labels.cpu().numpy()
-    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-        raise QwtError(
-            f"The detections of image {image_id} hold NaN or infinite values; the model has "
-            "diverged, so raise the bit widths or check the checkpoint."
-        )
     boxes[:, 2:] -= boxes[:, :2]
     results = [
         {
@@ -78,7 +94,7 @@ def predict(
     *,
     total: int | None = None,
     description: str = "Evaluating",
-) -> list[dict[str, Any]]:
+) -> Predictions:
     """Detections of all images that the loader yields.
 
     Args:
@@ -87,21 +103,20 @@ def predict(
         annotations: COCO annotation file that defines the category ids.
         total: number of images, for the time left.
 
-    Returns:
-        One dictionary per detection: image_id, category_id, bbox (x, y, width, height in pixels),
-        score, and segmentation (compressed run lengths) where the model predicts masks.
-
     Raises:
-        QwtError: the classes do not fit, or a detection is not finite.
+        QwtError: the classes do not fit.
     """
     content = read_json(annotations, what="annotation file")
     label_to_category = category_ids(model.dataset_meta["classes"], content)
-    results: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
+    found, masks = 0, False
 
     def samples() -> Iterable[Any]:
         for batch in loader:
             yield from model.test_step(batch)
 
     for sample in progress(samples(), description, total=total):
-        results += detections(sample.pred_instances, sample.img_id, label_to_category)
-    return results
+        records += detections(sample.pred_instances, sample.img_id, label_to_category)
+        found += len(sample.pred_instances)
+        masks |= "masks" in sample.pred_instances
+    return Predictions(records, found - len(records), masks)

@@ -1,6 +1,7 @@
 """Streaming statistics of a layer's input and output, for bias correction, GPTQ and reports."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -81,6 +82,12 @@ class InputMoments:
                 moment = moment + mean[:, :, None] * mean[:, None]
             moments.append(moment)
         return moments
+
+
+def worst_layers(signal_noise: Mapping[str, float | None], most: int = 3) -> str:
+    """``backbone.conv1 (-2.5 dB), …``: the layers with the lowest ratios in dB, the worst first."""
+    measured = [(ratio, name) for name, ratio in signal_noise.items() if ratio is not None]
+    return ", ".join(f"{name} ({ratio:.1f} dB)" for ratio, name in sorted(measured)[:most])
 
 
 def chosen_rows(count: int, device: torch.device) -> Tensor:

@@ -68,6 +68,8 @@ def effect_sentence(row: Row) -> str:
     """Say in words what one compensation did, from a row of the summary."""
     ends = text.interval(row, GAIN)
     name = row["compensation"]
+    if row.get("collapsed_compensated"):
+        return f"with {name} it finds not one object"
     if row[GAIN] is None:
         return f"with {name} it is {_share_of_baseline(row, 'AP_compensated')}"
     if not row[f"{GAIN}_significant"]:
@@ -90,7 +92,11 @@ def answer(rows: Sequence[Row]) -> str:
     """
     row = rows[0]
     kind = text.KINDS[row["metrics"]]
-    if row["AP_quantized"] is None:
+    if row.get("collapsed_quantized"):
+        start = f"{row['quantization']} collapsed, it finds not one object ({kind} AP)"
+        if row["worst_layers"]:
+            start += f"; lowest signal-to-noise ratios of layers: {row['worst_layers']}"
+    elif row["AP_quantized"] is None:
         start = f"{row['quantization']} was not evaluated without compensation ({kind} AP)"
     elif row["AP_baseline"]:
         start = (
@@ -145,6 +151,16 @@ def _estimate(row: Row, column: str) -> dict[str, Any]:
     }
 
 
+def _faults(row: Row, variant: str) -> list[str]:
+    """What is wrong with a variant's detections."""
+    faults = []
+    if row.get(f"collapsed_{variant}"):
+        faults.append("collapsed: finds not one object")
+    if lost := row.get(f"not_finite_{variant}"):
+        faults.append(f"{lost} detections are NaN or infinite and do not count")
+    return faults
+
+
 def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The baseline, each quantization and each compensation, a line each.
 
@@ -157,6 +173,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "variant": "baseline",
             "series": figures.BASELINE,
             "note": "full precision",
+            "faults": [],
             "ap": _estimate(first, "AP_baseline"),
             "bytes": first["baseline_bytes"],
             "evaluated": seconds("evaluate_baseline", model),
@@ -175,6 +192,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "note": bits,
                 "ap": _estimate(row, "AP_quantized"),
                 "loss": _estimate(row, LOSS),
+                "faults": _faults(row, "quantized"),
                 "bytes": row["quantized_bytes"],
                 "made": seconds("quantize_model", model, name),
                 "evaluated": seconds("evaluate_quantized", model, name),
@@ -193,6 +211,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "note": f"{row['blocks_kept']:.0f} of {row['blocks']:.0f} blocks",
                     "ap": _estimate(row, "AP_compensated"),
                     "loss": _estimate(row, "AP_compensated_minus_baseline"),
+                    "faults": _faults(row, "compensated"),
                     "gain": _estimate(row, GAIN),
                     "recovered": _estimate(row, "AP_recovered"),
                     "bytes": row["quantized_bytes"] + row["compensation_bytes"],

@@ -14,6 +14,12 @@ variant that was not evaluated).
     evaluation images, and bootstrap resamples over them.
 ``{M}_baseline``, ``{M}_quantized``, ``{M}_compensated``
     AP between 0 and 1; M is one of AP, AP50, AP75, APs, APm, APl.
+``collapsed_quantized``, ``collapsed_compensated``
+    whether the variant finds not one object (box AP 0).
+``not_finite_quantized``, ``not_finite_compensated``
+    number of its detections with a NaN or an infinity; they count as not made.
+``worst_layers``
+    of the quantization: those with the lowest signal-to-noise ratios, in dB.
 ``{M}_quantized_minus_baseline``, ``{M}_compensated_minus_baseline``, ``{M}_compensated_minus_quantized``
     differences; ``…_significant`` says whether the interval excludes 0.
 ``{M}_recovered``
@@ -59,6 +65,7 @@ from ..errors import QwtError
 from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS
 from ..files import read_json, write_atomically, write_json
+from ..quantization.moments import worst_layers
 from ..quantization.state import WARMUP_FORMAT, load_archive
 
 VARIANTS = ("baseline", "quantized", "compensated")
@@ -133,10 +140,24 @@ def _cost_columns(row: Mapping[str, Any], warmup: Mapping[str, Any]) -> dict[str
     }
 
 
+def _fault_columns(
+    row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], warmup: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is wrong with the detections of a row's variants, and the layers to blame."""
+    columns: dict[str, Any] = {}
+    for key in ("collapsed", "not_finite"):
+        for variant in ("quantized", "compensated"):
+            content = metrics.get(row[variant], {})
+            columns[f"{key}_{variant}"] = content.get(key)
+    ratios = {layer["name"]: layer["sqnr_db"] for layer in warmup.get("layer_sqnr", [])}
+    return {**columns, "worst_layers": worst_layers(ratios) or None}
+
+
 def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootstrap) -> None:
     """The bootstrap computes AP anew; that it finds the recorded AP proves that files belong together."""
     for kind, by_metric in statistics.values[folder].items():
-        recorded = metrics[kind]["AP"]
+        # a detector that finds nothing may not show that it has masks
+        recorded = metrics[kind]["AP"] if kind in metrics else 0.0
         if recorded is not None and abs(recorded - by_metric["AP"]) > 1e-6:
             raise QwtError(
                 f"{folder}: metrics.json says {kind} AP {recorded:.6f}, but predictions.json gives "
@@ -205,6 +226,7 @@ def _model_summary(
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
     some = metrics[folders[0]]  # for what all variants have in common
+    masks = any("segm" in content for content in metrics.values())
     # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
     warmups = {
         row["quantization"]: load_archive(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
@@ -217,7 +239,7 @@ def _model_summary(
             folder: read_json(Path(folder) / "predictions.json", what="predictions file")
             for folder in folders
         },
-        masks="segm" in some,
+        masks=masks,
         resamples=resamples,
         seed=seed,
         processes=processes,
@@ -250,6 +272,7 @@ def _model_summary(
                 },
                 "images": statistics.images,
                 "resamples": statistics.resamples,
+                **_fault_columns(row, metrics, warmups[row["quantization"]]),
             }
             for metric in AP_METRICS:
                 columns |= _ap_columns(statistics, row, kind, metric, metric)
@@ -291,7 +314,10 @@ def summarize(
         for group in by_model.values()
     ]
     merged = {key: [line for part in summaries for line in part[key]] for key in summaries[0]}
-    with write_atomically(table) as partial, open(partial, "w", newline="") as stream:
+    with (
+        write_atomically(table) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as stream,
+    ):
         writer = csv.DictWriter(stream, fieldnames=list(merged["rows"][0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(merged["rows"])

@@ -5,7 +5,7 @@ Imports nothing heavy: Snakemake's own process prints the table.
 
 import csv
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -90,6 +90,29 @@ def interval(
     return "" if low is None else f"{form(low)} to {form(high)}"
 
 
+def _cell(row: Mapping[str, Any], variant: str) -> str:
+    collapsed = " collapsed" if row.get(f"collapsed_{variant}") else ""
+    return f"{number(row[f'AP_{variant}'])}{collapsed}"
+
+
+def collapses(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence about each collapsed variant, with the layers to blame."""
+    sentences = {}
+    for row in rows:
+        for variant, name in (
+            ("quantized", row["quantization"]),
+            ("compensated", f"{row['quantization']} + {row['compensation']}"),
+        ):
+            if row.get(f"collapsed_{variant}"):
+                worst = row["worst_layers"]
+                sentences[row["model"], name] = (
+                    f"{row['model']} {name} collapsed: it finds not one object. "
+                    + (f"Lowest signal-to-noise ratios: {worst}. " if worst else "")
+                    + "Give such layers 8 bits with overrides, or raise the bits."
+                )
+    return list(sentences.values())
+
+
 def summary_table(path: str | os.PathLike[str]) -> str:
     """Return the results of a run as a table for the terminal.
 
@@ -108,7 +131,7 @@ def summary_table(path: str | os.PathLike[str]) -> str:
                 row["quantization"],
                 row["compensation"] or NOTHING,
                 KINDS[row["metrics"]],
-                *(number(row[f"AP_{v}"]) for v in ("baseline", "quantized", "compensated")),
+                *(_cell(row, variant) for variant in ("baseline", "quantized", "compensated")),
                 f"{signed(row[gain])}{mark} {f'({ends})' if ends else ''}",
                 percent(row["AP_recovered"]),
             ]
@@ -119,7 +142,9 @@ def summary_table(path: str | os.PathLike[str]) -> str:
     ]  # fmt: skip
     table = tabulate(lines, headers, disable_numparse=True)
     images = ", ".join(sorted({f"{row['images']:.0f}" for row in rows}))
-    return (
-        f"{table}\n\ngain: compensated minus quantized AP; * the interval excludes 0 "
-        f"(paired bootstrap over {images} images)"
-    )
+    notes = [
+        "gain: compensated minus quantized AP; * the interval excludes 0 "
+        f"(paired bootstrap over {images} images)",
+        *collapses(rows),
+    ]
+    return "\n\n".join([table, "\n".join(notes)])
