@@ -9,4 +9,5 @@ with step(snakemake):
         snakemake.params.source,
         snakemake.output.checkpoint,
         sha256=snakemake.params.sha256,
+        most_bytes=int(snakemake.config["max_download_gb"] * 10**9),
     )

@@ -11,4 +11,5 @@ with step(snakemake):
         snakemake.params.settings,
         folder=os.path.dirname(snakemake.output.source),
         output=snakemake.output.source,
+        most_bytes=int(snakemake.config["max_download_gb"] * 10**9),
     )

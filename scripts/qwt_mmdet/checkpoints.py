@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .download import download, is_url, printable
+from .download import LARGEST_BYTES, download, printable
 from .errors import QwtError
-from .files import sha256_file, write_atomically
+from .files import is_url, sha256_file, write_atomically
 from .unpickling import (
     LEGACY_MAGIC,
     ZIP_MAGIC,
@@ -46,7 +46,13 @@ MAX_CLASSES = 100_000
 MAX_CLASS_NAME = 200
 
 
-def fetch_checkpoint(source: str | Path, output: str | Path, *, sha256: str | None = None) -> None:
+def fetch_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    *,
+    sha256: str | None = None,
+    most_bytes: int = LARGEST_BYTES,
+) -> None:
     """Get a checkpoint from a path or an address, verify it, and write its weights alone.
 
     ``output`` becomes ``{"state_dict": {name: tensor}, "meta": {"source", "sha256", "classes"}}``
@@ -58,6 +64,7 @@ def fetch_checkpoint(source: str | Path, output: str | Path, *, sha256: str | No
         source: path or http(s) address of a file written by ``torch.save`` or by safetensors.
         sha256: the hash that the source must have. Without one, the last eight digits of an
             OpenMMLab file name (``name-1a2b3c4d.pth``) must be the first eight of the hash.
+        most_bytes: largest size of a download.
 
     Raises:
         QwtError: the source cannot be had, has another hash, is damaged, refers to anything that
@@ -71,7 +78,7 @@ def fetch_checkpoint(source: str | Path, output: str | Path, *, sha256: str | No
             "copy it again, or leave it out."
         )
     name = printable(source)
-    with _local_file(source, Path(output), sha256) as path:
+    with _local_file(source, Path(output), sha256, most_bytes) as path:
         digest = sha256_file(path)
         _verify(name, path.name, digest, sha256)
         weights, classes = _read(path, name)
@@ -306,7 +313,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def _local_file(source: str, output: Path, sha256: str | None) -> Iterator[Path]:
+def _local_file(source: str, output: Path, sha256: str | None, most_bytes: int) -> Iterator[Path]:
     """Yield a path with the content of ``source``; what had to be downloaded goes away after it."""
     if not is_url(source):
         path = Path(source).expanduser()
@@ -320,7 +327,7 @@ def _local_file(source: str, output: Path, sha256: str | None) -> Iterator[Path]
             f"The checkpoint address {printable(source)} names no file; check the address."
         )
     folder = output.parent / f"{output.name}.download"
-    download(source, folder / name, sha256=sha256)
+    download(source, folder / name, sha256=sha256, most_bytes=most_bytes)
     try:
         yield folder / name
     finally:

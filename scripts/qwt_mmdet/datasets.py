@@ -16,7 +16,7 @@ import numpy as np
 
 from .annotations import few, read_annotations
 from .config import DATASET_DEFAULTS
-from .download import download, download_many
+from .download import LARGEST_BYTES, download, download_many
 from .errors import QwtError
 from .files import read_json, sha256_file, write_atomically, write_json
 from .images import SIDEWAYS, UPRIGHT, Exif, TurnedImageError, check_image
@@ -31,7 +31,13 @@ PROBLEMS_IN_MESSAGES = 5
 Count = int | Literal["all"]
 
 
-def prepare_dataset(settings: Mapping[str, Any], *, folder: str | Path, output: str | Path) -> None:
+def prepare_dataset(
+    settings: Mapping[str, Any],
+    *,
+    folder: str | Path,
+    output: str | Path,
+    most_bytes: int = LARGEST_BYTES,
+) -> None:
     """Generate a dataset, fetch its annotation files, or check those of a local folder.
 
     Writes the manifest ``{"splits": {"calibration": split, "evaluation": split}}``, where each
@@ -45,6 +51,7 @@ def prepare_dataset(settings: Mapping[str, Any], *, folder: str | Path, output: 
             ``image_folder`` (the last two relative to the root).
         folder: where generated and downloaded files go.
         output: the manifest.
+        most_bytes: largest size of a download, and of an annotation file in it.
 
     Raises:
         QwtError: a file or folder is missing, cannot be had, or is not COCO's instances format.
@@ -56,7 +63,7 @@ def prepare_dataset(settings: Mapping[str, Any], *, folder: str | Path, output: 
     elif "root" in settings:
         splits = _local(settings)
     else:
-        splits = _downloaded(settings, folder)
+        splits = _downloaded(settings, folder, most_bytes)
     for part in PARTS:
         read_annotations(splits[part]["annotations"], labelled=part == "evaluation")
         splits[part]["sha256"] = sha256_file(splits[part]["annotations"])
@@ -257,7 +264,9 @@ def _local(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return splits
 
 
-def _downloaded(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+def _downloaded(
+    settings: Mapping[str, Any], folder: Path, most_bytes: int
+) -> dict[str, dict[str, Any]]:
     url = settings["url"].rstrip("/")
     _claim(folder, url)
     names = {settings[part]["annotations"] for part in PARTS}
@@ -270,9 +279,9 @@ def _downloaded(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str
     absent = sorted(name for name in names if not (folder / name).is_file())
     if absent:
         archive = folder / PurePosixPath(ARCHIVE).name
-        download(f"{url}/{ARCHIVE}", archive)
+        download(f"{url}/{ARCHIVE}", archive, most_bytes=most_bytes)
         try:
-            _extract(archive, absent, folder, f"{url}/{ARCHIVE}")
+            _extract(archive, absent, folder, f"{url}/{ARCHIVE}", most_bytes)
         finally:
             archive.unlink()
     return {
@@ -303,7 +312,7 @@ def _claim(folder: Path, url: str) -> None:
         )
 
 
-def _extract(archive: Path, names: Sequence[str], folder: Path, url: str) -> None:
+def _extract(archive: Path, names: Sequence[str], folder: Path, url: str, most_bytes: int) -> None:
     try:
         with zipfile.ZipFile(archive) as content:
             there = [name for name in content.namelist() if "instances_" in name]
@@ -312,6 +321,11 @@ def _extract(archive: Path, names: Sequence[str], folder: Path, url: str) -> Non
                     raise QwtError(
                         f"{url} holds no {name}; it holds {', '.join(there) or 'no instances'}. "
                         "Correct the split or the annotations of the dataset."
+                    )
+                if content.getinfo(name).file_size > most_bytes:
+                    raise QwtError(
+                        f"{url} holds a {name} of more than {most_bytes / 1e9:g} GB; check the address, or "
+                        "raise max_download_gb in the configuration."
                     )
                 with (
                     write_atomically(folder / name) as target,
@@ -526,6 +540,7 @@ def _fetch_images(
         split["image_root"],
         workers,
         check=check,
+        most_bytes=lambda name: 10_000_000 + 16 * by_name[name]["width"] * by_name[name]["height"],
         description=f"Fetching images of {split['split']}",
     )
     return [orientations[image["file_name"]] for image in images]

@@ -1,6 +1,5 @@
 """Downloads that survive broken connections and never leave half a file under its final name."""
 
-import email.utils
 import json
 import logging
 import random
@@ -9,17 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import requests
 import tenacity
+import urllib3
 from tqdm import tqdm
 
 from . import progress as progress_module
 from .errors import QwtError
-from .files import sha256_file, write_json
+from .files import is_url, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,53 +27,71 @@ ATTEMPTS_WITHOUT_PROGRESS = 6
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 120.0
 TIMEOUT_SECONDS = (15.0, 60.0)  # to connect, and between two pieces of data
+GRACE_SECONDS = 60.0  # an attempt that brought less than the lowest rate for so long is ended
+LOWEST_BYTES_PER_SECOND = 1000
+LARGEST_BYTES = 20 * 10**9  # of a file whose size nobody told
 CHUNK_BYTES = 1 << 14  # at most so much is lost when a connection breaks
+LONGEST_CHAIN = 10  # redirects from address to address
+LOOK_SECONDS = 0.1  # between two looks at an attempt: is it too slow, is it still wanted
 PASSING_STATUS = (408, 425, 429)  # worth another attempt, as is every 5xx
+
+
+class _Session(requests.Session):
+    """Session that follows no redirect: requests would read its body, however long that is."""
+
+    def get_redirect_target(self, response: requests.Response) -> None:
+        return None
 
 
 class _PassingError(Exception):
     """A failure that another attempt may not meet; ``retry_after`` is the server's wish."""
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
-
-
-def is_url(source: str) -> bool:
-    """Say whether ``source`` is an address that :func:`download` understands, not a path."""
-    return urlsplit(str(source)).scheme in ("http", "https")
 
 
 def printable(source: str) -> str:
     """An address without the user and the query, where passwords and tokens are; a path as it is."""
     if not is_url(source):
         return source
-    parts = urlsplit(source)
+    try:
+        parts = urlsplit(source)
+    except ValueError:  # no address at all
+        return repr(source[:100])
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def download(
-    url: str, path: str | Path, *, sha256: str | None = None, progress: bool = True
+    url: str,
+    path: str | Path,
+    *,
+    sha256: str | None = None,
+    most_bytes: int = LARGEST_BYTES,
+    progress: bool = True,
 ) -> None:
     """Fetch ``url`` into the file ``path``.
 
     The bytes gather in ``{path}.part``. After a broken connection, in this run or a later one, the
     download goes on where it stopped if the server still has the same file (by ETag or
     modification time), and starts anew otherwise. Connection errors, 5xx, 408, 425 and 429 are
-    retried with growing pauses, as long as one of six attempts in a row brings more bytes. The
-    length and the hash are checked before the file gets its name. A file that is already there is
+    retried with growing pauses, as long as one of six attempts in a row brings more bytes at no less
+    than the lowest rate. An attempt that is slower for a minute is ended. The length and the hash are checked before the file gets its name. A file that is already there is
     kept if it has the wanted hash, and replaced otherwise.
 
     Args:
         sha256: the hash that the file must have, in hexadecimal.
+        most_bytes: largest size that is taken.
         progress: show a bar on a terminal, or log lines elsewhere.
 
     Raises:
-        QwtError: the address is wrong, the server does not deliver, the file cannot be written, or
-            its hash is another one (the bad file is removed).
+        QwtError: the address is wrong, the server does not deliver, the file is too large or cannot
+            be written, or its hash is another one (the bad file is removed).
     """
-    with requests.Session() as session:
-        _Transfer(url, Path(path), session, sha256=sha256, show=progress).run()
+    with _Session() as session:
+        _Transfer(
+            url, Path(path), session, sha256=sha256, most_bytes=most_bytes, show=progress
+        ).run()
 
 
 def download_many(
@@ -82,18 +100,20 @@ def download_many(
     workers: int = 8,
     *,
     check: Callable[[str, Path], None] | None = None,
+    most_bytes: Callable[[str], int] = lambda name: LARGEST_BYTES,
     description: str = "Downloading",
 ) -> None:
     """Fetch many small files at the same time.
 
     Files that are already there and pass ``check`` are kept, so an interrupted call can be
-    repeated. The first file that cannot be had stops the rest.
+    repeated. The first file that cannot be had stops the rest at once.
 
     Args:
         items: pairs of address and file name relative to ``folder``.
         workers: number of downloads at a time.
         check: called with the file name and the path of its content, before the file gets its
             name; raises QwtError when the content is not what it should be.
+        most_bytes: largest size that is taken, by file name.
 
     Raises:
         QwtError: a file cannot be fetched or does not pass ``check``.
@@ -114,9 +134,12 @@ def download_many(
             except QwtError as error:
                 logger.warning("%s It is fetched again.", error)
         if not hasattr(local, "session"):
-            local.session = requests.Session()
+            local.session = _Session()
             sessions.append(local.session)
-        _Transfer(url, target, local.session, check=check, name=name, cancelled=cancelled).run()
+        _Transfer(
+            url, target, local.session, check=check, name=name, most_bytes=most_bytes(name),
+            cancelled=cancelled,
+        ).run()  # fmt: skip
 
     done = 0
     with ThreadPoolExecutor(max_workers=max(1, workers)) as executor:
@@ -149,6 +172,7 @@ class _Transfer:
         path: Path,
         session: requests.Session,
         *,
+        most_bytes: int,
         sha256: str | None = None,
         show: bool = False,
         check: Callable[[str, Path], None] | None = None,
@@ -160,6 +184,7 @@ class _Transfer:
         self.path = path
         self.session = session
         self.sha256 = sha256.lower() if sha256 else None
+        self.most_bytes = most_bytes
         self.show = show
         self.check = check
         self.name = name or path.name
@@ -167,7 +192,9 @@ class _Transfer:
         self.part = path.with_name(path.name + ".part")
         self.note = path.with_name(path.name + ".part.json")  # which remote file the bytes are of
         self.failures = 0
-        self.most_bytes = 0
+        self.arrived = 0  # the most bytes of the file that were there at a time
+        self.received = 0  # bytes that came in, those that came twice included
+        self.writing = threading.Lock()
 
     def run(self) -> None:
         if self.sha256 and self.path.is_file() and sha256_file(self.path) == self.sha256:
@@ -202,17 +229,49 @@ class _Transfer:
             ) from error
 
     def _attempt(self) -> None:
-        self.failures += 1
+        """Fetch in a thread of its own, which is left behind when it is too slow or not wanted.
+
+        No timeout of a socket ends a server that sends a byte now and then.
+        """
+        before, start = self.arrived, time.monotonic()
+        ended, outcome = threading.Event(), Future()
+        threading.Thread(target=self._settle, args=(ended, outcome), daemon=True).start()
+        seen, since = self.received, start
+        try:
+            while not wait([outcome], min(LOOK_SECONDS, GRACE_SECONDS)).done:
+                if self.cancelled.is_set():
+                    raise _PassingError("another download failed")
+                now = time.monotonic()
+                if now - since >= GRACE_SECONDS:
+                    rate = (self.received - seen) / (now - since)
+                    if rate < LOWEST_BYTES_PER_SECOND:
+                        raise _PassingError(f"the server sent {rate:.0f} bytes per second")
+                    seen, since = self.received, now
+            outcome.result()
+        except _PassingError:
+            seconds = max(1.0, time.monotonic() - start)
+            gained = self.arrived - before >= LOWEST_BYTES_PER_SECOND * seconds
+            self.failures = 0 if gained else self.failures + 1
+            raise
+        finally:
+            with self.writing:
+                ended.set()
+
+    def _settle(self, ended: threading.Event, outcome: Future) -> None:
+        try:
+            outcome.set_result(self._fetch(ended))
+        except Exception as error:  # whatever it is, it is raised where the outcome is awaited
+            outcome.set_exception(error)
+
+    def _fetch(self, ended: threading.Event) -> None:
         validator = self._known_validator()
         offset = self._part_bytes() if validator else 0
         headers = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
         try:
-            with self.session.get(
-                self.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS
-            ) as response:
-                self._receive(response, offset, validator)
+            with self._response(headers) as response:
+                self._receive(response, offset, validator, ended)
         except requests.exceptions.SSLError as error:
             raise QwtError(
                 f"{self.shown_url} has no valid certificate ({_reason(error)}). Check the address and the clock."
@@ -220,19 +279,46 @@ class _Transfer:
         except (
             requests.exceptions.ConnectionError,
             requests.exceptions.Timeout,
-            requests.exceptions.ChunkedEncodingError,
+            urllib3.exceptions.ProtocolError,
+            urllib3.exceptions.TimeoutError,
         ) as error:
             raise _PassingError(_reason(error)) from error
-        except requests.exceptions.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise QwtError(
-                f"{self.shown_url} cannot be fetched: {error}. Check the address."
+                f"{self.shown_url} cannot be fetched: {_reason(error)}. Check the address."
             ) from error
 
-    def _receive(self, response: requests.Response, offset: int, validator: str | None) -> None:
+    def _response(self, headers: dict[str, str]) -> requests.Response:
+        """Ask, and follow redirects from one http address to another."""
+        url = self.url
+        for _ in range(LONGEST_CHAIN):
+            response = self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS)
+            target = requests.Session.get_redirect_target(self.session, response)
+            if target is None:
+                return response
+            response.close()
+            url = urljoin(url, target)
+            if not is_url(url):
+                raise QwtError(
+                    f"{self.shown_url} leads to {printable(url)[:100]!r}, which is not http; check the address."
+                )
+        raise QwtError(
+            f"{self.shown_url} leads from address to address without end; check the address."
+        )
+
+    def _receive(
+        self,
+        response: requests.Response,
+        offset: int,
+        validator: str | None,
+        ended: threading.Event,
+    ) -> None:
+        if ended.is_set():
+            return
         status = response.status_code
         if status in PASSING_STATUS or status >= 500:
             raise _PassingError(
-                f"the server answered {status} {response.reason}", _retry_after(response)
+                f"the server answered {status} {response.reason[:100]}", _retry_after(response)
             )
         if status == 416 and offset:
             if _total_bytes(response) == offset:
@@ -241,7 +327,12 @@ class _Transfer:
             raise _PassingError("the remote file has changed")
         if status not in (200, 206):
             raise QwtError(
-                f"{self.shown_url} answered {status} {response.reason}; check the address."
+                f"{self.shown_url} answered {status} {response.reason[:100]}; check the address."
+            )
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise QwtError(
+                f"{self.shown_url} is sent compressed, although it was asked for as it is; use "
+                "another address."
             )
         if status == 206 and (
             _first_byte(response) != offset or _validator(response) not in (None, validator)
@@ -253,21 +344,34 @@ class _Transfer:
             write_json(self.note, {"url": self.url, "validator": _validator(response)})
         total = _total_bytes(response)
         arrived = offset
+        self._check_size(total or 0)
         with (
             open(self.part, "ab" if offset else "wb") as stream,
             _ByteProgress(self.name, offset, total, show=self.show) as shown,
         ):
-            for chunk in response.iter_content(CHUNK_BYTES):
-                stream.write(chunk)
+            while chunk := response.raw.read1(CHUNK_BYTES):
                 arrived += len(chunk)
+                self._check_size(arrived)
+                with self.writing:
+                    if ended.is_set():
+                        return  # another attempt may be writing by now
+                    stream.write(chunk)
+                    self.received += len(chunk)
+                    self.arrived = max(self.arrived, arrived)
                 shown.update(len(chunk))
-                if arrived > self.most_bytes:
-                    self.most_bytes = arrived
-                    self.failures = 0
         if total is not None and arrived != total:
             if arrived > total:
                 self._discard()
             raise _PassingError(f"{arrived} of {total} bytes arrived")
+
+    def _check_size(self, size: int) -> None:
+        if size > self.most_bytes:
+            self._discard()
+            raise QwtError(
+                f"{self.shown_url} is larger than {self.most_bytes / 1e6:g} MB, the most that is taken "
+                "here; check the address"
+                + ("." if self.check else ", or raise max_download_gb in the configuration.")
+            )
 
     def _finish(self) -> None:
         if self.sha256:
@@ -304,11 +408,9 @@ class _Transfer:
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception()
-        if error.retry_after is not None:
-            return min(error.retry_after, LONGEST_WAIT_SECONDS)
         wait = FIRST_WAIT_SECONDS * 2 ** max(0, self.failures - 1)
-        # Not all workers should come back at the same moment.
-        return min(wait, LONGEST_WAIT_SECONDS) * random.uniform(0.75, 1.25)
+        wait *= random.uniform(0.75, 1.25)  # not all workers should come back at the same moment
+        return min(max(wait, error.retry_after), LONGEST_WAIT_SECONDS)
 
     def _announce_retry(self, state: tenacity.RetryCallState) -> None:
         logger.warning(
@@ -361,12 +463,12 @@ class _ByteProgress:
             self.bar.close()
 
 
-def _reason(error: requests.RequestException) -> str:
+def _reason(error: Exception) -> str:
     """What went wrong at the bottom; the outer layers repeat the address, with its query."""
-    cause = error.args[0] if error.args else error
+    cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
     cause = getattr(cause, "reason", cause)
     text = next((part for part in cause.args if isinstance(part, str)), str(cause))
-    return f"{type(cause).__name__}: {text}"
+    return f"{type(cause).__name__}: {text:.200}"
 
 
 def _validator(response: requests.Response) -> str | None:
@@ -378,27 +480,21 @@ def _validator(response: requests.Response) -> str | None:
 
 
 def _first_byte(response: requests.Response) -> int | None:
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    found = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range", ""))
     return int(found[1]) if found else None
 
 
 def _total_bytes(response: requests.Response) -> int | None:
     """Length of the whole remote file, where the server tells."""
-    found = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
+    found = re.search(r"/(\d{1,18})$", response.headers.get("Content-Range", ""))
     if found:
         return int(found[1])
-    if response.status_code == 200 and "Content-Encoding" not in response.headers:
-        length = response.headers.get("Content-Length", "")
-        return int(length) if length.isdigit() else None
-    return None
+    return response.raw.length_remaining if response.status_code == 200 else None
 
 
-def _retry_after(response: requests.Response) -> float | None:
+def _retry_after(response: requests.Response) -> float:
     """Seconds that the server asks to wait (Retry-After: a number, or a date)."""
-    value = response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+        return urllib3.Retry().get_retry_after(response.raw) or 0.0
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+        return 0.0

@@ -25,6 +25,15 @@ class Status:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Raw:
+    """Send these bytes in place of an answer, then a piece every so many seconds, without end."""
+
+    start: bytes
+    piece: bytes = b""
+    pause: float = 0.0
+
+
 class FlakyServer:
     """Serves ``files`` (address path without the leading slash -> content) and a ``folder``.
 
@@ -35,7 +44,7 @@ class FlakyServer:
         unavailable_every, drop_every: every so many requests, counted over all files, the answer is
             503, or the connection is cut in the middle of the body.
 
-    ``plan[path]`` is a queue of Drop and Status, used up one by one before the file is served.
+    ``plan[path]`` is a queue of Drop, Status and Raw, used up one by one before the file is served.
     ``requests`` lists (path, Range header or None) in order of arrival.
     """
 
@@ -57,9 +66,10 @@ class FlakyServer:
         self.etags = etags
         self.unavailable_every = unavailable_every
         self.drop_every = drop_every
-        self.plan: dict[str, deque[Drop | Status]] = defaultdict(deque)
+        self.plan: dict[str, deque[Drop | Status | Raw]] = defaultdict(deque)
         self.requests: list[tuple[str, str | None]] = []
         self._lock = threading.Lock()
+        self.closed = threading.Event()
 
     def __enter__(self) -> "FlakyServer":
         handler = type("Handler", (_Handler,), {"world": self})
@@ -71,6 +81,7 @@ class FlakyServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -89,7 +100,9 @@ class FlakyServer:
             return (self.folder / path).read_bytes()
         return None
 
-    def behaviour(self, path: str, range_header: str | None, size: int) -> Drop | Status | None:
+    def behaviour(
+        self, path: str, range_header: str | None, size: int
+    ) -> Drop | Status | Raw | None:
         with self._lock:
             self.requests.append((path, range_header))
             number = len(self.requests)
@@ -113,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         behaviour = self.world.behaviour(path, asked, len(content or b""))
         if isinstance(behaviour, Status):
             return self._reply(behaviour.code, b"", behaviour.headers)
+        if isinstance(behaviour, Raw):
+            return self._send(behaviour)
         if content is None:
             return self._reply(404, b"")
         headers = {}
@@ -129,6 +144,15 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         cut = behaviour.after if isinstance(behaviour, Drop) else None
         return self._reply(status, body, headers, cut)
+
+    def _send(self, raw: Raw) -> None:
+        self.close_connection = True
+        try:
+            self.wfile.write(raw.start)
+            while raw.piece and not self.world.closed.wait(raw.pause):
+                self.wfile.write(raw.piece)
+        except OSError:
+            pass  # the client has gone
 
     def _reply(
         self,

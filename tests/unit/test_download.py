@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from flaky_server import Drop, FlakyServer, Status
+from flaky_server import Drop, FlakyServer, Raw, Status
 from qwt_mmdet import download as download_module
 from qwt_mmdet.download import download, download_many
 from qwt_mmdet.errors import QwtError
@@ -281,3 +281,106 @@ def test_a_file_that_fails_its_check_is_not_stored(tmp_path):
     with FlakyServer({"a.jpg": b"x"}) as server, pytest.raises(QwtError, match="not an image"):
         download_many([(server.url("a.jpg"), "a.jpg")], tmp_path, check=check)
     assert names(tmp_path) == set()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+def refused(tmp_path, *plan, **options) -> str:
+    """What is said of a server that behaves so; nothing of the file may stay, and soon."""
+    with FlakyServer({"a.bin": CONTENT}) as server:
+        server.plan["a.bin"] += plan
+        start = time.monotonic()
+        with pytest.raises(QwtError) as caught:
+            download(server.url("a.bin"), tmp_path / "a.bin", **options)
+        assert time.monotonic() - start < 3
+    assert not (tmp_path / "a.bin").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        OK + b"\r\n",
+        OK + b"Transfer-Encoding: chunked\r\n\r\n",
+        OK + b"Content-Length: 9000000\r\n\r\n",
+        OK + b"Content-Length: 99999999999999999999\r\n\r\n",
+    ],
+)
+def test_a_file_that_is_larger_than_it_can_be_is_not_taken(tmp_path, start):
+    piece = b"ffff\r\n" + b"x" * 0xFFFF + b"\r\n" if b"chunked" in start else b"x" * 0xFFFF
+    said = refused(tmp_path, Raw(start, piece), most_bytes=2_000_000)
+    assert "a.bin is larger than 2 MB" in said
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("start", [b"", OK, OK + b"X: ", OK + b"\r\n"])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(download_module, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(download_module, "ATTEMPTS_WITHOUT_PROGRESS", 2)
+    said = refused(tmp_path, *[Raw(start, b"x", 0.02)] * 9)
+    assert "bytes per second (given up after 2 attempts" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        (Raw(OK + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"), "sent compressed"),
+        (Status(302, {"Location": "http://[::bad/"}), "cannot be fetched"),
+        (Status(302, {"Location": "file:///etc/passwd"}), "which is not http"),
+        (Status(302, {"Location": "a.bin"}), "without end"),
+        (Raw(b"HTTP/1.1 302 Found\r\nLocation: /a.bin\r\n\r\n", b"x" * 9999), "without end"),
+    ],
+)
+def test_an_answer_that_leads_nowhere_is_named(tmp_path, answer, part):
+    assert part in refused(tmp_path, *[answer] * 20)
+
+
+def test_chunks_that_are_none_are_given_up(tmp_path):
+    answer = Raw(OK + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n")
+    assert "could not be downloaded" in refused(tmp_path, *[answer] * 20)
+
+
+def test_a_length_that_is_no_number_is_as_if_there_were_none(tmp_path):
+    with FlakyServer() as server:
+        server.plan["a.bin"].append(Raw(OK + b"Content-Length: \xb2\r\n\r\nabc"))
+        download(server.url("a.bin"), tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize(
+    "value", ["\u00b2", "0", "9" * 5000, "Mon, 01 Jan 2001 00:00:00 GMT",
+              "Mon, 01 Jan 2001 00:00:00 +99999999999999", "Mon, 99 Foo 99999 00:00:00 GMT"],
+)  # fmt: skip
+def test_a_wish_to_wait_never_makes_the_pauses_shorter(tmp_path, monkeypatch, caplog, value):
+    monkeypatch.setattr(download_module.random, "uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(download_module, "LONGEST_WAIT_SECONDS", 0.04)
+    caplog.set_level(logging.WARNING)
+    refused(tmp_path, *[Status(503, {"Retry-After": value})] * 9)
+    waits = [record.args[2] for record in caplog.records]
+    assert len(waits) == download_module.ATTEMPTS_WITHOUT_PROGRESS - 1
+    assert waits[2:] == [0.04] * 3
+    assert min(waits) >= 0.01
+
+
+def test_one_missing_file_ends_an_endless_transfer_at_once(tmp_path):
+    with FlakyServer({"slow": b""}) as server:
+        server.plan["slow"].append(Raw(OK + b"\r\n", b"x", 0.02))
+        start = time.monotonic()
+        with pytest.raises(QwtError, match="absent answered 404"):
+            download_many([(server.url(n), n) for n in ("slow", "absent")], tmp_path, workers=2)
+        assert time.monotonic() - start < 2
+
+
+def test_an_interrupt_ends_endless_transfers_at_once(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download_module.progress_module, "progress", interrupted)
+    with FlakyServer({"slow": b""}) as server:
+        server.plan["slow"].append(Raw(OK + b"\r\n", b"x", 0.02))
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            download_many([(server.url("slow"), "slow")], tmp_path)
+        assert time.monotonic() - start < 2

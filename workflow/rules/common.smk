@@ -48,9 +48,7 @@ if not workflow.overwrite_configfiles:
 config = in_plain_words(
     resolve,
     config,
-    load_schema(
-        Path(workflow.basedir) / "workflow" / "schemas" / "config.schema.yaml"
-    ),
+    load_schema(Path(workflow.basedir) / "workflow" / "schemas" / "config.schema.yaml"),
 )
 COMBINATIONS = combinations(config)
 
