@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mmdet
+from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.registry import DATASETS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -160,6 +161,9 @@ def random_detector(
     model = _build(config, read_config(config, config_options))
     with DefaultScope.overwrite_default_scope("mmdet"):
         model.init_weights()  # mmdet leaves some parameters of the DETR family unset before
+    for module in model.modules():
+        if isinstance(module, TridentConv):  # and these for good
+            nn.init.kaiming_normal_(module.weight)
     return model.eval()
 
 

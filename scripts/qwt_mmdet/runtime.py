@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,14 @@ def explain(error: BaseException) -> str:
         return (
             "The machine ran out of memory; lower batch_size and workers of evaluation and "
             "calibration in the config, or run fewer jobs at a time with a smaller --cores."
+        )
+    missing = re.fullmatch(r"(\w+): implementation for device (\w+) not found.\s*", str(error))
+    if missing:
+        operator = missing[1].removesuffix("_impl")
+        return (
+            f"mmcv's operator {operator}, which this model runs, has no implementation for the device "
+            f"{missing[2]}; run the model on "
+            + ("a GPU." if missing[2] == "cpu" else "the CPU with --resources gpu=0.")
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full ({error.filename or 'unknown file'}); free some space and rerun."

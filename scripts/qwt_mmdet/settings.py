@@ -178,7 +178,7 @@ class CompensationSettings:
         refit: once kind, ridge and gate are decided, fit what was kept to all images, held-out ones
             included, for the next blocks and the result.
         blocks: module name patterns (fnmatch); empty means the blocks registered for the backbone
-            and, where the neck is quantized, for the neck.
+            and, where the neck is quantized, for the neck, or else repeated modules; the log names them.
         downsampling: also the layers between stages (patch merging, downsampling convolutions) that
             are no blocks; for registered blocks.
         max_cost: keep only the blocks with the most error reduction per cost, within these limits.

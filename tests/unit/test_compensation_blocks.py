@@ -7,11 +7,15 @@ import tiny
 import torch
 from mmdet.models.backbones import (
     CSPNeXt,
+    HourglassNet,
+    HRNet,
     MobileNetV2,
     PyramidVisionTransformer,
     PyramidVisionTransformerV2,
     ResNeXt,
+    TridentResNet,
 )
+from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.models.necks import FPN, PAFPN, YOLOXPAFPN, ChannelMapper, CSPNeXtPAFPN
 from qwt_mmdet.compensation.blocks import find_blocks
 from qwt_mmdet.compensation.fit import fit_compensation
@@ -44,6 +48,41 @@ def timm_backbone(name, **options):
     return TimmBackbone(name, out_indices=(0, 1), **options)
 
 
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+
+class Plain(nn.Module):
+    """Somebody's own backbone: residual units by name, joined by convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.unit1, self.unit2 = Residual(8), Residual(8)
+
+    def forward(self, x):
+        x = self.unit1(self.stem(x))
+        return x, self.unit2(self.down(x))
+
+
+def chain():
+    """Convolutions in a row, as in VGG."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1)
+    )
+
+
+def stage(modules, branches, block, *blocks):
+    channels = (4, 8, 16, 32)[:branches]
+    return {"num_modules": modules, "num_branches": branches, "block": block,
+            "num_blocks": blocks, "num_channels": channels}  # fmt: skip
+
+
 # Backbone, and how many blocks it has without and with downsampling layers.
 BACKBONES = {
     "swin": (lambda: tiny.backbone("swin"), 4, 5),
@@ -58,6 +97,26 @@ BACKBONES = {
     "mobilenetv2": (lambda: MobileNetV2(widen_factor=0.25, out_indices=(1, 2)), 17, 17),
     "pvt": (lambda: PyramidVisionTransformer(pretrain_img_size=64, **PVT), 4, 7),
     "pvtv2": (lambda: PyramidVisionTransformerV2(**PVT), 4, 7),
+    "hrnet": (
+        lambda: HRNet({
+            "stage1": stage(1, 1, "BOTTLENECK", 2), "stage2": stage(1, 2, "BASIC", 1, 1),
+            "stage3": stage(1, 3, "BASIC", 1, 1, 1), "stage4": stage(1, 4, "BASIC", 1, 2, 1, 1),
+        }),
+        12, 12,
+    ),
+    "hourglass": (
+        lambda: HourglassNet(downsample_times=1, num_stacks=2, stage_channels=(8, 8),
+                             stage_blocks=(1, 2), feat_channel=8),
+        12, 12,
+    ),
+    "trident": (
+        lambda: TridentResNet(50, num_branch=3, test_branch_idx=1, trident_dilations=(1, 2, 3),
+                              num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,),
+                              base_channels=4, stem_channels=4),
+        13, 13,
+    ),
+    "residual units": (Plain, 2, 2),
+    "convolutions": (chain, 2, 2),
     "timm resnet": (lambda: timm_backbone("resnet18"), 2, 2),
     "timm convnext": (lambda: timm_backbone("test_convnext"), 3, 4),
     "timm efficientnet": (lambda: timm_backbone("test_efficientnet"), 5, 5),
@@ -80,6 +139,9 @@ NECKS = {
 def detector(backbone, neck=None):
     torch.manual_seed(0)
     model = tiny.TinyDetector(backbone()) if neck is None else WithNeck(backbone(), neck)
+    for module in model.modules():
+        if isinstance(module, TridentConv):  # mmdet leaves it what was in memory
+            nn.init.kaiming_normal_(module.weight)
     return model.eval()
 
 
@@ -87,9 +149,9 @@ def detector(backbone, neck=None):
 def test_every_backbone_is_fitted_and_comes_closer_to_full_precision(name):
     build, plain, with_downsampling = BACKBONES[name]
     full = detector(build)
-    assert len(find_blocks(full)) == plain
-    assert len(find_blocks(full, downsampling=True)) == with_downsampling
     images = tiny.batches(2)
+    assert len(find_blocks(full, images[0])) == plain
+    assert len(find_blocks(full, images[0], downsampling=True)) == with_downsampling
     quantization = QuantizationSettings(weight_bits=4, activation_bits=6, activation_range="minmax")
     model = calibrate(quantize_model(copy.deepcopy(full), quantization), images)
     settings = CompensationSettings(
@@ -121,11 +183,44 @@ def test_necks_are_compensated_where_they_are_quantized(name):
     assert all(block.fit_error_after < block.fit_error_before for block in fitted.blocks)
 
 
-def test_an_unknown_neck_is_named_and_left_out(caplog):
-    full = detector(BACKBONES["resnet"][0], nn.Identity())
-    names = find_blocks(full, scope="detector")
-    assert names == find_blocks(full)
-    assert "class Identity (known: CSPNeXtPAFPN" in caplog.text
+def test_a_neck_without_blocks_is_named_and_left_out(caplog):
+    full, image = detector(BACKBONES["resnet"][0], nn.Identity()), tiny.batches(1)[0]
+    names = find_blocks(full, image, scope="detector")
+    assert names == find_blocks(full, image)
+    assert "The neck, of class Identity, stays without compensation" in caplog.text
+
+
+class Pyramid(nn.Module):
+    """A neck that nothing is registered for; one convolution runs for both of its levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, 8, 1) for c in (8, 16))
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, maps):
+        return [self.shared(layer(x)) for layer, x in zip(self.lateral, maps, strict=True)]
+
+
+def test_found_blocks_run_once_and_the_log_says_how_to_name_others(caplog):
+    caplog.set_level("INFO")
+    full = detector(BACKBONES["resnet"][0], Pyramid())
+    names = find_blocks(full, tiny.batches(1)[0], scope="backbone+neck")
+    assert [name for name in names if name.startswith("neck")] == [
+        "neck.lateral.0",
+        "neck.lateral.1",
+    ]
+    assert "neck.lateral.0, neck.lateral.1. 'blocks' can name others" in caplog.text
+
+
+def test_a_registered_block_that_cannot_be_compensated_is_left_out(caplog):
+    full = detector(BACKBONES["resnet"][0])
+    block = full.backbone.layer1[1]
+    forward = full.backbone.layer1.forward
+    full.backbone.layer1.forward = lambda x: block(forward(x))
+    names = find_blocks(full, tiny.batches(1)[0])
+    assert names == ["backbone.layer1.0", "backbone.layer2.0", "backbone.layer2.1"]
+    assert "backbone.layer1.1 stays without compensation: it runs twice" in caplog.text
 
 
 def test_patch_merging_reads_every_second_token_of_both_axes():

@@ -222,7 +222,7 @@ def test_activations_on_disk_give_identical_results(kind, target, tmp_path, monk
 
 def test_each_block_runs_once_per_image_in_each_model():
     full, model, data = pair("cspdarknet")
-    names = find_blocks(full)
+    names = find_blocks(full, tiny.batches(1)[0])
     counts = {}
 
     def count(key):
@@ -269,7 +269,7 @@ def block_sources(plan):
 
 def test_dependencies_are_a_chain_in_swin_and_found_in_skips():
     full = tiny.detector("swin")
-    names = find_blocks(full)
+    names = find_blocks(full, tiny.batches(1)[0])
     plan = trace_blocks(full, names, tiny.batches(1)[0], "backbone")
     assert plan.blocks == tuple(names)
     assert block_sources(plan) == [set(), {0}, {1}, {2}]
@@ -341,7 +341,7 @@ def test_compensated_model_can_be_copied_and_its_state_saved():
         actual = forward_scope(twin, data[0], "backbone")
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     keys = [key for key in compensated.state_dict() if key.endswith("compensation_weight")]
-    assert len(keys) == len(find_blocks(compensated))
+    assert len(keys) == len(find_blocks(compensated, data[0]))
 
 
 @pytest.mark.parametrize(
@@ -354,13 +354,13 @@ def test_compensated_model_can_be_copied_and_its_state_saved():
 )
 def test_bad_block_patterns_are_named(blocks, message):
     with pytest.raises(QwtError, match=message):
-        find_blocks(tiny.detector("resnet"), blocks)
+        find_blocks(tiny.detector("resnet"), tiny.batches(1)[0], blocks)
 
 
-def test_unregistered_backbone_lists_the_known_ones():
-    detector = tiny.TinyDetector(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)))
-    with pytest.raises(QwtError, match=r"Sequential.*SwinTransformer"):
-        find_blocks(detector)
+def test_backbone_without_anything_to_compensate_is_refused():
+    detector = tiny.TinyDetector(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 2)))
+    with pytest.raises(QwtError, match=r"backbone, of class Sequential, .* 'blocks'"):
+        find_blocks(detector, tiny.batches(1)[0])
 
 
 def test_no_images_and_too_few_images_are_errors():

@@ -3,11 +3,18 @@
 import fnmatch
 import logging
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import QwtError
+from ..quantization.convert import forward_scope
+from .modules import Arguments, aligned_input, block_output, channel_axis
+from .trace import replay_scope
 
 logger = logging.getLogger(__name__)
 
@@ -143,20 +150,136 @@ def channel_mapper_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
     return [name for part in ("convs", "extra_convs") for name in _children(neck, part)]
 
 
-def _registered(
-    module: nn.Module, registry: dict[str, BlockFinder], downsampling: bool
+def _layers(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def _weights(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for m in _layers(module) for p in m.parameters())
+
+
+def _stacked(units: dict[str, nn.Module], part: nn.Module) -> list[str]:
+    """Modules of classes that follow each other in a list; the innermost ones."""
+    kinds = {
+        kind
+        for name, parent in part.named_modules()
+        if isinstance(parent, nn.ModuleList | nn.Sequential)
+        for kind, times in Counter(
+            type(child)
+            for key, child in parent.named_children()
+            if f"{name}.{key}".lstrip(".") in units
+        ).items()
+        if times > 1
+    }
+    names = [name for name, module in units.items() if type(module) in kinds]
+    return [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
+
+
+def _repeated(units: dict[str, nn.Module], part: nn.Module) -> list[str]:
+    """Modules of classes that there are several of, wherever they stand; the outermost ones."""
+    times = Counter(type(module) for module in units.values())
+    names = [name for name, module in units.items() if times[type(module)] > 1]
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+
+
+def likely_blocks(part: nn.Module, fitting: set[str]) -> list[str]:
+    """Blocks of a backbone or neck that nothing is registered for.
+
+    These are the modules with several layers whose class is repeated in a list of modules (stages of
+    residual blocks, transformer layers), else those whose class is repeated anywhere, else single layers:
+    the first of these that hold at least a quarter of the weights, or those that hold most.
+
+    Args:
+        fitting: names of modules that can be compensated, relative to ``part``.
+    """
+    modules = {name: module for name, module in part.named_modules() if name in fitting}
+    units = {
+        name: module
+        for name, module in modules.items()
+        if len(_layers(module)) > 1 and type(module) not in (nn.Sequential, nn.ModuleList)
+    }
+    single = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+    choices = [_stacked(units, part), _repeated(units, part), single]
+    total = _weights([part])
+    held = [_weights(modules[name] for name in names) for names in choices]
+    enough = [names for names, share in zip(choices, held, strict=True) if 4 * share >= total]
+    return enough[0] if enough else choices[held.index(max(held))]
+
+
+def _misfit(module: nn.Module, arguments: Arguments, output: Any) -> str | None:
+    """Why the output of a module cannot be compensated, or None where it can."""
+    tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
+    first = next(iter((*arguments[0], *arguments[1].values())), None)
+    if not tensors or (len(tensors) > 1 and not isinstance(first, Tensor)):
+        return f"it takes {len(tensors)} tensors at once"
+    if sum(isinstance(value, Tensor) for value in tree_leaves(output)) != 1:
+        return "it does not return one tensor"
+    try:
+        tensor = block_output(type(module).__name__, output)
+        aligned_input(arguments, tensor, channel_axis(module, tensor))
+    except QwtError as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def _misfits(
+    model: nn.Module, batch: dict[str, Any], parts: Iterable[str]
+) -> dict[str, str | None]:
+    """By name of each module with layers in ``parts`` why it can be no block, or None where it can."""
+    found: dict[str, str | None] = {}
+    handles = []
+    for part in parts:
+        for name, module in model.get_submodule(part).named_modules(prefix=part):
+            if not _layers(module):
+                continue
+            found[name] = "it does not run in the forward pass"
+
+            def look(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name
+            ) -> None:
+                runs[name] += 1
+                again = runs[name] > 1
+                reason = "it runs twice in one forward pass"
+                found[name] = reason if again else _misfit(module, (args, kwargs), output)
+
+            handles.append(module.register_forward_hook(look, with_kwargs=True))
+    runs: Counter[str] = Counter()
+    try:
+        forward_scope(model, batch, replay_scope(parts))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _blocks_of(
+    part: str, module: nn.Module, misfits: dict[str, str | None], downsampling: bool
 ) -> list[str]:
+    """Blocks of the backbone or neck called ``part``: registered ones, or else likely ones."""
     kind = type(module).__name__
-    if kind not in registry:
-        raise QwtError(
-            f"No blocks are registered for the class {kind} (known: {', '.join(sorted(registry))}); "
-            "name them with 'blocks', a list of module name patterns such as backbone.layer*.*."
-        )
-    return registry[kind](module, downsampling)
+    finder = (BACKBONES if part == "backbone" else NECKS).get(kind)
+    registered = [f"{part}.{name}" for name in (finder(module, downsampling) if finder else ())]
+    blocks = [name for name in registered if misfits[name] is None]
+    for name in registered:
+        if misfits[name]:
+            logger.warning("The block %s stays without compensation: %s.", name, misfits[name])
+    if blocks:
+        return blocks
+    fitting = {n.removeprefix(f"{part}.") for n, reason in misfits.items() if reason is None}
+    blocks = [f"{part}.{name}" for name in likely_blocks(module, fitting)]
+    if blocks:
+        logger.info(
+            "No blocks are registered for the class %s of the %s; compensated are %s. 'blocks' can name "
+            "others, a list of module name patterns such as %s.",
+            kind, part, ", ".join(blocks), re.sub(r"\.\d+", ".*", blocks[0]),
+        )  # fmt: skip
+    return blocks
 
 
 def find_blocks(
     model: nn.Module,
+    batch: dict[str, Any],
     patterns: tuple[str, ...] = (),
     *,
     scope: str = "backbone",
@@ -165,27 +288,39 @@ def find_blocks(
     """Names of the blocks of a detector, relative to the detector.
 
     Args:
+        batch: one image as the loader gives it.
         patterns: module name patterns (fnmatch); empty takes what is registered for the backbone
-            and, where ``scope`` goes beyond it, for the neck; an unknown neck is left out, with a
-            warning.
+            and, where ``scope`` goes beyond it, for the neck, or else :func:`likely_blocks`. Of these,
+            what cannot be compensated is left out; the log names it.
         scope: which part of the detector is quantized.
         downsampling: registered blocks include the layers between stages.
 
     Raises:
-        QwtError: no finder is registered, or a pattern matches nothing or nested modules.
+        QwtError: the backbone has no blocks, or a pattern matches nothing or nested modules.
     """
     if not patterns:
-        found = [f"backbone.{n}" for n in _registered(model.backbone, BACKBONES, downsampling)]
-        neck = getattr(model, "neck", None) if scope != "backbone" else None
-        if type(neck).__name__ in NECKS:
-            found += [f"neck.{n}" for n in _registered(neck, NECKS, downsampling)]
-        elif neck is not None:
-            logger.warning(
-                "The neck stays without compensation, since no blocks are registered for its class "
-                "%s (known: %s); 'blocks' can name them.",
-                type(neck).__name__, ", ".join(sorted(NECKS)),
-            )  # fmt: skip
-        return found
+        neck = scope != "backbone" and getattr(model, "neck", None) is not None
+        parts = ["backbone", *["neck"] * neck]
+        misfits = _misfits(model, batch, parts)
+        found = {
+            part: _blocks_of(part, model.get_submodule(part), misfits, downsampling)
+            for part in parts
+        }
+        kinds = {part: type(model.get_submodule(part)).__name__ for part in parts}
+        if not found["backbone"]:
+            raise QwtError(
+                f"No module of the backbone, of class {kinds['backbone']}, turns one tensor into one that "
+                "keeps its positions, in one call; name the blocks with 'blocks', a list of module name "
+                "patterns such as backbone.layer*.*."
+            )
+        for part in parts:
+            if not found[part]:
+                logger.warning(
+                    "The %s, of class %s, stays without compensation: no module of it turns one tensor "
+                    "into one that keeps its positions, in one call.",
+                    part, kinds[part],
+                )  # fmt: skip
+        return [name for names in found.values() for name in names]
     names = [name for name, _ in model.named_modules() if name]
     chosen: list[str] = []
     for pattern in patterns:

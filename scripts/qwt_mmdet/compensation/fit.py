@@ -174,6 +174,7 @@ def fit_compensation(
         quantization = getattr(model, "quantization_settings", None)
         names = find_blocks(
             reference,
+            first,
             settings.blocks,
             scope=quantization.scope if quantization else "backbone",
             downsampling=settings.downsampling,
