@@ -1,4 +1,4 @@
-"""Generate a dataset, fetch its annotations, or check the local folder that holds it."""
+"""Generate a part of a dataset, fetch its annotations, or check the local folder that holds it."""
 
 import os
 
@@ -8,7 +8,8 @@ with step(snakemake):
     from qwt_mmdet.datasets import prepare_dataset
 
     prepare_dataset(
-        snakemake.params.settings,
+        snakemake.config["datasets"][snakemake.wildcards.dataset],
+        snakemake.wildcards.part,
         folder=os.path.dirname(snakemake.output.source),
         output=snakemake.output.source,
         most_bytes=int(snakemake.config["max_download_gb"] * 10**9),

@@ -1,4 +1,4 @@
-"""Choose calibration and evaluation images, which never overlap, and fetch them if remote."""
+"""Choose a part's images, of which the other part has none, and fetch them if remote."""
 
 import os
 
@@ -8,10 +8,12 @@ with step(snakemake):
     from qwt_mmdet.datasets import select_images
 
     select_images(
-        snakemake.params.settings,
+        snakemake.config["datasets"][snakemake.wildcards.dataset],
+        snakemake.wildcards.part,
         name=snakemake.wildcards.dataset,
         source=snakemake.input.source,
         folder=os.path.dirname(snakemake.input.source),
-        calibration=snakemake.output.calibration,
-        evaluation=snakemake.output.evaluation,
+        annotations=snakemake.output.annotations,
+        files=snakemake.params.files,
+        seen=snakemake.params.images,
     )

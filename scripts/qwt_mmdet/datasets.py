@@ -1,11 +1,13 @@
 """COCO-format datasets: where they come from, and which of their images are used for what."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -21,6 +23,7 @@ from .errors import QwtError
 from .files import read_json, sha256_file, write_atomically, write_json
 from .images import SIDEWAYS, UPRIGHT, Exif, TurnedImageError, check_image
 from .progress import progress
+from .staleness import image_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,71 +36,78 @@ Count = int | Literal["all"]
 
 def prepare_dataset(
     settings: Mapping[str, Any],
+    part: str,
     *,
     folder: str | Path,
     output: str | Path,
     most_bytes: int = LARGEST_BYTES,
 ) -> None:
-    """Generate a dataset, fetch its annotation files, or check those of a local folder.
+    """Get the annotations of one part of a dataset: generate them, fetch them, or check a local file.
 
-    Writes the manifest ``{"splits": {"calibration": split, "evaluation": split}}``, where each
-    split is ``{"annotations": path, "image_root": folder of the images, "image_url": address of
-    that folder or None, "split": name, "sha256": that of the annotation file}``.
+    Writes the source ``{"annotations": path, "image_root": folder of the images, "image_url":
+    address of that folder or None, "split": name, "sha256": that of the annotation file}``.
 
     Args:
         settings: the config's entry: ``type`` (``shapes`` or ``coco``), for ``coco`` either
             ``root`` or ``url``, ``seed``, ``exif``, ``allow_outside_root``, and for
             ``calibration`` and ``evaluation`` the keys ``split``, ``images``, ``annotations``,
             ``image_folder`` (the last two relative to the root).
+        part: ``calibration`` or ``evaluation``.
         folder: where generated and downloaded files go.
-        output: the manifest.
+        output: the source.
         most_bytes: largest size of a download, and of an annotation file in it.
 
     Raises:
         QwtError: a file or folder is missing, cannot be had, or is not COCO's instances format.
     """
     settings = _with_defaults(settings)
-    folder = Path(folder)
+    source = _source(settings, part, Path(folder))
     if settings["type"] == "shapes":
-        splits = _generated(settings, folder)
+        _generate(settings, part, Path(folder))
     elif "root" in settings:
-        splits = _local(settings)
+        _check_folders(settings, part, source)
     else:
-        splits = _downloaded(settings, folder, most_bytes)
-    for part in PARTS:
-        read_annotations(splits[part]["annotations"], labelled=part == "evaluation")
-        splits[part]["sha256"] = sha256_file(splits[part]["annotations"])
-    write_json(output, {"splits": splits}, indent=2)
+        _download_annotations(settings, part, Path(folder), most_bytes)
+    read_annotations(source["annotations"], labelled=part == "evaluation")
+    write_json(output, {**source, "sha256": sha256_file(source["annotations"])}, indent=2)
 
 
 def select_images(
     settings: Mapping[str, Any],
+    part: str,
     *,
     name: str,
     source: str | Path,
     folder: str | Path,
-    calibration: str | Path,
-    evaluation: str | Path,
+    annotations: str | Path,
+    files: str | Path,
+    seen: str = "",
     workers: int = 8,
 ) -> None:
-    """Choose calibration and evaluation images, fetch them if remote, and check every one.
+    """Choose the images of one part, fetch them if remote, and check every one.
 
-    Writes two COCO annotation files of exactly the chosen images, in order of their ids, with the
+    Writes a COCO annotation file of exactly the chosen images, in order of their ids, with the
     choice recorded under ``info``: ``image_root`` (``file_name`` is relative to it), ``dataset``,
     ``part``, ``split``, ``seed``, ``images`` (their number), ``source`` and ``source_sha256`` (the
     annotation file they are from), ``missing_classes``, ``exif`` (whether loaders turn images as
     their EXIF orientation says) and ``exif_rotated`` (how many have one).
 
-    A number of images, of either part, means a random choice of that many by ``seed``; a larger
-    number contains the images of a smaller one. If both parts are of the same annotation file they
-    are drawn from two ends of one shuffled list, so neither choice depends on the other's number.
+    A number of images means a random choice of that many by ``seed``; a larger number contains the
+    images of a smaller one. If both parts are of the same annotation file they are drawn from two
+    ends of one shuffled list, so neither choice depends on the other's number. Whichever part is
+    chosen last finds out whether they share an image.
 
     Args:
-        settings: as for :func:`prepare_dataset`.
+        settings: as for :func:`prepare_dataset`; those of the other part tell whether both parts
+            would share an image.
+        part: ``calibration`` or ``evaluation``.
         name: name of the dataset in the config, for messages.
-        source: the manifest that :func:`prepare_dataset` wrote.
+        source: what :func:`prepare_dataset` wrote for the part.
         folder: downloaded images go to ``{folder}/images/{split}``.
-        calibration, evaluation: the annotation files to write.
+        annotations: the annotation file to write.
+        files: the file to write that tells which image files were chosen, and how they are (see
+            :func:`.staleness.image_files`).
+        seen: the change of these files that made this choice necessary.
         workers: images to download or to check at a time.
 
     Raises:
@@ -106,92 +116,95 @@ def select_images(
             annotation says, or an evaluation without any object.
     """
     settings = _with_defaults(settings)
-    splits = read_json(source, what="dataset manifest")["splits"]
-    contents = _read_splits(splits)
-    chosen = choose_ids(
-        [image["id"] for image in contents["calibration"]["images"]],
-        [image["id"] for image in contents["evaluation"]["images"]],
-        calibration=settings["calibration"]["images"],
-        evaluation=settings["evaluation"]["images"],
-        seed=settings["seed"],
-        same_images=splits["calibration"]["sha256"] == splits["evaluation"]["sha256"],
-        name=name,
-    )
-    subsets = {part: _subset(contents[part], ids) for part, ids in zip(PARTS, chosen, strict=True)}
-    _check_overlap(subsets, splits, name)
-    for part in PARTS:
-        split = splits[part]
-        subsets[part]["info"] = {
-            "image_root": split["image_root"],
-            "dataset": name,
-            "part": part,
-            "split": split["split"],
-            "seed": settings["seed"],
-            "images": len(subsets[part]["images"]),
-            "source": split["annotations"],
-            "source_sha256": split["sha256"],
-            "missing_classes": _report_missing_classes(subsets[part], f"{name}.{part}"),
-        }
-    if all(found["iscrowd"] for found in subsets["evaluation"]["annotations"]):
+    split = read_json(source, what="dataset source")
+    if settings["type"] == "shapes":  # images that went away are drawn again
+        _generate(settings, part, Path(folder))
+    if (
+        not Path(split["annotations"]).is_file()
+        or sha256_file(split["annotations"]) != split["sha256"]
+    ):
         raise QwtError(
-            f"None of the {len(subsets['evaluation']['images'])} evaluation images of {name} has "
-            "an annotation of an object (crowd regions are none), so there is nothing to evaluate; "
-            f"raise datasets.{name}.evaluation.images, or check the annotation file."
+            f"The annotation file {split['annotations']} is missing or has changed since it was "
+            "checked; run again with --forcerun prepare_dataset."
         )
-    for part in PARTS:
-        images, image_root = subsets[part]["images"], splits[part]["image_root"]
-        if splits[part]["image_url"] is None:
-            found = _check_local_images(images, image_root, settings, name, workers)
-        else:
-            found = _fetch_images(images, splits[part], settings, name, workers)
-        subsets[part]["info"] |= {
-            "exif": settings["exif"],
-            "exif_rotated": _report_orientations(
-                images, found, settings["exif"], name=name, part=part
-            ),
-        }
-    write_json(calibration, subsets["calibration"])
-    write_json(evaluation, subsets["evaluation"])
+    (other,) = set(PARTS) - {part}
+    splits = {part: split, other: _source(settings, other, Path(folder))}
+    contents = _read_splits(splits)
+    subsets = {}
+    for key, content in contents.items():
+        chosen = choose_ids(
+            key,
+            [image["id"] for image in content["images"]],
+            settings[key]["images"],
+            seed=settings["seed"],
+            same_images=contents.get(other) is contents[part],
+            name=name,
+        )
+        subsets[key] = _subset(content, chosen)
+    if other in subsets:
+        _check_overlap(subsets, splits, name)
+    subset = subsets[part]
+    images = subset["images"]
+    subset["info"] = {
+        "image_root": split["image_root"],
+        "dataset": name,
+        "part": part,
+        "split": split["split"],
+        "seed": settings["seed"],
+        "images": len(images),
+        "source": split["annotations"],
+        "source_sha256": split["sha256"],
+        "missing_classes": _report_missing_classes(subset, f"{name}.{part}"),
+    }
+    if part == "evaluation" and all(found["iscrowd"] for found in subset["annotations"]):
+        raise QwtError(
+            f"None of the {len(images)} evaluation images of {name} has an annotation of an object "
+            "(crowd regions are none), so there is nothing to evaluate; raise "
+            f"datasets.{name}.evaluation.images, or check the annotation file."
+        )
+    if split["image_url"] is None:
+        turned = _check_local_images(images, split["image_root"], settings, name, workers)
+    else:
+        turned = _fetch_images(images, split, settings, name, workers)
+    subset["info"] |= {
+        "exif": settings["exif"],
+        "exif_rotated": _report_orientations(
+            images, turned, settings["exif"], name=name, part=part
+        ),
+    }
+    write_json(annotations, subset)
+    names = [image["file_name"] for image in images]
+    write_json(files, image_files(split["image_root"], names, seen))
 
 
 def choose_ids(
-    calibration_ids: Iterable[int],
-    evaluation_ids: Iterable[int],
-    *,
-    calibration: Count,
-    evaluation: Count,
-    seed: int,
-    same_images: bool,
-    name: str,
-) -> tuple[list[int], list[int]]:
-    """Draw image ids for both parts; the order in which they are given does not matter.
+    part: str, ids: Iterable[int], images: Count, *, seed: int, same_images: bool, name: str
+) -> list[int]:
+    """Draw image ids for a part; the order in which they are given does not matter.
 
     Args:
-        calibration_ids, evaluation_ids: the ids to draw from.
-        calibration, evaluation: how many to draw, or ``"all"``.
+        part: ``calibration`` or ``evaluation``.
+        ids: the ids to draw from.
+        images: how many to draw, or ``"all"``.
         same_images: both parts are drawn from the same images, so they shall share none as long as
             there are enough.
         name: name of the dataset in the config, for messages.
 
     Returns:
-        The calibration ids and the evaluation ids, each in ascending order.
+        The ids in ascending order.
 
     Raises:
-        QwtError: a number is not positive, or larger than the number of ids.
+        QwtError: the number is not positive, or larger than the number of ids.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise QwtError(f"datasets.{name}.seed is {seed!r}; it must be a whole number from 0.")
-    ids = {"calibration": sorted(calibration_ids), "evaluation": sorted(evaluation_ids)}
-    wanted = {"calibration": calibration, "evaluation": evaluation}
-    chosen = {}
-    for stream, part in enumerate(PARTS, start=1):
-        count = _count(wanted[part], len(ids[part]), f"datasets.{name}.{part}.images")
-        generator = np.random.default_rng([seed, 0 if same_images else stream])
-        shuffled = [ids[part][index] for index in generator.permutation(len(ids[part]))]
-        if same_images and part == "calibration":
-            shuffled.reverse()
-        chosen[part] = sorted(shuffled[:count])
-    return chosen["calibration"], chosen["evaluation"]
+    ids = sorted(ids)
+    count = _count(images, len(ids), f"datasets.{name}.{part}.images")
+    stream = 0 if same_images else 1 + PARTS.index(part)
+    shuffled = [ids[index] for index in np.random.default_rng([seed, stream]).permutation(len(ids))]
+    if same_images and part == "calibration":
+        shuffled.reverse()
+    return sorted(shuffled[:count])
 
 
 # --- Where the data comes from ---------------------------------------------------------------
@@ -218,81 +231,86 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _manifest_entry(
-    images: Mapping[str, Any], root: Path, image_root: Path, image_url: str | None = None
-) -> dict[str, Any]:
+def _source(settings: Mapping[str, Any], part: str, folder: Path) -> dict[str, Any]:
+    """Where the annotations and images of a part are, once they are there."""
+    split, image_folder = settings[part]["split"], settings[part]["image_folder"]
+    root, image_root, image_url = folder, folder / split, None
+    if "root" in settings:
+        root = Path(settings["root"])
+        image_root = root / image_folder
+    elif "url" in settings:
+        image_root = folder / "images" / split
+        image_url = f"{settings['url'].rstrip('/')}/{image_folder}"
     return {
-        "annotations": str(root / images["annotations"]),
+        "annotations": str(root / settings[part]["annotations"]),
         "image_root": str(image_root),
         "image_url": image_url,
-        "split": images["split"],
+        "split": split,
     }
 
 
-def _generated(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other process pass that prepares the other part in the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _generate(settings: Mapping[str, Any], part: str, folder: Path) -> None:
     from .shapes import generate_shapes  # needs OpenCV, which other datasets do without
 
-    counts: dict[str, int] = {}
-    for part in PARTS:
-        split, count = settings[part]["split"], settings[part]["images"]
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    split = settings[part]["split"]
+    count = 0
+    for other in PARTS:  # parts of one split share its images out
+        images = settings[other]["images"]
+        if isinstance(images, bool) or not isinstance(images, int) or images < 1:
             raise QwtError(
-                f"{part}.images of a dataset of shapes is {count!r}; shapes are generated, so give "
-                "a number from 1."
+                f"{other}.images of a dataset of shapes is {images!r}; shapes are generated, so "
+                "give a number from 1."
             )
-        counts[split] = counts.get(split, 0) + count
-    generate_shapes(folder, seed=settings["seed"], images=counts)
-    return {
-        part: _manifest_entry(settings[part], folder, folder / settings[part]["split"])
-        for part in PARTS
-    }
+        count += images if settings[other]["split"] == split else 0
+    with _alone(folder):
+        generate_shapes(folder, seed=settings["seed"], images={split: count})
 
 
-def _local(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    root = Path(settings["root"])
-    if not root.is_dir():
-        raise QwtError(f"The dataset root {root} is not a folder; check the path.")
-    splits = {}
-    for part in PARTS:
-        image_root = root / settings[part]["image_folder"]
-        if not image_root.is_dir():
-            raise QwtError(
-                f"The {part} images should be in {image_root}, which is not a folder; check root "
-                f"and {part}.image_folder."
-            )
-        splits[part] = _manifest_entry(settings[part], root, image_root)
-    return splits
+def _check_folders(settings: Mapping[str, Any], part: str, source: Mapping[str, Any]) -> None:
+    if not Path(settings["root"]).is_dir():
+        raise QwtError(f"The dataset root {settings['root']} is not a folder; check the path.")
+    if not Path(source["image_root"]).is_dir():
+        raise QwtError(
+            f"The {part} images should be in {source['image_root']}, which is not a folder; check "
+            f"root and {part}.image_folder."
+        )
 
 
-def _downloaded(
-    settings: Mapping[str, Any], folder: Path, most_bytes: int
-) -> dict[str, dict[str, Any]]:
+def _download_annotations(
+    settings: Mapping[str, Any], part: str, folder: Path, most_bytes: int
+) -> None:
     url = settings["url"].rstrip("/")
-    _claim(folder, url)
-    names = {settings[part]["annotations"] for part in PARTS}
+    names = {settings[key]["annotations"] for key in PARTS}
     for name in names:
         if PureWindowsPath(name).anchor or ".." in PurePosixPath(name).parts:
             raise QwtError(
                 f"The annotations {name!r} would be stored outside of the dataset's folder; name a "
                 f"file of {url}/{ARCHIVE}."
             )
-    absent = sorted(name for name in names if not (folder / name).is_file())
-    if absent:
+    with _alone(folder):
+        _claim(folder, url)
+        if (folder / settings[part]["annotations"]).is_file():
+            return
+        # the archive holds both parts, and comes once
+        absent = sorted(name for name in names if not (folder / name).is_file())
         archive = folder / PurePosixPath(ARCHIVE).name
         download(f"{url}/{ARCHIVE}", archive, most_bytes=most_bytes)
         try:
             _extract(archive, absent, folder, f"{url}/{ARCHIVE}", most_bytes)
         finally:
             archive.unlink()
-    return {
-        part: _manifest_entry(
-            settings[part],
-            folder,
-            folder / "images" / settings[part]["split"],
-            f"{url}/{settings[part]['image_folder']}",
-        )
-        for part in PARTS
-    }
 
 
 def _claim(folder: Path, url: str) -> None:
@@ -343,20 +361,16 @@ def _extract(archive: Path, names: Sequence[str], folder: Path, url: str, most_b
 
 
 def _read_splits(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Read the annotation files; one that serves both parts is read once."""
+    """Read the annotation files that are there; one that serves both parts is read once."""
     contents: dict[str, dict[str, Any]] = {}
+    paths = {part: split["annotations"] for part, split in splits.items()}
+    hashes = {part: sha256_file(path) for part, path in paths.items() if Path(path).is_file()}
     by_hash: dict[str, dict[str, Any]] = {}
-    for part in PARTS:
-        path, expected = splits[part]["annotations"], splits[part]["sha256"]
-        if not Path(path).is_file() or sha256_file(path) != expected:
-            raise QwtError(
-                f"The annotation file {path} is missing or has changed since it was checked; run "
-                "again with --forcerun prepare_dataset."
-            )
-        if expected not in by_hash:
-            labelled = expected == splits["evaluation"]["sha256"]
-            by_hash[expected] = read_annotations(path, labelled=labelled)
-        contents[part] = by_hash[expected]
+    for part, found in hashes.items():
+        if found not in by_hash:
+            labelled = found == hashes.get("evaluation")
+            by_hash[found] = read_annotations(paths[part], labelled=labelled)
+        contents[part] = by_hash[found]
     return contents
 
 

@@ -20,7 +20,6 @@ from torch import nn
 from . import __version__
 from .compensation.fit import fit_compensation
 from .compensation.state import load_compensation, save_compensation
-from .config import source_hash
 from .detectors import load_detector
 from .errors import QwtError
 from .evaluation.coco import coco_metrics, load_ground_truth
@@ -32,6 +31,7 @@ from .quantization.moments import worst_layers
 from .quantization.sensitivity import choose_bits, mixed_precision, rank_layers
 from .quantization.state import load_warmup, save_warmup, settings_to_config, settings_to_plain
 from .settings import CompensationSettings, QuantizationSettings
+from .staleness import source_hash
 
 logger = logging.getLogger(__name__)
 

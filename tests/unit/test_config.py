@@ -1,12 +1,10 @@
-"""The configuration: defaults, messages about mistakes, and what each step depends on."""
+"""The configuration: defaults and messages about mistakes."""
 
-import ast
 import copy
 import dataclasses
 import datetime
 import itertools
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -396,79 +394,3 @@ def test_targets_choose_combinations_and_each_is_wanted_once():
         ("demo", "w4a8", "paper"),
         ("demo", "w8a8", "qwt"),
     ]
-
-
-def test_config_files_follow_base_files_but_not_mmdets_own(tmp_path):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "base.py").write_text("_base_ = ['mmdet::_base_/default_runtime.py']\n")
-    (tmp_path / "models" / "mine.py").write_text("_base_ = '../base.py'\nmodel = dict()\n")
-    assert config.config_files("models/mine.py") == ["models/mine.py", "base.py"]
-    assert config.config_files("yolox/yolox_nano_8xb8-300e_coco.py") == []
-
-
-def test_a_hash_changes_with_the_code_of_its_step_alone(tmp_path):
-    package = tmp_path / "qwt_mmdet"
-    shutil.copytree(config.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    before = {step: config.source_hash(step, package) for step in config.STEP_PARTS}
-    with open(package / "compensation" / "solve.py", "a") as stream:
-        stream.write("# another way to solve\n")
-    changed = {step for step in before if config.source_hash(step, package) != before[step]}
-    assert changed == {"fit_compensation", "evaluate_compensated"}
-
-
-def test_the_report_depends_on_its_template(tmp_path):
-    package = tmp_path / "qwt_mmdet"
-    shutil.copytree(config.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    before = config.source_hash("render_report", package)
-    with open(package / "reporting" / "templates" / "report.html.j2", "a") as stream:
-        stream.write("<!-- -->")
-    assert config.source_hash("render_report", package) != before
-
-
-# Modules that cannot change a result that is already there, or whose effect is in params.
-NOT_HASHED = {"__init__", "config", "errors", "files", "progress", "settings", "runtime"}
-# What a module imports for steps other than the one that is looked at.
-OTHER_STEPS = {
-    "evaluate_baseline": {"compensation", "download", "quantization"},
-    "quantize_model": {"compensation", "download", "evaluation"},
-    "evaluate_quantized": {"compensation", "download"},
-    "rank_layers": {"compensation", "download", "evaluation"},
-    "fit_compensation": {"download", "evaluation"},
-    "evaluate_compensated": {"download"},
-    "summarize_results": {"compensation"},
-    "select_images": {"shapes"},
-}
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Dotted names, inside the package, of the modules that a file of the library imports."""
-    package = path.relative_to(config.PACKAGE).parent.parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level > 0:
-            base = package[: len(package) - (node.level - 1)]
-            if node.module:
-                found.add(".".join([*base, node.module]))
-            else:
-                found |= {".".join([*base, alias.name]) for alias in node.names}
-    return {name for name in found if config.part_files(name)}
-
-
-@pytest.mark.parametrize("step", config.STEP_PARTS)
-def test_a_hash_covers_all_that_the_step_imports(step):
-    parts = config.STEP_PARTS[step]
-    for part in parts:
-        assert config.part_files(part), f"{part} is no part of the library"
-        for path in config.part_files(part):
-            if path.suffix != ".py":
-                continue
-            for module in imported_modules(path):
-                top = module.split(".")[0]
-                covered = any(module == p or module.startswith(f"{p}.") for p in parts)
-                ignored = top in NOT_HASHED or top in OTHER_STEPS.get(step, set())
-                assert covered or ignored, f"{path.name} imports {module}"
-
-
-def test_every_rule_has_a_script_and_a_list_of_code():
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts - {"run_calibration"} == set(config.STEP_PARTS)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from flaky_server import FlakyServer, Status
 from PIL import Image
 from qwt_mmdet import download as download_module
 from qwt_mmdet.annotations import read_annotations
-from qwt_mmdet.datasets import choose_ids, prepare_dataset, select_images
+from qwt_mmdet.datasets import PARTS, choose_ids, prepare_dataset, select_images
 from qwt_mmdet.errors import QwtError
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 7, "name": "zebra"}]
@@ -84,10 +85,18 @@ def settings(calibration=8, evaluation="all", *, seed=0, splits=("train2017", "v
 
 def run(config, folder: Path, name="tiny") -> tuple[dict, dict]:
     """Both steps, as the workflow runs them."""
-    prepare_dataset(config, folder=folder, output=folder / "source.json")
-    outputs = {part: folder / f"{part}.json" for part in ("calibration", "evaluation")}
-    select_images(config, name=name, source=folder / "source.json", folder=folder, **outputs)
-    return tuple(json.loads(path.read_text()) for path in outputs.values())
+    for part in PARTS:
+        prepare_dataset(config, part, folder=folder, output=folder / f"{part}_source.json")
+    return tuple(select(config, part, folder, name) for part in PARTS)
+
+
+def select(config, part: str, folder: Path, name="tiny") -> dict:
+    """The second step, for one part."""
+    select_images(
+        config, part, name=name, source=folder / f"{part}_source.json", folder=folder,
+        annotations=folder / f"{part}.json", files=folder / f"{part}_files.json",
+    )  # fmt: skip
+    return json.loads((folder / f"{part}.json").read_text())
 
 
 def ids(content: dict) -> list[int]:
@@ -98,14 +107,12 @@ def ids(content: dict) -> list[int]:
 
 
 def choose(calibration, evaluation, *, same=False, seed=0, numbers=range(100), evaluated=None):
-    return choose_ids(
-        numbers,
-        numbers if evaluated is None else evaluated,
-        calibration=calibration,
-        evaluation=evaluation,
-        seed=seed,
-        same_images=same,
-        name="tiny",
+    options = {"seed": seed, "same_images": same, "name": "tiny"}
+    return (
+        choose_ids("calibration", numbers, calibration, **options),
+        choose_ids(
+            "evaluation", numbers if evaluated is None else evaluated, evaluation, **options
+        ),
     )
 
 
@@ -164,13 +171,13 @@ def test_negative_seed():
 
 def test_local_folder_end_to_end(root, tmp_path):
     calibration, evaluation = run(settings(root=root), tmp_path / "out")
-    manifest = json.loads((tmp_path / "out/source.json").read_text())
-    assert manifest["splits"]["evaluation"] == {
+    source = json.loads((tmp_path / "out/evaluation_source.json").read_text())
+    assert source == {
         "annotations": str(root / "annotations/instances_val2017.json"),
         "image_root": str(root / "val2017"),
         "image_url": None,
         "split": "val2017",
-        "sha256": manifest["splits"]["evaluation"]["sha256"],
+        "sha256": source["sha256"],
     }
     assert ids(evaluation) == list(range(1, 21))
     assert len(ids(calibration)) == 8
@@ -186,7 +193,7 @@ def test_local_folder_end_to_end(root, tmp_path):
         "seed": 0,
         "images": 20,
         "source": str(root / "annotations/instances_val2017.json"),
-        "source_sha256": manifest["splits"]["evaluation"]["sha256"],
+        "source_sha256": source["sha256"],
         "missing_classes": ["zebra"],
         "exif": "apply",
         "exif_rotated": 0,
@@ -356,9 +363,9 @@ def test_annotation_file_that_is_not_coco(root, tmp_path, content, message):
     path = root / "annotations/instances_val2017.json"
     write(path, content)
     with pytest.raises(QwtError, match=r"annotation file .*instances_val2017\.json") as caught:
-        prepare_dataset(settings(root=root), folder=tmp_path, output=tmp_path / "source.json")
+        run(settings(root=root), tmp_path)
     assert message in " ".join(str(caught.value).split()).replace("it has no list", "has no list")
-    assert not (tmp_path / "source.json").exists()
+    assert not (tmp_path / "evaluation_source.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -367,8 +374,8 @@ def test_annotation_file_that_is_not_coco(root, tmp_path, content, message):
 def test_annotation_file_that_is_cut(root, tmp_path, content, message):
     (root / "annotations/instances_train2017.json").write_text(content)
     with pytest.raises(QwtError, match=rf"instances_train2017\.json {message}"):
-        prepare_dataset(settings(root=root), folder=tmp_path, output=tmp_path / "source.json")
-    assert not (tmp_path / "source.json").exists()
+        run(settings(root=root), tmp_path)
+    assert not (tmp_path / "calibration_source.json").exists()
 
 
 def test_annotation_file_that_is_missing(root, tmp_path):
@@ -389,13 +396,10 @@ def test_folder_that_is_missing(root, tmp_path):
 
 def test_annotation_file_that_changed_after_its_check(root, tmp_path):
     config = settings(root=root)
-    prepare_dataset(config, folder=tmp_path, output=tmp_path / "source.json")
+    run(config, tmp_path)
     write(root / "annotations/instances_val2017.json", coco(range(1, 5)))
     with pytest.raises(QwtError, match=r"instances_val2017\.json is missing or has changed"):
-        select_images(
-            config, name="tiny", source=tmp_path / "source.json", folder=tmp_path,
-            calibration=tmp_path / "c.json", evaluation=tmp_path / "e.json",
-        )  # fmt: skip
+        select(config, "evaluation", tmp_path)
 
 
 def test_images_that_are_missing(root, tmp_path):
@@ -406,7 +410,6 @@ def test_images_that_are_missing(root, tmp_path):
         match=r"7 of 20 chosen images are missing in .*val2017: 000003\.jpg, 000004\.jpg, ",
     ):
         run(settings(root=root), tmp_path / "out")
-    assert not (tmp_path / "out/calibration.json").exists()
     assert not (tmp_path / "out/evaluation.json").exists()
 
 
@@ -426,7 +429,7 @@ def test_images_that_cannot_be_decoded(root, tmp_path):
         run(settings(root=root), tmp_path / "out")
     assert "000003.jpg cannot be decoded" in str(caught.value)
     assert "000004.jpg cannot be decoded" in str(caught.value)
-    assert not (tmp_path / "out/calibration.json").exists()
+    assert not (tmp_path / "out/evaluation.json").exists()
 
 
 def name_of_image_3(root: Path, name: str) -> None:
@@ -556,7 +559,7 @@ def test_settings_that_do_not_say_where_the_data_is(root, tmp_path, change, mess
         key: value for key, value in {**settings(root=root), **change}.items() if value is not None
     }
     with pytest.raises(QwtError, match=message):
-        prepare_dataset(config, folder=tmp_path, output=tmp_path / "source.json")
+        run(config, tmp_path)
 
 
 # --- Download ----------------------------------------------------------------------------------
@@ -599,12 +602,23 @@ def test_download_fetches_the_annotations_and_the_chosen_images_alone(root, tmp_
     assert {path for path in left if not path.startswith("images/")} == {
         "annotations/instances_train2017.json",
         "annotations/instances_val2017.json",
-        "source.json",
         "origin.json",
-        "calibration.json",
-        "evaluation.json",
+        *(f"{part}{kind}.json" for part in PARTS for kind in ("_source", "", "_files")),
     }
-    assert len(left) == 6 + 10
+    assert len(left) == 9 + 10
+
+
+def test_two_jobs_at_once_fetch_the_annotations_once(root, tmp_path):
+    out = tmp_path / "out"
+    with FlakyServer({ARCHIVE: zipped(root)}, folder=root) as server:
+        config = settings(6, 4, url=server.base)
+        with ThreadPoolExecutor() as executor:
+            jobs = [
+                executor.submit(prepare_dataset, config, part, folder=out, output=out / part)
+                for part in PARTS
+            ]
+        assert all(job.result() is None for job in jobs)
+        assert len(server.requests) == 1
 
 
 def test_download_makes_the_same_choice_as_a_local_folder(root, tmp_path):
@@ -760,7 +774,7 @@ def test_shapes_of_one_split_for_both_parts(tmp_path):
 def test_shapes_need_a_number(tmp_path, count):
     config = {"type": "shapes", "evaluation": {"images": count}}
     with pytest.raises(QwtError, match=r"evaluation\.images of a dataset of shapes is"):
-        prepare_dataset(config, folder=tmp_path, output=tmp_path / "source.json")
+        run(config, tmp_path)
 
 
 @pytest.mark.real

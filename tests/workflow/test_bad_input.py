@@ -170,12 +170,12 @@ def test_broken_files_are_named_in_the_log_and_on_the_terminal(workflow: Workflo
     logs = {
         "fetch_checkpoint/wrong-sha256.log": "good.pth",
         "fetch_checkpoint/truncated.log": "cut.pth",
-        "prepare_dataset/empty.log": "empty/annotations/instances_val.json",
-        "prepare_dataset/malformed.log": "malformed/annotations/instances_val.json",
-        "prepare_dataset/listless.log": "listless/annotations/instances_val.json",
-        "select_images/absent.log": "102.png",
-        "select_images/undecodable.log": "102.png",
-        "select_images/few.log": "datasets.few.calibration.images",
+        "prepare_dataset/empty/evaluation.log": "empty/annotations/instances_val.json",
+        "prepare_dataset/malformed/evaluation.log": "malformed/annotations/instances_val.json",
+        "prepare_dataset/listless/evaluation.log": "listless/annotations/instances_val.json",
+        "select_images/absent/evaluation.log": "102.png",
+        "select_images/undecodable/evaluation.log": "102.png",
+        "select_images/few/evaluation.log": "datasets.few.calibration.images",
     }
     targets = [f"results/{name}/checkpoint.pth" for name in config["models"]]
     targets += [f"results/datasets/{name}/evaluation.json" for name in broken]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from qwt_mmdet.cli import app, quantization_entry
-from qwt_mmdet.datasets import prepare_dataset
+from qwt_mmdet.datasets import PARTS, prepare_dataset
 from qwt_mmdet.errors import QwtError
 from typer.testing import CliRunner, Result
 
@@ -29,7 +29,8 @@ def coco(tmp_path: Path) -> Path:
         "calibration": {"images": 5},
         "evaluation": {"images": 4},
     }
-    prepare_dataset(settings, folder=root, output=tmp_path / "manifest.json")
+    for part in PARTS:
+        prepare_dataset(settings, part, folder=root, output=tmp_path / f"{part}.json")
     return root
 
 

@@ -22,8 +22,8 @@ real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample i
 def expected(models: int, quantized: int, compensated: int) -> dict[str, int]:
     return {
         "fetch_checkpoint": models,
-        "prepare_dataset": 1,
-        "select_images": 1,
+        "prepare_dataset": 2,
+        "select_images": 2,
         "evaluate_baseline": models,
         "quantize_model": quantized,
         "evaluate_quantized": quantized,

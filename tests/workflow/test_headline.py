@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, Workflow
 from mmdet.datasets import CocoDataset
 from mmengine.logging import HistoryBuffer
-from qwt_mmdet.datasets import prepare_dataset
+from qwt_mmdet.datasets import PARTS, prepare_dataset
 from qwt_mmdet.detectors import random_detector
 
 HEADLINE = (ROOT / "config" / "coco.yaml").read_text()
@@ -49,7 +49,8 @@ def stand_in_coco(folder: Path, temporary: Path) -> None:
     """Generated images in the layout of COCO 2017, with COCO's 80 classes."""
     counts = {"calibration": {"images": 5}, "evaluation": {"images": 3}}
     settings = {"type": "shapes", "seed": 5, **counts}
-    prepare_dataset(settings, folder=temporary, output=temporary / "manifest.json")
+    for part in PARTS:
+        prepare_dataset(settings, part, folder=temporary, output=temporary / f"{part}.json")
     names = CocoDataset.METAINFO["classes"]
     archive = folder / "annotations" / "annotations_trainval2017.zip"
     archive.parent.mkdir()

@@ -15,7 +15,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from qwt_mmdet import load_compensation, load_detector, load_warmup, make_loader
-from qwt_mmdet.datasets import prepare_dataset, select_images
+from qwt_mmdet.datasets import PARTS, prepare_dataset, select_images
 
 pytestmark = pytest.mark.slow
 
@@ -29,11 +29,13 @@ def example(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         data = Path("results/datasets/shapes")
-        prepare_dataset(settings, folder=data, output=data / "source.json")
-        select_images(
-            settings, name="shapes", source=data / "source.json", folder=data,
-            calibration=data / "calibration.json", evaluation=data / "evaluation.json",
-        )  # fmt: skip
+        for part in PARTS:
+            source = data / f"{part}_source.json"
+            prepare_dataset(settings, part, folder=data, output=source)
+            select_images(
+                settings, part, name="shapes", source=source, folder=data,
+                annotations=data / f"{part}.json", files=data / f"{part}_files.json",
+            )  # fmt: skip
         (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
         names: dict = {}
         exec(compile(code, "README.md", "exec"), names)

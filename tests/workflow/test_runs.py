@@ -21,8 +21,8 @@ def real(test):
 CONFIGS = ROOT / "tests" / "configs"
 RULES_PER_MODEL = {
     "fetch_checkpoint": "yolox_nano",
-    "prepare_dataset": "coco_real",
-    "select_images": "coco_real",
+    "prepare_dataset": "coco_real/calibration",
+    "select_images": "coco_real/evaluation",
     "evaluate_baseline": "yolox_nano",
     "quantize_model": "yolox_nano/w4a8",
     "evaluate_quantized": "yolox_nano/w4a8",

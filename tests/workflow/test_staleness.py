@@ -1,20 +1,23 @@
 """What is computed again after a change, and above all what is not (dry runs)."""
 
 import copy
+import json
 import os
 import time
 
 import pytest
 import yaml
 from conftest import Workflow
+from qwt_mmdet.staleness import image_files
 
 CONFIG = yaml.safe_load(
     """
     datasets:
       shapes: {type: shapes}
+      own: {type: coco, root: own}
     models:
       first: {config: own.py, checkpoint: first.pth, dataset: shapes}
-      second: {config: own.py, checkpoint: second.pth, dataset: shapes}
+      second: {config: own.py, checkpoint: second.pth, dataset: own}
     quantization:
       w8a8: {weight_bits: 8, activation_bits: 8}
       w4a8: {weight_bits: 4, activation_bits: 8}
@@ -32,6 +35,15 @@ def finished(copied_tree, tmp_path_factory) -> Workflow:
     workflow = Workflow(copied_tree(), tmp_path_factory.mktemp("run"))
     for name in ("own.py", "first.pth", "second.pth"):
         (workflow.folder / name).write_text("")
+    notes = workflow.folder / "results" / "datasets" / "own"
+    for part, split in (("calibration", "train2017"), ("evaluation", "val2017")):
+        annotations = workflow.folder / "own" / "annotations" / f"instances_{split}.json"
+        for path in (annotations, workflow.folder / split / "1.jpg", notes / f"{part}_files.json"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        annotations.write_text(split)
+        (workflow.folder / split / "1.jpg").write_text("an image")
+        note = image_files(str(workflow.folder / split), ["1.jpg"])
+        (notes / f"{part}_files.json").write_text(json.dumps(note))
     workflow.configure(CONFIG)
     listed = workflow.run("--summary")
     assert listed.returncode == 0, listed.stdout
@@ -40,7 +52,7 @@ def finished(copied_tree, tmp_path_factory) -> Workflow:
         output = workflow.folder / path
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(path)
-    touched = workflow.run("--touch", "--cores", "1")
+    touched = workflow.run("--touch", "--forceall", "--cores", "1")
     assert touched.returncode == 0, touched.stdout
     return workflow
 
@@ -114,8 +126,37 @@ def test_other_images_of_a_dataset_run_all_that_uses_them(finished, config):
     finished.configure(config)
     jobs = finished.jobs()
     assert "fetch_checkpoint" not in jobs
-    assert jobs["select_images"] == 1
-    assert jobs["quantize_model"] == 4
+    assert jobs["select_images"] == 2
+    assert jobs["quantize_model"] == 2
+
+
+def test_other_evaluation_images_calibrate_and_fit_nothing_again(finished, config):
+    for dataset in config["datasets"].values():
+        dataset["evaluation"] = {"images": 5}
+    finished.configure(config)
+    assert finished.jobs() == {
+        "prepare_dataset": 1,  # draws other shapes
+        "select_images": 2,
+        "evaluate_baseline": 2,
+        "evaluate_quantized": 4,
+        "evaluate_compensated": 8,
+        **TABLES,
+    }
+
+
+def test_an_image_that_is_gone_runs_all_that_used_it(finished):
+    image = finished.folder / "val2017" / "1.jpg"
+    image.rename(image.with_suffix(".away"))
+    jobs = finished.jobs()
+    image.with_suffix(".away").rename(image)
+    assert jobs == {
+        "select_images": 1,
+        "evaluate_baseline": 1,
+        "evaluate_quantized": 2,
+        "evaluate_compensated": 4,
+        **TABLES,
+    }
+    assert finished.jobs() == {}
 
 
 def edited(path, text: str):

@@ -1,5 +1,6 @@
 """Everything that the rules share: the checked config, targets and helpers of rules."""
 
+import filecmp
 import os
 import re
 import sys
@@ -10,16 +11,15 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import (
     combinations,
-    config_files,
     has_gpu,
     load_schema,
     read_file,
     resolve,
     share_with_scripts,
-    source_hash,
 )
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
+from qwt_mmdet.staleness import changed_images, config_files, source_hash
 
 share_with_scripts()
 
@@ -54,6 +54,7 @@ COMBINATIONS = combinations(config)
 
 
 wildcard_constraints:
+    part="calibration|evaluation",
     dataset="|".join(map(re.escape, config["datasets"])),
     model="|".join(map(re.escape, config["models"])),
     quantization="|".join(map(re.escape, config["quantization"])),
@@ -99,24 +100,58 @@ def model_setting(key):
     return lambda wildcards: config["models"][wildcards.model][key]
 
 
-def dataset_source(wildcards):
-    """Params function: what a dataset is before images are chosen from it.
+def other_part(wildcards):
+    """Return the part of a dataset that a rule is not about."""
+    return "evaluation" if wildcards.part == "calibration" else "calibration"
+
+
+def part_settings(wildcards):
+    """Params function: what decides which images of a part are chosen.
+
+    That is nothing of the other part, unless both are shares of the same images.
+    """
+    dataset = config["datasets"][wildcards.dataset]
+    shares = shares_annotations(dataset)
+    left_out = [] if shares and dataset["type"] == "shapes" else [other_part(wildcards)]
+    settings = {key: dataset[key] for key in dataset if key not in left_out}
+    return {**settings, "shares_annotations": shares}
+
+
+def part_source(wildcards):
+    """Params function: where a part comes from before images are chosen.
 
     Shapes are generated in the numbers that are wanted; other datasets exist without them.
     """
     dataset = config["datasets"][wildcards.dataset]
     if dataset["type"] == "shapes":
-        return dataset
-    chosen = ("seed", "images", "exif", "allow_outside_root")
+        return part_settings(wildcards)
+    images = {k: v for k, v in dataset[wildcards.part].items() if k != "images"}
     return {
-        key: (
-            {k: v for k, v in value.items() if k not in chosen}
-            if isinstance(value, dict)
-            else value
-        )
-        for key, value in dataset.items()
-        if key not in chosen
+        **{key: dataset[key] for key in ("type", "root", "url") if key in dataset},
+        wildcards.part: images,
     }
+
+
+def shares_annotations(dataset):
+    """Whether both parts of a dataset are of the same annotation file, or of a copy."""
+    parts = [dataset["calibration"], dataset["evaluation"]]
+    if dataset["type"] == "shapes":
+        return parts[0]["split"] == parts[1]["split"]
+    names = [part["annotations"] for part in parts]
+    if names[0] == names[1] or "root" not in dataset:
+        return names[0] == names[1]
+    paths = [os.path.join(dataset["root"], name) for name in names]
+    return all(map(os.path.exists, paths)) and filecmp.cmp(*paths, shallow=False)
+
+
+def files_note(wildcards):
+    """Params function: where it is noted how the chosen image files were."""
+    return f"results/datasets/{wildcards.dataset}/{wildcards.part}_files.json"
+
+
+def images_since(wildcards):
+    """Params function: tells chosen images that were changed or removed from those that were not."""
+    return changed_images(files_note(wildcards))
 
 
 def local_checkpoint(wildcards):
@@ -133,17 +168,14 @@ def local_config(wildcards):
 
 
 def local_annotations(wildcards):
-    """Input function: the annotation files of a dataset that is a folder here."""
+    """Input function: the annotation file of a part of a dataset that is a folder here."""
     dataset = config["datasets"][wildcards.dataset]
     if "root" not in dataset:
         return []
-    return [
-        existing(
-            os.path.join(dataset["root"], dataset[part]["annotations"]),
-            f"The annotation file of datasets.{wildcards.dataset}.{part}",
-        )
-        for part in ("calibration", "evaluation")
-    ]
+    return existing(
+        os.path.join(dataset["root"], dataset[wildcards.part]["annotations"]),
+        f"The annotation file of datasets.{wildcards.dataset}.{wildcards.part}",
+    )
 
 
 def supplied_warmup(wildcards):

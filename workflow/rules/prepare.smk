@@ -26,39 +26,41 @@ rule fetch_checkpoint:
 
 
 rule prepare_dataset:
-    """Generate a dataset, fetch its annotations, or check the local folder that holds it."""
+    """Generate a part of a dataset, fetch its annotations, or check the local folder that holds it."""
     input:
         annotations=local_annotations,
     output:
-        source="results/datasets/{dataset}/source.json",
+        source="results/datasets/{dataset}/{part}_source.json",
     log:
-        "logs/prepare_dataset/{dataset}.log",
+        "logs/prepare_dataset/{dataset}/{part}.log",
     benchmark:
-        "benchmarks/prepare_dataset/{dataset}.tsv"
+        "benchmarks/prepare_dataset/{dataset}/{part}.tsv"
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=dataset_source,
+        settings=part_source,
         code=source_hash("prepare_dataset"),
     script:
         "../../scripts/prepare_dataset.py"
 
 
 rule select_images:
-    """Choose calibration and evaluation images, which never overlap, and fetch them if remote."""
+    """Choose a part's images, of which the other part has none, and fetch them if remote."""
     input:
-        source="results/datasets/{dataset}/source.json",
+        source="results/datasets/{dataset}/{part}_source.json",
     output:
-        calibration="results/datasets/{dataset}/calibration.json",
-        evaluation="results/datasets/{dataset}/evaluation.json",
+        annotations="results/datasets/{dataset}/{part}.json",
     log:
-        "logs/select_images/{dataset}.log",
+        "logs/select_images/{dataset}/{part}.log",
     benchmark:
-        "benchmarks/select_images/{dataset}.tsv"
+        "benchmarks/select_images/{dataset}/{part}.tsv"
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=entry("datasets", "dataset"),
+        settings=part_settings,
+        # no output: Snakemake would remove it before the job could tell what had changed
+        files=files_note,
+        images=images_since,
         code=source_hash("select_images"),
     script:
         "../../scripts/select_images.py"

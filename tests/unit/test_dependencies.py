@@ -1,0 +1,133 @@
+"""What a step depends on: the code that decides its result, configs and images."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from qwt_mmdet import staleness
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_config_files_follow_base_files_but_not_mmdets_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "base.py").write_text("_base_ = ['mmdet::_base_/default_runtime.py']\n")
+    (tmp_path / "models" / "mine.py").write_text("_base_ = '../base.py'\nmodel = dict()\n")
+    assert staleness.config_files("models/mine.py") == ["models/mine.py", "base.py"]
+    assert staleness.config_files("yolox/yolox_nano_8xb8-300e_coco.py") == []
+
+
+def test_a_hash_changes_with_the_code_of_its_step_alone(tmp_path):
+    package = tmp_path / "qwt_mmdet"
+    shutil.copytree(staleness.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {step: staleness.source_hash(step, package) for step in staleness.STEP_PARTS}
+    with open(package / "compensation" / "solve.py", "a") as stream:
+        stream.write("# another way to solve\n")
+    changed = {step for step in before if staleness.source_hash(step, package) != before[step]}
+    assert changed == {"fit_compensation", "evaluate_compensated"}
+
+
+def test_the_report_depends_on_its_template(tmp_path):
+    package = tmp_path / "qwt_mmdet"
+    shutil.copytree(staleness.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = staleness.source_hash("render_report", package)
+    with open(package / "reporting" / "templates" / "report.html.j2", "a") as stream:
+        stream.write("<!-- -->")
+    assert staleness.source_hash("render_report", package) != before
+
+
+# Modules that cannot change a result that is already there, or whose effect is in params.
+NOT_HASHED = {
+    "__init__",
+    "config",
+    "errors",
+    "files",
+    "progress",
+    "settings",
+    "runtime",
+    "staleness",
+}
+# What a module imports for steps other than the one that is looked at.
+OTHER_STEPS = {
+    "evaluate_baseline": {"compensation", "download", "quantization"},
+    "quantize_model": {"compensation", "download", "evaluation"},
+    "evaluate_quantized": {"compensation", "download"},
+    "rank_layers": {"compensation", "download", "evaluation"},
+    "fit_compensation": {"download", "evaluation"},
+    "evaluate_compensated": {"download"},
+    "summarize_results": {"compensation"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names, inside the package, of the modules that a file of the library imports."""
+    package = path.relative_to(staleness.PACKAGE).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            base = package[: len(package) - (node.level - 1)]
+            if node.module:
+                found.add(".".join([*base, node.module]))
+            else:
+                found |= {".".join([*base, alias.name]) for alias in node.names}
+    return {name for name in found if staleness.part_files(name)}
+
+
+@pytest.mark.parametrize("step", staleness.STEP_PARTS)
+def test_a_hash_covers_all_that_the_step_imports(step):
+    parts = staleness.STEP_PARTS[step]
+    for part in parts:
+        assert staleness.part_files(part), f"{part} is no part of the library"
+        for path in staleness.part_files(part):
+            if path.suffix != ".py":
+                continue
+            for module in imported_modules(path):
+                top = module.split(".")[0]
+                covered = any(module == p or module.startswith(f"{p}.") for p in parts)
+                ignored = top in NOT_HASHED or top in OTHER_STEPS.get(step, set())
+                assert covered or ignored, f"{path.name} imports {module}"
+
+
+def test_every_rule_has_a_script_and_a_list_of_code():
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert scripts - {"run_calibration"} == set(staleness.STEP_PARTS)
+
+
+@pytest.fixture
+def chosen(tmp_path):
+    """Two images and the note that was taken when they were chosen: folder, path of the note."""
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_text(name)
+    note = tmp_path / "files.json"
+    note.write_text(json.dumps(staleness.image_files(str(tmp_path), ["a.jpg", "b.jpg"])))
+    return tmp_path, note
+
+
+def test_images_that_stay_as_they_were_chosen_say_nothing(chosen):
+    folder, note = chosen
+    (folder / "c.jpg").write_text("another image")
+    assert staleness.changed_images(note) == ""
+    assert staleness.changed_images(folder / "not_chosen_yet.json") == ""
+
+
+@pytest.mark.parametrize("change", [Path.unlink, Path.touch, lambda path: path.write_text("x")])
+def test_a_change_of_a_chosen_image_says_the_same_until_and_after_it_was_dealt_with(chosen, change):
+    folder, note = chosen
+    change(folder / "a.jpg")
+    said = staleness.changed_images(note)
+    assert said
+    assert staleness.changed_images(note) == said
+    (folder / "a.jpg").write_text("again")
+    note.write_text(json.dumps(staleness.image_files(str(folder), ["a.jpg", "b.jpg"], said)))
+    assert staleness.changed_images(note) == said
+    change(folder / "a.jpg")
+    assert staleness.changed_images(note) not in ("", said)
+
+
+def test_a_note_that_is_cut_off_asks_for_another_choice(chosen):
+    _, note = chosen
+    note.write_text(note.read_text()[:20])
+    assert staleness.changed_images(note)
