@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import QwtError
-from .files import read_json
+from .files import MADE_BY_US, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,11 @@ def read_annotations(
     """
     if Path(path).is_file() and Path(path).stat().st_size == 0:
         raise QwtError(f"The annotation file {path} is empty; get it again.")
-    content = read_json(path, what="annotation file")
+    content = read_json(
+        path,
+        what="annotation file",
+        remedy=f"copy or fetch it again, or, if the workflow wrote it, {MADE_BY_US}",
+    )
     for key in ("images", "annotations", "categories"):
         if isinstance(content, dict) and key != "images" and not labelled:
             content[key] = content.get(key) or []

@@ -4,6 +4,7 @@ import enum
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,12 +79,18 @@ Recipe = _choices("Recipe", [*RECIPES, "none"])
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """End with one sentence and status 1 where something is wrong with what the user gave."""
+    """End with one sentence, and status 1 or after Ctrl-C 130, where the cause is no bug of ours."""
+    from .runtime import known_cause, termination_interrupts
+
     try:
-        yield
-    except QwtError as error:
-        typer.secho(f"Error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from None
+        with termination_interrupts():
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        said = known_cause(error)
+        if said is None:
+            raise
+        typer.secho(f"Error: {said}", err=True, fg="red")
+        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
 
 
 def _version(wanted: bool) -> None:
@@ -337,7 +344,7 @@ def run_workflow(
         *(sys.executable, "-m", "snakemake", "--nocolor"),
         *("--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
         *("--configfile", str(path), "--cores", str(cores or "all")),
-        *("--resources", f"gpu={0 if device == 'cpu' else 1}"),
+        *("--resources", f"gpu={0 if device == 'cpu' else 1}", "--rerun-incomplete"),
         *(["--dry-run", "--quiet", "rules"] if dry_run else []),
     ]
     environment = {**os.environ, "QWT_MMDET_COMMAND": " ".join(["qwt-mmdet", *sys.argv[1:]])}
@@ -362,7 +369,10 @@ def _follow(command: Sequence[str], environment: dict[str, str]) -> None:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     terminal = sys.stderr.isatty()
-    with tqdm(desc="Steps", unit="step", disable=not terminal, dynamic_ncols=True) as bar:
+    with (
+        _ended(process),
+        tqdm(desc="Steps", unit="step", disable=not terminal, dynamic_ncols=True) as bar,
+    ):
         for line in process.stdout:
             output.append(line.rstrip())
             if match := re.match(r"(\d+) of (\d+) steps", line):
@@ -379,6 +389,17 @@ def _follow(command: Sequence[str], environment: dict[str, str]) -> None:
                 "A step failed; what it said stands above, more in its file under logs/."
             )
         raise QwtError("The workflow could not run:\n" + "\n".join(output[-20:]))
+
+
+@contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[None]:
+    """End Snakemake with us: at SIGINT it stops its jobs, removes what is unfinished and unlocks."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        raise
 
 
 def _resolve(content: dict[str, Any]) -> dict[str, Any]:
@@ -422,10 +443,10 @@ def validate(
     config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
 ) -> None:
     """Check a config of the workflow, its model configs and its local files; run nothing."""
-    from .annotations import read_annotations
-    from .detectors import dataset_classes, read_config
-
     with _plain_errors():
+        from .annotations import read_annotations
+        from .detectors import dataset_classes, read_config
+
         resolved = _read_config(config)
         _check_files(resolved)
         categories = {}
@@ -463,10 +484,10 @@ def estimate(
     Each model is tried on a few generated images, one step at a time, which takes minutes. Downloads,
     summary and report are not in it.
     """
-    from .estimate import estimate_run
-    from .runtime import choose_device
-
     with _plain_errors():
+        from .estimate import estimate_run
+        from .runtime import choose_device
+
         content = _read_config(config)
         if device == Device.cuda:
             _check_cuda()
@@ -511,10 +532,10 @@ def show(
     file: Annotated[Path, typer.Argument(help="A warmup.pth or compensation.pth.")],
 ) -> None:
     """Tell what is in a warmup or compensation file."""
-    from .compensation.state import COMPENSATION_FORMAT
-    from .quantization.state import WARMUP_FORMAT, load_archive
-
     with _plain_errors():
+        from .compensation.state import COMPENSATION_FORMAT
+        from .quantization.state import WARMUP_FORMAT, load_archive
+
         kinds = {"warmup": WARMUP_FORMAT, "compensation": COMPENSATION_FORMAT}
         for kind, expected in kinds.items():
             try:

@@ -17,7 +17,8 @@ from .errors import QwtError
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside ``path``; rename it to ``path`` when the body succeeds.
 
-    Whatever raises inside the body leaves ``path`` as it was and removes the partial file.
+    Whatever raises inside the body leaves ``path`` as it was and removes the partial file. An
+    OSError that names no file, as that of a full disk, then names ``path``.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,10 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(mask)
         partial.chmod(0o666 & ~mask)  # mkstemp makes the file private; results are ordinary files
         partial.replace(target)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(target)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -47,8 +52,15 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str], *, what: str = "file") -> Any:
-    """Read a JSON file, with or without a byte order mark; ``what`` names its role in messages.
+MADE_BY_US = "delete it and run again, and the workflow makes it anew"
+
+
+def read_json(path: str | os.PathLike[str], *, what: str = "file", remedy: str = MADE_BY_US) -> Any:
+    """Read a JSON file, with or without a byte order mark.
+
+    Args:
+        what: the role of the file, for messages.
+        remedy: what to do about a file that is no JSON, for messages.
 
     Raises:
         QwtError: the file is missing, unreadable or not JSON, or an object has a key twice.
@@ -74,7 +86,7 @@ def read_json(path: str | os.PathLike[str], *, what: str = "file") -> Any:
         raise QwtError(f"The {what} {path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:  # also of numbers and nesting without end
         raise QwtError(
-            f"The {what} {path} is not valid JSON ({error}); it may be truncated, so fetch it again."
+            f"The {what} {path} is not valid JSON ({error}); it may be truncated, so {remedy}."
         ) from error
 
 

@@ -11,12 +11,12 @@ import logging
 import os
 import random
 import re
+import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .errors import QwtError
 
@@ -100,6 +100,8 @@ def choose_device(gpu: int) -> str:
 
 
 def _seed_everything(seed: int) -> None:
+    import numpy as np
+
     random.seed(seed)
     np.random.seed(seed)
 
@@ -120,22 +122,30 @@ def _set_up_torch(threads: int, seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def explain(error: BaseException) -> str:
-    """Return one sentence about what went wrong and what to do about it."""
+def known_cause(error: BaseException) -> str | None:
+    """Return a sentence about what is wrong and what to do, or None where it is a bug of ours."""
     if isinstance(error, QwtError):
         return str(error)
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in str(error):
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted; run again to go on, what is finished stays."
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
         return (
             "The GPU ran out of memory; lower evaluation.batch_size and calibration.batch_size in "
             "the config, or run on the CPU with --resources gpu=0."
         )
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    number = error.errno if isinstance(error, OSError) else None
+    if (
+        isinstance(error, MemoryError)
+        or number == errno.ENOMEM
+        or re.search("can't allocate memory|failed to map segment|bad_alloc", text)
+    ):
         return (
             "The machine ran out of memory; lower batch_size and workers of evaluation and "
-            "calibration in the config, or run fewer jobs at a time with a smaller --cores."
+            "calibration in the config, run fewer jobs at a time with a smaller --cores, or raise the "
+            "limit (ulimit -v, or that of the container or the cluster's job)."
         )
-    missing = re.fullmatch(r"(\w+): implementation for device (\w+) not found.\s*", str(error))
+    missing = re.fullmatch(r"(\w+): implementation for device (\w+) not found.\s*", text)
     if missing:
         operator = missing[1].removesuffix("_impl")
         return (
@@ -143,12 +153,37 @@ def explain(error: BaseException) -> str:
             f"{missing[2]}; run the model on "
             + ("a GPU." if missing[2] == "cpu" else "the CPU with --resources gpu=0.")
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"The disk is full ({error.filename or 'unknown file'}); free some space and rerun."
-    return (
+    place = getattr(error, "filename", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "PytorchStreamWriter failed" in text:
+        place = (
+            Path(place).absolute().parent if place else f"{Path.cwd()} or {tempfile.gettempdir()}"
+        )
+        return f"The disk or the quota of {place} is full; free some space and run again."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{place or Path.cwd()} cannot be used ({error.strerror}); change the rights of the file and "
+            "its folder, or run in a folder that you may write to (--directory)."
+        )
+    return None
+
+
+def explain(error: BaseException) -> str:
+    """Return one sentence about what went wrong and what to do about it."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return known_cause(error) or (
         f"Unexpected {text.rstrip('.')}. This is a bug or a broken installation; the log has the "
         "traceback."
     )
+
+
+@contextlib.contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """Make SIGTERM, which ends a process without a word, raise KeyboardInterrupt as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def job_name(snakemake: Any) -> str:
@@ -171,11 +206,11 @@ def step(snakemake: Any) -> Iterator[str]:
         the device to compute on, ``"cuda"`` or ``"cpu"``.
 
     Raises:
-        SystemExit: with status 1 after any failure. The terminal shows a sentence that says what to
+        SystemExit: with status 1 after any failure, 130 after Ctrl-C or SIGTERM. The terminal shows a sentence that says what to
             do; the log ends with the same sentence and the traceback.
     """
     gc.set_threshold(GARBAGE_THRESHOLD)
-    with _logging_to(Path(snakemake.log[0]), job_name(snakemake)):
+    with _logging_to(Path(snakemake.log[0]), job_name(snakemake)), termination_interrupts():
         try:
             seed = snakemake.params.get("seed", 0)
             _seed_everything(seed)
@@ -185,7 +220,7 @@ def step(snakemake: Any) -> Iterator[str]:
                 _set_up_torch(snakemake.threads, seed)
                 device = choose_device(gpu)
             yield device
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             logger.error("%s", explain(error))
             logging.getLogger("traceback").info("", exc_info=error)
-            raise SystemExit(1) from None
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None

@@ -2,17 +2,22 @@
 
 import logging
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from qwt_mmdet import runtime
+from qwt_mmdet.annotations import read_annotations
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.files import read_json, write_atomically
 
 
 def job(tmp_path, *, gpu=None, seed=0, threads=1):
@@ -60,13 +65,49 @@ def test_a_bug_is_not_presented_as_the_users_mistake(tmp_path, capsys):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "batch_size"),
         (RuntimeError("CUDA error: CUDA out of memory"), "batch_size"),
         (MemoryError(), "--cores"),
-        (OSError(28, "No space left on device", "results/x.pth"), "results/x.pth"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "memory"),
+        (OSError(12, "Cannot allocate memory"), "memory"),
+        (OSError(28, "No space left on device", "results/x.pth"), "/results is full"),
+        (OSError(28, "No space left on device"), tempfile.gettempdir()),
+        (OSError(122, "Disk quota exceeded", "results/x.pth"), "/results is full"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "is full"),
+        (PermissionError(13, "Permission denied", "results/x.pth"), "results/x.pth cannot be used"),
+        (OSError(30, "Read-only file system", "results/x.pth"), "--directory"),
     ],
 )
 def test_running_out_of_something_names_the_remedy(error, hint):
     text = runtime.explain(error)
     assert hint in text
     assert "Unexpected" not in text
+
+
+def test_a_full_disk_names_the_folder_of_the_file_that_was_written(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, write_atomically(tmp_path / "x.pth"):
+        Path("/dev/full").write_bytes(b"x")
+    assert f"{tmp_path} is full" in runtime.explain(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_line_and_status_130(tmp_path, capsys, number):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, runtime.step(job(tmp_path)):
+        signal.raise_signal(number)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "[quantize_model demo w4a4] Interrupted; run again to go on, what is finished stays."
+    ]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("read", "advice"),
+    [(read_json, "delete it and run again"), (read_annotations, "copy or fetch it again")],
+)
+def test_a_truncated_file_gets_the_advice_of_its_role(tmp_path, read, advice):
+    (tmp_path / "x.json").write_text('[{"image_id": 1, "sco')
+    with pytest.raises(QwtError, match=advice):
+        read(tmp_path / "x.json")
 
 
 def test_the_terminal_shows_our_messages_and_the_log_has_everything(tmp_path, capsys):
