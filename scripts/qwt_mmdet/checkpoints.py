@@ -454,18 +454,24 @@ def _chosen(content: Any, name: str) -> tuple[dict[str, Any], OrderedDict[str, A
             f"The checkpoint {name} holds no weights but {found}; it needs a state dict, bare or "
             f"under one of the keys {', '.join((*WEIGHTS, *AVERAGES))}."
         )
-    states = {place: _unwrapped(state, place, name) for place, state in candidates}
+    states = {place: _unwrapped(state, name) for place, state in candidates}
     places = list(states)
     first, reason = places[0], "it comes first"
     averages = [place for place in places if set(AVERAGES) & set(place)]
     if averages and averages[0] != first:
         # MMEngine's hook has swapped the two before saving.
-        if "steps" in (content.get("ema_state_dict") or ()):
+        if "steps" in dict(candidates).get(("ema_state_dict",), ()):
             reason = "MMEngine has put the average over the training (EMA) there"
         elif states[averages[0]][0].keys() >= states[first][0].keys():
             first, reason = averages[0], "it is the average over the training (EMA)"
         else:
             reason = f"{_place(averages[0])} is not complete"
+    foreign_key = dict(candidates)[first].foreign_key
+    if foreign_key is not None:
+        raise QwtError(
+            f"The checkpoint {name} was refused: a name in {_place(first) or 'its state dict'} is "
+            f"{foreign_key} where only a text can be the name of a weight."
+        )
     others = [p for p in places if p != first and states[p][0] != states[first][0]]
     if others:
         logger.warning(
@@ -484,15 +490,8 @@ def _place(keys: tuple[str, ...]) -> str:
     return ".".join(keys)
 
 
-def _unwrapped(
-    state: Dictionary, place: tuple[str, ...], name: str
-) -> tuple[dict[str, Any], OrderedDict[str, Any] | None]:
+def _unwrapped(state: Dictionary, name: str) -> tuple[dict[str, Any], OrderedDict[str, Any] | None]:
     """The tensors of a state dict without prefixes of wrappers, and the versions of its modules."""
-    if state.foreign_key is not None:
-        raise QwtError(
-            f"The checkpoint {name} was refused: a name in {_place(place) or 'its state dict'} is "
-            f"{state.foreign_key} where only a text can be the name of a weight."
-        )
     tensors = {k: v for k, v in state.items() if isinstance(v, StoredTensor | Tensor)}
     if len(tensors) < len(state):
         left_out = _some(key for key in state if key not in tensors)

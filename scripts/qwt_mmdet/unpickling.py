@@ -28,7 +28,7 @@ MAX_OPCODES = 2_000_000
 EXPANSION = 4
 """How many times the size of their file all tensors together may take (views may overlap)."""
 MAX_DIMENSIONS = 64  # as many as torch allows
-MAX_QUOTED = 80
+MAX_QUOTED = 160
 
 
 class Refused(Exception):
@@ -40,7 +40,7 @@ class Damaged(Exception):
 
 
 def quoted(text: Any) -> str:
-    """Text from a file for a message: at most 80 characters, none of which controls a terminal."""
+    """Text from a file for a message: at most ``MAX_QUOTED`` characters, none of which controls a terminal."""
     text = str(text) if not isinstance(text, str) else text
     cut = text[:MAX_QUOTED]
     safe = "".join(
