@@ -333,6 +333,8 @@ def run_workflow(
     _check_files(content)
     if device == "cuda":
         _check_cuda()
+    if folder.exists() and not folder.is_dir():
+        raise QwtError(f"--output-dir is {str(folder)!r}, which is no folder; name another.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(

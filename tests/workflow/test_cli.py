@@ -108,6 +108,8 @@ def test_a_failed_step_ends_with_its_cause(coco, tmp_path):
         (["--eval-samples", "many"], "or all"),
         (["--cfg-options", "a.b"], "key=value"),
         (["--warmup-checkpoint", "missing.pth"], "no such file"),
+        (["--output-dir", "/sys/results"], "/sys/results cannot be used"),
+        (["--output-dir", __file__], "which is no folder"),
         (["--compensation", "none", "--skip-quantized-eval"], "would be evaluated"),
     ],
 )
