@@ -44,6 +44,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Compensations by name; what each leaves out has the default of ``CompensationSettings``."""
 
+PROVENANCE_SHOWN = ("images", "seed", "device", "cpu_capability", "threads", "tf32")
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -431,13 +433,11 @@ def _check_files(content: dict[str, Any]) -> None:
 
 
 def _check_cuda() -> None:
-    import torch
+    from .devices import gpu_fault
 
-    if not torch.cuda.is_available():
-        raise QwtError(
-            "--device is cuda, but torch sees no GPU; install a CUDA build of torch and a driver, or "
-            "use --device cpu."
-        )
+    fault = gpu_fault()
+    if fault is not None:
+        raise QwtError(f"--device is cuda, but {fault}; or use --device cpu.")
 
 
 @app.command()
@@ -487,8 +487,8 @@ def estimate(
     summary and report are not in it.
     """
     with _plain_errors():
+        from .devices import choose_device
         from .estimate import estimate_run
-        from .runtime import choose_device
 
         content = _read_config(config)
         if device == Device.cuda:
@@ -551,7 +551,7 @@ def show(
         lines += [(f"fingerprint: {key}", value) for key, value in content["fingerprint"].items()]
         lines += [(key, value) for key, value in content["settings"].items()]
         source = content["provenance"]
-        lines += [(key, source[key]) for key in ("images", "seed", "device") if key in source]
+        lines += [(key, source[key]) for key in PROVENANCE_SHOWN if key in source]
         lines += [
             (key, value)
             for key, value in content["summary"].items()
@@ -605,9 +605,9 @@ def apply(
             raise QwtError("--compensation needs the --warmup that it was fitted for.")
         if device == Device.cuda:
             _check_cuda()
+        from .devices import choose_device
         from .inference import run_on_images
         from .pipeline import load_quantized
-        from .runtime import choose_device
 
         model = load_quantized(
             config,

@@ -16,6 +16,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from .checkpoints import load_checkpoint, load_weights
+from .devices import use_full_precision
 from .errors import QwtError
 from .fingerprint import settings_fingerprint, weights_fingerprint
 
@@ -176,6 +177,8 @@ def load_detector(
 ) -> nn.Module:
     """Build an mmdet detector and load its weights, strictly.
 
+    Full precision is float32 on every GPU: TF32 is off in the process from then on.
+
     Args:
         config: path of an mmdet 3.x config, or its name in mmdet's zoo, such as
             ``yolox/yolox_nano_8xb8-300e_coco.py``.
@@ -199,4 +202,5 @@ def load_detector(
         "model": settings_fingerprint(parsed.model.to_dict()),
         "weights": weights_fingerprint(model.state_dict()),
     }
+    use_full_precision()
     return model.to(device).eval()

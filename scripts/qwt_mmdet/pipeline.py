@@ -59,6 +59,9 @@ def provenance(
         "checkpoint_sha256": sha256_file(checkpoint),
         "annotations_sha256": sha256_file(annotations),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "images": len(read_json(annotations, what="annotation file")["images"]),
     }
 

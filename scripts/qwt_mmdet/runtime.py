@@ -8,8 +8,6 @@ import contextlib
 import errno
 import gc
 import logging
-import os
-import random
 import re
 import signal
 import sys
@@ -18,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .devices import choose_device, seed_everything, set_up_torch
 from .errors import QwtError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +24,8 @@ logger = logging.getLogger(__name__)
 GARBAGE_THRESHOLD = 50_000
 """Objects between two collections of cycles. With Python's 700, a sixth of the time that importing
 mmdet takes goes into collecting."""
+
+EVALUATIONS = ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated")
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -81,58 +82,23 @@ def _logging_to(path: Path, name: str) -> Iterator[None]:
         to_file.close()
 
 
-def choose_device(gpu: int) -> str:
-    """Return ``"cuda"`` when a GPU was granted and torch sees one, else ``"cpu"``; log which.
+def known_cause(error: BaseException, rule: str = "") -> str | None:
+    """Return a sentence about what is wrong and what to do, or None where it is a bug of ours.
 
     Args:
-        gpu: GPUs that Snakemake granted to the job (``resources.gpu``).
+        rule: of the step that failed, which decides what takes less memory.
     """
-    import torch
-
-    if gpu <= 0:
-        logger.info("Device: CPU (no GPU was found, or --resources gpu=0)")
-        return "cpu"
-    if not torch.cuda.is_available():
-        logger.info("Device: CPU (torch sees no GPU)")
-        return "cpu"
-    logger.info("Device: %s", torch.cuda.get_device_name())
-    return "cuda"
-
-
-def _seed_everything(seed: int) -> None:
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _set_up_torch(threads: int, seed: int) -> None:
-    """Seed torch, use the granted threads, and prefer deterministic algorithms."""
-    # cuBLAS reads this when its first handle is made
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-    import torch.utils.deterministic
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    # a few CUDA operations have no deterministic form; they warn into the log
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # finds reads of uninitialized memory at the price of writing all memory twice
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def known_cause(error: BaseException) -> str | None:
-    """Return a sentence about what is wrong and what to do, or None where it is a bug of ours."""
     if isinstance(error, QwtError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted; run again to go on, what is finished stays."
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
+        remedies = {"fit_compensation": "lower activation_cache.device_gb in the config"}
+        remedies |= dict.fromkeys(EVALUATIONS, "lower evaluation.batch_size in the config")
         return (
-            "The GPU ran out of memory; lower evaluation.batch_size and calibration.batch_size in "
-            "the config, or run on the CPU with --resources gpu=0."
+            f"The GPU ran out of memory; {remedies.get(rule, 'end what else uses it')}, or run on the "
+            "CPU with --resources gpu=0."
         )
     number = error.errno if isinstance(error, OSError) else None
     if (
@@ -140,10 +106,12 @@ def known_cause(error: BaseException) -> str | None:
         or number == errno.ENOMEM
         or re.search("can't allocate memory|failed to map segment|bad_alloc", text)
     ):
+        remedies = {"fit_compensation": "activation_cache.memory_gb and calibration.workers"}
+        remedies |= dict.fromkeys(EVALUATIONS, "batch_size and workers of evaluation")
         return (
-            "The machine ran out of memory; lower batch_size and workers of evaluation and "
-            "calibration in the config, run fewer jobs at a time with a smaller --cores, or raise the "
-            "limit (ulimit -v, or that of the container or the cluster's job)."
+            f"The machine ran out of memory; lower {remedies.get(rule, 'calibration.workers')} in the "
+            "config, run fewer jobs at a time with a smaller --cores, or raise the limit (ulimit -v, or "
+            "that of the container or the cluster's job)."
         )
     missing = re.fullmatch(r"(\w+): implementation for device (\w+) not found.\s*", text)
     if missing:
@@ -167,10 +135,10 @@ def known_cause(error: BaseException) -> str | None:
     return None
 
 
-def explain(error: BaseException) -> str:
-    """Return one sentence about what went wrong and what to do about it."""
+def explain(error: BaseException, rule: str = "") -> str:
+    """Return one sentence about what went wrong and what to do about it (see :func:`known_cause`)."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return known_cause(error) or (
+    return known_cause(error, rule) or (
         f"Unexpected {text.rstrip('.')}. This is a bug or a broken installation; the log has the "
         "traceback."
     )
@@ -213,14 +181,14 @@ def step(snakemake: Any) -> Iterator[str]:
     with _logging_to(Path(snakemake.log[0]), job_name(snakemake)), termination_interrupts():
         try:
             seed = snakemake.params.get("seed", 0)
-            _seed_everything(seed)
+            seed_everything(seed)
             device = "cpu"
             gpu = snakemake.resources.get("gpu")
             if gpu is not None:
-                _set_up_torch(snakemake.threads, seed)
+                set_up_torch(snakemake.threads, seed)
                 device = choose_device(gpu)
             yield device
         except (Exception, KeyboardInterrupt) as error:
-            logger.error("%s", explain(error))
+            logger.error("%s", explain(error, snakemake.rule))
             logging.getLogger("traceback").info("", exc_info=error)
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None

@@ -19,6 +19,7 @@ _DETECTOR = (
     "checkpoints",
     "compat",
     "detectors",
+    "devices",
     "fingerprint",
     "loaders",
     "pipeline",

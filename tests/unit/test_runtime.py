@@ -60,23 +60,35 @@ def test_a_bug_is_not_presented_as_the_users_mistake(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "hint"),
+    ("error", "rule", "hint"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "batch_size"),
-        (RuntimeError("CUDA error: CUDA out of memory"), "batch_size"),
-        (MemoryError(), "--cores"),
-        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "memory"),
-        (OSError(12, "Cannot allocate memory"), "memory"),
-        (OSError(28, "No space left on device", "results/x.pth"), "/results is full"),
-        (OSError(28, "No space left on device"), tempfile.gettempdir()),
-        (OSError(122, "Disk quota exceeded", "results/x.pth"), "/results is full"),
-        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "is full"),
-        (PermissionError(13, "Permission denied", "results/x.pth"), "results/x.pth cannot be used"),
-        (OSError(30, "Read-only file system", "results/x.pth"), "--directory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "evaluate_quantized",
+            "evaluation.batch_size",
+        ),
+        (RuntimeError("CUDA error: CUDA out of memory"), "evaluate_baseline", "gpu=0"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "fit_compensation", ".device_gb"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "quantize_model", "end what else uses it"),
+        (MemoryError(), "", "--cores"),
+        (MemoryError(), "fit_compensation", "activation_cache.memory_gb"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "", "memory"),
+        (OSError(12, "Cannot allocate memory"), "", "memory"),
+        (OSError(28, "No space left on device", "results/x.pth"), "", "/results is full"),
+        (OSError(28, "No space left on device"), "", tempfile.gettempdir()),
+        (OSError(122, "Disk quota exceeded", "results/x.pth"), "", "/results is full"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "", "is full"),
+        (
+            PermissionError(13, "Permission denied", "results/x.pth"),
+            "",
+            "results/x.pth cannot be used",
+        ),
+        (OSError(30, "Read-only file system", "results/x.pth"), "", "--directory"),
     ],
 )
-def test_running_out_of_something_names_the_remedy(error, hint):
-    text = runtime.explain(error)
+def test_running_out_of_something_names_the_remedy(error, rule, hint):
+    text = runtime.explain(error, rule)
+    assert ("batch_size" in text) == rule.startswith("evaluate")
     assert hint in text
     assert "Unexpected" not in text
 
@@ -143,25 +155,18 @@ def test_the_same_seed_gives_the_same_random_numbers(tmp_path):
     assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
 
 
-def test_gpu_zero_means_cpu_even_with_a_gpu(tmp_path, monkeypatch):
+def test_a_step_computes_where_it_is_granted(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with runtime.step(job(tmp_path, gpu=0)) as device:
         assert device == "cpu"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_the_cpu_is_used_and_the_log_says_so(tmp_path):
-    snakemake = job(tmp_path, gpu=1)
-    with runtime.step(snakemake) as device:
-        assert device == "cpu"
-    assert "torch sees no GPU" in log_of(snakemake)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_granted_gpu_is_used(tmp_path):
-    with runtime.step(job(tmp_path, gpu=1)) as device:
-        assert device == "cuda"
+def test_a_step_fails_with_the_remedy_of_its_rule(tmp_path, capsys):
+    snakemake = job(tmp_path)
+    snakemake.rule = "fit_compensation"
+    with pytest.raises(SystemExit), runtime.step(snakemake):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert "activation_cache.device_gb" in capsys.readouterr().err
 
 
 def test_readers_are_at_most_the_threads_granted(tmp_path):
