@@ -88,7 +88,9 @@ def test_a_missing_annotation_file_is_named_with_its_key(workflow, folder):
     config["datasets"]["shapes"] = {"type": "coco", "root": "photos"}
     workflow.configure(config)
     said = refusal(workflow)
-    named = r"datasets\.shapes\.(calibration|evaluation) is 'photos/annotations/instances_\w+\.json'"
+    named = (
+        r"datasets\.shapes\.(calibration|evaluation) is 'photos/annotations/instances_\w+\.json'"
+    )
     assert re.search(named, said)
 
 
