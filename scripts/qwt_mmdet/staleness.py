@@ -4,12 +4,19 @@ Light on purpose (no torch, no mmdet): Snakemake asks whenever it reads the work
 """
 
 import ast
+import contextlib
 import hashlib
+import importlib.machinery
+import importlib.util
 import json
 import os
+import re
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -53,36 +60,119 @@ STEP_PARTS = {
 }
 
 
-def _base_names(path: Path) -> list[str]:
-    """Names in the ``_base_`` of an mmengine config, read without running it."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return []  # building the detector reports what is wrong with the file
+def _assigned(tree: ast.Module, name: str) -> Any:
+    """Value of a variable of an mmengine config, or None where it is no literal."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "_base_" for target in node.targets
+            isinstance(target, ast.Name) and target.id == name for target in node.targets
         ):
+            value = node.value
             try:
-                value = ast.literal_eval(node.value)
+                if isinstance(value, ast.Call):  # dict(imports=[…])
+                    return {k.arg: ast.literal_eval(k.value) for k in value.keywords}
+                return ast.literal_eval(value)
             except ValueError:
-                return []
-            return [value] if isinstance(value, str) else list(value)
-    return []
+                return None
+    return None
+
+
+def _names(value: Any) -> list[str]:
+    """A text, or the texts in a list."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [item for item in values if isinstance(item, str)]
+
+
+def _base_files(path: Path, value: Any) -> list[Path]:
+    """Files that a ``_base_`` names."""
+    names = [
+        re.sub(r"{{\s*fileDirname\s*}}", str(path.parent.absolute()), name)
+        for name in _names(value)
+    ]
+    return [path.parent / name for name in names]
+
+
+def _module_files(name: str) -> list[Path]:
+    """Files of a module and of the packages around it, found without running any of them."""
+    first, *others = name.split(".")
+    try:
+        spec = importlib.util.find_spec(first)
+    except (ImportError, ValueError):
+        return []
+    found = []
+    for depth in range(len(others) + 1):
+        if spec is None:
+            break
+        if spec.has_location and spec.origin:
+            found.append(Path(spec.origin))
+        if depth < len(others) and spec.submodule_search_locations is not None:
+            full_name = ".".join([first, *others[: depth + 1]])
+            locations = list(spec.submodule_search_locations)
+            spec = importlib.machinery.PathFinder.find_spec(full_name, locations)
+        else:
+            spec = None
+    return found
+
+
+def _imported_files(path: Path, tree: ast.Module) -> list[Path]:
+    """Files that the import statements of a file name; ``read_base()`` makes bases of them."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [file for alias in node.names for file in _module_files(alias.name)]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parent.joinpath(*[".."] * (node.level - 1))
+            module = folder.joinpath(*(node.module or "").split("."))
+            for base in (module, *(module / alias.name for alias in node.names)):
+                found += [base.with_name(f"{base.name}.py"), base / "__init__.py"]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found += [file for name in names for file in _module_files(name)]
+    return found
+
+
+def _used_files(path: Path) -> list[Path]:
+    """Files that an mmengine config, or a module, names; read without running it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".py":
+            content = yaml.safe_load(text)  # JSON is YAML
+            content = content if isinstance(content, dict) else {}
+            bases, modules, imported = content.get("_base_"), content.get("custom_imports"), []
+        else:
+            tree = ast.parse(text)
+            bases, modules = _assigned(tree, "_base_"), _assigned(tree, "custom_imports")
+            imported = _imported_files(path, tree)
+    except (OSError, SyntaxError, ValueError, yaml.YAMLError):
+        return []  # building the detector reports what is wrong with the file
+    modules = modules.get("imports") if isinstance(modules, dict) else None
+    return [
+        *_base_files(path, bases),
+        *(file for name in _names(modules) for file in _module_files(name)),
+        *imported,
+    ]
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether a file is Python's, an installed package's (provenance has versions) or our own."""
+    places = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    return any(path.resolve().is_relative_to(Path(p).resolve()) for p in (*places, PACKAGE))
 
 
 def config_files(location: str) -> list[str]:
-    """Return the local files that an MMDetection config consists of, following ``_base_``.
+    """Return the local files that an MMDetection config consists of.
 
-    Empty for a config that MMDetection ships.
+    It follows ``_base_``, ``read_base()``, ``custom_imports`` and import statements, but not into
+    installed packages. Empty for a config that MMDetection ships.
     """
     files: dict[str, None] = {}
     pending = [Path(location)]
     while pending:
-        path = pending.pop()
-        if path.is_file() and str(path) not in files:
+        path = Path(os.path.normpath(pending.pop()))
+        with contextlib.suppress(ValueError):  # one file has one name, whatever leads to it
+            path = path.relative_to(Path.cwd())
+        if path.is_file() and str(path) not in files and not _is_installed(path):
             files[str(path)] = None
-            pending += [Path(os.path.normpath(path.parent / base)) for base in _base_names(path)]
+            pending += _used_files(path)
     return list(files)
 
 

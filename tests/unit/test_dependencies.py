@@ -11,13 +11,78 @@ from qwt_mmdet import staleness
 ROOT = Path(__file__).parents[2]
 
 
-def test_config_files_follow_base_files_but_not_mmdets_own(tmp_path, monkeypatch):
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write files, by name, in a folder of their own, which is the current one."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "base.py").write_text("_base_ = ['mmdet::_base_/default_runtime.py']\n")
-    (tmp_path / "models" / "mine.py").write_text("_base_ = '../base.py'\nmodel = dict()\n")
+
+    def write(**texts: str) -> None:
+        for name, text in texts.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return write
+
+
+def test_config_files_follow_base_files_but_not_mmdets_own(write):
+    write(
+        **{
+            "base.py": "_base_ = ['mmdet::_base_/default_runtime.py']\n",
+            "models/mine.py": "_base_ = '../base.py'\nmodel = dict()\n",
+            "models/here.py": "_base_ = ['{{ fileDirname }}/mine.py', '../other.yaml']\n",
+            "other.yaml": "_base_: base.py\n",
+        }
+    )
     assert staleness.config_files("models/mine.py") == ["models/mine.py", "base.py"]
+    assert set(staleness.config_files("models/here.py")) == {
+        "models/here.py", "models/mine.py", "other.yaml", "base.py",
+    }  # fmt: skip
     assert staleness.config_files("yolox/yolox_nano_8xb8-300e_coco.py") == []
+
+
+def test_config_files_follow_read_base_without_running_anything(write):
+    stop = "raise SystemExit\n"
+    write(
+        **{
+            "configs/mine.py": "from mmengine.config import read_base\n"
+            "with read_base():\n"
+            "    from .base import *\n"
+            "    from .._base_.models.net import *\n"
+            "    from mmdet.configs._base_.default_runtime import *\n",
+            "configs/base.py": stop + "with read_base():\n    from .deeper import *\n",
+            "configs/deeper.py": stop,
+            "_base_/models/net.py": stop,
+        }
+    )
+    assert set(staleness.config_files("configs/mine.py")) == {
+        "configs/mine.py", "configs/base.py", "configs/deeper.py", "_base_/models/net.py",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "custom_imports = dict(imports=['ownnets.wide'], allow_failed_imports=False)",
+        "custom_imports = {'imports': 'ownnets.wide'}",
+        "from ownnets.wide import Wide",
+        "from ownnets import wide",
+    ],
+)
+def test_config_files_follow_modules_of_ones_own(write, tmp_path, monkeypatch, line):
+    stop = "raise SystemExit\n"
+    write(
+        **{
+            "own.py": f"import os\n{line}\n",
+            "code/ownnets/__init__.py": "",
+            "code/ownnets/wide.py": stop + "import torch\nfrom .parts import x\n",
+            "code/ownnets/parts.py": stop,
+        }
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    assert set(staleness.config_files("own.py")) == {
+        "own.py", "code/ownnets/__init__.py", "code/ownnets/wide.py", "code/ownnets/parts.py",
+    }  # fmt: skip
 
 
 def test_a_hash_changes_with_the_code_of_its_step_alone(tmp_path):
