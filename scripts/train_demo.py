@@ -170,7 +170,7 @@ def train(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # mmengine takes any GPU that it sees
 
     import torch
-    from qwt_mmdet.compat import importable_torchvision
+    from qwt_mmdet.detectors.torchvision import importable_torchvision
 
     settings = _read_settings(
         config, data_root=data_root, work_dir=work_dir, epochs=epochs, seed=seed

@@ -447,7 +447,7 @@ def validate(
     """Check a config of the workflow, its model configs and its local files; run nothing."""
     with _plain_errors():
         from .annotations import read_annotations
-        from .detectors import dataset_classes, read_config
+        from .detectors.build import dataset_classes, read_config
 
         resolved = _read_config(config)
         _check_files(resolved)
@@ -535,8 +535,7 @@ def show(
 ) -> None:
     """Tell what is in a warmup or compensation file."""
     with _plain_errors():
-        from .compensation.state import COMPENSATION_FORMAT
-        from .quantization.state import WARMUP_FORMAT, load_archive
+        from .archives import COMPENSATION_FORMAT, WARMUP_FORMAT, load_archive
 
         kinds = {"warmup": WARMUP_FORMAT, "compensation": COMPENSATION_FORMAT}
         for kind, expected in kinds.items():

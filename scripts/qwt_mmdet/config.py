@@ -31,7 +31,13 @@ RESERVED_NAMES = {
     "datasets": (),
     "models": ("datasets", "train_demo", "summary.csv", "summary.json", "report.html"),
     "quantization": ("baseline", "checkpoint.pth", "checkpoint.pth.download"),
-    "compensation": ("quantized", "warmup.pth", "sensitivity.csv", "sensitivity.yaml"),
+    "compensation": (
+        "quantized",
+        "warmup.pth",
+        "warmup.json",
+        "sensitivity.csv",
+        "sensitivity.yaml",
+    ),
 }
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 

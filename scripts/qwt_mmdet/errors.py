@@ -1,8 +1,26 @@
 """Exceptions that are meant for the user."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class QwtError(Exception):
     """Something the user can mend: the message names the thing and says what to do.
 
     Everything else that is raised in this package is a bug of ours.
     """
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
+    """Return ``"; did you mean …?"`` for a near miss of a known word, else nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def unknown_name(key: str, name: str, table: Iterable[str]) -> QwtError:
+    """The error for a name that a table of algorithms does not hold."""
+    known = sorted(table)
+    return QwtError(
+        f"{key} is {name!r}, which is not registered{suggestion(name, known) or '.'} Known: "
+        f"{', '.join(known)}."
+    )

@@ -27,13 +27,14 @@ from .annotations import read_annotations
 from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
 from .config import combinations
-from .detectors import random_detector
+from .detectors.build import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict
 from .files import write_json
 from .loaders import make_loader
 from .pipeline import load_quantized
-from .quantization.convert import calibrate, quantize_model
+from .quantization.calibrate import calibrate
+from .quantization.convert import quantize_model
 from .quantization.state import save_warmup
 from .settings import CompensationSettings, QuantizationSettings
 

@@ -18,19 +18,27 @@ import yaml
 from torch import nn
 
 from . import __version__
+from .archives import WARMUP_FORMAT, copy_with_summary
 from .compensation.fit import fit_compensation
 from .compensation.state import load_compensation, save_compensation
-from .detectors import load_detector
+from .detectors.build import load_detector
 from .errors import QwtError
 from .evaluation.coco import coco_metrics, load_ground_truth
 from .evaluation.predict import predict
 from .files import read_json, sha256_file, write_atomically, write_json
 from .loaders import make_loader
-from .quantization.convert import calibrate, quantize_model
-from .quantization.moments import worst_layers
+from .quantization.calibrate import calibrate
+from .quantization.convert import quantize_model
 from .quantization.sensitivity import choose_bits, mixed_precision, rank_layers
-from .quantization.state import load_warmup, save_warmup, settings_to_config, settings_to_plain
-from .settings import CompensationSettings, QuantizationSettings
+from .quantization.state import load_warmup, save_warmup
+from .record import quantization_of, record_of
+from .reporting.text import worst_layers
+from .settings import (
+    CompensationSettings,
+    QuantizationSettings,
+    settings_to_config,
+    settings_to_plain,
+)
 from .staleness import source_hash
 
 logger = logging.getLogger(__name__)
@@ -110,7 +118,7 @@ def evaluate_detector(
     load_ground_truth(annotations, masks=model.with_mask)  # a fault in it is told before the work
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     found = predict(model, loader, annotations, total=len(loader.dataset))
-    quantized = hasattr(model, "quantization_settings")
+    quantized = record_of(model).quantization is not None
     if not quantized and found.not_finite:
         raise QwtError(
             f"{found.not_finite} detections of the full-precision model are NaN or infinite; check "
@@ -176,7 +184,7 @@ def evaluate(
         logger.warning(
             "The quantized detector collapsed: it finds not one object. Layers with the lowest "
             "signal-to-noise ratio: %s.",
-            worst_layers(model.signal_noise) or "not measured",
+            worst_layers(quantization_of(model).signal_noise) or "not measured",
         )
 
 
@@ -204,8 +212,7 @@ def quantize(
     if supplied is not None:
         load_warmup(model, supplied, resolved)
         logger.info("The warmup file %s fits and is used as it is", supplied)
-        with write_atomically(output) as partial:
-            partial.write_bytes(Path(supplied).read_bytes())
+        copy_with_summary(supplied, output, WARMUP_FORMAT, "warmup")
         return
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     quantize_model(model, resolved)
@@ -267,7 +274,7 @@ def rank(
         }
         for entry in ranked
     ]
-    settings = mixed_precision(model.quantization_settings, ranked, chosen)
+    settings = mixed_precision(quantization_of(model).settings, ranked, chosen)
     reached = sum(entry.weights * chosen[entry.name] for entry in layers) / weights
     note = (
         f"# Suggested from {images} calibration images: {reached:.2f} bits per weight on average.\n"

@@ -128,6 +128,16 @@ class QuantizationSettings:
         """Estimator of a single clipping range of activations."""
         return self.activation_range.replace("repq", "mse")
 
+    @property
+    def folds_norms(self) -> bool:
+        """Whether ranges per channel after LayerNorms are folded into the layers around them."""
+        return self.activation_range == "repq"
+
+    @property
+    def logarithmic_attention(self) -> bool:
+        """Whether attention probabilities get a log-√2 grid."""
+        return self.activation_range == "repq"
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantizationSettings":
         """Build from a config's dictionary; unknown or missing keys raise QwtError."""
@@ -229,3 +239,22 @@ class CompensationSettings:
                 "max_cost": None if limits is None else _from_mapping(MaxCost, limits),
             },
         )
+
+
+def settings_to_plain(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as dictionaries and lists (what a config holds)."""
+    plain = dataclasses.asdict(settings)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
+
+
+def settings_to_config(settings: QuantizationSettings) -> dict[str, Any]:
+    """The settings as a config entry: what equals its default is left out."""
+
+    def short(entry: Any) -> dict[str, Any]:
+        fields = {field.name: field.default for field in dataclasses.fields(entry)}
+        return {k: v for k, v in vars(entry).items() if k not in fields or v != fields[k]}
+
+    entry = short(settings)
+    if settings.overrides:
+        entry["overrides"] = [short(override) for override in settings.overrides]
+    return entry

@@ -23,14 +23,14 @@ PACKAGE = Path(__file__).resolve().parent
 # Parts of the library (modules or packages) whose code decides the result of each step.
 _DETECTOR = (
     "annotations",
+    "archives",
     "checkpoints",
-    "compat",
     "detectors",
     "devices",
     "fingerprint",
     "loaders",
     "pipeline",
-    "timm_backbone",
+    "record",
     "unpickling",
 )
 _EVALUATION = ("evaluation.coco", "evaluation.predict")
@@ -49,14 +49,14 @@ STEP_PARTS = {
     "evaluate_compensated": (*_DETECTOR, *_EVALUATION, "quantization", "compensation"),
     "summarize_results": (
         "annotations",
-        "compat",
+        "archives",
         "evaluation.bootstrap",
         "evaluation.coco",
-        "quantization",
         "reporting.tables",
+        "reporting.text",
     ),
     "render_report": ("annotations", "evaluation.coco", "images", *_REPORT),
-    "train_demo": ("compat", "shapes"),
+    "train_demo": ("detectors.torchvision", "shapes"),
 }
 
 

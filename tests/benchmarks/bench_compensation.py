@@ -25,7 +25,10 @@ from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.solve import SOLVERS, Solver
 from qwt_mmdet.compensation.state import save_compensation
 from qwt_mmdet.compensation.statistics import BlockStatistics
-from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.detectors.forward import forward_scope
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
+from qwt_mmdet.record import record_of
 from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from torch import nn
 
@@ -45,7 +48,7 @@ class Detector(nn.Module):
         self.backbone = SwinTransformer(
             embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.0
         )
-        self.fingerprint = {"model": "swin-t", "weights": "random"}
+        record_of(self).fingerprint = {"model": "swin-t", "weights": "random"}
 
     def data_preprocessor(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
         return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}

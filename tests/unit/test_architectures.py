@@ -7,9 +7,12 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation.fit import fit_compensation
-from qwt_mmdet.detectors import random_detector
-from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.detectors.build import random_detector
+from qwt_mmdet.detectors.forward import forward_scope
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
+from qwt_mmdet.record import quantization_of, record_of
 from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from torch import nn
 
@@ -47,7 +50,7 @@ ZOO = {
 def build(config: str, options: dict) -> nn.Module:
     torch.manual_seed(0)
     model = random_detector(config, options)
-    model.fingerprint = {"model": config, "weights": "random"}
+    record_of(model).fingerprint = {"model": config, "weights": "random"}
     return model
 
 
@@ -101,7 +104,11 @@ def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
     for actual, wanted in zip(outputs(loaded, batches, scope), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
 
-    ran = [m for m in model.not_quantized if m.reason != "never ran on a calibration image"]
+    ran = [
+        m
+        for m in quantization_of(model).not_quantized
+        if m.reason != "never ran on a calibration image"
+    ]
     known = {"DeformConv2d", "ModulatedDeformConv2d", "ConvTranspose2d", "Embedding", "DINO"}
     assert {entry.type for entry in ran} <= known
     compensation = fit_compensation(

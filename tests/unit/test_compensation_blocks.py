@@ -22,7 +22,9 @@ from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.modules import aligned_input, channel_axis
 from qwt_mmdet.compensation.state import apply_compensation
 from qwt_mmdet.compensation.trace import trace_blocks
-from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.detectors.forward import forward_scope
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from torch import nn
 
@@ -43,7 +45,7 @@ class WithNeck(tiny.TinyDetector):
 
 
 def timm_backbone(name, **options):
-    from qwt_mmdet.timm_backbone import TimmBackbone
+    from qwt_mmdet.detectors.timm_backbone import TimmBackbone
 
     return TimmBackbone(name, out_indices=(0, 1), **options)
 

@@ -15,8 +15,10 @@ from qwt_mmdet.compensation.statistics import (
     ChannelStatistics,
     RegressionStatistics,
 )
+from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.settings import COMPENSATION_KINDS, CompensationSettings, QuantizationSettings
 
 OLS = CompensationSettings(ridge=0, gate="none", holdout_fraction=0.25)

@@ -4,22 +4,20 @@ import pytest
 import tiny
 import torch
 from mmdet.models.backbones.swin import WindowMSA
+from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization import layers
 from qwt_mmdet.quantization.attention import QuantizedWindowMSA
-from qwt_mmdet.quantization.convert import (
-    activation_quantizers,
-    calibrate,
-    forward_scope,
-    quantize_model,
-    quantized_layers,
-)
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model, quantized_layers
 from qwt_mmdet.quantization.layers import QuantizedConv2d, QuantizedLinear
 from qwt_mmdet.quantization.primitives import (
     fake_quantize,
     fake_quantize_log_sqrt2,
     quantization_parameters,
 )
+from qwt_mmdet.quantization.weights import quantize_weight
+from qwt_mmdet.record import quantization_of
 from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
@@ -51,7 +49,7 @@ def test_every_conv_and_linear_is_quantized_and_error_falls_with_bits(kind):
         model = calibrate(quantize_model(copy.deepcopy(full), settings(bits)), batches)
         assert list(quantized_layers(model)) == layers
         assert all(layer.is_calibrated for layer in quantized_layers(model).values())
-        assert model.not_quantized == []
+        assert quantization_of(model).not_quantized == []
         errors.append(relative_error(outputs(model, batches[0]), expected))
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
@@ -90,7 +88,7 @@ def test_quantized_linear_by_hand():
     layer.__class__ = QuantizedLinear
     layer._attach("layer", 2, 2)
     layer.input_quantizer.set_range(torch.tensor([0.0]), torch.tensor([3.0]))
-    layer.quantize_weight(settings(2), None)
+    quantize_weight(layer, settings(2), None)
     layer.restore_weight()
     # Weight: range [-0.4, 1], step 1.4/3, zero point round(0.857) = 1: codes 3 and 0.
     step = 1.4 / 3
@@ -107,7 +105,7 @@ def test_a_large_input_of_a_linear_layer_gives_the_same_in_parts(shape, monkeypa
     layer.__class__ = QuantizedLinear
     layer._attach("layer", 4, 4)
     layer.input_quantizer.set_range(torch.tensor([-2.0]), torch.tensor([2.0]))
-    layer.quantize_weight(settings(4), None)
+    quantize_weight(layer, settings(4), None)
     layer.restore_weight()
     x = torch.randn(shape)
     sizes = []
@@ -197,7 +195,9 @@ def test_first_layer_has_input_bits_and_overrides_win():
     assert layers["backbone.layer1.0.conv1"].weight_bits == 4
     assert layers["backbone.layer1.0.conv1"].input_quantizer.bits == 7
     assert "backbone.layer2.0.conv1" not in layers
-    assert [entry.name for entry in model.not_quantized] == ["backbone.layer2.0.conv1"]
+    assert [entry.name for entry in quantization_of(model).not_quantized] == [
+        "backbone.layer2.0.conv1"
+    ]
 
 
 def test_what_is_not_quantized_has_its_share_of_the_multiply_adds():
@@ -216,7 +216,9 @@ def test_what_is_not_quantized_has_its_share_of_the_multiply_adds():
     model = calibrate(
         quantize_model(tiny.detector("resnet"), settings(overrides=entries)), tiny.batches(2)
     )
-    shares = {entry.name: entry.multiply_adds_percent for entry in model.not_quantized}
+    shares = {
+        entry.name: entry.multiply_adds_percent for entry in quantization_of(model).not_quantized
+    }
     assert len(shares) == 5
     for name, share in shares.items():
         assert share == pytest.approx(100 * spent[name] / sum(spent.values()))
@@ -248,7 +250,7 @@ def test_layer_that_never_ran_is_reported_and_raises_when_it_runs():
     model = tiny.detector("resnet")
     model.backbone.spare = nn.Linear(3, 3)
     calibrate(quantize_model(model, settings()), tiny.batches(1))
-    assert [entry.name for entry in model.not_quantized] == ["backbone.spare"]
+    assert [entry.name for entry in quantization_of(model).not_quantized] == ["backbone.spare"]
     with pytest.raises(RuntimeError, match="spare"):
         model.backbone.spare(torch.zeros(1, 3))
 
@@ -260,7 +262,7 @@ def test_unknown_attention_is_reported_not_silently_passed_over():
     model = tiny.detector("resnet")
     model.backbone.attention = OwnAttention(8, 2)
     quantize_model(model, settings())
-    assert [(e.name, e.type) for e in model.not_quantized] == [
+    assert [(e.name, e.type) for e in quantization_of(model).not_quantized] == [
         ("backbone.attention", "OwnAttention")
     ]
 
@@ -286,8 +288,8 @@ def test_signal_to_noise_ratios_are_those_of_each_layer_alone(kind):
         handle.remove()
     for name, (signal, noise) in sums.items():
         expected = 10 * torch.log10(signal / noise).item()
-        assert model.signal_noise[name] == pytest.approx(expected, abs=0.02)
-    operands = set(model.signal_noise) - set(sums)
+        assert quantization_of(model).signal_noise[name] == pytest.approx(expected, abs=0.02)
+    operands = set(quantization_of(model).signal_noise) - set(sums)
     assert len(operands) == (16 if kind == "swin" else 0)
 
 
@@ -323,7 +325,8 @@ def test_observers_are_gone_after_an_exception():
     bad = [{"inputs": [torch.full((3, 64, 64), float("nan"))]}]
     with pytest.raises(QwtError, match=r"backbone\.conv1"):
         calibrate(model, bad)
-    assert all(q.observer is None for q in activation_quantizers(model).values())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(quantizer.enabled for quantizer in activation_quantizers(model).values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from qwt_mmdet.checkpoints import fetch_checkpoint
-from qwt_mmdet.detectors import (
+from qwt_mmdet.detectors.build import (
     dataset_classes,
     load_detector,
     random_detector,
@@ -9,6 +9,7 @@ from qwt_mmdet.detectors import (
     resolve_config,
 )
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.record import record_of
 
 NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
 
@@ -69,17 +70,17 @@ def test_weights_arrive_and_the_model_is_ready(checkpoint):
 
 
 def test_fingerprint_follows_weights_and_config(checkpoint, tmp_path):
-    first = load_detector(NANO, checkpoint).fingerprint
-    assert load_detector(NANO, checkpoint).fingerprint == first
+    first = record_of(load_detector(NANO, checkpoint)).fingerprint
+    assert record_of(load_detector(NANO, checkpoint)).fingerprint == first
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["backbone.stem.conv.bn.bias"][0] += 1e-6
     changed = tmp_path / "changed.pth"
     torch.save(content, changed)
-    other = load_detector(NANO, changed).fingerprint
+    other = record_of(load_detector(NANO, changed)).fingerprint
     assert other["model"] == first["model"]
     assert other["weights"] != first["weights"]
     options = {"model.test_cfg.score_thr": 0.5}
-    other = load_detector(NANO, checkpoint, config_options=options).fingerprint
+    other = record_of(load_detector(NANO, checkpoint, config_options=options)).fingerprint
     assert other["model"] != first["model"]
 
 

@@ -16,8 +16,11 @@ from qwt_mmdet.compensation.state import (
     save_compensation,
 )
 from qwt_mmdet.compensation.trace import replaced_forwards, trace_blocks
+from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
+from qwt_mmdet.record import record_of
 from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 
 KINDS = ("swin", "resnet", "cspdarknet")
@@ -171,7 +174,7 @@ class Preprocessed(torch.nn.Module):
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
-        self.fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
+        record_of(self).fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
         self.data_preprocessor = DetDataPreprocessor(mean=[1] * 3, std=[2] * 3, pad_size_divisor=8)
 
 

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from mmdet.models.backbones import PyramidVisionTransformerV2
+from qwt_mmdet.detectors.forward import forward_scope
+from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import (
     activation_quantizers,
-    calibrate,
-    forward_scope,
     full_precision,
     quantize_model,
     quantized_layers,
@@ -17,6 +17,7 @@ from qwt_mmdet.quantization.convert import (
 from qwt_mmdet.quantization.folding import apply_fold, factors, find_folds
 from qwt_mmdet.quantization.primitives import quantization_parameters, quantize
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
+from qwt_mmdet.record import quantization_of
 from qwt_mmdet.settings import QuantizationSettings
 
 REPQ = {"activation_range": "repq", "weight_bits": 8, "activation_bits": 8}
@@ -61,11 +62,11 @@ def test_folding_leaves_the_full_precision_function_alone(kind, size):
     full = detector(kind)
     model = quantize_model(copy.deepcopy(full), QuantizationSettings.from_mapping(REPQ))
     generator = torch.Generator().manual_seed(3)
-    for fold in model.folds:
+    for fold in quantization_of(model).folds:
         channels = len(model.get_submodule(fold.norm).weight)
         factor = torch.rand(channels, generator=generator) * 3 + 0.2
         apply_fold(model, fold, factor, torch.randn(channels, generator=generator))
-    assert len(model.folds) == (9 if kind == "swin" else 10)
+    assert len(quantization_of(model).folds) == (9 if kind == "swin" else 10)
     with full_precision(model, {}):
         assert_close(outputs(model, size), outputs(full, size))
 
@@ -90,7 +91,7 @@ def test_calibrated_model_quantizes_channels_as_if_each_had_a_scale_of_its_own(k
     batches = tiny.batches(2, size=(60, 76))
     settings = QuantizationSettings.from_mapping({**REPQ, "activation_bits": 4})
     model = calibrate(quantize_model(detector(kind), settings), batches)
-    for fold in model.folds:
+    for fold in quantization_of(model).folds:
         quantizer = model.get_submodule(fold.layers[0]).input_quantizer
         assert quantizer.channel_axis is None
         assert quantizer.scale.numel() == 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from qwt_mmdet.detectors import read_config
+from qwt_mmdet.detectors.build import read_config
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.loaders import make_loader
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from qwt_mmdet.quantization import layers
-from qwt_mmdet.quantization.convert import calibrate, quantize_model
+from qwt_mmdet.quantization import migration
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.primitives import quantize
 from qwt_mmdet.quantization.ranges import RangeObserver
 from qwt_mmdet.settings import QuantizationSettings
@@ -89,8 +90,8 @@ def test_the_strength_is_chosen_that_the_output_asks_for(bits, spread, monkeypat
     options = {"rounding": "nearest"}
     chosen = output_error(layer, quantized(layer, batches, bits, **options), batches)
     errors = []
-    for strength in layers.MIGRATION_STRENGTHS:
-        monkeypatch.setattr(layers, "MIGRATION_STRENGTHS", (strength,))
+    for strength in migration.STRENGTHS:
+        monkeypatch.setattr(migration, "STRENGTHS", (strength,))
         errors.append(output_error(layer, quantized(layer, batches, bits, **options), batches))
     assert chosen <= 1.15 * min(errors)
 

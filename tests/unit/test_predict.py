@@ -12,9 +12,13 @@ from qwt_mmdet import pipeline
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.predict import Predictions, category_ids, detections, predict
 from qwt_mmdet.pipeline import evaluate_detector
+from qwt_mmdet.record import Quantization, Record
+from qwt_mmdet.settings import QuantizationSettings
 from random_detections import detection, one_object, write
 
 CATEGORIES = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
+
+QUANTIZED = Record(quantization=Quantization(QuantizationSettings(8, 8)))
 
 
 def instances(**extra):
@@ -106,7 +110,7 @@ def test_only_the_full_precision_detector_must_detect(tmp_path, monkeypatch, fou
     with pytest.raises(QwtError, match=message):
         evaluate_detector(SimpleNamespace(cfg={}, with_mask=False), path)
     found = found._replace(records=[], masks=True)
-    quantized = SimpleNamespace(cfg={}, with_mask=False, quantization_settings=None)
+    quantized = SimpleNamespace(cfg={}, with_mask=False, qwt_record=QUANTIZED)
     metrics, records = evaluate_detector(quantized, path)
     assert records == []
     assert metrics["collapsed"] is True
@@ -124,7 +128,7 @@ def test_a_quantized_detector_that_finds_something_has_not_collapsed(tmp_path, m
     monkeypatch.setattr(pipeline, "make_loader", lambda *args, **kwargs: loader)
     monkeypatch.setattr(pipeline, "predict", lambda *args, **kwargs: found)
     metrics, _ = evaluate_detector(
-        SimpleNamespace(cfg={}, with_mask=False, quantization_settings=None), path
+        SimpleNamespace(cfg={}, with_mask=False, qwt_record=QUANTIZED), path
     )
     assert metrics["bbox"]["AP"] == pytest.approx(1)
     assert (metrics["collapsed"], metrics["not_finite"]) == (False, 7)

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from qwt_mmdet.compensation.state import COMPENSATION_FORMAT
+from qwt_mmdet.archives import COMPENSATION_FORMAT, WARMUP_FORMAT
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.coco import coco_metrics
-from qwt_mmdet.quantization.state import WARMUP_FORMAT
+from qwt_mmdet.files import write_json
 from qwt_mmdet.reporting import html, tables, text
 from random_detections import compressed, hexagon
 
@@ -116,7 +115,7 @@ def make_results(
         ],
         **warmup,
     }
-    torch.save({"format": WARMUP_FORMAT, "summary": summary}, "results/m/w4/warmup.pth")
+    write_json("results/m/w4/warmup.json", {"format": WARMUP_FORMAT, "summary": summary})
     summary = {
         "blocks": 2,
         "kept": 1,
@@ -126,7 +125,7 @@ def make_results(
         "multiply_adds_percent": 1.25,
     }
     archive = {"format": COMPENSATION_FORMAT, "summary": summary}
-    torch.save(archive, "results/m/w4/qwt/compensation.pth")
+    write_json("results/m/w4/qwt/compensation.json", archive)
     Path("results/m/w4/qwt/blocks.csv").write_text(BLOCKS)
     benchmark = Path("benchmarks/quantize_model/m/w4.tsv")
     benchmark.parent.mkdir(parents=True)
@@ -272,8 +271,8 @@ def test_predictions_of_another_run_are_noticed(results):
 
 
 def test_a_file_of_another_kind_is_not_taken_for_a_warmup(results):
-    torch.save({"format": "something else"}, "results/m/w4/warmup.pth")
-    with pytest.raises(QwtError, match=r"warmup\.pth is not a warmup file"):
+    write_json("results/m/w4/warmup.json", {"format": "something else"})
+    with pytest.raises(QwtError, match=r"warmup\.json is not a warmup file"):
         summarize(results)
 
 

@@ -6,15 +6,17 @@ import tiny
 import torch
 import yaml
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization.convert import calibrate, quantize_model
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.sensitivity import (
     Sensitivity,
     choose_bits,
     mixed_precision,
     rank_layers,
 )
-from qwt_mmdet.quantization.state import load_warmup, save_warmup, settings_to_config
-from qwt_mmdet.settings import QuantizationSettings
+from qwt_mmdet.quantization.state import load_warmup, save_warmup
+from qwt_mmdet.record import quantization_of
+from qwt_mmdet.settings import QuantizationSettings, settings_to_config
 
 
 class Detector(tiny.TinyDetector):
@@ -125,7 +127,7 @@ def test_the_suggested_entry_quantizes_a_detector_to_the_bits_that_it_names(tmp_
     model = warmed_up(tmp_path)
     ranked = rank_layers(model, tiny.batches(1))
     chosen = choose_bits(ranked, 5)
-    settings = mixed_precision(model.quantization_settings, ranked, chosen)
+    settings = mixed_precision(quantization_of(model).settings, ranked, chosen)
     text = yaml.safe_dump(settings_to_config(settings))
     read = QuantizationSettings.from_mapping(yaml.safe_load(text))
     assert read == settings

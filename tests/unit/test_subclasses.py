@@ -10,14 +10,15 @@ from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from mmdet.models.backbones import EfficientNet
 from mmdet.models.layers import NormedConv2d, NormedLinear
-from qwt_mmdet.compat import importable_torchvision
+from qwt_mmdet.detectors.torchvision import importable_torchvision
+from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import (
-    calibrate,
     full_precision,
     quantize_model,
     quantized_layers,
 )
 from qwt_mmdet.quantization.layers import QuantizedConv2d
+from qwt_mmdet.record import quantization_of
 from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
@@ -117,7 +118,7 @@ def test_layer_whose_forward_is_the_bases_on_a_changed_input_is_quantized(name):
         calibrate(model, images)
         layer = model.backbone.layer
         assert isinstance(layer, type(original))
-        assert not model.not_quantized
+        assert not quantization_of(model).not_quantized
         expected, actual = full.backbone(x), model.backbone(x)
         assert 0 < (actual - expected).norm() < 0.02 * expected.norm()
     assert torch.equal(copy.deepcopy(model).backbone(x), actual)
@@ -153,13 +154,13 @@ def test_layer_that_uses_its_weight_itself_stays_in_full_precision(name):
     quantize_model(model, EIGHT)
     assert type(model.backbone.layer[0]) is before
     assert list(quantized_layers(model)) == ["backbone.layer.1"]
-    reasons = {entry.name: entry.reason for entry in model.not_quantized}
+    reasons = {entry.name: entry.reason for entry in quantization_of(model).not_quantized}
     assert reason in reasons["backbone.layer.0"]
 
 
 def test_all_convolutions_of_mmdets_efficientnet_are_quantized():
     backbone = EfficientNet(arch="b0", out_indices=(3,))
     model = quantize_model(tiny.TinyDetector(backbone), EIGHT)
-    assert not model.not_quantized
+    assert not quantization_of(model).not_quantized
     convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
     assert all(isinstance(module, QuantizedConv2d) for module in convolutions)

@@ -1,15 +1,17 @@
 import pytest
 import tiny
 import torch
+from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization.convert import calibrate, forward_scope, quantize_model
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import (
     load_warmup,
     save_warmup,
-    settings_to_plain,
     summarize_quantization,
 )
-from qwt_mmdet.settings import QuantizationSettings
+from qwt_mmdet.record import record_of
+from qwt_mmdet.settings import QuantizationSettings, settings_to_plain
 
 SETTINGS = QuantizationSettings.from_mapping(
     {
@@ -56,7 +58,7 @@ def test_file_loads_with_weights_only_and_equal_states_give_equal_bytes(warmup, 
 def test_warmup_of_another_model_names_what_differs(warmup, key):
     _, path = warmup
     other = plain()
-    other.fingerprint = {**other.fingerprint, key: "different"}
+    record_of(other).fingerprint = {**record_of(other).fingerprint, key: "different"}
     with pytest.raises(QwtError, match=f"{key} .*different"):
         load_warmup(other, path)
 

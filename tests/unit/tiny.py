@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from mmdet.models.backbones import CSPDarknet, ResNet, SwinTransformer
+from qwt_mmdet.record import record_of
 from torch import Tensor, nn
 
 
@@ -14,7 +15,7 @@ class TinyDetector(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
+        record_of(self).fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
 
     def data_preprocessor(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
         return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}

@@ -18,7 +18,7 @@ from conftest import ROOT, Workflow
 from mmdet.datasets import CocoDataset
 from mmengine.logging import HistoryBuffer
 from qwt_mmdet.datasets import PARTS, prepare_dataset
-from qwt_mmdet.detectors import random_detector
+from qwt_mmdet.detectors.build import random_detector
 
 HEADLINE = (ROOT / "config" / "coco.yaml").read_text()
 COCO_URL, WEIGHTS_URL = "http://images.cocodataset.org", "https://download.openmmlab.com"

@@ -7,6 +7,7 @@ rule fit_compensation:
         config_files=local_config,
     output:
         compensation="results/{model}/{quantization}/{compensation}/compensation.pth",
+        summary="results/{model}/{quantization}/{compensation}/compensation.json",
         blocks=report(
             "results/{model}/{quantization}/{compensation}/blocks.csv",
             caption="../report/blocks.rst",

@@ -7,6 +7,7 @@ rule quantize_model:
         supplied=supplied_warmup,
     output:
         warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
+        summary="results/{model}/{quantization}/warmup.json",
     log:
         "logs/quantize_model/{model}/{quantization}.log",
     benchmark:

@@ -11,8 +11,8 @@ rule summarize_results:
         metrics=result_files("metrics.json"),
         predictions=result_files("predictions.json"),
         annotations=row_files("annotations"),
-        warmups=row_files("warmup"),
-        compensations=result_files("compensation.pth", variants=["compensated"]),
+        warmups=[f"{os.path.splitext(path)[0]}.json" for path in row_files("warmup")],
+        compensations=result_files("compensation.json", variants=["compensated"]),
     output:
         table=report(
             "results/summary.csv",

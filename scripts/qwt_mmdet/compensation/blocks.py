@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..detectors.forward import forward_scope
 from ..errors import QwtError
-from ..quantization.convert import forward_scope
 from .modules import Arguments, aligned_input, block_output, channel_axis
 from .trace import replay_scope
 

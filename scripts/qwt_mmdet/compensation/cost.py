@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..quantization.convert import forward_scope, quantized_layers
+from ..detectors.forward import forward_scope
+from ..quantization.convert import quantized_layers
 from ..settings import MaxCost
 from .result import BYTES_PER_PARAMETER, BlockFit
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from ..errors import QwtError
 from ..progress import progress
-from ..quantization.state import settings_to_plain
-from ..settings import CompensationSettings
+from ..record import record_of
+from ..settings import CompensationSettings, settings_to_plain
 from .blocks import find_blocks
 from .cache import ActivationCache, release_free_memory
 from .cost import backbone_bytes, backbone_multiply_adds, too_expensive
@@ -171,12 +171,12 @@ def fit_compensation(
             **(resume_inputs or {}),
         }
         held = split_holdout(images, settings.holdout_fraction)
-        quantization = getattr(model, "quantization_settings", None)
+        quantization = record_of(model).quantization
         names = find_blocks(
             reference,
             first,
             settings.blocks,
-            scope=quantization.scope if quantization else "backbone",
+            scope=quantization.settings.scope if quantization else "backbone",
             downsampling=settings.downsampling,
         )
         plan = trace_blocks(reference, names, first, replay_scope(names))

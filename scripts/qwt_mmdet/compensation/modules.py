@@ -124,15 +124,25 @@ def compensated(block: nn.Module, kind: Kind, arguments: Arguments, output: Any)
     return _with_tensor(output, kind.to(tensor.device, tensor.dtype).apply(x, tensor, axis))
 
 
-def _compensate(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    buffers = {
+class _Compensate:
+    """The forward hook of a compensated block; its tensors are buffers of the block."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        kind = KINDS[self.kind](**_compensation_buffers(block))
+        return compensated(block, kind, (args, kwargs), output)
+
+
+def _compensation_buffers(block: nn.Module) -> dict[str, Tensor]:
+    return {
         name.removeprefix(PREFIX): value
         for name, value in block.named_buffers(recurse=False)
         if name.startswith(PREFIX)
     }
-    return compensated(block, KINDS[block.compensation_kind](**buffers), (args, kwargs), output)
 
 
 def attach_compensation(block: nn.Module, kind: Kind) -> None:
@@ -141,10 +151,9 @@ def attach_compensation(block: nn.Module, kind: Kind) -> None:
     Raises:
         QwtError: it has one already.
     """
-    if hasattr(block, "compensation_kind"):
+    if _compensation_buffers(block):
         raise QwtError("This model is compensated already; load it again first.")
     device = next(block.parameters()).device
-    block.compensation_kind = kind.name
     for name, value in kind.to(device, torch.float32).tensors().items():
         block.register_buffer(PREFIX + name, value)
-    block.register_forward_hook(_compensate, with_kwargs=True)
+    block.register_forward_hook(_Compensate(kind.name), with_kwargs=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..quantization.convert import forward_scope
+from ..detectors.forward import forward_scope
 from .cache import ActivationCache
 from .kinds import Kind
 from .modules import Arguments, compensated

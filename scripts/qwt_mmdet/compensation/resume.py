@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..archives import load_archive, save_archive
 from ..errors import QwtError
-from ..quantization.state import load_archive, save_archive
 from .result import BlockFit
 
 logger = logging.getLogger(__name__)

@@ -5,24 +5,22 @@ from typing import Any
 
 from torch import nn
 
+from ..archives import COMPENSATION_FORMAT, load_archive, save_with_summary
 from ..errors import QwtError
 from ..fingerprint import weights_fingerprint
-from ..quantization.state import (
-    load_archive,
-    quantizer_state,
-    save_archive,
-    settings_to_plain,
-)
-from ..settings import CompensationSettings
+from ..quantization.state import quantizer_state
+from ..record import record_of
+from ..settings import CompensationSettings, settings_to_plain
 from .modules import attach_compensation
 from .result import BlockFit, Compensation
-
-COMPENSATION_FORMAT = "qwt-mmdet compensation 2"
 
 
 def quantized_fingerprint(model: nn.Module) -> dict[str, str]:
     """Hashes of a quantized detector: its config, its full-precision weights, its quantizers."""
-    return {**model.fingerprint, "quantization": weights_fingerprint(quantizer_state(model))}
+    return {
+        **record_of(model).fingerprint,
+        "quantization": weights_fingerprint(quantizer_state(model)),
+    }
 
 
 def apply_compensation(model: nn.Module, compensation: Compensation) -> nn.Module:
@@ -53,7 +51,7 @@ def save_compensation(
         "summary": compensation.summary(),
         "provenance": provenance or {},
     }
-    save_archive(content, path)
+    save_with_summary(content, path)
 
 
 def load_compensation(model: nn.Module, path: str | os.PathLike[str]) -> Compensation:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mmdet.models.backbones.swin import WindowMSA
 from torch import Tensor, nn
 
-from .layers import ActivationQuantizer
+from .quantizer import ActivationQuantizer
 
 ATTENTION: dict[type[nn.Module], type[nn.Module]] = {}
 """Quantized class by original class; extend it with :func:`register_attention`."""

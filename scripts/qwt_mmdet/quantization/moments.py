@@ -1,10 +1,10 @@
-"""Streaming statistics of a layer's input and output, for bias correction, GPTQ and reports."""
-
-import math
-from collections.abc import Mapping
+"""Streaming moments of what a layer's weights are multiplied with, for bias correction and GPTQ."""
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import QuantizedConv2d, QuantizedLinear
 
 MAX_COLUMNS = 4096
 """Inputs of a weight whose second moments are taken together. Larger weights are worked on in parts
@@ -84,12 +84,6 @@ class InputMoments:
         return moments
 
 
-def worst_layers(signal_noise: Mapping[str, float | None], most: int = 3) -> str:
-    """``backbone.conv1 (-2.5 dB), …``: the layers with the lowest ratios in dB, the worst first."""
-    measured = [(ratio, name) for name, ratio in signal_noise.items() if ratio is not None]
-    return ", ".join(f"{name} ({ratio:.1f} dB)" for ratio, name in sorted(measured)[:most])
-
-
 def chosen_rows(count: int, device: torch.device) -> Tensor:
     """Indices of at most ``MAX_ROWS`` of ``count`` positions: the same ones at every call."""
     if count <= MAX_ROWS:
@@ -98,20 +92,63 @@ def chosen_rows(count: int, device: torch.device) -> Tensor:
     return order[:MAX_ROWS].sort().values.to(device)
 
 
-class SignalNoise:
-    """Streaming signal-to-quantization-noise ratio of a tensor."""
+def measure_inputs(
+    layer: QuantizedLinear | QuantizedConv2d,
+    x: Tensor,
+    output: Tensor,
+    moments: InputMoments,
+    *,
+    second: bool,
+) -> None:
+    """Add one call of a layer to ``moments``.
 
-    def __init__(self) -> None:
-        self.signal = 0.0
-        self.noise = 0.0
+    Args:
+        x: the layer's input in full precision. output: what it returned.
+        second: also to the second moments.
+    """
+    quantized = layer.input_quantizer.quantized(x)
+    if isinstance(layer, nn.Conv2d):
+        padded, padded_quantized = _pad(layer, x), _pad(layer, quantized)
+        size = output.shape[2:]
+        sums = [_tap_sums(layer, t, size) for t in (padded, padded_quantized)]
+        moments.update_means(*sums, len(x) * output[0, 0].numel())
+        if second:
+            moments.update_second(_convolution_rows(layer, padded_quantized, size))
+    else:
+        rows, quantized = (t.reshape(-1, t.shape[-1]) for t in (x, quantized))
+        sums = [t.sum(0, dtype=torch.float64) for t in (rows, quantized)]
+        moments.update_means(*sums, len(rows))
+        if second:
+            moments.update_second(quantized[chosen_rows(len(rows), x.device)][None])
 
-    def update(self, full: Tensor, quantized: Tensor) -> None:
-        """Add a tensor as it should be and as it is, of any (equal) shape."""
-        self.signal += float(full.square().sum(dtype=torch.float64))
-        self.noise += float((full - quantized).square_().sum(dtype=torch.float64))
 
-    def decibels(self) -> float | None:
-        """10 log10(signal / noise), or None where one of them is 0."""
-        if self.noise == 0 or self.signal == 0:
-            return None
-        return 10 * math.log10(self.signal / self.noise)
+def _pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def _taps(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
+    """View of the padded input under each kernel tap: [batch, in, h', w', kernel h, kernel w]."""
+    batch, channel, row, column = padded.stride()
+    (down, right), (spread_y, spread_x) = layer.stride, layer.dilation
+    return padded.as_strided(
+        (*padded.shape[:2], *size, *layer.kernel_size),
+        (batch, channel, row * down, column * right, row * spread_y, column * spread_x),
+        padded.storage_offset(),
+    )
+
+
+def _tap_sums(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
+    """Sum of the padded input under each kernel tap: [in, kernel height, kernel width]."""
+    total = padded.sum(0, keepdim=True)
+    return _taps(layer, total, size).sum((0, 2, 3), dtype=torch.float64)
+
+
+def _convolution_rows(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
+    """What the kernel is multiplied with at some output positions: [groups, positions, columns]."""
+    positions = len(padded) * size.numel()
+    chosen = chosen_rows(positions, padded.device)
+    image, place = chosen // size.numel(), chosen % size.numel()
+    taps = _taps(layer, padded, size).permute(0, 2, 3, 1, 4, 5)
+    rows = taps[image, place // size[1], place % size[1]]
+    return rows.reshape(len(chosen), layer.groups, -1).transpose(0, 1)

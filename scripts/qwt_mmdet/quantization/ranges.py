@@ -5,10 +5,14 @@ whose bin edges are whole multiples of it. When a larger value arrives, neighbou
 merged, which is exact: the histogram of all images is the same whatever their order or batch.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from ..errors import QwtError
+from ..errors import QwtError, unknown_name
 from .primitives import fake_quantize_log_sqrt2, quantization_parameters
 
 BINS = 8192
@@ -19,6 +23,52 @@ COARSE_FRACTIONS = [10 ** (-step / 8) for step in range(1, 17)]
 FINE_FRACTIONS = [10 ** (step / 40) for step in (-4, -3, -2, -1, 1, 2, 3, 4)]
 """Fractions of the full range that the search for the smallest squared error tries."""
 _SMALLEST_EXPONENT = -120
+
+
+class Distribution(Protocol):
+    """What a range is estimated from, row by row: of an activation's channels, or of a weight's."""
+
+    @property
+    def low(self) -> Tensor:
+        """The smallest value of each row, [rows]."""
+
+    @property
+    def high(self) -> Tensor:
+        """The largest value of each row, [rows]."""
+
+    def weighted_values(self) -> tuple[Tensor, Tensor | None]:
+        """Values [rows, n] and how often each occurs [rows, n], None for once."""
+
+    def percentiles(self, percentile: float) -> tuple[Tensor, Tensor]:
+        """Values that the smallest and the largest (100 − percentile) percent lie beyond, [rows]."""
+
+
+RangeMethod = Callable[[Distribution, int, float], tuple[Tensor, Tensor]]
+"""Takes a distribution, bits and the percentile of the settings; returns low and high, [rows]."""
+
+RANGES: dict[str, RangeMethod] = {}
+"""Range method by its name in the settings."""
+
+
+def register_range(name: str) -> Callable[[RangeMethod], RangeMethod]:
+    """Decorator: the function estimates ranges under ``name``."""
+
+    def decorate(method: RangeMethod) -> RangeMethod:
+        RANGES[name] = method
+        return method
+
+    return decorate
+
+
+def range_by_name(name: str) -> RangeMethod:
+    """The registered range method.
+
+    Raises:
+        QwtError: there is none of this name.
+    """
+    if name not in RANGES:
+        raise unknown_name("The range method", name, RANGES)
+    return RANGES[name]
 
 
 class RangeObserver:
@@ -154,17 +204,20 @@ class RangeObserver:
         """Return the clipping range (low, high), each of shape [channels] (or [1] per tensor).
 
         Args:
-            method: ``minmax``, ``percentile`` or ``mse``.
+            method: name of a range method (see ``RANGES``).
             bits: of the grid that ``mse`` minimises the error of.
             percentile: in percent, e.g. 99.99 cuts 0.01 % on both sides.
+
+        Raises:
+            QwtError: there is no such method.
         """
         if self.counts is None:
             raise AssertionError(f"{self.name} has seen no data")
-        if method == "minmax":
-            return self.low, self.high
-        if method == "percentile":
-            return self._percentile(percentile)
-        return mse_range(self._centers(), self.counts.double(), self.low, self.high, bits)
+        return range_by_name(method)(self, bits, percentile)
+
+    def weighted_values(self) -> tuple[Tensor, Tensor]:
+        """Centres of the bins and how many values each holds, [channels, bins], float32 and float64."""
+        return self._centers(), self.counts.double()
 
     def estimate_log_scale(self, bits: int) -> Tensor:
         """Return the scale, shape [1], of a log-√2 grid with the smallest mean squared error.
@@ -191,7 +244,8 @@ class RangeObserver:
         centers = ((edges + 0.5) * width).float()
         return torch.maximum(torch.minimum(centers, self.high[:, None]), self.low[:, None])
 
-    def _percentile(self, percentile: float) -> tuple[Tensor, Tensor]:
+    def percentiles(self, percentile: float) -> tuple[Tensor, Tensor]:
+        """Values that the smallest and the largest (100 − percentile) percent lie beyond, [channels]."""
         width = _power_of_two(self.exponent, torch.float64)
         edges = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
         cumulative = self.counts.cumsum(1).double()
@@ -263,15 +317,54 @@ def _range_error(
     return torch.linalg.vecdot(error.double(), weights)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The weights of each output channel, [rows, n], as a distribution."""
+
+    values: Tensor
+
+    @property
+    def low(self) -> Tensor:
+        return self.values.amin(1)
+
+    @property
+    def high(self) -> Tensor:
+        return self.values.amax(1)
+
+    def weighted_values(self) -> tuple[Tensor, None]:
+        return self.values, None
+
+    def percentiles(self, percentile: float) -> tuple[Tensor, Tensor]:
+        tail = 1 - percentile / 100
+        return torch.quantile(self.values, tail, dim=1), torch.quantile(
+            self.values, 1 - tail, dim=1
+        )
+
+
 def weight_range(
     weight: Tensor, method: str, bits: int, percentile: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipping range of each output channel of a weight of shape [out, …]; returns [out], [out]."""
-    rows = weight.detach().float().flatten(1)
-    low, high = rows.aminmax(dim=1)
-    if method == "minmax":
-        return low, high
-    if method == "percentile":
-        tail = 1 - percentile / 100
-        return torch.quantile(rows, tail, dim=1), torch.quantile(rows, 1 - tail, dim=1)
-    return mse_range(rows, None, low, high, bits)
+    """Clipping range of each output channel of a weight of shape [out, …]; returns [out], [out].
+
+    Raises:
+        QwtError: there is no such method.
+    """
+    return range_by_name(method)(Rows(weight.detach().float().flatten(1)), bits, percentile)
+
+
+@register_range("minmax")
+def minmax(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value."""
+    return seen.low, seen.high
+
+
+@register_range("percentile")
+def percentiles(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
+    """What a part of the values lies beyond, at both ends."""
+    return seen.percentiles(percentile)
+
+
+@register_range("mse")
+def mse(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
+    """The range with the smallest squared error of rounding."""
+    return mse_range(*seen.weighted_values(), seen.low, seen.high, bits)

@@ -1,14 +1,80 @@
-"""Rounding of weights with error feedback: what one weight loses, the next ones of its row make up.
+"""Rounding of weights to their grids, by name.
 
+``gptq`` is rounding with error feedback: what one weight loses, the next ones of its row make up.
 GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): columns of a weight are rounded one after the
 other, and each column's error is spread over those that are still free so that the layer's output
 changes least, ‖(W − Wq) X‖². That needs no more than the inputs' second moments X Xᵀ.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..errors import unknown_name
 from .primitives import dequantize, quantize
+
+Round = Callable[[Tensor, Tensor, Tensor, int, Sequence[Tensor] | None], Tensor]
+"""Takes weights [groups, out, in], scales and zero points [groups, out], bits, and the inputs' second
+moments in parts of columns, each [groups, columns, columns], or None. Returns codes, uint8, of the
+weights' shape."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A rounding, and whether it looks at the second moments of the layer's inputs."""
+
+    function: Round
+    needs_moments: bool
+
+
+ROUNDINGS: dict[str, Rounding] = {}
+"""Rounding by its name in the settings."""
+
+
+def register_rounding(name: str, *, needs_moments: bool = False) -> Callable[[Round], Round]:
+    """Decorator: the function is the rounding ``name``."""
+
+    def decorate(function: Round) -> Round:
+        ROUNDINGS[name] = Rounding(function, needs_moments)
+        return function
+
+    return decorate
+
+
+def rounding_by_name(name: str) -> Rounding:
+    """The registered rounding.
+
+    Raises:
+        QwtError: there is none of this name.
+    """
+    if name not in ROUNDINGS:
+        raise unknown_name("rounding", name, ROUNDINGS)
+    return ROUNDINGS[name]
+
+
+@register_rounding("nearest")
+def nearest(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, moments: Sequence[Tensor] | None
+) -> Tensor:
+    """Round every weight to the nearest code."""
+    return quantize(weight, scale[..., None], zero_point[..., None], bits)
+
+
+@register_rounding("gptq", needs_moments=True)
+def gptq(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, moments: Sequence[Tensor] | None
+) -> Tensor:
+    """Round with error feedback, each part of the columns for itself; without moments to the nearest."""
+    if moments is None:
+        return nearest(weight, scale, zero_point, bits, None)
+    parts = weight.split([moment.shape[-1] for moment in moments], dim=2)
+    return torch.cat(
+        [gptq_codes(w, m, scale, zero_point, bits) for w, m in zip(parts, moments, strict=True)],
+        dim=2,
+    )
+
 
 DAMPING = 0.01
 """Added to the second moments' diagonal, relative to its mean (arXiv 2210.17323, section 3.3)."""

@@ -16,7 +16,7 @@ from ..progress import progress
 from ..settings import Override, QuantizationSettings
 from .attention import QuantizedAttention
 from .convert import UNITS, full_precision
-from .moments import SignalNoise
+from .noise import SignalNoise
 
 LEAST_BITS, MOST_BITS = 2, 8
 

@@ -4,55 +4,16 @@ import dataclasses
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..archives import WARMUP_FORMAT, load_archive, save_with_summary
 from ..errors import QwtError
-from ..files import write_atomically
-from ..settings import QuantizationSettings
+from ..record import NotQuantized, quantization_of, record_of
+from ..settings import QuantizationSettings, settings_to_plain
 from .attention import QuantizedAttention
-from .convert import NotQuantized, activation_quantizers, quantize_model, quantized_layers
+from .convert import activation_quantizers, quantize_model, quantized_layers
 from .folding import apply_fold
 from .layers import LAYER_BUFFERS
-
-WARMUP_FORMAT = "qwt-mmdet warmup 2"
-
-
-def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) -> dict[str, Any]:
-    """Read one of our .pth files without running any code that it may hold.
-
-    Raises:
-        QwtError: missing, truncated, of another kind or of another format version.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise QwtError(f"The {what} file {path} does not exist; check the path.") from None
-    except Exception as error:
-        raise QwtError(
-            f"The {what} file {path} cannot be read ({type(error).__name__}); it is truncated or no "
-            "file of this tool, so delete it and let the workflow make it again."
-        ) from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != expected_format:
-        raise QwtError(
-            f"{path} is not a {what} file of this version (format {found!r}, expected "
-            f"{expected_format!r}); delete it and let the workflow make it again."
-        )
-    return content
-
-
-def save_archive(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write tensors and plain values as a .pth, whole or not at all.
-
-    The file is read back before it gets its name: what is not a tensor or a plain value raises here,
-    not at the next user.
-    """
-    with write_atomically(path) as partial:
-        with open(partial, "wb") as stream:
-            # Saving to a stream keeps the file's name out of it: equal content gives equal bytes.
-            torch.save(content, stream)
-        torch.load(partial, weights_only=True)
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
@@ -67,25 +28,6 @@ def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
             state[f"{name}.scale"] = quantizer.scale.cpu()
             state[f"{name}.zero_point"] = quantizer.zero_point.cpu()
     return state
-
-
-def settings_to_plain(settings: Any) -> dict[str, Any]:
-    """A settings dataclass as dictionaries and lists (what a config holds)."""
-    plain = dataclasses.asdict(settings)
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
-
-
-def settings_to_config(settings: QuantizationSettings) -> dict[str, Any]:
-    """The settings as a config entry: what equals its default is left out."""
-
-    def short(entry: Any) -> dict[str, Any]:
-        fields = {field.name: field.default for field in dataclasses.fields(entry)}
-        return {k: v for k, v in vars(entry).items() if k not in fields or v != fields[k]}
-
-    entry = short(settings)
-    if settings.overrides:
-        entry["overrides"] = [short(override) for override in settings.overrides]
-    return entry
 
 
 def summarize_quantization(model: nn.Module) -> dict[str, Any]:
@@ -114,13 +56,15 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
         "layers": sum(layer.is_calibrated for layer in layers.values()),
         "attention": len(attention),
         "layer_sqnr": _layer_noise(model),
-        "not_quantized": [dataclasses.asdict(entry) for entry in model.not_quantized],
+        "not_quantized": [
+            dataclasses.asdict(entry) for entry in quantization_of(model).not_quantized
+        ],
     }
 
 
 def _layer_noise(model: nn.Module) -> list[dict[str, Any]]:
     layers, rows = quantized_layers(model), []
-    for name, decibels in model.signal_noise.items():
+    for name, decibels in quantization_of(model).signal_noise.items():
         module = name.partition(" ")[0]
         if module in layers:
             bits = layers[module].weight_bits, layers[module].input_quantizer.bits
@@ -147,8 +91,8 @@ def save_warmup(
     """
     content = {
         "format": WARMUP_FORMAT,
-        "fingerprint": model.fingerprint,
-        "settings": settings_to_plain(model.quantization_settings),
+        "fingerprint": record_of(model).fingerprint,
+        "settings": settings_to_plain(quantization_of(model).settings),
         "bits": {
             **{f"{n}.weight": m.weight_bits for n, m in quantized_layers(model).items()},
             **{n: q.bits for n, q in activation_quantizers(model).items()},
@@ -157,7 +101,7 @@ def save_warmup(
         "summary": summarize_quantization(model),
         "provenance": provenance or {},
     }
-    save_archive(content, path)
+    save_with_summary(content, path)
 
 
 def load_warmup(
@@ -180,10 +124,11 @@ def load_warmup(
             names what differs), or cannot be read.
     """
     content = load_archive(path, WARMUP_FORMAT, "warmup")
-    if content["fingerprint"] != model.fingerprint:
+    fingerprint = record_of(model).fingerprint
+    if content["fingerprint"] != fingerprint:
         differing = [
             f"{key} ({content['fingerprint'].get(key, 'none')!s:.16} in the file, {value!s:.16} here)"
-            for key, value in model.fingerprint.items()
+            for key, value in fingerprint.items()
             if content["fingerprint"].get(key) != value
         ]
         raise QwtError(
@@ -201,9 +146,10 @@ def load_warmup(
             "use the same settings, or remove the file from the config."
         )
     quantize_model(model, found)
+    about = quantization_of(model)
     device = next(model.parameters()).device
     state, bits = content["state"], content["bits"]
-    for fold in model.folds:
+    for fold in about.folds:
         keys = [f"{fold.layers[0]}.{key}" for key in ("fold_factor", "fold_shift")]
         if keys[0] in state:
             apply_fold(model, fold, *(state[key].to(device) for key in keys))
@@ -221,6 +167,6 @@ def load_warmup(
                     setattr(layer, key, state[f"{name}.{key}"].to(device))
             if round_weights:
                 layer.restore_weight()
-    model.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
-    model.signal_noise = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
+    about.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
+    about.signal_noise = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
     return model

@@ -60,13 +60,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..compensation.state import COMPENSATION_FORMAT
+from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, read_summary
 from ..errors import QwtError
 from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS
 from ..files import read_json, write_atomically, write_json
-from ..quantization.moments import worst_layers
-from ..quantization.state import WARMUP_FORMAT, load_archive
+from .text import worst_layers
 
 VARIANTS = ("baseline", "quantized", "compensated")
 DIFFERENCES = (
@@ -125,7 +124,7 @@ def _cost_columns(row: Mapping[str, Any], warmup: Mapping[str, Any]) -> dict[str
     compensation: Mapping[str, Any] = {}
     if row["compensated"] is not None:
         path = Path(row["compensated"]) / "compensation.pth"
-        compensation = load_archive(path, COMPENSATION_FORMAT, "compensation")["summary"]
+        compensation = read_summary(path, COMPENSATION_FORMAT, "compensation")["summary"]
     return {
         "baseline_bytes": warmup["baseline_weight_bytes"],
         "quantized_bytes": warmup["weight_bytes"],
@@ -229,7 +228,7 @@ def _model_summary(
     masks = any("segm" in content for content in metrics.values())
     # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
     warmups = {
-        row["quantization"]: load_archive(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
+        row["quantization"]: read_summary(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
         for row in rows
     }
     costs = [_cost_columns(row, warmups[row["quantization"]]) for row in rows]

@@ -15,10 +15,11 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from .checkpoints import load_checkpoint, load_weights
-from .devices import use_full_precision
-from .errors import QwtError
-from .fingerprint import settings_fingerprint, weights_fingerprint
+from ..checkpoints import load_checkpoint, load_weights
+from ..devices import use_full_precision
+from ..errors import QwtError
+from ..fingerprint import settings_fingerprint, weights_fingerprint
+from ..record import record_of
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +188,8 @@ def load_detector(
         config_options: changes to the config, ``{dotted.key: value}``.
 
     Returns:
-        The detector in evaluation mode, with ``cfg`` (its config), ``dataset_meta`` (its classes)
-        and ``fingerprint`` (hashes of config and weights) set.
+        The detector in evaluation mode, with ``cfg`` (its config) and ``dataset_meta`` (its classes) as
+        mmdet has them, and a record of what it is (:mod:`qwt_mmdet.record`).
 
     Raises:
         QwtError: config or checkpoint cannot be read, or do not fit each other.
@@ -198,7 +199,7 @@ def load_detector(
     state = load_checkpoint(checkpoint)
     model = _build(config, parsed)
     load_weights(model, state, f"The checkpoint {checkpoint} does not fit {config}")
-    model.fingerprint = {
+    record_of(model).fingerprint = {
         "model": settings_fingerprint(parsed.model.to_dict()),
         "weights": weights_fingerprint(model.state_dict()),
     }

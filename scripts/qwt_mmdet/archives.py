@@ -1,0 +1,100 @@
+"""Reading and writing our .pth files, and the summary in JSON that lies beside each of them.
+
+Tables and report need the summaries alone, and so neither torch nor mmdet.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import QwtError
+from .files import read_json, write_atomically, write_json
+
+WARMUP_FORMAT = "qwt-mmdet warmup 2"
+COMPENSATION_FORMAT = "qwt-mmdet compensation 2"
+
+SUMMARY_KEYS = ("format", "fingerprint", "settings", "summary", "provenance")
+"""What of an archive is plain values, for people and for reports."""
+
+
+def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) -> dict[str, Any]:
+    """Read one of our .pth files without running any code that it may hold.
+
+    Raises:
+        QwtError: missing, truncated, of another kind or of another format version.
+    """
+    import torch  # takes seconds; summaries are read without it
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise QwtError(f"The {what} file {path} does not exist; check the path.") from None
+    except Exception as error:
+        raise QwtError(
+            f"The {what} file {path} cannot be read ({type(error).__name__}); it is truncated or no "
+            "file of this tool, so delete it and let the workflow make it again."
+        ) from error
+    _check_format(content, path, expected_format, what)
+    return content
+
+
+def save_archive(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write tensors and plain values as a .pth, whole or not at all.
+
+    The file is read back before it gets its name: what is not a tensor or a plain value raises here,
+    not at the next user.
+    """
+    import torch
+
+    with write_atomically(path) as partial:
+        with open(partial, "wb") as stream:
+            # Saving to a stream keeps the file's name out of it: equal content gives equal bytes.
+            torch.save(content, stream)
+        torch.load(partial, weights_only=True)
+
+
+def summary_path(path: str | os.PathLike[str]) -> Path:
+    """Where the summary of an archive lies: beside it, with the ending .json."""
+    return Path(path).with_suffix(".json")
+
+
+def save_with_summary(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write an archive, and what of it is plain values to a JSON file beside it."""
+    save_archive(content, path)
+    _write_summary(content, path)
+
+
+def read_summary(path: str | os.PathLike[str], expected_format: str, what: str) -> dict[str, Any]:
+    """Read the summary of the archive ``path``, without the archive.
+
+    Raises:
+        QwtError: it is missing, not JSON, of another kind or of another format version.
+    """
+    content = read_json(summary_path(path), what=f"summary of the {what} file")
+    _check_format(content, summary_path(path), expected_format, what)
+    return content
+
+
+def _check_format(
+    content: Any, path: str | os.PathLike[str], expected_format: str, what: str
+) -> None:
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != expected_format:
+        raise QwtError(
+            f"{path} is not a {what} file of this version (format {found!r}, expected "
+            f"{expected_format!r}); delete it and let the workflow make it again."
+        )
+
+
+def copy_with_summary(
+    source: str | os.PathLike[str], path: str | os.PathLike[str], expected_format: str, what: str
+) -> None:
+    """Copy an archive byte for byte, and write its summary beside the copy."""
+    content = load_archive(source, expected_format, what)
+    with write_atomically(path) as partial:
+        partial.write_bytes(Path(source).read_bytes())
+    _write_summary(content, path)
+
+
+def _write_summary(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    write_json(summary_path(path), {key: content[key] for key in SUMMARY_KEYS}, indent=1)

@@ -1,0 +1,250 @@
+"""Calibration: the passes that turn a model with quantizers into one that computes quantized."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..detectors.forward import forward_scope
+from ..errors import QwtError
+from ..progress import progress
+from ..record import NotQuantized, Quantization, quantization_of
+from .convert import (
+    UNITS,
+    activation_quantizers,
+    full_precision,
+    matching_override,
+    quantized_layers,
+)
+from .folding import apply_fold, factors
+from .migration import migrate_scales
+from .moments import InputMoments, measure_inputs
+from .noise import count_multiply_adds, measure_noise
+from .quantizer import ActivationQuantizer
+from .ranges import RangeObserver
+from .rounding import rounding_by_name
+from .weights import quantize_weight
+
+logger = logging.getLogger(__name__)
+
+NOISE_IMAGES = 8
+"""Calibration images that the signal-to-noise ratios of the report are measured on."""
+
+
+@dataclass
+class Calibration:
+    """What the passes hand on.
+
+    Attributes:
+        first: name of the layer that runs first.
+        observers: what each activation quantizer has seen.
+        shares: by name of a module that is not quantized its share of the multiply-adds, in percent.
+        moments: of the inputs of each layer, as far as rounding and bias correction ask for them.
+    """
+
+    model: nn.Module
+    loader: Iterable[dict[str, Any]]
+    noise_images: int
+    first: str | None = None
+    observers: dict[ActivationQuantizer, RangeObserver] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    moments: dict[nn.Module, InputMoments] = field(default_factory=dict)
+
+    @property
+    def about(self) -> Quantization:
+        """The model's own record, which the passes complete."""
+        return quantization_of(self.model)
+
+    def forward(self, batch: dict[str, Any]) -> None:
+        """Run what is in scope."""
+        forward_scope(self.model, batch, self.about.settings.scope)
+
+
+def observe(run: Calibration) -> None:
+    """Collect histograms of all activations from all images, in full precision."""
+    run.observers = {
+        quantizer: RangeObserver(name.rpartition(".")[0], quantizer.channel_axis)
+        for name, quantizer in activation_quantizers(run.model).items()
+    }
+
+    def see(quantizer: nn.Module, x: Tensor, output: Tensor) -> None:
+        run.observers[quantizer].update(x)
+
+    skipped = [entry.name for entry in run.about.not_quantized]
+    order: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name, module in quantized_layers(run.model).items()
+    ]
+    batches = 0
+    try:
+        with full_precision(run.model, dict.fromkeys(run.observers, see)):
+            for batch in progress(run.loader, "Calibrating", unit="batch"):
+                with contextlib.ExitStack() as stack:
+                    if batches == 0 and skipped:  # counting slows a pass
+                        run.shares = stack.enter_context(count_multiply_adds(run.model, skipped))
+                    run.forward(batch)
+                batches += 1
+                while handles:
+                    handles.pop().remove()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if batches == 0:
+        raise QwtError("There are no calibration images; choose at least one.")
+    run.first = order[0] if order else None
+
+
+def set_input_bits(run: Calibration) -> None:
+    """Give the layer that sees the image ``input_bits``, unless an override says otherwise."""
+    settings = run.about.settings
+    override = run.first and matching_override(run.first, settings.overrides)
+    if run.first and (not override or override.activation_bits is None):
+        run.model.get_submodule(run.first).input_quantizer.bits = settings.input_bits
+
+
+def choose_ranges(run: Calibration) -> None:
+    """Turn histograms into grids; where scales migrate, together with the weights' grids."""
+    settings = run.about.settings
+    migrating = {m.input_quantizer: m for m in quantized_layers(run.model).values() if m.migrates}
+    for quantizer in progress(run.observers, "Choosing ranges", unit="quantizer"):
+        observer = run.observers[quantizer]
+        if observer.is_empty:
+            continue
+        if quantizer in migrating:
+            migrate_scales(migrating[quantizer], observer, settings)
+        elif quantizer.logarithmic:
+            scale = observer.estimate_log_scale(quantizer.bits)
+            quantizer.set_parameters(scale, torch.zeros_like(scale))
+        else:
+            quantizer.set_range(
+                *observer.estimate(settings.range_method, quantizer.bits, settings.percentile)
+            )
+    run.observers = {}
+
+
+def fold_norms(run: Calibration) -> None:
+    """Turn ranges per channel after LayerNorms into ranges per tensor."""
+    for fold in run.about.folds:
+        quantizers = [run.model.get_submodule(name).input_quantizer for name in fold.layers]
+        first = quantizers[0]
+        if not all(quantizer.is_calibrated for quantizer in quantizers):
+            continue
+        scale, zero_point, factor, shift = factors(first.scale, first.zero_point)
+        for quantizer in quantizers:  # they have all seen the same values
+            quantizer.set_parameters(scale, zero_point)
+        apply_fold(run.model, fold, factor, shift)
+
+
+def measure_moments(run: Calibration) -> None:
+    """Measure the quantized inputs of all layers, in a full-precision pass, if anything asks for it."""
+    settings = run.about.settings
+    second = rounding_by_name(settings.rounding).needs_moments
+    if not settings.bias_correction and not second:
+        return
+    layers = [layer for layer in quantized_layers(run.model).values() if layer.is_calibrated]
+    run.moments = {layer: InputMoments() for layer in layers}
+
+    def measure(layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        measure_inputs(layer, x, output, run.moments[layer], second=second)
+
+    with full_precision(run.model, dict.fromkeys(layers, measure)):
+        for batch in progress(run.loader, "Measuring quantized inputs", unit="batch"):
+            run.forward(batch)
+
+
+def quantize_weights(run: Calibration) -> None:
+    """Choose grids, codes and bias corrections of all weights; the weights themselves stay."""
+    layers = [layer for layer in quantized_layers(run.model).values() if layer.is_calibrated]
+    for layer in progress(layers, "Quantizing weights", unit="layer"):
+        quantize_weight(layer, run.about.settings, run.moments.pop(layer, None))
+
+
+def measure_layers(run: Calibration) -> None:
+    """Measure the noise of every layer alone, on the first images, for the report."""
+    batches = _first_images(run.loader, run.noise_images)
+    run.about.signal_noise = measure_noise(run.model, batches, run.about.settings.scope)
+
+
+def round_weights(run: Calibration) -> None:
+    """Put the rounded values into the weights: from here on the model computes quantized."""
+    for layer in quantized_layers(run.model).values():
+        if layer.is_calibrated:
+            layer.restore_weight()
+
+
+def list_what_is_not_quantized(run: Calibration) -> None:
+    """Add what never ran, and the shares of the multiply-adds."""
+    for name, module in run.model.named_modules():
+        if isinstance(module, UNITS) and not module.is_calibrated:
+            reason = "never ran on a calibration image"
+            logger.warning("%s %s and is not quantized; it raises if it runs later.", name, reason)
+            run.about.not_quantized.append(NotQuantized(name, type(module).__name__, reason))
+    run.about.not_quantized = [
+        dataclasses.replace(entry, multiply_adds_percent=run.shares.get(entry.name))
+        for entry in run.about.not_quantized
+    ]
+
+
+RANGE_PASSES: tuple[Callable[[Calibration], None], ...] = (
+    observe,
+    set_input_bits,  # needs to know which layer ran first, and comes before any grid
+    choose_ranges,
+    fold_norms,  # changes weights, so it comes before all that looks at them
+)
+PASSES: tuple[Callable[[Calibration], None], ...] = (
+    *RANGE_PASSES,
+    measure_moments,  # of inputs on their grids
+    quantize_weights,
+    measure_layers,  # full-precision weights and codes side by side
+    round_weights,
+    list_what_is_not_quantized,
+)
+"""Calibration, step by step, in order."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, loader: Iterable[dict[str, Any]], *, noise_images: int = NOISE_IMAGES
+) -> nn.Module:
+    """Find all ranges on calibration images, in full precision, then quantize the weights.
+
+    Args:
+        model: from :func:`.convert.quantize_model`.
+        loader: batches as mmdet's test step takes them. It is gone through once for the ranges and,
+            where rounding or bias correction look at the inputs, once more for their moments; its first
+            images once more for the ratio of signal to noise of every layer.
+        noise_images: number of these, in whole batches.
+
+    Returns:
+        ``model``, ready to run quantized.
+
+    Raises:
+        QwtError: no image came, or an activation is not finite.
+    """
+    run = Calibration(model, loader, noise_images)
+    for step in PASSES:
+        step(run)
+    return model
+
+
+@torch.no_grad()
+def find_ranges(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
+    """The first part of :func:`calibrate`: run all images in full precision and choose the ranges."""
+    run = Calibration(model, loader, 0)
+    for step in RANGE_PASSES:
+        step(run)
+
+
+def _first_images(loader: Iterable[dict[str, Any]], images: int) -> Iterator[dict[str, Any]]:
+    """Batches until they hold so many images."""
+    for batch in loader:
+        if images <= 0:
+            return
+        yield batch
+        images -= len(batch["inputs"])

@@ -1,0 +1,75 @@
+"""Scale migration: scales per input channel of a convolution, which the weights take up.
+
+Quiet channels waste the codes of a common scale. With scales of their own the weights have to take up
+how the scales differ, and are harder to round (SmoothQuant, Xiao et al., arXiv 2211.10438, with one
+strength for all layers). Here ranges go from the tensor's to the channel's by powers,
+range_tensor^(1 − a) · range_channel^a, and each layer takes the strength a with the smallest expected
+error of its output,
+
+    Σ_c (Σ W_c² · E[(x_c − x̂_c)²] + Σ (W_c − Ŵ_c)² · E[x_c²])
+
+over input channels c, as if errors were not correlated, with Ŵ rounded to the nearest and deviations
+from the mean in the place of x_c where biases are corrected.
+"""
+
+import torch
+from torch import Tensor
+
+from ..settings import QuantizationSettings
+from .layers import QuantizedConv2d
+from .primitives import fake_quantize, quantization_parameters
+from .ranges import RangeObserver, weight_range
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""From one scale for all input channels to one for each."""
+
+
+@torch.no_grad()
+def migrate_scales(
+    layer: QuantizedConv2d, observer: RangeObserver, settings: QuantizationSettings
+) -> None:
+    """Choose how far the scale of a convolution's input goes with its channels; set the grid.
+
+    Args:
+        observer: what the input's quantizer has seen, channel by channel.
+    """
+    quantizer = layer.input_quantizer
+    channel, tensor = (
+        seen.estimate(settings.range_method, quantizer.bits, settings.percentile)
+        for seen in (observer, observer.pooled())
+    )
+    silent = (channel[0] == 0) & (channel[1] == 0)  # their scale would say nothing
+    channel = [torch.where(silent, t, c) for t, c in zip(tensor, channel, strict=True)]
+    power = observer.mean_square(centred=settings.bias_correction)
+    energy = _by_input_channel(layer, layer.weight.square())
+    best = float("inf")
+    for strength in STRENGTHS:
+        low, high = (
+            sign
+            * (sign * whole).clamp(min=0) ** (1 - strength)
+            * (sign * own).clamp(min=0) ** strength
+            for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
+        )
+        quantizer.scale, quantizer.zero_point = quantization_parameters(low, high, quantizer.bits)
+        error = energy @ observer.mean_error(low, high, quantizer.bits)
+        factor = layer.input_factor()
+        weight = layer.weight * factor
+        limits = weight_range(weight, settings.weight_range, layer.weight_bits, settings.percentile)
+        grid = [
+            parameter[:, None, None, None]
+            for parameter in quantization_parameters(*limits, layer.weight_bits)
+        ]
+        lost = (fake_quantize(weight, *grid, layer.weight_bits) - weight) / factor
+        error += _by_input_channel(layer, lost.square()) @ power
+        if error < best:
+            best, found = error, (quantizer.scale, quantizer.zero_point, strength)
+    scale, zero_point, strength = found
+    if strength == 0:
+        scale, zero_point = scale[:1], zero_point[:1]
+    quantizer.set_parameters(scale, zero_point)
+
+
+def _by_input_channel(layer: QuantizedConv2d, weight: Tensor) -> Tensor:
+    """Sum a tensor of the weight's shape over all but the input channels: [in], float64."""
+    grouped = weight.double().unflatten(0, (layer.groups, -1))
+    return grouped.sum((1, 3, 4)).flatten()

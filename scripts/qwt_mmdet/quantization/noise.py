@@ -1,0 +1,89 @@
+"""How much noise quantization puts on each layer, and what stays in full precision."""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..detectors.forward import forward_scope
+from .attention import QuantizedAttention
+from .convert import full_precision, quantized_layers
+from .quantizer import ActivationQuantizer
+
+
+class SignalNoise:
+    """Streaming signal-to-quantization-noise ratio of a tensor."""
+
+    def __init__(self) -> None:
+        self.signal = 0.0
+        self.noise = 0.0
+
+    def update(self, full: Tensor, quantized: Tensor) -> None:
+        """Add a tensor as it should be and as it is, of any (equal) shape."""
+        self.signal += float(full.square().sum(dtype=torch.float64))
+        self.noise += float((full - quantized).square_().sum(dtype=torch.float64))
+
+    def decibels(self) -> float | None:
+        """10 log10(signal / noise), or None where one of them is 0."""
+        if self.noise == 0 or self.signal == 0:
+            return None
+        return 10 * math.log10(self.signal / self.noise)
+
+
+def measure_noise(
+    model: nn.Module, batches: Iterable[dict[str, Any]], scope: str
+) -> dict[str, float | None]:
+    """Signal-to-quantization-noise ratio in dB of every layer's output and attention's operands.
+
+    Each is quantized alone: its input is what the full-precision model computes.
+    """
+    names: dict[nn.Module, str] = {
+        layer: name for name, layer in quantized_layers(model).items() if layer.is_calibrated
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedAttention) and module.is_calibrated:
+            for operand, quantizer in zip(module.operands, module.quantizers(), strict=True):
+                names[quantizer] = f"{name} ({operand})"
+    noise = {module: SignalNoise() for module in names}
+
+    def measure(module: nn.Module, x: Tensor, output: Tensor) -> None:
+        operand = isinstance(module, ActivationQuantizer)
+        quantized = module.quantized(x) if operand else module.quantized_output(x)
+        noise[module].update(output, quantized)
+
+    with full_precision(model, dict.fromkeys(names, measure)):
+        for batch in batches:
+            forward_scope(model, batch, scope)
+    return {name: noise[module].decibels() for module, name in names.items()}
+
+
+@contextlib.contextmanager
+def count_multiply_adds(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, float]]:
+    """Count convolutions and matrix products inside.
+
+    Afterwards the dictionary holds the share of each module in ``names`` in percent of all, as far as
+    torch's counter knows any in it.
+    """
+    start: dict[str, int] = {}
+    spent: Counter[str] = Counter()
+    shares: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        for name in names:
+
+            def enter(*_: Any, name: str = name) -> None:
+                start[name] = counter.get_total_flops()
+
+            def leave(*_: Any, name: str = name) -> None:
+                spent[name] += counter.get_total_flops() - start[name]
+
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        yield shares
+    shares.update({n: 100 * v / counter.get_total_flops() for n, v in spent.items() if v})

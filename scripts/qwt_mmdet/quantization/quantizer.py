@@ -1,0 +1,82 @@
+"""The quantizer of an activation: a module that holds a grid and applies it."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .primitives import fake_quantize, fake_quantize_log_sqrt2, quantization_parameters
+
+Watch = Callable[[nn.Module, Tensor, Tensor], None]
+"""Called with a layer or quantizer, its input and its output whenever it has run with ``enabled`` off."""
+
+
+class ActivationQuantizer(nn.Module):
+    """The grid of one activation tensor: it is found by calibration, kept here and applied.
+
+    Args:
+        name: of the layer and input, for messages.
+        bits: 2 to 8.
+        channel_axis: axis with a scale per channel, or None for one scale per tensor.
+        logarithmic: powers of √2 in place of a uniform grid, for values from 0 such as attention
+            probabilities.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bits: int,
+        channel_axis: int | None = None,
+        *,
+        logarithmic: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.bits = bits
+        self.channel_axis = channel_axis
+        self.logarithmic = logarithmic
+        self.enabled = True
+        self.watch: Watch | None = None
+        self.register_buffer("scale", None)
+        self.register_buffer("zero_point", None)
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.scale is not None
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Set scale and zero point from a clipping range of shape [channels] or [1]."""
+        self.set_parameters(*quantization_parameters(low, high, self.bits))
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale and zero point, [channels] or, for one grid of the whole tensor, [1]."""
+        self.scale, self.zero_point = scale, zero_point
+        if scale.numel() == 1:
+            self.channel_axis = None
+
+    def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Return ``x`` on its grid (when disabled: ``x`` itself).
+
+        Args:
+            overwrite: nobody else needs ``x``; the result may take its place.
+        """
+        if not self.enabled:
+            if self.watch is not None:
+                self.watch(self, x, x)
+            return x
+        if self.scale is None:
+            raise RuntimeError(
+                f"{self.name} runs now but did not run on any calibration image, so it has no "
+                "range; use more calibration images or exclude it with an override (skip: true)."
+            )
+        return self.quantized(x, overwrite=overwrite)
+
+    def quantized(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Return ``x`` on its grid, also when disabled."""
+        if self.logarithmic:
+            return fake_quantize_log_sqrt2(x, self.scale, self.bits, overwrite=overwrite)
+        scale, zero_point = self.scale, self.zero_point
+        if self.channel_axis is not None:
+            shape = [1] * x.dim()
+            shape[self.channel_axis] = -1
+            scale, zero_point = scale.view(shape), zero_point.view(shape)
+        return fake_quantize(x, scale, zero_point, self.bits, overwrite=overwrite)

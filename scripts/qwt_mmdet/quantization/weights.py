@@ -1,0 +1,69 @@
+"""From full-precision weights to integer codes: grid, rounding and bias correction of one layer."""
+
+import torch
+from torch import Tensor, nn
+
+from ..settings import QuantizationSettings
+from .layers import QuantizedConv2d, QuantizedLinear
+from .moments import MAX_COLUMNS, InputMoments
+from .primitives import quantization_parameters
+from .ranges import weight_range
+from .rounding import rounding_by_name
+
+
+@torch.no_grad()
+def quantize_weight(
+    layer: QuantizedLinear | QuantizedConv2d,
+    settings: QuantizationSettings,
+    moments: InputMoments | None,
+) -> None:
+    """Choose grids and codes of a layer's weights, per output channel, and correct its bias.
+
+    With a bias correction, a rounding that looks at the inputs is left with their deviations from the
+    mean, and minimises the error of those.
+
+    Args:
+        moments: of the inputs; None where neither rounding nor bias correction asks for them.
+    """
+    bits, factor = layer.weight_bits, layer.input_factor()
+    weight = layer.weight * factor
+    limits = weight_range(weight, settings.weight_range, bits, settings.percentile)
+    scale, zero_point = quantization_parameters(*limits, bits)
+    rounding = rounding_by_name(settings.rounding)
+    grouped, factors = (
+        w.flatten(1).unflatten(0, (layer.weight_groups, -1))
+        for w in (weight, factor.expand_as(weight))
+    )
+    second = None
+    if rounding.needs_moments and moments is not None:
+        # The weights have taken up the factors, so the inputs have lost them.
+        parts = factors[:, 0].double().split(MAX_COLUMNS, dim=1)
+        second = [
+            m / (f[:, :, None] * f[:, None])
+            for f, m in zip(parts, moments.second(centred=settings.bias_correction), strict=True)
+        ]
+    grids = [parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point)]
+    codes = rounding.function(grouped, *grids, bits, second).view_as(weight)
+    layer.weight_codes, layer.weight_scale, layer.weight_zero_point = codes, scale, zero_point
+    if moments is not None and settings.bias_correction:
+        layer.bias_correction = bias_shift(layer, moments)
+
+
+def bias_shift(layer: QuantizedLinear | QuantizedConv2d, moments: InputMoments) -> Tensor:
+    """The mean of what quantization takes from a layer's output, [out], float32.
+
+    W E[x] − Wq E[xq] (after Nagel et al., arXiv 1906.04721, section 4.2).
+    """
+    full, quantized = moments.means()
+    expected = _mean_output(layer, layer.weight.double(), full)
+    found = _mean_output(layer, layer.rounded_weight().double(), quantized)
+    return (expected - found).float()
+
+
+def _mean_output(layer: QuantizedLinear | QuantizedConv2d, weight: Tensor, mean: Tensor) -> Tensor:
+    """The mean output [out] for the mean of what the weights are multiplied with (see InputMoments)."""
+    if not isinstance(layer, nn.Conv2d):
+        return weight @ mean
+    grouped = mean.view(layer.groups, -1, *mean.shape[1:])
+    weight = weight.view(layer.groups, -1, *weight.shape[1:])
+    return torch.einsum("goihw,gihw->go", weight, grouped).flatten()

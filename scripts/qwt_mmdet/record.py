@@ -1,0 +1,79 @@
+"""What a detector of ours carries beside its modules: one typed object.
+
+mmdet's own functions also look for ``cfg`` and ``dataset_meta`` on a model; these two stay where mmdet
+expects them.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .errors import QwtError
+from .settings import QuantizationSettings
+
+if TYPE_CHECKING:
+    from .quantization.folding import Fold
+
+
+@dataclass(frozen=True)
+class NotQuantized:
+    """A module with weights or matrix products that stays in full precision, and why.
+
+    Args:
+        multiply_adds_percent: its share in the convolutions and matrix products of all that is in
+            scope; None where torch's counter knows none in it (mmcv's own operators).
+    """
+
+    name: str
+    type: str
+    reason: str
+    multiply_adds_percent: float | None = None
+
+
+@dataclass
+class Quantization:
+    """What is known of a quantized detector.
+
+    Attributes:
+        settings: that it was quantized with.
+        folds: LayerNorms whose ranges per channel fold into the layers around them.
+        not_quantized: what stays in full precision.
+        signal_noise: signal-to-quantization-noise ratio in dB of each layer and each operand of attention,
+            None where there is no noise; empty before calibration.
+    """
+
+    settings: QuantizationSettings
+    folds: list["Fold"] = field(default_factory=list)
+    not_quantized: list[NotQuantized] = field(default_factory=list)
+    signal_noise: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """What a detector carries.
+
+    Attributes:
+        fingerprint: hashes of its config and of its full-precision weights, by ``model`` and ``weights``.
+        quantization: None while it is in full precision.
+    """
+
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
+
+
+def record_of(model: nn.Module) -> Record:
+    """The model's record; an empty one is made where there is none."""
+    return vars(model).setdefault("qwt_record", Record())
+
+
+def quantization_of(model: nn.Module) -> Quantization:
+    """What is known of a quantized model.
+
+    Raises:
+        QwtError: it is in full precision.
+    """
+    found = record_of(model).quantization
+    if found is None:
+        raise QwtError("This model is not quantized; call quantize_model or load_warmup first.")
+    return found
