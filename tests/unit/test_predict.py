@@ -40,6 +40,11 @@ def test_classes_that_differ_show_both_lists(classes):
         category_ids(classes, CATEGORIES)
 
 
+def test_a_model_without_class_names_says_where_they_go():
+    with pytest.raises(QwtError, match=r"set test_dataloader\.dataset\.metainfo\.classes"):
+        category_ids(None, CATEGORIES)
+
+
 def test_boxes_become_x_y_width_height():
     first, second = detections(instances(), 42, [3, 7])
     assert first == {"image_id": 42, "category_id": 7, "bbox": [1, 2, 3, 6], "score": 0.5}

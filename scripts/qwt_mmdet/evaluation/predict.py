@@ -15,12 +15,17 @@ from ..files import read_json
 from ..progress import progress
 
 
-def category_ids(classes: Iterable[str], annotations: dict[str, Any]) -> list[int]:
+def category_ids(classes: Iterable[str] | None, annotations: dict[str, Any]) -> list[int]:
     """COCO category id of each of the model's labels, matched by name.
 
     Raises:
-        QwtError: the model has a class that the annotations lack, or the reverse.
+        QwtError: the model has a class that the annotations lack, or the reverse; or no names are known.
     """
+    if classes is None:
+        raise QwtError(
+            "The model config names no classes, and neither does the class of its test data set; set "
+            "test_dataloader.dataset.metainfo.classes."
+        )
     classes = list(classes)
     by_name = {category["name"]: category["id"] for category in annotations["categories"]}
     missing = [name for name in classes if name not in by_name]
