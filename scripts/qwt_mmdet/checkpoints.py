@@ -92,7 +92,12 @@ def fetch_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> OrderedDict[str, Tensor]:
-    """Read the weights of a checkpoint file; nothing that is in the file is run.
+    """Read the weights of a checkpoint file; see :func:`read_checkpoint`."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[OrderedDict[str, Tensor], list[str] | None]:
+    """Read the weights and the class names of a checkpoint file; nothing that is in the file is run.
 
     Understands what :func:`fetch_checkpoint` writes, safetensors, OpenMMLab files (``state_dict``),
     files with the weights under another of the names in ``WEIGHTS`` or ``AVERAGES``, and bare state
@@ -102,7 +107,8 @@ def load_checkpoint(path: str | Path) -> OrderedDict[str, Tensor]:
 
     Returns:
         Tensors on the CPU by parameter name, without the prefixes in ``WRAPPERS``. ``_metadata``,
-        where modules look up of which version their keys are, is kept if the file has it.
+        where modules look up of which version their keys are, is kept if the file has it. And the
+        class names that the file carries, in the order of the labels; None without any.
 
     Raises:
         QwtError: the file is missing, damaged, refused, or holds no weights or such that are not
@@ -111,7 +117,7 @@ def load_checkpoint(path: str | Path) -> OrderedDict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise QwtError(f"The checkpoint {path} does not exist; check the path.")
-    return _read(path, str(path))[0]
+    return _read(path, str(path))
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

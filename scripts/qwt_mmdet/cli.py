@@ -444,30 +444,37 @@ def _check_cuda() -> None:
 def validate(
     config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
 ) -> None:
-    """Check a config of the workflow, its model configs and its local files; run nothing."""
+    """Check a config of the workflow, its models and its local files; run nothing.
+
+    Each model is built, with the checkpoint if that is here, and its classes are compared with those
+    of the annotations.
+    """
     with _plain_errors():
         from .annotations import read_annotations
-        from .detectors.build import dataset_classes, read_config
+        from .detectors.build import load_detector, random_detector
+        from .detectors.classes import category_ids
 
         resolved = _read_config(config)
         _check_files(resolved)
-        categories = {}
+        evaluated = {}
         for name, dataset in resolved["datasets"].items():
-            if "root" not in dataset:
-                continue
-            for part in ("calibration", "evaluation"):
-                path = Path(dataset["root"], dataset[part]["annotations"])
-                found = read_annotations(path, labelled=part == "evaluation")
-                categories[name] = [category["name"] for category in found["categories"]]
+            if "root" in dataset:
+                for part in ("calibration", "evaluation"):
+                    path = Path(dataset["root"], dataset[part]["annotations"])
+                    evaluated[name] = read_annotations(path, labelled=part == "evaluation")
         for name, model in resolved["models"].items():
-            classes = dataset_classes(read_config(model["config"], model["config_options"]))
-            known = categories.get(model["dataset"])
-            if known is not None and classes is not None and set(known) != set(classes):
-                raise QwtError(
-                    f"models.{name} has the classes {', '.join(classes)}, but its data set "
-                    f"{model['dataset']} has {', '.join(known)}; use a data set with the model's "
-                    "classes, or set metainfo.classes in the model config."
-                )
+            options = model["config_options"]
+            try:
+                if is_url(model["checkpoint"]):
+                    built = random_detector(model["config"], options)
+                else:
+                    built = load_detector(
+                        model["config"], model["checkpoint"], config_options=options
+                    )
+                if model["dataset"] in evaluated:
+                    category_ids(built.dataset_meta["classes"], evaluated[model["dataset"]])
+            except QwtError as error:
+                raise QwtError(f"models.{name}: {error}") from error
         rows = combinations(resolved)
         typer.echo(tabulate(rows, ("model", "quantization", "compensation")))
         typer.echo(f"\n{config} is sound: {len(rows)} combinations.")

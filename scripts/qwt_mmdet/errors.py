@@ -24,3 +24,13 @@ def unknown_name(key: str, name: str, table: Iterable[str]) -> QwtError:
         f"{key} is {name!r}, which is not registered{suggestion(name, known) or '.'} Known: "
         f"{', '.join(known)}."
     )
+
+
+LONGEST_REASON = 300
+
+
+def reason(error: BaseException) -> str:
+    """Type and first line of another library's error, short enough to stand in a sentence."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0].strip()}".rstrip(".: ")
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-from mmdet.apis import inference_detector
+import torch
+from mmcv.transforms import Compose
 from mmdet.visualization import DetLocalVisualizer
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from .errors import QwtError
 from .evaluation.predict import detections, finite
 from .files import write_json
+from .loaders import inference_pipeline
 from .progress import progress
 
 logger = logging.getLogger(__name__)
@@ -22,6 +26,7 @@ def run_on_images(
 ) -> int:
     """Detect on images; write drawings and the results in COCO's format.
 
+    Images go through the model's own test pipeline, which also reads them.
     Writes ``folder``/pictures/{number}_{name}.jpg, predictions.json (COCO results; category ids are
     the model's labels from 1) and images.json (ids, names and sizes of images, and categories).
 
@@ -35,6 +40,8 @@ def run_on_images(
     Raises:
         QwtError: an image cannot be read.
     """
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        pipeline = Compose(inference_pipeline(model.cfg))
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = model.dataset_meta
     classes = model.dataset_meta["classes"]
@@ -45,7 +52,9 @@ def run_on_images(
         image = cv2.imread(str(path))
         if image is None:
             raise QwtError(f"The image {path} cannot be read; convert it to JPEG or PNG.")
-        sample = inference_detector(model, image)
+        data = pipeline({"img_path": str(path), "img_id": number})
+        with torch.no_grad():
+            (sample,) = model.test_step(pseudo_collate([data]))
         instances = finite(sample.pred_instances)
         if lost := len(sample.pred_instances) - len(instances):
             logger.warning("%s: %d detections are NaN or infinite and left out.", path, lost)

@@ -1,13 +1,13 @@
 """Images as the model's own test pipeline prepares them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmcv.transforms import Compose
 from mmdet.registry import TRANSFORMS  # noqa: F401  (its import registers mmdet's transforms)
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader, Dataset
@@ -15,20 +15,65 @@ from torch.utils.data import DataLoader, Dataset
 from .annotations import read_annotations
 from .errors import QwtError
 
+AUGMENTATION = ("TestTimeAug", "MultiScaleFlipAug")
 NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations
 
 
+def test_datasets(config: Config) -> list[tuple[str, ConfigDict]]:
+    """The config's test data sets, without what wraps them, by their key in the config."""
+
+    def unwrapped(path: str, dataset: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+        if "dataset" in dataset:
+            yield from unwrapped(f"{path}.dataset", dataset.dataset)
+        elif "datasets" in dataset:
+            for number, part in enumerate(dataset.datasets):
+                yield from unwrapped(f"{path}.datasets.{number}", part)
+        else:
+            yield path, dataset
+
+    return list(unwrapped("test_dataloader.dataset", config.test_dataloader.dataset))
+
+
+def step_name(step: Mapping[str, Any]) -> str:
+    """Name of a transform's class, without its module or registry."""
+    return getattr(step["type"], "__name__", str(step["type"])).split(".")[-1]
+
+
 def inference_pipeline(config: Config) -> list[dict[str, Any]]:
-    """The config's test pipeline without the steps that load ground truth."""
-    dataset = config.test_dataloader.dataset
-    while "dataset" in dataset:
-        dataset = dataset.dataset
+    """The config's test pipeline without the steps that load ground truth.
+
+    Raises:
+        QwtError: there is none, several data sets have different ones, or it needs more than an image.
+    """
+    (place, dataset), *others = test_datasets(config)
     pipeline = dataset.get("pipeline") or config.get("test_pipeline")
     if not pipeline:
+        raise QwtError(f"The model config has no test pipeline; add {place}.pipeline.")
+    for other, another in others:
+        if another.get("pipeline", pipeline) != pipeline:
+            raise QwtError(
+                f"{place}.pipeline and {other}.pipeline differ, but all images go through one "
+                "pipeline; leave one data set in test_dataloader."
+            )
+    names = [step_name(step) for step in pipeline]
+    for name in names:
+        if name in AUGMENTATION:
+            raise QwtError(
+                f"The test pipeline has {name}, which makes several images of one (test-time "
+                f"augmentation); set {place}.pipeline in the model config to a pipeline without it, "
+                "such as its test_pipeline."
+            )
+    if "LoadProposals" in names:
         raise QwtError(
-            "The model config has no test pipeline; add test_dataloader.dataset.pipeline."
+            "The test pipeline has LoadProposals: the detector needs a file of proposals that another "
+            "model made; take a config that makes its own, such as "
+            "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py."
         )
-    return [step for step in pipeline if not str(step["type"]).endswith("LoadAnnotations")]
+    return [
+        step
+        for step, name in zip(pipeline, names, strict=True)
+        if not name.endswith("LoadAnnotations")
+    ]
 
 
 def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -36,8 +81,7 @@ def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> lis
     suffix = "_ignore_orientation"
     steps = []
     for step in pipeline:
-        name = getattr(step["type"], "__name__", str(step["type"])).split(".")[-1]
-        if name == "LoadImageFromFile" and "exif" in info:
+        if step_name(step) == "LoadImageFromFile" and "exif" in info:
             color = step.get("color_type", "color")
             turns = color != "unchanged" and step.get("imdecode_backend") not in NEVER_TURN
             if turns:

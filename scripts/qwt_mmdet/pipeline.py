@@ -22,6 +22,7 @@ from .archives import WARMUP_FORMAT, copy_with_summary
 from .compensation.fit import fit_compensation
 from .compensation.state import load_compensation, save_compensation
 from .detectors.build import load_detector
+from .detectors.classes import category_ids
 from .errors import QwtError
 from .evaluation.coco import coco_metrics, load_ground_truth
 from .evaluation.predict import predict
@@ -115,7 +116,10 @@ def evaluate_detector(
         QwtError: the classes of model and annotations differ, or a detector that is not quantized
             makes no detection or one that is not finite.
     """
-    load_ground_truth(annotations, masks=model.with_mask)  # a fault in it is told before the work
+    classes = model.dataset_meta["classes"]
+    # what is wrong with the annotations is told before the work
+    category_ids(classes, read_json(annotations, what="annotation file"))
+    load_ground_truth(annotations, masks=model.with_mask, classes=classes)
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
     found = predict(model, loader, annotations, total=len(loader.dataset))
     quantized = record_of(model).quantization is not None
@@ -129,7 +133,7 @@ def evaluate_detector(
             "There is not a single detection of the full-precision model, although the images contain "
             "objects; check the checkpoint, the classes and the preprocessing."
         )
-    metrics = coco_metrics(annotations, found.records, masks=found.masks)
+    metrics = coco_metrics(annotations, found.records, masks=found.masks, classes=classes)
     metrics["collapsed"] = quantized and metrics["bbox"]["AP"] == 0
     metrics["not_finite"] = found.not_finite
     return metrics, found.records

@@ -9,6 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.evaluation.bootstrap import bootstrap
 from qwt_mmdet.evaluation.coco import METRICS, coco_metrics
 from random_detections import compressed, detection, one_object, random_detections, write
 
@@ -47,6 +48,22 @@ def test_numbers_are_those_of_pycocotools(tmp_path, scores):
             expected = precision.mean() if precision.min() > -1 else None
             assert metrics["per_class"][f"class {category}"][iou_type] == expected
     assert metrics["images"] == 8
+
+
+def test_some_classes_are_measured_as_if_the_file_had_no_others(tmp_path):
+    content, predictions = random_detections(images=8, detections=25, classes=4, seed=3)
+    few = copy.deepcopy(content)
+    few["categories"] = few["categories"][1:3]
+    kept = [category["id"] for category in few["categories"]]
+    few["annotations"] = [a for a in few["annotations"] if a["category_id"] in kept]
+    found = [record for record in predictions if record["category_id"] in kept]
+    classes = [category["name"] for category in few["categories"]] + ["a class without objects"]
+    expected = coco_metrics(write(tmp_path, few, "few.json"), found, masks=True)
+    path = write(tmp_path, content)
+    assert coco_metrics(path, found, masks=True, classes=classes) == expected
+    statistics = bootstrap(path, {"a": found}, masks=True, classes=classes, resamples=10)
+    for kind in ("bbox", "segm"):
+        assert statistics.values["a"][kind]["AP"] == pytest.approx(expected[kind]["AP"], abs=1e-9)
 
 
 def test_more_than_a_hundred_detections_of_a_class_are_cut(tmp_path):

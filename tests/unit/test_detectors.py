@@ -1,14 +1,17 @@
+import cv2
+import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from qwt_mmdet.checkpoints import fetch_checkpoint
 from qwt_mmdet.detectors.build import (
-    dataset_classes,
     load_detector,
     random_detector,
     read_config,
     resolve_config,
 )
-from qwt_mmdet.errors import QwtError
+from qwt_mmdet.errors import LONGEST_REASON, QwtError, reason
+from qwt_mmdet.inference import run_on_images
 from qwt_mmdet.record import record_of
 
 NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
@@ -53,10 +56,13 @@ def test_broken_and_incomplete_configs_are_named(tmp_path):
             "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py",
             "semi-supervised",
         ),
+        ("fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py", "proposals that another model made"),
+        ("rpn/rpn_r50_fpn_1x_coco.py", "region proposals"),
+        ("glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py", "transformers"),
     ],
 )
 def test_other_tasks_are_refused(config, task):
-    with pytest.raises(QwtError, match=f"{task}.*give"):
+    with pytest.raises(QwtError, match=rf"{task}.*(give|take|cannot)"):
         read_config(config)
 
 
@@ -113,14 +119,87 @@ def test_fcos_with_the_names_of_mmdet_1(tmp_path):
 
 
 def test_number_of_classes_that_differs_is_a_shape_mismatch(checkpoint):
+    options = {
+        "model.bbox_head.num_classes": 3,
+        "test_dataloader.dataset.metainfo.classes": ["a", "b", "c"],
+    }
     with pytest.raises(QwtError, match=r"multi_level_conv_cls\.0\.weight"):
-        load_detector(NANO, checkpoint, config_options={"model.bbox_head.num_classes": 3})
+        load_detector(NANO, checkpoint, config_options=options)
 
 
-def test_classes_come_from_metainfo_before_the_dataset_type():
-    config = read_config(NANO)
-    config.test_dataloader.dataset.metainfo = {"classes": ("a", "b")}
-    assert dataset_classes(config) == ("a", "b")
+def test_the_names_of_the_checkpoint_are_those_of_its_labels(tmp_path):
+    options = {"model.bbox_head.num_classes": 2}
+    path = tmp_path / "two.pth"
+    names = {"test_dataloader.dataset.metainfo.classes": ["cat", "dog"]}
+    state = random_detector(NANO, options | names).state_dict()
+    torch.save({"state_dict": state, "meta": {"dataset_meta": {"classes": ("dog", "cat")}}}, path)
+    for given in ({}, names):
+        model = load_detector(NANO, path, config_options=options | given)
+        assert model.dataset_meta["classes"] == ("dog", "cat")
+    with pytest.raises(QwtError, match=r"CocoDataset has 80 classes.*2 outputs"):
+        random_detector(NANO, options)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("model = dict(bbox_head=dict(type='NoSuchHead'))", "cannot be built.*NoSuchHead"),
+        ("custom_imports = dict(imports=['no_such_module.part'])", "Python module no_such_module"),
+        ("custom_imports = dict(imports=['mmpretrain.models'])", "pip install mmpretrain"),
+        (
+            "test_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'),"
+            "dict(type='TestTimeAug', transforms=[])]))",
+            r"TestTimeAug.*set test_dataloader\.dataset\.pipeline",
+        ),
+        ("model = dict(_delete_=True, type='DetTTAModel')", "test-time augmentation"),
+        (
+            "model = dict(data_preprocessor=dict(mean=[0.0], std=[1.0]), "
+            "backbone=dict(type='ResNet', depth=18, in_channels=1, _delete_=True))",
+            "set its color_type to 'grayscale'",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_one_short_sentence(tmp_path, lines, message):
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = {str(resolve_config(NANO))!r}\n{lines}\n")
+    with pytest.raises(QwtError, match=message) as caught:
+        random_detector(config)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + 2 * len(str(config))
+
+
+def test_a_line_of_several_thousand_letters_is_cut():
+    assert len(reason(ValueError(torch.rand(10_000).tolist()))) == LONGEST_REASON
+
+
+def test_ssd_predicts():
+    options = {"model.bbox_head.num_classes": 2}
+    options |= {"test_dataloader.dataset.metainfo.classes": ["a", "b"]}
+    model = random_detector("ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py", options)
+    batch = {"inputs": torch.rand(1, 3, 320, 320), "data_samples": [DetDataSample()]}
+    batch["data_samples"][0].set_metainfo(
+        {"img_shape": (320, 320), "ori_shape": (320, 320), "scale_factor": (1.0, 1.0)}
+    )
+    with torch.no_grad():
+        (sample,) = model.predict(batch["inputs"], batch["data_samples"])
+    assert set(sample.pred_instances.labels.tolist()) <= {0, 1}
+
+
+def test_a_detector_of_one_channel_reads_grey_images(tmp_path):
+    config = tmp_path / "grey.py"
+    config.write_text(
+        f"_base_ = {str(resolve_config('retinanet/retinanet_r18_fpn_1x_coco.py'))!r}\n"
+        "model = dict(data_preprocessor=dict(mean=[120.0], std=[60.0], bgr_to_rgb=False),"
+        "backbone=dict(in_channels=1, base_channels=8, stem_channels=8),"
+        "neck=dict(in_channels=[8, 16, 32, 64]))\n"
+        "test_dataloader = dict(dataset=dict(pipeline=["
+        "dict(type='LoadImageFromFile', color_type='grayscale'),"
+        "dict(type='Resize', scale=(64, 64), keep_ratio=True), dict(type='PackDetInputs')]))\n"
+    )
+    image = tmp_path / "image.png"
+    cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    assert run_on_images(random_detector(config), [image], tmp_path / "out") >= 0
+    assert (tmp_path / "out" / "predictions.json").is_file()
 
 
 def test_a_config_brings_modules_of_its_own(checkpoint, tmp_path, monkeypatch):

@@ -53,5 +53,5 @@ def test_the_api_reference_is_written(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "Warn" not in done.stderr, done.stderr
     assert "load_detector" in (tmp_path / "qwt_mmdet.html").read_text()
-    assert "load_detector" in (tmp_path / "qwt_mmdet" / "detectors.html").read_text()
+    assert "load_detector" in (tmp_path / "qwt_mmdet" / "detectors" / "build.html").read_text()
     assert (tmp_path / "qwt_mmdet" / "quantization" / "timm_models.html").is_file()

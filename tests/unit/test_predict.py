@@ -10,7 +10,7 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 from qwt_mmdet import pipeline
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.evaluation.predict import Predictions, category_ids, detections, predict
+from qwt_mmdet.evaluation.predict import Predictions, detections, predict
 from qwt_mmdet.pipeline import evaluate_detector
 from qwt_mmdet.record import Quantization, Record
 from qwt_mmdet.settings import QuantizationSettings
@@ -19,6 +19,7 @@ from random_detections import detection, one_object, write
 CATEGORIES = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
 
 QUANTIZED = Record(quantization=Quantization(QuantizationSettings(8, 8)))
+DETECTOR = {"cfg": {}, "with_mask": False, "dataset_meta": {"classes": ("cat",)}}
 
 
 def instances(**extra):
@@ -28,21 +29,6 @@ def instances(**extra):
         labels=torch.tensor([1, 0]),
         **extra,
     )
-
-
-def test_category_ids_are_matched_by_name_not_by_order():
-    assert category_ids(("dog", "cat"), CATEGORIES) == [3, 7]
-
-
-@pytest.mark.parametrize("classes", [("dog",), ("dog", "cat", "cow")])
-def test_classes_that_differ_show_both_lists(classes):
-    with pytest.raises(QwtError, match=f"Model: {', '.join(classes)}.*Annotations: cat, dog"):
-        category_ids(classes, CATEGORIES)
-
-
-def test_a_model_without_class_names_says_where_they_go():
-    with pytest.raises(QwtError, match=r"set test_dataloader\.dataset\.metainfo\.classes"):
-        category_ids(None, CATEGORIES)
 
 
 def test_boxes_become_x_y_width_height():
@@ -58,6 +44,11 @@ def test_masks_survive_run_length_encoding():
     for result, mask in zip(results, masks, strict=True):
         assert np.array_equal(mask_api.decode(result["segmentation"]), mask.numpy())
         assert isinstance(result["segmentation"]["counts"], str)
+
+
+def test_detections_of_classes_that_the_annotations_lack_are_left_out():
+    (only,) = detections(instances(), 42, [3, None])
+    assert only == {"image_id": 42, "category_id": 3, "bbox": [0, 0, 2, 2], "score": 0.25}
 
 
 def test_no_detection_gives_no_record():
@@ -113,9 +104,9 @@ def test_only_the_full_precision_detector_must_detect(tmp_path, monkeypatch, fou
     monkeypatch.setattr(pipeline, "make_loader", lambda *args, **kwargs: loader)
     monkeypatch.setattr(pipeline, "predict", lambda *args, **kwargs: found)
     with pytest.raises(QwtError, match=message):
-        evaluate_detector(SimpleNamespace(cfg={}, with_mask=False), path)
+        evaluate_detector(SimpleNamespace(**DETECTOR), path)
     found = found._replace(records=[], masks=True)
-    quantized = SimpleNamespace(cfg={}, with_mask=False, qwt_record=QUANTIZED)
+    quantized = SimpleNamespace(**DETECTOR, qwt_record=QUANTIZED)
     metrics, records = evaluate_detector(quantized, path)
     assert records == []
     assert metrics["collapsed"] is True
@@ -132,8 +123,6 @@ def test_a_quantized_detector_that_finds_something_has_not_collapsed(tmp_path, m
     loader = SimpleNamespace(dataset=[0])
     monkeypatch.setattr(pipeline, "make_loader", lambda *args, **kwargs: loader)
     monkeypatch.setattr(pipeline, "predict", lambda *args, **kwargs: found)
-    metrics, _ = evaluate_detector(
-        SimpleNamespace(cfg={}, with_mask=False, qwt_record=QUANTIZED), path
-    )
+    metrics, _ = evaluate_detector(SimpleNamespace(**DETECTOR, qwt_record=QUANTIZED), path)
     assert metrics["bbox"]["AP"] == pytest.approx(1)
     assert (metrics["collapsed"], metrics["not_finite"]) == (False, 7)

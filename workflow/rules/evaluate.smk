@@ -11,6 +11,8 @@ rule evaluate_baseline:
         "logs/evaluate_baseline/{model}.log",
     benchmark:
         "benchmarks/evaluate_baseline/{model}.tsv"
+    # first, since classes that do not fit show here before anything is quantized
+    priority: 1
     conda:
         "../../envs/qwt.yaml"
     threads: detector_threads

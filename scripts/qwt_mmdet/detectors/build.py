@@ -3,29 +3,40 @@
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mmdet
 from mmdet.models.backbones.trident_resnet import TridentConv
-from mmdet.registry import DATASETS, MODELS
+from mmdet.models.dense_heads import SSDHead
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from ..checkpoints import load_checkpoint, load_weights
+from ..checkpoints import load_weights, read_checkpoint
 from ..devices import use_full_precision
-from ..errors import QwtError
+from ..errors import QwtError, reason
 from ..fingerprint import settings_fingerprint, weights_fingerprint
+from ..loaders import inference_pipeline, step_name
 from ..record import record_of
+from .classes import class_names, head_outputs
 
 logger = logging.getLogger(__name__)
 
 ZOO = Path(mmdet.__file__).parent / ".mim" / "configs"
 """The configs that mmdet ships."""
 
+
+PACKAGES = {
+    "mmpretrain": "mmpretrain==1.2.0",
+    "skimage": "scikit-image",
+}
+"""What pip installs beside the pinned packages for configs of mmdet that need more; see
+docs/install.md for what was tried."""
 
 OTHER_METRICS = {"VOCMetric", "LVISMetric", "OpenImagesMetric", "CrowdHumanMetric"}
 """Metrics of mmdet whose figures COCO's AP would not be."""
@@ -72,6 +83,57 @@ def _refuse_other_tasks(path: Path, config: Config) -> None:
             f"The model config {path} is for semi-supervised training, with two detectors in one; give "
             "the config of the detector alone and a checkpoint with its weights alone."
         )
+    kind = str(config.get("model", {}).get("type")).split(".")[-1]
+    if kind.endswith("TTAModel"):
+        raise QwtError(
+            f"The model config {path} has a {kind}, which runs a detector on several images made of "
+            "one (test-time augmentation); give the config of the detector alone."
+        )
+    if kind == "FastRCNN":
+        raise QwtError(
+            f"The model config {path} is for Fast R-CNN, which needs proposals that another model "
+            "made; take a config that makes its own, such as "
+            "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py."
+        )
+    if "language_model" in config.get("model", {}):
+        raise QwtError(
+            f"The model config {path} is for a {kind}, which reads a text with each image; this "
+            "workflow gives none. It would also need the package transformers below version 5, which "
+            "cannot be installed beside this environment: it replaces the pinned huggingface_hub."
+        )
+    kinds = [evaluator.get("metric") for evaluator in evaluators if "CocoMetric" in metrics]
+    if kinds and all(kind in ("proposal", "proposal_fast") for kind in kinds):
+        raise QwtError(
+            f"The model config {path} is for region proposals, which have no class and so no AP; give "
+            "one for object detection or instance segmentation."
+        )
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """Name of the package without which an import failed, also where that was caught on the way."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name.partition(".")[0]
+        if match := re.match(r"(\w+) is not installed", str(error)):  # as mmdet says it
+            return match[1]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _failed(config: str | os.PathLike[str], what: str, error: Exception) -> QwtError:
+    """What to say where a config cannot be read or built: the package that is missing, if any."""
+    package = _missing_package(error)
+    if package is None:
+        return QwtError(f"The model config {config} cannot be {what}: {reason(error)}.")
+    if package in PACKAGES:
+        return QwtError(
+            f"The model config {config} needs the package {package}, which is not installed; `pip "
+            f"install {PACKAGES[package]}` puts it beside this environment (see docs/install.md)."
+        )
+    return QwtError(
+        f"The model config {config} needs the Python module {package}, which is not found; put the "
+        "folder that it lies in into PYTHONPATH, or install it."
+    )
 
 
 def read_config(
@@ -86,61 +148,80 @@ def read_config(
     try:
         parsed = Config.fromfile(path)
         parsed.merge_from_dict(dict(config_options or {}))
-    except QwtError:
-        raise
     except Exception as error:
-        raise QwtError(
-            f"The model config {path} cannot be read: {type(error).__name__}: {error}."
-        ) from error
+        raise _failed(path, "read", error) from error
     _refuse_other_tasks(path, parsed)
-    if "model" not in parsed or "test_dataloader" not in parsed:
+    if "model" not in parsed or not (parsed.get("test_dataloader") or {}).get("dataset"):
         raise QwtError(
-            f"The model config {path} has no 'model' or no 'test_dataloader'; give a complete mmdet "
-            "3.x config, not a base file."
+            f"The model config {path} has no 'model' or no 'test_dataloader' with a 'dataset'; give a "
+            "complete mmdet 3.x config, not a base file."
         )
+    inference_pipeline(parsed)
     return parsed
 
 
-def without_pretraining(node: Any) -> None:
-    """Drop init_cfg entries that would download ImageNet weights which the checkpoint replaces."""
+def without_training(node: Any) -> None:
+    """Drop entries that download weights, or need packages, which inference has no use for."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
         if isinstance(init, dict) and "checkpoint" in init:  # PVT's has no type
             node["init_cfg"] = None
+        if "teacher_ckpt" in node:  # of distillation
+            node["teacher_ckpt"] = None
+        if "num_cp" in node:  # recomputes in training, with the package fairscale
+            node["num_cp"] = 0
         for value in node.values():
-            without_pretraining(value)
+            without_training(value)
     elif isinstance(node, list | tuple):
         for value in node:
-            without_pretraining(value)
+            without_training(value)
 
 
-def dataset_classes(config: Config) -> tuple[str, ...] | None:
-    """Class names of the config's test data set, in the order of the model's labels."""
-    dataset = config.test_dataloader.dataset
-    while "dataset" in dataset:
-        dataset = dataset.dataset
-    metainfo = dataset.get("metainfo") or {}
-    classes = metainfo.get("classes") or metainfo.get("CLASSES")
-    if classes is None:
-        kind = DATASETS.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
-        classes = (getattr(kind, "METAINFO", None) or {}).get("classes")
-    if classes is None:
-        return None
-    return (classes,) if isinstance(classes, str) else tuple(classes)
+def _repair_ssd(model: nn.Module) -> None:
+    """Give SSD's head the ``loss_cls`` that mmdet 3.3's prediction asks for and its __init__ leaves out."""
+    for module in model.modules():
+        if isinstance(module, SSDHead) and not hasattr(module, "loss_cls"):
+            module.loss_cls = None
 
 
-def _build(config: str | os.PathLike[str], parsed: Config) -> nn.Module:
-    without_pretraining(parsed.model)
+def _check_channels(config: str | os.PathLike[str], parsed: Config, model: nn.Module) -> None:
+    """Raise QwtError where a detector takes one channel and its test pipeline reads three."""
+    means = (parsed.model.get("data_preprocessor") or {}).get("mean") or ()
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if len(means) != 1 or first is None or first.in_channels != 1:
+        return
+    for step in inference_pipeline(parsed):
+        color = step.get("color_type", "color")
+        if step_name(step) == "LoadImageFromFile" and color.startswith("color"):
+            raise QwtError(
+                f"The detector of {config} takes images of one channel, but LoadImageFromFile in its "
+                "test pipeline reads three; set its color_type to 'grayscale' in the model config."
+            )
+
+
+def _build(
+    config: str | os.PathLike[str], parsed: Config, trained: Sequence[str] | None = None
+) -> nn.Module:
+    """Build a detector whose weights are still to come.
+
+    Args:
+        trained: class names that its checkpoint carries.
+    """
+    without_training(parsed.model)
     if "TimmBackbone" in str(parsed.model.get("backbone", {}).get("type")):
         from . import timm_backbone  # noqa: F401  registers it; timm takes seconds to import
     with DefaultScope.overwrite_default_scope("mmdet"):
         try:
             model = MODELS.build(parsed.model)
         except Exception as error:
-            raise QwtError(
-                f"The model config {config} cannot be built: {type(error).__name__}: {error}."
-            ) from error
-        model.dataset_meta = {"classes": dataset_classes(parsed)}
+            raise _failed(config, "built", error) from error
+        _repair_ssd(model)
+        _check_channels(config, parsed, model)
+        try:
+            names = class_names(parsed, head_outputs(model), trained)
+        except QwtError as error:
+            raise QwtError(f"The classes of {config} do not fit: {error}") from error
+        model.dataset_meta = {"classes": names}
     model.cfg = parsed
     return model
 
@@ -196,8 +277,8 @@ def load_detector(
     """
     register_all_modules(init_default_scope=True)
     parsed = read_config(config, config_options)
-    state = load_checkpoint(checkpoint)
-    model = _build(config, parsed)
+    state, classes = read_checkpoint(checkpoint)
+    model = _build(config, parsed, classes)
     load_weights(model, state, f"The checkpoint {checkpoint} does not fit {config}")
     record_of(model).fingerprint = {
         "model": settings_fingerprint(parsed.model.to_dict()),

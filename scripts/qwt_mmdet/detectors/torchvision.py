@@ -1,6 +1,7 @@
 """What it takes to import packages beside each other that were not built for each other."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -21,3 +22,9 @@ def importable_torchvision() -> Iterator[None]:
         yield
     finally:
         del library
+
+
+# mmdet.models imports mmpretrain where that is installed, and mmpretrain imports torchvision.
+if importlib.util.find_spec("mmpretrain") is not None:
+    with importable_torchvision():
+        import torchvision  # noqa: F401

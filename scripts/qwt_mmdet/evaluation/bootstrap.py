@@ -21,7 +21,7 @@ every third copy than all second ones, and so on.
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -441,6 +441,7 @@ def bootstrap(
     variants: Mapping[str, Sequence[dict[str, Any]]],
     *,
     masks: bool,
+    classes: Collection[str] | None = None,
     resamples: int = 1000,
     seed: int = 0,
     processes: int = 1,
@@ -451,6 +452,7 @@ def bootstrap(
         annotations: path of the COCO annotation file that all variants were evaluated on.
         variants: name of a variant and its COCO results records (see ``coco.coco_metrics``).
         masks: masks besides boxes.
+        classes: names of the categories that are evaluated; None: all.
         resamples: number of resamples; a single image cannot be resampled, so it gets none and
             its values have no intervals.
         seed: of the drawing.
@@ -459,7 +461,7 @@ def bootstrap(
     Raises:
         QwtError: see ``coco.load_ground_truth`` and ``coco.check_predictions``; names the variant.
     """
-    ground_truth = load_ground_truth(annotations, masks=masks)
+    ground_truth = load_ground_truth(annotations, masks=masks, classes=classes)
     images = len(ground_truth.imgs)
     if images < FEW_IMAGES:
         logger.warning("Bootstrap intervals from %d images are rough; evaluate on more.", images)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,9 @@ def _without_printing() -> Iterator[None]:
         yield
 
 
-def load_ground_truth(annotations: str | os.PathLike[str], *, masks: bool) -> COCO:
+def load_ground_truth(
+    annotations: str | os.PathLike[str], *, masks: bool, classes: Collection[str] | None = None
+) -> COCO:
     """Read and check a COCO annotation file.
 
     An annotation with id 0 would count as "not matched" in COCOeval, which marks a missing match
@@ -57,12 +59,17 @@ def load_ground_truth(annotations: str | os.PathLike[str], *, masks: bool) -> CO
     Args:
         annotations: path of the file.
         masks: whether the masks will be needed.
+        classes: names of the categories that are evaluated; None: all. Objects of others are left out.
 
     Raises:
         QwtError: the file is missing, malformed, inconsistent or without objects (crowd regions
             alone are none), or lacks a mask that is needed.
     """
     content = read_annotations(annotations, masks=masks)
+    if classes is not None:
+        content["categories"] = [c for c in content["categories"] if c["name"] in classes]
+        kept = {category["id"] for category in content["categories"]}
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] in kept]
     if all(annotation["iscrowd"] for annotation in content["annotations"]):
         raise QwtError(
             f"The annotation file {annotations} has no ground truth objects; evaluate on images that "
@@ -168,15 +175,20 @@ def _class_average_precisions(evaluator: COCOeval) -> dict[int, float | None]:
 
 
 def coco_metrics(
-    annotations: str | os.PathLike[str], predictions: Sequence[dict[str, Any]], *, masks: bool
+    annotations: str | os.PathLike[str],
+    predictions: Sequence[dict[str, Any]],
+    *,
+    masks: bool,
+    classes: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Return COCO's metrics of a detector's predictions.
 
     Args:
-        annotations: path of a COCO annotation file; all its images and categories are evaluated.
+        annotations: path of a COCO annotation file; all its images are evaluated.
         predictions: COCO results records: image_id, category_id, bbox [x, y, width, height] in
             pixels, score and, with ``masks``, segmentation (compressed RLE).
         masks: evaluate masks besides boxes.
+        classes: names of the categories that are evaluated; None: all.
 
     Returns:
         ``{"bbox": {metric: value}, "segm": the same with masks, "per_class": {name: {"bbox": AP,
@@ -187,7 +199,7 @@ def coco_metrics(
     Raises:
         QwtError: see ``load_ground_truth`` and ``check_predictions``.
     """
-    ground_truth = load_ground_truth(annotations, masks=masks)
+    ground_truth = load_ground_truth(annotations, masks=masks, classes=classes)
     check_predictions(ground_truth, predictions, masks=masks)
     objects = Counter(
         annotation["category_id"]

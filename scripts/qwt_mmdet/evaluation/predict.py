@@ -1,7 +1,7 @@
 """Run a detector over images and collect its detections in COCO's results format."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,33 +10,9 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 from torch import nn
 
-from ..errors import QwtError
+from ..detectors.classes import category_ids, log_left_out
 from ..files import read_json
 from ..progress import progress
-
-
-def category_ids(classes: Iterable[str] | None, annotations: dict[str, Any]) -> list[int]:
-    """COCO category id of each of the model's labels, matched by name.
-
-    Raises:
-        QwtError: the model has a class that the annotations lack, or the reverse; or no names are known.
-    """
-    if classes is None:
-        raise QwtError(
-            "The model config names no classes, and neither does the class of its test data set; set "
-            "test_dataloader.dataset.metainfo.classes."
-        )
-    classes = list(classes)
-    by_name = {category["name"]: category["id"] for category in annotations["categories"]}
-    missing = [name for name in classes if name not in by_name]
-    unknown = [name for name in by_name if name not in classes]
-    if missing or unknown:
-        raise QwtError(
-            "The classes of the model and of the annotations differ. Model: "
-            f"{', '.join(classes)}. Annotations: {', '.join(by_name)}. Use a data set with the "
-            "model's classes, or set metainfo.classes in the model config."
-        )
-    return [by_name[name] for name in classes]
 
 
 class Predictions(NamedTuple):
@@ -60,15 +36,19 @@ def finite(instances: InstanceData) -> InstanceData:
 
 
 def detections(
-    instances: InstanceData, image_id: int, label_to_category: list[int]
+    instances: InstanceData, image_id: int, label_to_category: Sequence[int | None]
 ) -> list[dict[str, Any]]:
     """COCO results of one image; detections that are not finite are left out.
 
     Args:
         instances: mmdet's ``pred_instances``: bboxes [n, 4] (x1, y1, x2, y2 in pixels of the
             original image), scores [n], labels [n], perhaps masks [n, height, width].
+        label_to_category: category id of each label; detections of labels without one are left out.
     """
     instances = finite(instances)
+    if None in label_to_category:
+        known = torch.tensor([category is not None for category in label_to_category])
+        instances = instances[known.to(instances.labels.device)[instances.labels]]
     boxes = instances.bboxes.float().cpu().numpy().astype(np.float64)
     scores = instances.scores.float().cpu().numpy().astype(np.float64)
     labels = instances.labels.cpu().numpy()
@@ -112,7 +92,9 @@ def predict(
         QwtError: the classes do not fit.
     """
     content = read_json(annotations, what="annotation file")
-    label_to_category = category_ids(model.dataset_meta["classes"], content)
+    classes = model.dataset_meta["classes"]
+    label_to_category = category_ids(classes, content)
+    log_left_out(classes, content)
     records: list[dict[str, Any]] = []
     found, masks = 0, False
 

@@ -322,9 +322,11 @@ def _pictures(combination: Row, seed: int, most: int) -> list[Picture]:
         for variant in titles
     }
     masks = any(map(has_masks, found.values()))
+    metrics = read_json(Path(combination[next(iter(titles))]) / "metrics.json", what="metrics file")
     return choose_pictures(
-        combination["annotations"], found, titles, masks=masks, seed=seed, most=most
-    )
+        combination["annotations"], found, titles,
+        masks=masks, classes=metrics["per_class"], seed=seed, most=most,
+    )  # fmt: skip
 
 
 def _class_sections(

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,6 +224,7 @@ def choose_pictures(
     titles: Mapping[str, str],
     *,
     masks: bool,
+    classes: Collection[str] | None = None,
     seed: int,
     most: int,
 ) -> list[Picture]:
@@ -233,13 +234,14 @@ def choose_pictures(
         annotations: COCO annotation file with ``info.image_root``.
         variants: detections of baseline, quantized and compensated, as far as they were evaluated.
         titles: what each of these variants is called.
+        classes: names of the categories that were evaluated; None: all.
         most: number of images at the most.
 
     Returns:
         Pictures whose ``panels`` (title, data URI, width and height, and what was found) show the
         ground truth first.
     """
-    truth = load_ground_truth(annotations, masks=masks)
+    truth = load_ground_truth(annotations, masks=masks, classes=classes)
     verdicts = {
         name: judge(truth, list(filter(_finite, found)), masks=masks)
         for name, found in variants.items()

@@ -200,7 +200,7 @@ def _ranking(classes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 def _categories(
     annotations: str | os.PathLike[str], metrics: Mapping[str, Any]
 ) -> dict[int, dict[str, Any]]:
-    """Name, number of objects, and number of images with objects of each category id."""
+    """Name, number of objects, and number of images with objects of each evaluated category id."""
     content = read_json(annotations, what="annotation file")
     images: dict[int, set[int]] = {}
     for annotation in content["annotations"]:
@@ -213,6 +213,7 @@ def _categories(
             "images": len(images.get(category["id"], ())),
         }
         for category in content["categories"]
+        if category["name"] in metrics["per_class"]
     }
 
 
@@ -239,6 +240,7 @@ def _model_summary(
             for folder in folders
         },
         masks=masks,
+        classes=some["per_class"],
         resamples=resamples,
         seed=seed,
         processes=processes,

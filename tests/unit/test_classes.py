@@ -1,0 +1,170 @@
+"""Outputs of heads, names in config and checkpoint, categories of annotations."""
+
+import re
+
+import pytest
+import yaml
+from mmengine.config import Config
+from mmengine.model import BaseModule
+from qwt_mmdet.detectors.classes import (
+    category_ids,
+    class_names,
+    config_names,
+    head_outputs,
+    log_left_out,
+)
+from qwt_mmdet.errors import QwtError
+from torch import nn
+
+COCO = {"type": "CocoDataset"}
+
+
+def config(dataset=None, **other):
+    return Config({"test_dataloader": {"dataset": dataset or COCO}, **other})
+
+
+def named(*names):
+    return {**COCO, "metainfo": {"classes": names}}
+
+
+class Head(BaseModule):
+    def __init__(self, num_classes, **parts):
+        super().__init__()
+        self.num_classes = num_classes
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+class Detector(nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_heads_are_counted_but_for_proposals_and_masks_of_any_class():
+    agnostic = Head(7)
+    agnostic.class_agnostic = True
+    roi_head = Detector(
+        bbox_head=nn.ModuleList([Head(3), Head(3, loss_cls=Head(1203))]),
+        mask_head=agnostic, semantic_head=Head(183),
+    )  # fmt: skip
+    detector = Detector(rpn_head=Head(1), roi_head=roi_head, bbox_head=None)
+    assert head_outputs(detector) == {"roi_head.bbox_head.0": 3, "roi_head.bbox_head.1": 3}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        config(named("a", "b")),
+        config(COCO, metainfo={"classes": ("a", "b")}),
+        config({**COCO, "metainfo": {"CLASSES": ["a", "b"]}}, metainfo={"classes": ("c",)}),
+        config({"type": "RepeatDataset", "times": 2, "dataset": named("a", "b")}),
+        config({"type": "ConcatDataset", "datasets": [named("a", "b"), named("a", "b")]}),
+        config(
+            {"type": "ConcatDataset", "datasets": [COCO, COCO]}, metainfo={"classes": ["a", "b"]}
+        ),
+    ],
+)
+def test_names_are_found_wherever_a_config_keeps_them(given):
+    assert class_names(given, {"bbox_head": 2}) == ("a", "b")
+
+
+def test_names_without_any_come_from_the_type_of_the_data_set():
+    assert class_names(config(), {"bbox_head": 80})[:2] == ("person", "bicycle")
+
+
+def test_a_plain_string_is_one_class_or_a_file_of_names(tmp_path):
+    one = config({**COCO, "metainfo": {"classes": "person"}})
+    assert class_names(one, {"bbox_head": 1}) == ("person",)
+    with pytest.raises(QwtError, match=r"names 1 class \(person\).*bbox_head\) has 2 outputs"):
+        class_names(one, {"bbox_head": 2})
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    file = config({**COCO, "metainfo": {"classes": str(tmp_path / "classes.txt")}})
+    assert class_names(file, {"bbox_head": 2}) == ("a", "b")
+
+
+@pytest.mark.parametrize("value", [[], 3, [1, 2], ["a", "a"], {"a": 1}])
+def test_other_values_are_no_names(value):
+    with pytest.raises(QwtError, match=r"metainfo\.classes"):
+        config_names(config({**COCO, "metainfo": {"classes": value}}))
+
+
+def test_heads_that_differ_are_named():
+    with pytest.raises(QwtError, match=r"bbox_head 80, mask_head 3; set num_classes"):
+        class_names(config(), {"bbox_head": 80, "mask_head": 3})
+
+
+def test_data_sets_that_differ_are_named():
+    parts = config({"type": "ConcatDataset", "datasets": [named("a"), named("b")]})
+    with pytest.raises(QwtError, match=r"datasets\.0\.metainfo.* and .*datasets\.1\.metainfo"):
+        class_names(parts, {"bbox_head": 1})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        config(),
+        config(named("a", "b", "c", "d")),
+        config({"type": "Unknown"}),
+        config({"type": "RepeatDataset", "dataset": COCO}),
+        config({"type": "ConcatDataset", "datasets": [named("a", "b")]}),
+    ],
+)
+def test_the_line_that_a_message_shows_mends_the_config(given):
+    with pytest.raises(
+        QwtError, match="head has 3 outputs".replace("head", r"head \(h\)")
+    ) as caught:
+        class_names(given, {"h": 3})
+    (line,) = re.findall(r"config_options: \{.*\]\}", str(caught.value))
+    options = yaml.safe_load(line)["config_options"]
+    given.merge_from_dict(options)
+    assert class_names(given, {"h": 3}) == ("name of label 0", "name of label 1", "name of label 2")
+
+
+def test_the_order_is_the_checkpoints(caplog):
+    outputs = {"bbox_head": 3}
+    trained = ["a", "b", "c"]
+    assert class_names(config(), outputs, trained) == ("a", "b", "c")
+    assert class_names(config(named("c", "b", "a")), outputs, trained) == ("a", "b", "c")
+    assert "another order than the checkpoint" in caplog.text
+
+
+def test_a_class_of_another_name_keeps_the_configs(caplog):
+    assert class_names(config(named("a", "B")), {"h": 2}, ["a", "b"]) == ("a", "B")
+    assert "b → B" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a", "d"), ("a", "c", "b2")])
+def test_names_that_contradict_the_checkpoint_can_be_removed(names):
+    with pytest.raises(QwtError, match=r"remove metainfo\.classes from the model config"):
+        class_names(config(named(*names)), {"h": 3}, ["a", "b", "c"])
+    assert class_names(config(), {"h": 3}, ["a", "b", "c"]) == ("a", "b", "c")
+
+
+def test_names_of_a_checkpoint_that_its_head_does_not_have_are_not_used(caplog):
+    assert class_names(config(named("a", "b")), {"h": 2}, ["a", "b", "c"]) == ("a", "b")
+    assert "its names are not used" in caplog.text
+
+
+def annotations(*names):
+    return {"categories": [{"id": 10 - i, "name": name} for i, name in enumerate(names)]}
+
+
+def test_categories_are_matched_by_name_not_by_order():
+    assert category_ids(("dog", "cat"), annotations("cat", "dog")) == [9, 10]
+
+
+def test_either_side_may_have_classes_that_the_other_lacks(caplog):
+    assert category_ids(("dog", "cow", "cat"), annotations("cat", "dog")) == [9, None, 10]
+    assert category_ids(("dog",), annotations("cat", "dog")) == [9]
+    log_left_out(("dog", "cow"), annotations("cat", "dog"))
+    assert "the model has no such class: cat" in caplog.text
+
+
+@pytest.mark.parametrize("classes", [("dog", "Cat"), ("cow",), ("DOG", "CAT", "COW")])
+def test_classes_that_both_sides_lack_may_be_misspelled(classes):
+    with pytest.raises(
+        QwtError, match=f"Only the model has: .*{classes[-1]}.*Only the annotations"
+    ):
+        category_ids(classes, annotations("cat", "dog"))
