@@ -51,6 +51,14 @@ def test_detections_of_classes_that_the_annotations_lack_are_left_out():
     assert only == {"image_id": 42, "category_id": 3, "bbox": [0, 0, 2, 2], "score": 0.25}
 
 
+def test_a_detection_that_is_left_out_for_its_class_is_finite(tmp_path):
+    cats = {"categories": CATEGORIES["categories"][:1]}
+    (tmp_path / "a.json").write_text(json.dumps(cats))
+    sample = DetDataSample(pred_instances=instances(), metainfo={"img_id": 42})
+    found = predict(Model([sample]), [{}], tmp_path / "a.json")
+    assert ([record["category_id"] for record in found.records], found.not_finite) == ([7], 0)
+
+
 def test_no_detection_gives_no_record():
     empty = InstanceData(
         bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64),

@@ -96,7 +96,7 @@ def predict(
     label_to_category = category_ids(classes, content)
     log_left_out(classes, content)
     records: list[dict[str, Any]] = []
-    found, masks = 0, False
+    not_finite, masks = 0, False
 
     def samples() -> Iterable[Any]:
         for batch in loader:
@@ -104,6 +104,6 @@ def predict(
 
     for sample in progress(samples(), description, total=total):
         records += detections(sample.pred_instances, sample.img_id, label_to_category)
-        found += len(sample.pred_instances)
+        not_finite += len(sample.pred_instances) - len(finite(sample.pred_instances))
         masks |= "masks" in sample.pred_instances
-    return Predictions(records, found - len(records), masks)
+    return Predictions(records, not_finite, masks)
