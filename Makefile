@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test bench demo estimate lint docs clean
+.PHONY: help env test bench demo estimate lint docs config-docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +46,9 @@ lint: env ## check code and workflow: ruff, snakefmt, snakemake --lint
 
 docs: env ## write the API reference to docs/api/
 	@$(VENV)/bin/python docs/reference.py
+
+config-docs: env ## write the schema and the tables of config/README.md from the sections
+	@$(VENV)/bin/python -m qwt_mmdet.config.documentation
 
 clean: ## remove .venv and the tools' caches; results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache scripts/*.egg-info

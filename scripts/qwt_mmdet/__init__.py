@@ -6,8 +6,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CompensationSettings": "settings",
-    "QuantizationSettings": "settings",
+    "CompensationSettings": "config",
+    "QuantizationSettings": "config",
     "QwtError": "errors",
     "apply_compensation": "compensation.state",
     "calibrate": "quantization.calibrate",

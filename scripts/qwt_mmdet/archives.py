@@ -4,6 +4,7 @@ Tables and report need the summaries alone, and so neither torch nor mmdet.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,9 @@ def copy_with_summary(
 
 def _write_summary(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     write_json(summary_path(path), {key: content[key] for key in SUMMARY_KEYS}, indent=1)
+
+
+def worst_layers(signal_noise: Mapping[str, float | None], most: int = 3) -> str:
+    """``backbone.conv1 (-2.5 dB), …``: the layers with the lowest ratios in dB, the worst first."""
+    measured = [(ratio, name) for name, ratio in signal_noise.items() if ratio is not None]
+    return ", ".join(f"{name} ({ratio:.1f} dB)" for ratio, name in sorted(measured)[:most])

@@ -19,19 +19,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from . import __version__
-from .config import PACKAGE, combinations, load_schema, read_file, resolve
+from .config import QuantizationSettings, combinations, read_file, resolve
+from .config.quantization import Scope
 from .errors import QwtError
 from .files import is_url
 from .reporting.text import duration, megabytes, number, percent, summary_table
-from .settings import (
-    ACTIVATION_RANGES,
-    ROUNDINGS,
-    SCOPES,
-    WEIGHT_RANGES,
-    QuantizationSettings,
-)
 
-ROOT = PACKAGE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -72,10 +66,6 @@ def _choices(name: str, values: Sequence[str]) -> Any:
     return enum.StrEnum(name, {value: value for value in values})
 
 
-Scope = _choices("Scope", SCOPES)
-WeightRange = _choices("WeightRange", WEIGHT_RANGES)
-ActivationRange = _choices("ActivationRange", ACTIVATION_RANGES)
-Rounding = _choices("Rounding", ROUNDINGS)
 Recipe = _choices("Recipe", [*RECIPES, "none"])
 
 
@@ -196,14 +186,14 @@ def run(
     a_bit: Annotated[list[int], typer.Option(help="Bits of activations; once, or per --w-bit.")] = [  # noqa: B006
         4
     ],
-    scope: Annotated[Scope, typer.Option(help="Part that is quantized.")] = Scope.backbone,
+    scope: Annotated[Scope, typer.Option(help="Part that is quantized.")] = "backbone",
     weight_range: Annotated[
-        WeightRange | None, typer.Option(help="Estimator of the weights' ranges.")
+        str | None, typer.Option(help="Estimator of the weights' ranges.")
     ] = None,
     activation_range: Annotated[
-        ActivationRange | None, typer.Option(help="Estimator of the activations' ranges.")
+        str | None, typer.Option(help="Estimator of the activations' ranges.")
     ] = None,
-    rounding: Annotated[Rounding | None, typer.Option(help="Rounding of weights.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="Rounding of weights.")] = None,
     migrate_scales: Annotated[
         bool | None,
         typer.Option(
@@ -257,14 +247,9 @@ def run(
             "migrate_scales": migrate_scales,
             "bias_correction": bias_correction,
         }
-        settings = {
-            key: value if isinstance(value, bool) else value.value
-            for key, value in given.items()
-            if value is not None
-        }
+        settings = {key: value for key, value in given.items() if value is not None}
         entries = [
-            quantization_entry(*bits, scope=scope.value, **settings)
-            for bits in _bit_pairs(w_bit, a_bit)
+            quantization_entry(*bits, scope=scope, **settings) for bits in _bit_pairs(w_bit, a_bit)
         ]
         names = [name for name, _ in entries]
         model = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(config).stem)
@@ -331,7 +316,7 @@ def run_workflow(
             f"There is no Snakefile in {ROOT}: the command runs the workflow of the clone that it was "
             "installed from; install it with `make env` (pip install --editable) in a clone."
         )
-    _resolve(content)
+    resolve(content)
     _check_files(content)
     if device == "cuda":
         _check_cuda()
@@ -406,14 +391,9 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
         raise
 
 
-def _resolve(content: dict[str, Any]) -> dict[str, Any]:
-    """The config with defaults, checked; see ``config.resolve``."""
-    return resolve(content, load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml"))
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     """A config file, checked and with defaults."""
-    return _resolve(read_file(path))
+    return resolve(read_file(path))
 
 
 def _check_files(content: dict[str, Any]) -> None:

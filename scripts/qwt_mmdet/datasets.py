@@ -17,7 +17,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .annotations import few, read_annotations
-from .config import DATASET_DEFAULTS
+from .config.datasets import resolve_dataset
 from .download import LARGEST_BYTES, download, download_many
 from .errors import QwtError
 from .files import read_json, sha256_file, write_atomically, write_json
@@ -60,7 +60,7 @@ def prepare_dataset(
     Raises:
         QwtError: a file or folder is missing, cannot be had, or is not COCO's instances format.
     """
-    settings = _with_defaults(settings)
+    settings = resolve_dataset(settings)
     source = _source(settings, part, Path(folder))
     if settings["type"] == "shapes":
         _generate(settings, part, Path(folder))
@@ -115,7 +115,7 @@ def select_images(
             outside of the root, not readable by MMDetection's loader or of another size than its
             annotation says, or an evaluation without any object.
     """
-    settings = _with_defaults(settings)
+    settings = resolve_dataset(settings)
     split = read_json(source, what="dataset source")
     if settings["type"] == "shapes":  # images that went away are drawn again
         _generate(settings, part, Path(folder))
@@ -167,9 +167,9 @@ def select_images(
     else:
         turned = _fetch_images(images, split, settings, name, workers)
     subset["info"] |= {
-        "exif": settings["exif"],
+        "exif": settings.get("exif", "apply"),
         "exif_rotated": _report_orientations(
-            images, turned, settings["exif"], name=name, part=part
+            images, turned, settings.get("exif", "apply"), name=name, part=part
         ),
     }
     write_json(annotations, subset)
@@ -210,30 +210,12 @@ def choose_ids(
 # --- Where the data comes from ---------------------------------------------------------------
 
 
-def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kind = settings.get("type")
-    if kind not in DATASET_DEFAULTS:
-        raise QwtError(
-            f"The dataset type is {kind!r}; choose one of {', '.join(DATASET_DEFAULTS)}."
-        )
-    if kind == "coco" and ("root" in settings) == ("url" in settings):
-        raise QwtError(
-            "A dataset of type coco needs either root (a local folder) or url (to download from)."
-        )
-    filled = {"seed": 0, "exif": "apply", "allow_outside_root": False, **settings}
-    if filled["exif"] not in ("apply", "ignore"):
-        raise QwtError(f"The dataset's exif is {filled['exif']!r}; choose apply or ignore.")
-    for part in PARTS:
-        images = {**DATASET_DEFAULTS[kind][part], **settings.get(part, {})}
-        images.setdefault("annotations", f"annotations/instances_{images['split']}.json")
-        images.setdefault("image_folder", images["split"])
-        filled[part] = images
-    return filled
-
-
 def _source(settings: Mapping[str, Any], part: str, folder: Path) -> dict[str, Any]:
     """Where the annotations and images of a part are, once they are there."""
-    split, image_folder = settings[part]["split"], settings[part]["image_folder"]
+    images = settings[part]
+    split = images["split"]
+    image_folder = images.get("image_folder", split)
+    annotations = images.get("annotations", f"annotations/instances_{split}.json")
     root, image_root, image_url = folder, folder / split, None
     if "root" in settings:
         root = Path(settings["root"])
@@ -242,7 +224,7 @@ def _source(settings: Mapping[str, Any], part: str, folder: Path) -> dict[str, A
         image_root = folder / "images" / split
         image_url = f"{settings['url'].rstrip('/')}/{image_folder}"
     return {
-        "annotations": str(root / settings[part]["annotations"]),
+        "annotations": str(root / annotations),
         "image_root": str(image_root),
         "image_url": image_url,
         "split": split,
@@ -508,7 +490,7 @@ def _check_local_images(
             f"{len(absent)} of {len(images)} chosen images are missing in {image_root}: "
             f"{few(absent)}; add them, or correct the image folder."
         )
-    check = partial(_check, root=image_root, exif=settings["exif"])
+    check = partial(_check, root=image_root, exif=settings.get("exif", "apply"))
     with ThreadPoolExecutor(max_workers=min(workers, os.cpu_count() or 1)) as executor:
         results = executor.map(check, images)
         found = list(progress(results, f"Checking images in {image_root}", total=len(images)))
@@ -518,7 +500,7 @@ def _check_local_images(
         raise QwtError(
             f"{len(problems)} of {len(images)} chosen images in {image_root} are not usable: "
             f"{' '.join(map(str, problems[:PROBLEMS_IN_MESSAGES]))} "
-            f"{_advice(name, settings['exif']) if turned else 'Replace them.'}"
+            f"{_advice(name, settings.get('exif', 'apply')) if turned else 'Replace them.'}"
         )
     return found
 
@@ -544,10 +526,10 @@ def _fetch_images(
         image = by_name[file_name]
         try:
             orientations[file_name] = check_image(
-                path, image["width"], image["height"], exif=settings["exif"]
+                path, image["width"], image["height"], exif=settings.get("exif", "apply")
             )
         except TurnedImageError as error:
-            raise QwtError(f"{error} {_advice(name, settings['exif'])}") from error
+            raise QwtError(f"{error} {_advice(name, settings.get('exif', 'apply'))}") from error
 
     download_many(
         [(f"{split['image_url']}/{quote(file_name)}", file_name) for file_name in by_name],

@@ -6,8 +6,14 @@ Imports torch only where it is needed: steps without a detector do without it.
 import logging
 import os
 import random
+import shutil
 
 logger = logging.getLogger(__name__)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, found out without torch."""
+    return shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
 
 
 def gpu_fault() -> str | None:

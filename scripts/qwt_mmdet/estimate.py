@@ -26,7 +26,7 @@ from mmengine.logging import MMLogger
 from .annotations import read_annotations
 from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
-from .config import combinations
+from .config import CompensationSettings, QuantizationSettings, combinations
 from .detectors.build import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict
@@ -36,7 +36,6 @@ from .pipeline import load_quantized
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model
 from .quantization.state import save_warmup
-from .settings import CompensationSettings, QuantizationSettings
 
 IMAGES = (2, 5)
 """Least numbers of images of the two measurements."""

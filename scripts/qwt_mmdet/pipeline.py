@@ -18,9 +18,15 @@ import yaml
 from torch import nn
 
 from . import __version__
-from .archives import WARMUP_FORMAT, copy_with_summary
+from .archives import WARMUP_FORMAT, copy_with_summary, worst_layers
 from .compensation.fit import fit_compensation
 from .compensation.state import load_compensation, save_compensation
+from .config import (
+    CompensationSettings,
+    QuantizationSettings,
+    as_entry,
+    as_plain,
+)
 from .detectors.build import load_detector
 from .detectors.classes import category_ids
 from .errors import QwtError
@@ -33,13 +39,6 @@ from .quantization.convert import quantize_model
 from .quantization.sensitivity import choose_bits, mixed_precision, rank_layers
 from .quantization.state import load_warmup, save_warmup
 from .record import quantization_of, record_of
-from .reporting.text import worst_layers
-from .settings import (
-    CompensationSettings,
-    QuantizationSettings,
-    settings_to_config,
-    settings_to_plain,
-)
 from .staleness import source_hash
 
 logger = logging.getLogger(__name__)
@@ -228,7 +227,7 @@ def quantize(
         seed=seed,
         config=config,
         config_options=dict(config_options or {}),
-        quantization=settings_to_plain(resolved),
+        quantization=as_plain(resolved),
     )
     save_warmup(model, output, source)
 
@@ -289,7 +288,7 @@ def rank(
             {"suggested_weight_bits": "Int64", "weight_bits": "Int64"}
         ).to_csv(partial, index=False)
     with write_atomically(suggestion) as partial:
-        entry = {f"{name}-mixed": settings_to_config(settings)}
+        entry = {f"{name}-mixed": as_entry(settings)}
         partial.write_text(note + yaml.safe_dump(entry, sort_keys=False), encoding="utf-8")
     logger.info("Most harmful layers, each quantized alone:")
     for entry in ranked[:5]:
@@ -347,7 +346,7 @@ def compensate(
         config=config,
         config_options=dict(config_options or {}),
         warmup=sha256_file(warmup),
-        compensation=settings_to_plain(resolved),
+        compensation=as_plain(resolved),
     )
     with write_atomically(blocks) as partial:
         rows = [block.row() for block in compensation.blocks]

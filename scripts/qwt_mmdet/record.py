@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .config import QuantizationSettings
 from .errors import QwtError
-from .settings import QuantizationSettings
 
 if TYPE_CHECKING:
     from .quantization.folding import Fold

@@ -53,7 +53,6 @@ STEP_PARTS = {
         "evaluation.bootstrap",
         "evaluation.coco",
         "reporting.tables",
-        "reporting.text",
     ),
     "render_report": ("annotations", "evaluation.coco", "images", *_REPORT),
     "train_demo": ("detectors.torchvision", "shapes"),

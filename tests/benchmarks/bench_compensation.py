@@ -25,11 +25,11 @@ from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.solve import SOLVERS, Solver
 from qwt_mmdet.compensation.state import save_compensation
 from qwt_mmdet.compensation.statistics import BlockStatistics
+from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.record import record_of
-from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from torch import nn
 
 LIMITS = {

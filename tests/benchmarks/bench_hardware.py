@@ -7,8 +7,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.estimate import Trial, measure_model
-from qwt_mmdet.settings import QuantizationSettings
 from tabulate import tabulate
 
 MODELS = (

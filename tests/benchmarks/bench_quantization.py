@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from mmdet.models.backbones import SwinTransformer
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate, find_ranges
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.kernels import COMPILE_VARIABLE
-from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
 SETTINGS = QuantizationSettings(

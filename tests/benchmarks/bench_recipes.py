@@ -24,6 +24,7 @@ import torch
 from qwt_mmdet.cli import RECIPES
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import apply_compensation
+from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.detectors.build import load_detector
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.evaluation.predict import predict
@@ -31,7 +32,6 @@ from qwt_mmdet.files import read_json, write_json
 from qwt_mmdet.loaders import make_loader
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from torch import nn
 
 BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4), "w3a8": (3, 8)}

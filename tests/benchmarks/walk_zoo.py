@@ -32,6 +32,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import load_compensation, save_compensation
+from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.detectors.build import ZOO, random_detector, read_config
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.predict import predict
@@ -43,7 +44,6 @@ from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
 from qwt_mmdet.record import quantization_of, record_of
 from qwt_mmdet.runtime import explain
-from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from tabulate import tabulate
 
 SIZES = ((128, 192), (320, 480))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation.fit import fit_compensation
+from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.detectors.build import random_detector
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
 from qwt_mmdet.record import quantization_of, record_of
-from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from torch import nn
 from walk_zoo import walk
 

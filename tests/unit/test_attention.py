@@ -123,8 +123,8 @@ def test_torchs_transformer_layer_takes_no_short_cut_around_the_quantizers():
 
 
 def test_projections_become_layers_with_quantizers_of_their_own():
+    from qwt_mmdet.config import QuantizationSettings
     from qwt_mmdet.quantization.convert import quantize_model
-    from qwt_mmdet.settings import QuantizationSettings
 
     model = nn.Module()
     model.backbone = nn.Module()

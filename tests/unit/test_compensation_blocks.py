@@ -22,10 +22,10 @@ from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.modules import aligned_input, channel_axis
 from qwt_mmdet.compensation.state import apply_compensation
 from qwt_mmdet.compensation.trace import trace_blocks
+from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.settings import CompensationSettings, QuantizationSettings
 from torch import nn
 
 # Arguments that both PVT and PVTv2 take.

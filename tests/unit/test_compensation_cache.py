@@ -8,7 +8,7 @@ import torch
 from qwt_mmdet.compensation import fit as fit_module
 from qwt_mmdet.compensation.cache import ActivationCache, release_free_memory
 from qwt_mmdet.compensation.fit import fit_compensation
-from qwt_mmdet.settings import CompensationSettings
+from qwt_mmdet.config import CompensationSettings
 
 
 @pytest.fixture

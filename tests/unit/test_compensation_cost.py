@@ -8,9 +8,9 @@ from qwt_mmdet.compensation.cost import backbone_bytes, backbone_multiply_adds, 
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.kinds import Bias
 from qwt_mmdet.compensation.result import BlockFit
+from qwt_mmdet.config import CompensationSettings, MaxCost, QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.settings import CompensationSettings, MaxCost, QuantizationSettings
 from torch import nn
 
 EVERYTHING = CompensationSettings(gate="none", ridge=0, holdout_fraction=0)

@@ -9,9 +9,9 @@ import tiny
 from qwt_mmdet.compensation import fit as fit_module
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import save_compensation
+from qwt_mmdet.config import CompensationSettings, MaxCost, QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.settings import CompensationSettings, MaxCost, QuantizationSettings
 
 SETTINGS = CompensationSettings(holdout_fraction=0.34)
 

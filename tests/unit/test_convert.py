@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from mmdet.models.backbones.swin import WindowMSA
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization import layers
@@ -18,7 +19,6 @@ from qwt_mmdet.quantization.primitives import (
 )
 from qwt_mmdet.quantization.weights import quantize_weight
 from qwt_mmdet.record import quantization_of
-from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
 KINDS = ("swin", "resnet", "cspdarknet")

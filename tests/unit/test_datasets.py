@@ -549,9 +549,9 @@ def test_crowd_regions_alone_are_nothing_to_evaluate(root, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "voc"}, "dataset type is 'voc'; choose one of shapes, coco"),
-        ({"url": "http://host"}, "needs either root"),
-        ({"root": None}, "needs either root"),
+        ({"type": "voc"}, "type is 'voc'; it should be one of 'shapes', 'coco'"),
+        ({"url": "http://host"}, "give either root"),
+        ({"root": None}, "give either root"),
     ],
 )
 def test_settings_that_do_not_say_where_the_data_is(root, tmp_path, change, message):
@@ -773,7 +773,7 @@ def test_shapes_of_one_split_for_both_parts(tmp_path):
 @pytest.mark.parametrize("count", ["all", 0])
 def test_shapes_need_a_number(tmp_path, count):
     config = {"type": "shapes", "evaluation": {"images": count}}
-    with pytest.raises(QwtError, match=r"evaluation\.images of a dataset of shapes is"):
+    with pytest.raises(QwtError, match=r"evaluation\.images is .*it should be"):
         run(config, tmp_path)
 
 

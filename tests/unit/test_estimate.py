@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 from qwt_mmdet import cli, estimate
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.estimate import Cost, Trial, estimate_run, measure_model, number_of_images
-from qwt_mmdet.settings import QuantizationSettings
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]

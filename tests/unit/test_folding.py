@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from mmdet.models.backbones import PyramidVisionTransformerV2
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import (
@@ -18,7 +19,6 @@ from qwt_mmdet.quantization.folding import apply_fold, factors, find_folds
 from qwt_mmdet.quantization.primitives import quantization_parameters, quantize
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
 from qwt_mmdet.record import quantization_of
-from qwt_mmdet.settings import QuantizationSettings
 
 REPQ = {"activation_range": "repq", "weight_bits": 8, "activation_bits": 8}
 

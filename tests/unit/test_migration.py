@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.quantization import migration
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.primitives import quantize
 from qwt_mmdet.quantization.ranges import RangeObserver
-from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
 

@@ -9,11 +9,11 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 from qwt_mmdet import pipeline
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.predict import Predictions, detections, predict
 from qwt_mmdet.pipeline import evaluate_detector
 from qwt_mmdet.record import Quantization, Record
-from qwt_mmdet.settings import QuantizationSettings
 from random_detections import detection, one_object, write
 
 CATEGORIES = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from qwt_mmdet.config import QuantizationSettings, as_entry
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
@@ -16,7 +17,6 @@ from qwt_mmdet.quantization.sensitivity import (
 )
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
 from qwt_mmdet.record import quantization_of
-from qwt_mmdet.settings import QuantizationSettings, settings_to_config
 
 
 class Detector(tiny.TinyDetector):
@@ -128,7 +128,7 @@ def test_the_suggested_entry_quantizes_a_detector_to_the_bits_that_it_names(tmp_
     ranked = rank_layers(model, tiny.batches(1))
     chosen = choose_bits(ranked, 5)
     settings = mixed_precision(quantization_of(model).settings, ranked, chosen)
-    text = yaml.safe_dump(settings_to_config(settings))
+    text = yaml.safe_dump(as_entry(settings))
     read = QuantizationSettings.from_mapping(yaml.safe_load(text))
     assert read == settings
     mixed = quantize_model(detector(), read)

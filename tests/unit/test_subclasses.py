@@ -10,6 +10,7 @@ from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from mmdet.models.backbones import EfficientNet
 from mmdet.models.layers import NormedConv2d, NormedLinear
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.torchvision import importable_torchvision
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import (
@@ -19,7 +20,6 @@ from qwt_mmdet.quantization.convert import (
 )
 from qwt_mmdet.quantization.layers import QuantizedConv2d
 from qwt_mmdet.record import quantization_of
-from qwt_mmdet.settings import QuantizationSettings
 from torch import nn
 
 EIGHT = QuantizationSettings(8, 8)

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from qwt_mmdet.config import QuantizationSettings, as_plain
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
@@ -11,7 +12,6 @@ from qwt_mmdet.quantization.state import (
     summarize_quantization,
 )
 from qwt_mmdet.record import record_of
-from qwt_mmdet.settings import QuantizationSettings, settings_to_plain
 
 SETTINGS = QuantizationSettings.from_mapping(
     {
@@ -48,7 +48,7 @@ def test_loaded_model_computes_bit_for_bit_the_same(warmup):
 def test_file_loads_with_weights_only_and_equal_states_give_equal_bytes(warmup, tmp_path):
     model, path = warmup
     content = torch.load(path, weights_only=True)
-    assert content["settings"] == settings_to_plain(SETTINGS)
+    assert content["settings"] == as_plain(SETTINGS)
     again = tmp_path / "again.pth"
     save_warmup(model, again, {"seed": 0})
     assert again.read_bytes() == path.read_bytes()

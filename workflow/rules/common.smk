@@ -6,22 +6,18 @@ import re
 import sys
 from pathlib import Path
 
-# The library beside this workflow, not one that happens to be installed.
-sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
-
-from qwt_mmdet.config import (
-    combinations,
-    has_gpu,
-    load_schema,
-    read_file,
-    resolve,
-    share_with_scripts,
+# The library beside this workflow, not one that happens to be installed; here and in every script.
+LIBRARY = str(Path(workflow.basedir) / "scripts")
+sys.path.insert(0, LIBRARY)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [LIBRARY, os.environ.get("PYTHONPATH")])
 )
+
+from qwt_mmdet.config import combinations, read_file, resolve
+from qwt_mmdet.devices import has_gpu
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
 from qwt_mmdet.staleness import changed_images, config_files, source_hash
-
-share_with_scripts()
 
 
 def in_plain_words(check, *arguments):
@@ -45,11 +41,7 @@ if not workflow.overwrite_configfiles:
     configfile: "config/config.yaml"
 
 
-config = in_plain_words(
-    resolve,
-    config,
-    load_schema(Path(workflow.basedir) / "workflow" / "schemas" / "config.schema.yaml"),
-)
+config = in_plain_words(resolve, config)
 COMBINATIONS = combinations(config)
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..config import MaxCost
 from ..detectors.forward import forward_scope
 from ..quantization.convert import quantized_layers
-from ..settings import MaxCost
 from .result import BYTES_PER_PARAMETER, BlockFit
 
 

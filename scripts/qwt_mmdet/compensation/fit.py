@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import CompensationSettings, as_plain
 from ..errors import QwtError
 from ..progress import progress
 from ..record import record_of
-from ..settings import CompensationSettings, settings_to_plain
 from .blocks import find_blocks
 from .cache import ActivationCache, release_free_memory
 from .cost import backbone_bytes, backbone_multiply_adds, too_expensive
@@ -166,7 +166,7 @@ def fit_compensation(
             raise QwtError("There are no calibration images; choose at least one.")
         inputs = {
             **quantized_fingerprint(model),
-            "settings": settings_to_plain(settings),
+            "settings": as_plain(settings),
             "images": digest.hexdigest(),
             **(resume_inputs or {}),
         }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..settings import CompensationSettings
+from ..config import CompensationSettings
 from .kinds import KINDS, Kind
 
 BYTES_PER_PARAMETER = 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..settings import CompensationSettings
+from ..config import CompensationSettings
 from .kinds import Affine, Bias, Kind, Linear, LowRank
 from .statistics import BlockStatistics, RegressionStatistics
 

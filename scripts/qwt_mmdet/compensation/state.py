@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from ..archives import COMPENSATION_FORMAT, load_archive, save_with_summary
+from ..config import CompensationSettings, as_plain
 from ..errors import QwtError
 from ..fingerprint import weights_fingerprint
 from ..quantization.state import quantizer_state
 from ..record import record_of
-from ..settings import CompensationSettings, settings_to_plain
 from .modules import attach_compensation
 from .result import BlockFit, Compensation
 
@@ -45,7 +45,7 @@ def save_compensation(
     content = {
         "format": COMPENSATION_FORMAT,
         "fingerprint": quantized_fingerprint(model),
-        "settings": settings_to_plain(compensation.settings),
+        "settings": as_plain(compensation.settings),
         "blocks": [block.plain() for block in compensation.blocks],
         "backbone_multiply_adds": compensation.backbone_multiply_adds,
         "summary": compensation.summary(),

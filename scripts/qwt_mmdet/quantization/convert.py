@@ -8,9 +8,9 @@ from mmcv.cnn.bricks import wrappers
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..config import Override, QuantizationSettings
 from ..errors import QwtError
 from ..record import NotQuantized, Quantization, record_of
-from ..settings import Override, QuantizationSettings
 from .attention import ATTENTION, QuantizedAttention, split_projections
 from .folding import find_folds
 from .layers import QuantizedConv2d, QuantizedLinear

@@ -15,7 +15,7 @@ from the mean in the place of x_c where biases are corrected.
 import torch
 from torch import Tensor
 
-from ..settings import QuantizationSettings
+from ..config import QuantizationSettings
 from .layers import QuantizedConv2d
 from .primitives import fake_quantize, quantization_parameters
 from .ranges import RangeObserver, weight_range

@@ -11,9 +11,9 @@ import torch
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 
+from ..config import Override, QuantizationSettings
 from ..errors import QwtError
 from ..progress import progress
-from ..settings import Override, QuantizationSettings
 from .attention import QuantizedAttention
 from .convert import UNITS, full_precision
 from .noise import SignalNoise

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..archives import WARMUP_FORMAT, load_archive, save_with_summary
+from ..config import QuantizationSettings, as_plain
 from ..errors import QwtError
 from ..record import NotQuantized, quantization_of, record_of
-from ..settings import QuantizationSettings, settings_to_plain
 from .attention import QuantizedAttention
 from .convert import activation_quantizers, quantize_model, quantized_layers
 from .folding import apply_fold
@@ -92,7 +92,7 @@ def save_warmup(
     content = {
         "format": WARMUP_FORMAT,
         "fingerprint": record_of(model).fingerprint,
-        "settings": settings_to_plain(quantization_of(model).settings),
+        "settings": as_plain(quantization_of(model).settings),
         "bits": {
             **{f"{n}.weight": m.weight_bits for n, m in quantized_layers(model).items()},
             **{n: q.bits for n, q in activation_quantizers(model).items()},
@@ -137,7 +137,7 @@ def load_warmup(
         )
     found = QuantizationSettings.from_mapping(content["settings"])
     if settings is not None and settings != found:
-        ours, theirs = settings_to_plain(settings), settings_to_plain(found)
+        ours, theirs = as_plain(settings), as_plain(found)
         differing = [
             f"{k} ({theirs[k]} in the file, {v} here)" for k, v in ours.items() if theirs[k] != v
         ]

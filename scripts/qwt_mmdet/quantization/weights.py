@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..settings import QuantizationSettings
+from ..config import QuantizationSettings
 from .layers import QuantizedConv2d, QuantizedLinear
 from .moments import MAX_COLUMNS, InputMoments
 from .primitives import quantization_parameters

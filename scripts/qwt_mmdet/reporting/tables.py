@@ -60,12 +60,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, read_summary
+from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, read_summary, worst_layers
 from ..errors import QwtError
 from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS
 from ..files import read_json, write_atomically, write_json
-from .text import worst_layers
 
 VARIANTS = ("baseline", "quantized", "compensated")
 DIFFERENCES = (

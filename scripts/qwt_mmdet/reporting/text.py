@@ -148,9 +148,3 @@ def summary_table(path: str | os.PathLike[str]) -> str:
         *collapses(rows),
     ]
     return "\n\n".join([table, "\n".join(notes)])
-
-
-def worst_layers(signal_noise: Mapping[str, float | None], most: int = 3) -> str:
-    """``backbone.conv1 (-2.5 dB), …``: the layers with the lowest ratios in dB, the worst first."""
-    measured = [(ratio, name) for name, ratio in signal_noise.items() if ratio is not None]
-    return ", ".join(f"{name} ({ratio:.1f} dB)" for ratio, name in sorted(measured)[:most])

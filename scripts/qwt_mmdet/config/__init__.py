@@ -1,0 +1,24 @@
+"""The workflow's configuration: the one place for keys, types, limits, defaults and meanings.
+
+Light on purpose (no torch, no mmdet): Snakemake reads it whenever it reads the workflow.
+"""
+
+from .compensation import CompensationSettings, MaxCost
+from .quantization import Override, QuantizationSettings
+from .reading import read_file
+from .section import as_entry, as_plain
+from .workflow import Combination, Configuration, combinations, resolve
+
+__all__ = [
+    "Combination",
+    "CompensationSettings",
+    "Configuration",
+    "MaxCost",
+    "Override",
+    "QuantizationSettings",
+    "as_entry",
+    "as_plain",
+    "combinations",
+    "read_file",
+    "resolve",
+]

@@ -1,0 +1,90 @@
+"""How the quantization error of blocks is compensated."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict, model_validator
+
+from .section import Flag, Foreign, Nested, Number, Text, section
+
+Kind = Literal["linear", "lowrank", "affine", "bias", "auto"] | Foreign
+Target = Literal["block", "reference"]
+Gate = Literal["holdout", "fit", "none"]
+
+
+@section
+class MaxCost:
+    """Most that compensation may cost, in percent of the backbone."""
+
+    multiply_adds: Number | None = None
+    """Of the full-precision backbone's multiply-adds."""
+    bytes: Number | None = None
+    """Of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float16);
+    compensation counts as float16."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "MaxCost":
+        if self.multiply_adds is None and self.bytes is None:
+            raise ValueError("max_cost is empty; give multiply_adds, bytes or both, in percent.")
+        return self
+
+
+@section
+class CompensationSettings:
+    """Closed-form compensation of each block's quantization error (QwT, arXiv 2411.13918).
+
+    Raises:
+        QwtError: a value is outside of what is allowed.
+    """
+
+    kind: Kind = "linear"
+    """Form of the compensation. `linear` adds `x W + b` to a block with input x (QwT), `lowrank` does so
+    with a W of rank `rank`, `affine` scales and shifts each channel of the block's output (QwT-v2, arXiv
+    2505.20932), `bias` only shifts it. `auto` takes for each block the simplest of none, bias, affine and
+    linear whose error on held-out images cannot be told from the smallest."""
+    rank: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 16
+    """Rank of W where the kind is `lowrank`."""
+    target: Target = "reference"
+    """What a block is fitted to. `reference`: the full-precision network's output at the block for the same
+    image, which also repairs what earlier blocks left. `block`: the block's own full-precision output for
+    the same input (the paper)."""
+    ridge: Number | Literal["auto"] = "auto"
+    """Ridge strength relative to the mean of the diagonal of the centred X'X. `auto` takes the value with
+    the smallest error on held-out calibration images."""
+    gate: Gate = "holdout"
+    """Keep a block's compensation where it lowers the held-out error (`holdout`), where r² on the fitted
+    images is above 0 (`fit`, the paper), or always (`none`)."""
+    holdout_fraction: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.2
+    """Part of the calibration images that is kept out of the fit."""
+    refit: Flag = True
+    """Once held-out images have decided on ridge, gate and kind, fit what was kept to all calibration
+    images. The errors in `blocks.csv` are those before."""
+    blocks: tuple[Text, ...] = ()
+    """Module name patterns (fnmatch) of the blocks. Without any, the blocks are those of the backbone and,
+    where the neck is quantized, of the neck."""
+    downsampling: Flag = False
+    """Compensate also the layers between stages that are no blocks themselves: patch merging, downsampling
+    convolutions."""
+    max_cost: Annotated[MaxCost, Nested] | None = None
+    """Most that the compensation may cost. The blocks with the most error reduction per cost are kept, and
+    fitted once more without the others. Without it there is no limit."""
+
+    @model_validator(mode="after")
+    def _has_held_out_images(self) -> "CompensationSettings":
+        needed = self.gate == "holdout" or self.ridge == "auto" or self.kind == "auto"
+        if needed and self.holdout_fraction == 0:
+            raise ValueError(
+                "holdout_fraction is 0, but gate: holdout, ridge: auto and kind: auto need held-out "
+                "images; set holdout_fraction above 0, or gate: fit, a number for ridge and another "
+                "kind."
+            )
+        return self
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "CompensationSettings":
+        """Build from a config's dictionary.
+
+        Raises:
+            QwtError: a key is unknown or missing, or a value is not allowed.
+        """
+        return cls(**values)

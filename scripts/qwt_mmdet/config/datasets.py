@@ -1,0 +1,167 @@
+"""Where images come from, and how many are for what."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError, model_validator
+
+from .names import Name
+from .section import Flag, Nested, Seed, Text, raise_problems, section, sentences
+
+
+def check_address(text: str) -> str:
+    """An http(s) address as it is.
+
+    Raises:
+        ValueError: it is none; says what it should be.
+    """
+    if not text.startswith(("http://", "https://")):
+        raise ValueError("it should be an address that starts with http:// or https://")
+    try:
+        parts = urlsplit(text)
+        sound = bool(parts.hostname) and parts.port != 0  # port raises for one that is no number
+    except ValueError:
+        sound = False
+    if not sound or re.search(r"\s", text):
+        raise ValueError("it should be a valid address")
+    return text
+
+
+Address = Annotated[Text, AfterValidator(check_address)]
+Images = Annotated[int, Strict(), Field(ge=1, le=10_000_000)]
+Count = Images | Literal["all"]
+
+
+@section
+class ShapesCalibration:
+    """Images for ranges and compensation."""
+
+    split: Name = "calibration"
+    """Name of the split."""
+    images: Images = 128
+    """How many images."""
+
+
+@section
+class ShapesEvaluation:
+    """Images for AP."""
+
+    split: Name = "val"
+    """Name of the split."""
+    images: Images = 300
+    """How many images."""
+
+
+@section
+class Shapes:
+    """Generated images, which need no download."""
+
+    type: Literal["shapes"]
+    """`shapes` is generated and needs no download; `coco` is any data set in COCO's format."""
+    seed: Seed = 0
+    """Seed of the choice of images and of their generation."""
+    calibration: Annotated[ShapesCalibration, Nested] = Field(default_factory=ShapesCalibration)
+    """Images for ranges and compensation."""
+    evaluation: Annotated[ShapesEvaluation, Nested] = Field(default_factory=ShapesEvaluation)
+    """Images for AP."""
+
+
+def _fill_in(part: "CocoCalibration | CocoEvaluation") -> None:
+    """What follows from the split's name where it is not given."""
+    if part.annotations is None:
+        object.__setattr__(part, "annotations", f"annotations/instances_{part.split}.json")
+    if part.image_folder is None:
+        object.__setattr__(part, "image_folder", part.split)
+
+
+@section
+class CocoCalibration:
+    """Images for ranges and compensation."""
+
+    split: Name = "train2017"
+    """Name of the split. It names the files below where they are not given."""
+    images: Count = 512
+    """How many images, or `all`."""
+    annotations: Text | None = None
+    """Annotation file under the root. Default: `annotations/instances_{split}.json`."""
+    image_folder: Text | None = None
+    """Image folder under the root. Default: `{split}`."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "CocoCalibration":
+        _fill_in(self)
+        return self
+
+
+@section
+class CocoEvaluation:
+    """Images for AP."""
+
+    split: Name = "val2017"
+    """Name of the split. It names the files below where they are not given."""
+    images: Count = "all"
+    """How many images, or `all`."""
+    annotations: Text | None = None
+    """Annotation file under the root. Default: `annotations/instances_{split}.json`."""
+    image_folder: Text | None = None
+    """Image folder under the root. Default: `{split}`."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "CocoEvaluation":
+        _fill_in(self)
+        return self
+
+
+@section
+class Coco:
+    """A data set in COCO's format: a local folder, or one that is downloaded."""
+
+    type: Literal["coco"]
+    """`shapes` is generated and needs no download; `coco` is any data set in COCO's format."""
+    seed: Seed = 0
+    """Seed of the choice of images."""
+    root: Text | None = None
+    """Local folder with the annotation files and image folders."""
+    url: Address | None = None
+    """Address to download from in the place of a root. Annotations come from
+    `{url}/annotations/annotations_trainval2017.zip`, chosen images from `{url}/{split}/`."""
+    exif: Literal["apply", "ignore"] = "apply"
+    """Whether photos with an EXIF rotation are turned when they are read (`apply`, as MMDetection does), or
+    sizes and boxes refer to the pixels as they are stored (`ignore`). It decides calibration, evaluation and
+    pictures."""
+    allow_outside_root: Flag = False
+    """Read images that `../`, an absolute name or a link in the root leads to outside of it."""
+    calibration: Annotated[CocoCalibration, Nested] = Field(default_factory=CocoCalibration)
+    """Images for ranges and compensation."""
+    evaluation: Annotated[CocoEvaluation, Nested] = Field(default_factory=CocoEvaluation)
+    """Images for AP."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Coco":
+        if (self.root is None) == (self.url is None):
+            has = "neither root nor url" if self.root is None else "both root and url"
+            raise ValueError(
+                f"there is {has}; give either root (a local folder) or url (to download from)."
+            )
+        return self
+
+
+Dataset = Annotated[Annotated[Shapes | Coco, Field(discriminator="type")], Nested]
+
+
+_DATASET = TypeAdapter(Dataset)
+
+
+def resolve_dataset(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a data set's entry with all defaults filled in, as plain values.
+
+    Raises:
+        QwtError: a key or a value is not allowed.
+    """
+    try:
+        parsed = _DATASET.validate_python(settings)
+    except ValidationError as error:
+        raise_problems(sentences(error, Dataset))
+    return _DATASET.dump_python(parsed, mode="json", exclude_none=True)

@@ -1,0 +1,133 @@
+"""The JSON schema and the tables of config/README.md, made from the sections.
+
+``python -m qwt_mmdet.config.documentation`` writes both; with ``--check`` it only compares.
+"""
+
+import dataclasses
+import re
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from . import compensation, datasets, models, quantization, workflow
+
+ROOT = Path(__file__).resolve().parents[3]
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+PAGE = ROOT / "config" / "README.md"
+
+TABLES: dict[str, type] = {
+    "dataset": datasets.Coco,
+    "images": datasets.CocoCalibration,
+    "model": models.Model,
+    "quantization": quantization.QuantizationSettings,
+    "override": quantization.Override,
+    "compensation": compensation.CompensationSettings,
+    "max_cost": compensation.MaxCost,
+    "targets": workflow.Targets,
+    "configuration": workflow.Configuration,
+    "loading": workflow.Loading,
+    "activation_cache": workflow.ActivationCache,
+    "sensitivity": workflow.Sensitivity,
+    "bootstrap": workflow.Bootstrap,
+}
+"""Section by the name that a table of the page has in its markers."""
+
+HEADER = """\
+# Written by `make config-docs` from scripts/qwt_mmdet/config/; for editors and other tools.
+"""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (2020-12) of the configuration."""
+    made = TypeAdapter(workflow.Configuration).json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **_without_titles(made),
+        "title": "Configuration of the workflow",
+    }
+
+
+def _without_titles(value: Any) -> Any:
+    """pydantic repeats every key as a title; a key may be called title, too."""
+    if isinstance(value, Mapping):
+        return {
+            key: _without_titles(item)
+            for key, item in value.items()
+            if not (key == "title" and isinstance(item, str))
+        }
+    return [_without_titles(item) for item in value] if isinstance(value, list) else value
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return "see below" if field.default_factory is not dict else "none"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if field.default is None or field.default == ():
+        return "none"
+    value = field.default
+    return f"`{value}`" if isinstance(value, str) else str(value).lower()
+
+
+def _limits(described: Mapping[str, Any]) -> str:
+    """What numbers are allowed, as a sentence; empty where the meaning says all."""
+    choices = [described, *described.get("anyOf", ())]
+    for choice in choices:
+        low = choice.get("minimum", choice.get("exclusiveMinimum"))
+        high = choice.get("maximum", choice.get("exclusiveMaximum"))
+        if low is not None:
+            to = "" if high is None else f" to {'below ' * ('maximum' not in choice)}{high}"
+            return f" From {low}{to}."
+    return ""
+
+
+def table(section: type) -> str:
+    """The keys of a section as a table in Markdown."""
+    described = TypeAdapter(section).json_schema()["properties"]
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(section):
+        meaning = section.__pydantic_fields__[field.name].description
+        text = " ".join(meaning.split()).replace("|", "\\|") + _limits(described[field.name])
+        rows.append(f"| `{field.name}` | {_default(field)} | {text} |")
+    return "\n".join(rows)
+
+
+def page(text: str) -> str:
+    """The page with every table made anew.
+
+    A table stands between ``<!-- keys: NAME -->`` and ``<!-- end of keys -->``.
+    """
+
+    def renew(match: re.Match) -> str:
+        return f"{match[1]}\n{table(TABLES[match[2]])}\n{match[3]}"
+
+    pattern = r"(<!-- keys: (\w+) -->).*?(<!-- end of keys -->)"
+    return re.sub(pattern, renew, text, flags=re.DOTALL)
+
+
+def made() -> dict[Path, str]:
+    """What each file should hold."""
+    return {
+        SCHEMA: HEADER + yaml.safe_dump(schema(), sort_keys=False, width=100, allow_unicode=True),
+        PAGE: page(PAGE.read_text(encoding="utf-8")),
+    }
+
+
+def main(arguments: typing.Sequence[str]) -> int:
+    stale = [path for path, text in made().items() if path.read_text(encoding="utf-8") != text]
+    if "--check" in arguments:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not as the sections say; run `make config-docs`.")
+        return bool(stale)
+    for path in stale:
+        path.write_text(made()[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""How a detector is quantized: the bit targets of the configuration."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict, model_validator
+
+from .section import Flag, Foreign, Nested, Text, section
+
+LEAST_BITS, MOST_BITS = 2, 8
+
+Bits = Annotated[int, Strict(), Field(ge=LEAST_BITS, le=MOST_BITS)]
+Scope = Literal["backbone", "backbone+neck", "detector"]
+WeightRange = Literal["minmax", "percentile", "mse"] | Foreign
+ActivationRange = Literal["minmax", "percentile", "mse", "repq"] | Foreign
+Rounding = Literal["nearest", "gptq"] | Foreign
+
+
+@section
+class Override:
+    """Other bit widths for the layers whose name matches ``pattern``, or none at all."""
+
+    pattern: Text
+    """Pattern (fnmatch) of module names, such as backbone.stages.3.*"""
+    weight_bits: Bits | None = None
+    """Bits of these layers' weights."""
+    activation_bits: Bits | None = None
+    """Bits of these layers' input activations."""
+    skip: Flag = False
+    """Leave these layers in full precision."""
+
+    @model_validator(mode="after")
+    def _bits_or_skip(self) -> "Override":
+        if self.skip == (self.weight_bits is not None or self.activation_bits is not None):
+            raise ValueError(
+                f"{self.pattern!r} must either set weight_bits and/or activation_bits, or skip: true, "
+                "not both."
+            )
+        return self
+
+
+@section
+class QuantizationSettings:
+    """Post-training quantization (Nagel et al., arXiv 2106.08295; RepQ-ViT, arXiv 2212.08254).
+
+    Raises:
+        QwtError: a value is outside of what is allowed.
+    """
+
+    weight_bits: Bits
+    """Bits of the weights, with a grid for each output channel."""
+    activation_bits: Bits
+    """Bits of the activations, with a grid for each tensor (inputs of convolutions: see
+    `migrate_scales`)."""
+    input_bits: Bits = 8
+    """Bits of the activations that enter the first layer (the image)."""
+    scope: Scope = "backbone"
+    """Part of the detector that is quantized."""
+    weight_range: WeightRange = "mse"
+    """Estimator of the clipping range of weights: `minmax`, `percentile` or `mse` (smallest squared
+    error)."""
+    activation_range: ActivationRange = "repq"
+    """The same for activations, or `repq` (RepQ-ViT): `mse`, with a range per channel after each LayerNorm
+    that is folded into the layers around it, and a log-√2 grid for attention probabilities. In a network
+    without LayerNorm and attention it is `mse`."""
+    rounding: Rounding = "gptq"
+    """Rounding of weights: `nearest`, or `gptq`, which spreads each column's error over the next ones."""
+    percentile: Annotated[float, Strict(), Field(ge=50, lt=100)] = 99.99
+    """Two-sided percentile in percent, for the `percentile` estimator."""
+    migrate_scales: Flag = True
+    """Let inputs of convolutions have a scale per channel, whose differences move into the weights, as far
+    as that lowers the expected error of the layer's output (after SmoothQuant, arXiv 2211.10438).
+    Depthwise convolutions always have one."""
+    bias_correction: Flag = True
+    """Take back the shift of each layer's mean output that quantization causes."""
+    overrides: tuple[Annotated[Override, Nested], ...] = ()
+    """Exceptions by module name; the last match wins. A pattern that matches nothing is an error."""
+
+    @property
+    def range_method(self) -> str:
+        """Estimator of a single clipping range of activations."""
+        return "mse" if self.activation_range == "repq" else self.activation_range
+
+    @property
+    def folds_norms(self) -> bool:
+        """Whether ranges per channel after LayerNorms are folded into the layers around them."""
+        return self.activation_range == "repq"
+
+    @property
+    def logarithmic_attention(self) -> bool:
+        """Whether attention probabilities get a log-√2 grid."""
+        return self.activation_range == "repq"
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "QuantizationSettings":
+        """Build from a config's dictionary.
+
+        Raises:
+            QwtError: a key is unknown or missing, or a value is not allowed.
+        """
+        return cls(**values)

@@ -1,0 +1,277 @@
+"""What all sections of the configuration share: how they are declared, and what their mistakes say.
+
+A section is a frozen dataclass. Its fields hold all there is to know of a key: the name, the type and
+its limits, the default and, in the string below, the meaning. pydantic checks the values. The JSON
+schema, the tables of ``config/README.md`` and the options of the command line are made from the fields.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import reprlib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ..errors import QwtError, suggestion
+
+T = TypeVar("T")
+
+MOST_MESSAGES = 20
+
+# YAML's types are taken as they are: the text "8" is no number, and `true` is none either.
+Text = Annotated[str, Strict(), Field(pattern=r"\A[^\x00-\x1f\x7f]{1,4000}\z")]
+Flag = Annotated[bool, Strict()]
+Number = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Gigabytes = Annotated[float, Strict(), Field(ge=0, le=1_000_000)]
+Seed = Annotated[int, Strict(), Field(ge=0, le=2**32 - 1)]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A key without a value (``evaluation:``) means its default."""
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return {key: item for key, item in value.items() if item is not None}
+    return value
+
+
+Nested = BeforeValidator(_without_nulls)
+"""Annotation of a section inside of another one."""
+
+
+@dataclass_transform(frozen_default=True)
+def section(cls: type[T]) -> type[T]:
+    """Class decorator: a section of the configuration.
+
+    Made in Python, it raises QwtError for a value that is not allowed.
+    """
+    options = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    declared = dataclass(frozen=True, config=options)(cls)
+    build = declared.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, *arguments: Any, **values: Any) -> None:
+        try:
+            build(self, *arguments, **values)
+        except ValidationError as error:
+            raise_problems(sentences(error, declared))
+
+    declared.__init__ = checked
+    return declared
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """Write a path in the configuration as people do: ``targets[0].model``."""
+    text = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{repr(part)[1:-1]:.100}" for part in path
+    )
+    return text.removeprefix(".") or "the configuration"
+
+
+def shown(value: Any) -> str:
+    """A value for a message: in one line, and not all of a long one."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
+
+
+def raise_problems(problems: Iterable[str]) -> None:
+    first = list(itertools.islice(dict.fromkeys(problems), MOST_MESSAGES + 1))
+    if len(first) > MOST_MESSAGES:
+        first[-1] = "There are more mistakes; mend these first."
+    if first:
+        raise QwtError("\n".join(first))
+
+
+def field_names(cls: type) -> list[str]:
+    """The keys of a section."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The types that an annotation stands for: the members of a union, without metadata."""
+    if typing.get_origin(annotation) is Annotated:
+        return _parts(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, type(int | str)):
+        return [part for member in typing.get_args(annotation) for part in _parts(member)]
+    return [annotation]
+
+
+def _descend(annotation: Any, part: str | int) -> Any | None:
+    """The type of what stands under a key of a value, or None where the type has no keys."""
+    for kind in _parts(annotation):
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind, include_extras=True)
+            name = list(hints)[part] if isinstance(part, int) else part
+            if name in hints:
+                return hints[name]
+        elif typing.get_origin(kind) is dict:
+            return typing.get_args(kind)[1]
+        elif typing.get_origin(kind) is tuple:
+            return typing.get_args(kind)[0]
+    return None
+
+
+def _located(location: tuple[str | int, ...], root: type) -> tuple[list[str | int], Any]:
+    """The key that an error of pydantic is about, and its type.
+
+    pydantic's locations also name the members of unions.
+    """
+    path: list[str | int] = []
+    annotation: Any = root
+    for part in location:
+        below = _descend(annotation, part)
+        if below is None:
+            tagged = [kind for kind in _parts(annotation) if _tag(kind) == part]
+            annotation = tagged[0] if tagged else annotation
+            continue
+        positional = isinstance(part, int) and annotation is root
+        path.append(field_names(root)[part] if positional else part)
+        annotation = below
+    return path, annotation
+
+
+def _tag(kind: Any) -> str | None:
+    """The value of ``type`` by which a section is told from its siblings in a union."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    return next(iter(typing.get_args(typing.get_type_hints(kind).get("type"))), None)
+
+
+def _unknown_key(key: str, location: tuple[str | int, ...], root: type) -> str:
+    path, kind = _located(location[:-1], root)
+    known = [
+        name
+        for part in _parts(kind)
+        if dataclasses.is_dataclass(part)
+        for name in field_names(part)
+    ]
+    return (
+        f"{dotted([*path, key])} is not a known key{suggestion(key, known) or '.'} Known here: "
+        f"{', '.join(known)}."
+    )
+
+
+_PLAINER = {
+    r"^Value error, ": "",
+    r"^(Input|String) should": "it should",
+    r"a dictionary or an instance of \w+": "a mapping (key: value)",
+    r"^Input should be a valid dictionary": "it should be a mapping (key: value)",
+    r"valid tuple": "list",
+    r"valid integer": "whole number",
+    r"valid number": "number",
+    r"valid string": "text",
+    r"valid boolean": "true or false",
+    r"match pattern .*4000.*": "be text that is not empty, in one line of at most 4000 letters",
+    r"match pattern .*64.*": "be 64 hexadecimal digits, in quotes",
+    r"^(Dictionary|Tuple) should have at least 1 item.*": "it should have at least one entry",
+}
+"""pydantic's words (patterns), and what they are to those who write YAML."""
+
+
+def _plainer(message: str) -> str:
+    for pattern, words in _PLAINER.items():
+        message = re.sub(pattern, words, message)
+    return message
+
+
+def _bounds(annotation: Any) -> str:
+    """The numbers that a type allows: ``from 2 to 8``."""
+    if typing.get_origin(annotation) is not Annotated:
+        return next(filter(None, map(_bounds, typing.get_args(annotation))), "")
+    inner, *metadata = typing.get_args(annotation)
+    limits = [limit for entry in metadata for limit in getattr(entry, "metadata", ())]
+    found = {key: getattr(e, key) for e in limits for key in ("ge", "le", "lt") if hasattr(e, key)}
+    if "ge" not in found:
+        return _bounds(inner)
+    above = f" to {found['le']}" if "le" in found else ""
+    return f"from {found['ge']}" + (f" to below {found['lt']}" if "lt" in found else above)
+
+
+def _number_hint(value: Any) -> str:
+    """YAML 1.1 reads 1e-3 as text; say how to write it."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return ""
+    return f" (write {int(number) if number.is_integer() else number}: this was read as text)"
+
+
+def sentences(error: ValidationError, root: type) -> list[str]:
+    """What is wrong with a section: a sentence for each key, naming it, its value and the remedy."""
+    found: dict[str, str] = {}
+    wanted: dict[str, list[str]] = {}
+    for entry in error.errors():
+        location, kind, value = entry["loc"], entry["type"], entry["input"]
+        message = _plainer(entry["msg"])
+        path, annotation = _located(location, root)
+        if kind.startswith(("less_than", "greater_than")):
+            message = f"it should be {_bounds(annotation)}"
+        if kind == "too_short" and value:  # what is in it is wrong, and is told
+            continue
+        if kind == "union_tag_invalid":
+            path, value = [*path, "type"], entry["ctx"]["tag"]
+            message = f"it should be one of {entry['ctx']['expected_tags']}"
+        key = dotted(path)
+        if kind == "unexpected_keyword_argument":
+            name = str(location[-1])
+            found[f"{location}"] = _unknown_key(name, location, root)
+        elif kind == "missing":
+            found[key] = f"{dotted(path[:-1])} lacks the key {path[-1]!r}; add it."
+        elif kind == "union_tag_not_found":
+            found[key] = f"{key} lacks the key 'type'; add it."
+        elif location and location[-1] == "[key]":
+            rest = "put it in quotes" if kind == "string_type" else message
+            found[key] = f"{dotted(path[:-1])} has an entry named {shown(value)}; {rest}."
+        elif kind == "value_error" and not message.startswith("it should"):
+            found[key] = "\n".join(
+                f"{key}: {line}" if path else line for line in message.splitlines()
+            )
+        else:  # several where the type is a union
+            wanted.setdefault(key, []).append(message.removeprefix("it should "))
+            remedy = ", or ".join(dict.fromkeys(wanted[key]))
+            choices = re.findall(r"'([^']*)'", remedy)
+            found[key] = (
+                f"{key} is {shown(value)}; it should {remedy}{suggestion(value, choices) or '.'}"
+                f"{_number_hint(value)}"
+            )
+    return [line for text in found.values() for line in text.splitlines()]
+
+
+def _has_dot(name: str) -> str:
+    if "." not in name.strip("."):
+        raise ValueError(
+            "it should be the name, with a dot in it, of what a module of yours registers"
+        )
+    return name
+
+
+Foreign = Annotated[str, Strict(), AfterValidator(_has_dot)]
+"""The name of an algorithm that a module of the user's registers, such as ``mylab.entropy``."""
+
+
+def as_plain(settings: Any) -> dict[str, Any]:
+    """A section as dictionaries and lists, as an archive holds it."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(settings).items()
+    }
+
+
+def as_entry(settings: Any) -> dict[str, Any]:
+    """A section as a config entry: what equals its default is left out."""
+    entry = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.default is dataclasses.MISSING or value != field.default:
+            nested = isinstance(value, tuple) and all(map(dataclasses.is_dataclass, value))
+            entry[field.name] = [as_entry(item) for item in value] if nested else value
+    return entry

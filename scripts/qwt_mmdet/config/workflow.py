@@ -1,0 +1,262 @@
+"""The whole configuration, and what its sections must agree on."""
+
+import importlib.util
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, Strict, TypeAdapter, ValidationError, model_validator
+
+from ..errors import suggestion
+from .compensation import CompensationSettings
+from .datasets import Dataset
+from .models import Model
+from .names import Name
+from .quantization import LEAST_BITS, MOST_BITS, QuantizationSettings
+from .reading import check_values
+from .section import Flag, Gigabytes, Nested, Seed, Text, raise_problems, section, sentences, shown
+
+RESERVED_NAMES: dict[str, tuple[str, ...]] = {
+    "datasets": (),
+    "models": ("datasets", "train_demo", "summary.csv", "summary.json", "report.html"),
+    "quantization": ("baseline", "checkpoint.pth", "checkpoint.pth.download"),
+    "compensation": (
+        "quantized",
+        "warmup.pth",
+        "warmup.json",
+        "sensitivity.csv",
+        "sensitivity.yaml",
+    ),
+}
+"""Names that would collide with other files under results/, in small letters."""
+
+WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+@section
+class Loading:
+    """How images are read."""
+
+    batch_size: Annotated[int, Strict(), Field(ge=1, le=4096)] = 1
+    """Images per forward pass."""
+    workers: Annotated[int, Strict(), Field(ge=0, le=1024)] = 2
+    """Processes that read images; at most the threads of the rule are used."""
+
+
+@section
+class ActivationCache:
+    """Where activations wait between two blocks while a compensation is fitted.
+
+    It never changes a result. What fits in neither place waits in a temporary folder (TMPDIR names another
+    one).
+    """
+
+    device_gb: Gigabytes = 4.0
+    """Gigabytes on the GPU."""
+    memory_gb: Gigabytes = 4.0
+    """Gigabytes in memory."""
+
+
+@section
+class Sensitivity:
+    """What `snakemake sensitivity` does."""
+
+    images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 8
+    """Calibration images on which each layer is quantized alone."""
+    average_bits: Annotated[float, Strict(), Field(ge=LEAST_BITS, le=MOST_BITS)] | None = None
+    """Bits per weight, on average, of the suggested mixed precision. Default: what the quantization
+    has."""
+
+
+@section
+class Bootstrap:
+    """The paired bootstrap over evaluation images that gives the 95 % intervals."""
+
+    resamples: Annotated[int, Strict(), Field(ge=100, le=100_000)] = 1000
+    """Number of resamples."""
+
+
+@section
+class Targets:
+    """Combinations to compute: the product of three lists."""
+
+    model: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Names of models. Omitted: all of them."""
+    quantization: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Names of quantizations. Omitted: all of them."""
+    compensation: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Names of compensations. Omitted: all of them."""
+
+
+class Combination(NamedTuple):
+    """Names of the three entries that a result belongs to; None for no compensation."""
+
+    model: str
+    quantization: str
+    compensation: str | None
+
+
+SECTIONS = ("models", "quantization", "compensation")
+"""The sections that a combination takes an entry of, in the order of its fields."""
+
+
+@section
+class Configuration:
+    """What is quantized and how.
+
+    Names of entries are free; they become folder names under results/. Relative paths are relative to the
+    folder that Snakemake runs in.
+    """
+
+    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
+    """Images in COCO format, by name."""
+    models: Annotated[dict[Name, Annotated[Model, Nested]], Field(min_length=1)]
+    """Trained MMDetection detectors, by name."""
+    quantization: Annotated[
+        dict[Name, Annotated[QuantizationSettings, Nested]], Field(min_length=1)
+    ]
+    """Quantization settings (the bit targets), by name."""
+    compensation: dict[Name, Annotated[CompensationSettings, Nested]]
+    """Compensation settings, by name; `{}` quantizes and compensates nothing."""
+    seed: Seed = 0
+    """Seed of everything random that a step does (not of the choice of images)."""
+    targets: Annotated[tuple[Annotated[Targets, Nested], ...], Field(min_length=1)] | None = None
+    """Combinations to compute. Omitted: every model with every quantization and every compensation."""
+    skip: tuple[Literal["evaluate_baseline", "evaluate_quantized"], ...] = ()
+    """Evaluations to leave out; what compares with them is then missing in table and report."""
+    keep_warmup: Flag = True
+    """Keep warmup files; without them each change of a compensation calibrates anew."""
+    max_download_gb: Annotated[float, Strict(), Field(ge=0, le=1000)] = 20.0
+    """Largest size of a checkpoint or an annotation file that is downloaded. What an image may have follows
+    from its width and height."""
+    calibration: Annotated[Loading, Nested] = Field(default_factory=Loading)
+    """How calibration images are read."""
+    evaluation: Annotated[Loading, Nested] = Field(default_factory=Loading)
+    """How evaluation images are read."""
+    activation_cache: Annotated[ActivationCache, Nested] = Field(default_factory=ActivationCache)
+    """Where activations wait between two blocks while a compensation is fitted."""
+    sensitivity: Annotated[Sensitivity, Nested] = Field(default_factory=Sensitivity)
+    """What `snakemake sensitivity` does."""
+    bootstrap: Annotated[Bootstrap, Nested] = Field(default_factory=Bootstrap)
+    """The paired bootstrap over evaluation images that gives the 95 % intervals."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Configuration":
+        problems = [*self._folders(), *self._references(), *self._nothing_evaluated()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _folders(self) -> Iterator[str]:
+        """Names that cannot be folders beside the others; macOS and Windows ignore case."""
+        for key, reserved in RESERVED_NAMES.items():
+            seen: dict[str, str] = {}
+            for name in getattr(self, key):
+                other = seen.setdefault(name.lower(), name)
+                if other != name:
+                    yield (
+                        f"{key}: the names {other!r} and {name!r} differ in case alone, so one would "
+                        "overwrite the other on macOS and Windows; rename one."
+                    )
+                if name.lower() in reserved:
+                    yield f"{key}.{name}: the name {name!r} is taken by the workflow; choose another."
+                if WINDOWS_DEVICE.fullmatch(name):
+                    yield f"{key}.{name}: {name!r} is a device on Windows; choose another name."
+
+    def _references(self) -> Iterator[str]:
+        """Names that refer to an entry of another section."""
+        for name, model in self.models.items():
+            yield from self._unknown(f"models.{name}.dataset", "datasets", [model.dataset])
+            yield from self._unknown(f"models.{name}.warmup", "quantization", model.warmup)
+        for index, target in enumerate(self.targets or ()):
+            for key, section_name in zip(Combination._fields, SECTIONS, strict=True):
+                named = getattr(target, key) or ()
+                yield from self._unknown(f"targets[{index}].{key}", section_name, named)
+
+    def _unknown(self, key: str, section_name: str, names: Iterable[str]) -> Iterator[str]:
+        known = list(getattr(self, section_name))
+        for name in names:
+            if name not in known:
+                yield (
+                    f"{key} names {shown(name)}, which is not an entry of {section_name}"
+                    f"{suggestion(name, known) or '.'} Known: {', '.join(known)}."
+                )
+
+    def _nothing_evaluated(self) -> Iterator[str]:
+        if not self.compensation and "evaluate_quantized" in self.skip:
+            yield (
+                "compensation is empty and skip names evaluate_quantized, so no quantized detector "
+                "would be evaluated; add a compensation or do not skip."
+            )
+
+    def combinations(self) -> list[Combination]:
+        """The combinations that are asked for, each once, in the configuration's order."""
+        found: dict[Combination, None] = {}
+        for target in self.targets or (Targets(),):
+            choices = [
+                getattr(target, key) or list(getattr(self, section_name)) or [None]
+                for key, section_name in zip(Combination._fields, SECTIONS, strict=True)
+            ]
+            found.update(dict.fromkeys(itertools.starmap(Combination, itertools.product(*choices))))
+        return list(found)
+
+
+_CONFIGURATION = TypeAdapter(Configuration)
+
+
+def parse(config: Mapping[str, Any]) -> Configuration:
+    """Check a config as it was read from a file.
+
+    Raises:
+        QwtError: one line for each problem, naming the key, the value and what is allowed.
+    """
+    check_values(config)
+    try:
+        parsed = _CONFIGURATION.validate_python(config)
+    except ValidationError as error:
+        raise_problems(sentences(error, Configuration))
+    raise_problems(
+        problem
+        for name, model in parsed.models.items()
+        for problem in model_config_problems(f"models.{name}.config", model.config)
+    )
+    return parsed
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with all defaults filled in, as plain values; keys have one order.
+
+    Raises:
+        QwtError: see :func:`parse`.
+    """
+    return _CONFIGURATION.dump_python(parse(config), mode="json", exclude_none=True)
+
+
+def combinations(config: Mapping[str, Any]) -> list[Combination]:
+    """Return the combinations that a config asks for, each once, in the config's order."""
+    return parse(config).combinations()
+
+
+def zoo_folder() -> Path | None:
+    """Folder of the configs that the installed MMDetection ships, or None without MMDetection."""
+    specification = importlib.util.find_spec("mmdet")  # finds the package without importing it
+    if specification is None or not specification.submodule_search_locations:
+        return None
+    folder = Path(specification.submodule_search_locations[0]) / ".mim" / "configs"
+    return folder if folder.is_dir() else None
+
+
+def model_config_problems(key: str, location: str) -> Iterator[str]:
+    """Say that a model's config is neither a file nor one that MMDetection ships, if so."""
+    zoo = zoo_folder()
+    if os.path.isfile(location) or zoo is None or os.path.isfile(zoo / location):
+        return
+    known = [str(path.relative_to(zoo)) for path in zoo.glob("*/*.py")]
+    hint = suggestion(location, known)
+    yield (
+        f"{key} is {shown(location)}, which is neither a file nor a config that MMDetection ships"
+        f"{hint or '; check the name, which has the form yolox/yolox_nano_8xb8-300e_coco.py.'}"
+    )
