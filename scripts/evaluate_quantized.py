@@ -14,7 +14,7 @@ with step(snakemake) as device:
         metrics=snakemake.output.metrics,
         predictions=snakemake.output.predictions,
         device=device,
-        batch_size=snakemake.config["evaluation"]["batch_size"],
+        batch_size=snakemake.params.loading["batch_size"],
         workers=workers(snakemake, "evaluation"),
         seed=snakemake.params.seed,
     )

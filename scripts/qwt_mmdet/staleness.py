@@ -24,6 +24,7 @@ PACKAGE = Path(__file__).resolve().parent
 _DETECTOR = (
     "annotations",
     "archives",
+    "batches",
     "checkpoints",
     "detectors",
     "devices",

@@ -22,7 +22,7 @@ class Alone(nn.Module):
         self.backbone = nn.Sequential(convolution)
 
     def data_preprocessor(self, batch: dict, training: bool) -> dict:
-        return {"inputs": batch["inputs"], "data_samples": None}
+        return {"inputs": torch.stack(list(batch["inputs"])), "data_samples": None}
 
 
 def images(spread: float, channels: int = 8) -> list[dict]:

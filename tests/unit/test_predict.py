@@ -55,7 +55,7 @@ def test_a_detection_that_is_left_out_for_its_class_is_finite(tmp_path):
     cats = {"categories": CATEGORIES["categories"][:1]}
     (tmp_path / "a.json").write_text(json.dumps(cats))
     sample = DetDataSample(pred_instances=instances(), metainfo={"img_id": 42})
-    found = predict(Model([sample]), [{}], tmp_path / "a.json")
+    found = predict(Model([sample]), [{"inputs": [torch.zeros(3, 4, 4)]}], tmp_path / "a.json")
     assert ([record["category_id"] for record in found.records], found.not_finite) == ([7], 0)
 
 
@@ -74,7 +74,7 @@ def test_detections_that_are_not_finite_are_left_out_and_counted(tmp_path, key, 
     getattr(bad, key).view(-1)[0] = value
     sample = DetDataSample(pred_instances=bad, metainfo={"img_id": 42})
     (tmp_path / "a.json").write_text(json.dumps(CATEGORIES))
-    found = predict(Model([sample]), [{}], tmp_path / "a.json")
+    found = predict(Model([sample]), [{"inputs": [torch.zeros(3, 4, 4)]}], tmp_path / "a.json")
     (record,) = found.records
     assert record["score"] == 0.25
     assert "segmentation" in record
@@ -95,7 +95,7 @@ def test_a_detector_without_a_detection_shows_its_masks(tmp_path):
     for extra in ({}, {"masks": torch.zeros(2, 10, 6, dtype=torch.bool)}):
         nothing = instances(**extra)[:0]
         sample = DetDataSample(pred_instances=nothing, metainfo={"img_id": 42})
-        found = predict(Model([sample]), [{}], tmp_path / "a.json")
+        found = predict(Model([sample]), [{"inputs": [torch.zeros(3, 4, 4)]}], tmp_path / "a.json")
         assert found == ([], 0, bool(extra))
 
 
@@ -134,3 +134,38 @@ def test_a_quantized_detector_that_finds_something_has_not_collapsed(tmp_path, m
     metrics, _ = evaluate_detector(SimpleNamespace(**DETECTOR, qwt_record=QUANTIZED), path)
     assert metrics["bbox"]["AP"] == pytest.approx(1)
     assert (metrics["collapsed"], metrics["not_finite"]) == (False, 7)
+
+
+class PaddingDetector:
+    """Pads as mmdet does; each box is as large as what the network sees of its image."""
+
+    dataset_meta: ClassVar = {"classes": ("cat", "dog")}
+
+    def test_step(self, batch):
+        seen = [max(image.shape[side] for image in batch["inputs"]) for side in (2, 1)]
+        return [
+            DetDataSample(
+                metainfo={"img_id": number},
+                pred_instances=InstanceData(
+                    bboxes=torch.tensor([[0.0, 0.0, *seen]]),
+                    scores=torch.tensor([0.5]),
+                    labels=torch.tensor([0]),
+                ),
+            )
+            for number in batch["data_samples"]
+        ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_each_image_of_a_batch_is_seen_as_it_would_be_alone(tmp_path, size):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(CATEGORIES))
+    images = [torch.zeros(3, *shape) for shape in [(4, 6), (8, 6), (4, 6), (6, 4), (8, 6)]]
+    loader = [
+        {"inputs": images[i : i + size], "data_samples": list(range(i, min(5, i + size)))}
+        for i in range(0, 5, size)
+    ]
+    found = predict(PaddingDetector(), loader, path).records
+    assert [record["image_id"] for record in found] == [0, 1, 2, 3, 4]
+    for record, image in zip(found, images, strict=True):
+        assert record["bbox"] == [0, 0, image.shape[2], image.shape[1]]

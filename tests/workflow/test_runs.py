@@ -86,7 +86,8 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
 
     assert workflow.jobs("--configfile", config) == {}
     more = yaml.safe_load((CONFIGS / "yolox_coco_real_tiny.yaml").read_text())
-    more["evaluation"] = {"workers": 0, "batch_size": 2}
+    more["evaluation"] = {"workers": 0}
+    more["calibration"] = {"batch_size": 2}
     more["quantization"]["w8a8"] = {"weight_bits": 8, "activation_bits": 8}
     workflow.configure(more)
     assert workflow.jobs() == {

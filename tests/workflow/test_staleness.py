@@ -111,7 +111,7 @@ def test_fewer_targets_only_make_new_tables(finished, config):
 
 
 def test_what_cannot_change_a_result_runs_nothing(finished, config):
-    config["evaluation"] = {"batch_size": 8, "workers": 0}
+    config["evaluation"] = {"workers": 0}
     config["calibration"] = {"batch_size": 4}
     config["quantization"]["w4a8"]["input_bits"] = 8  # the default, written out
     config["models"] = dict(reversed(config["models"].items()))
@@ -119,6 +119,14 @@ def test_what_cannot_change_a_result_runs_nothing(finished, config):
     config["targets"] = [{"model": ["first"]}, {"model": ["second"]}]
     finished.configure(config)
     assert finished.jobs("--resources", "gpu=0", "--cores", "7") == {}
+
+
+def test_another_batch_size_evaluates_again_and_fits_nothing(finished, config):
+    config["evaluation"] = {"batch_size": 8}
+    finished.configure(config)
+    assert finished.jobs() == {
+        "evaluate_baseline": 2, "evaluate_quantized": 4, "evaluate_compensated": 8, **TABLES,
+    }  # fmt: skip
 
 
 def test_other_images_of_a_dataset_run_all_that_uses_them(finished, config):

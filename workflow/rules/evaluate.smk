@@ -1,3 +1,8 @@
+# Kernels add up in another order for another number of images. Snakemake compares params without
+# their names, hence the mapping.
+BATCHES = {"batch_size": config["evaluation"]["batch_size"]}
+
+
 rule evaluate_baseline:
     """Evaluate the full-precision detector."""
     input:
@@ -22,6 +27,7 @@ rule evaluate_baseline:
         config=model_setting("config"),
         config_options=model_setting("config_options"),
         seed=config["seed"],
+        loading=BATCHES,
         code=source_hash("evaluate_baseline"),
     script:
         "../../scripts/evaluate_baseline.py"
@@ -50,6 +56,7 @@ rule evaluate_quantized:
         config=model_setting("config"),
         config_options=model_setting("config_options"),
         seed=config["seed"],
+        loading=BATCHES,
         code=source_hash("evaluate_quantized"),
     script:
         "../../scripts/evaluate_quantized.py"
@@ -79,6 +86,7 @@ rule evaluate_compensated:
         config=model_setting("config"),
         config_options=model_setting("config_options"),
         seed=config["seed"],
+        loading=BATCHES,
         code=source_hash("evaluate_compensated"),
     script:
         "../../scripts/evaluate_compensated.py"

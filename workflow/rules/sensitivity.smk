@@ -23,8 +23,7 @@ rule rank_layers:
     params:
         config=model_setting("config"),
         config_options=model_setting("config_options"),
-        images=config["sensitivity"]["images"],
-        average_bits=config["sensitivity"].get("average_bits"),
+        settings=config["sensitivity"],
         code=source_hash("rank_layers"),
     script:
         "../../scripts/rank_layers.py"

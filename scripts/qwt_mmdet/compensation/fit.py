@@ -9,13 +9,14 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..batches import single_images
 from ..config import CompensationSettings, as_plain
 from ..errors import QwtError
 from ..progress import progress
@@ -56,17 +57,6 @@ def split_holdout(images: int, fraction: float) -> list[bool]:
             "calibration images."
         )
     return held
-
-
-def single_images(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The images of all batches as batches of one.
-
-    Images of a batch are padded to the largest, which changes what the network sees; alone, each
-    image gives the same result whatever the batches are.
-    """
-    for batch in loader:
-        for index in range(len(batch["inputs"])):
-            yield {key: [value[index]] for key, value in batch.items()}
 
 
 @dataclass(frozen=True)

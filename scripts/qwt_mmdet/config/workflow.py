@@ -41,7 +41,7 @@ class Loading:
     """How images are read."""
 
     batch_size: Annotated[int, Strict(), Field(ge=1, le=4096)] = 1
-    """Images per forward pass."""
+    """Images that are read at a time; in an evaluation, those of one shape pass the network together."""
     workers: Annotated[int, Strict(), Field(ge=0, le=1024)] = 2
     """Processes that read images; at most the threads of the rule are used."""
 
@@ -133,9 +133,9 @@ class Configuration:
     """Largest size of a checkpoint or an annotation file that is downloaded. What an image may have follows
     from its width and height."""
     calibration: Annotated[Loading, Nested] = Field(default_factory=Loading)
-    """How calibration images are read."""
+    """How calibration images are read. It changes no result: each runs through the network alone."""
     evaluation: Annotated[Loading, Nested] = Field(default_factory=Loading)
-    """How evaluation images are read."""
+    """How evaluation images are read. Another batch size evaluates anew, as kernels then round differently."""
     activation_cache: Annotated[ActivationCache, Nested] = Field(default_factory=ActivationCache)
     """Where activations wait between two blocks while a compensation is fitted."""
     sensitivity: Annotated[Sensitivity, Nested] = Field(default_factory=Sensitivity)

@@ -10,6 +10,7 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 from torch import nn
 
+from ..batches import same_shapes
 from ..detectors.classes import category_ids, log_left_out
 from ..files import read_json
 from ..progress import progress
@@ -84,7 +85,8 @@ def predict(
 
     Args:
         model: detector in evaluation mode, with ``dataset_meta["classes"]``.
-        loader: batches as mmdet's test step takes them.
+        loader: batches as mmdet's test step takes them. Images of one shape run together, so that
+            none is padded as it would not be alone.
         annotations: COCO annotation file that defines the category ids.
         total: number of images, for the time left.
 
@@ -100,7 +102,12 @@ def predict(
 
     def samples() -> Iterable[Any]:
         for batch in loader:
-            yield from model.test_step(batch)
+            found: list[Any] = [None] * len(batch["inputs"])
+            for group in same_shapes(batch):
+                part = {key: [value[index] for index in group] for key, value in batch.items()}
+                for index, sample in zip(group, model.test_step(part), strict=True):
+                    found[index] = sample
+            yield from found
 
     for sample in progress(samples(), description, total=total):
         records += detections(sample.pred_instances, sample.img_id, label_to_category)

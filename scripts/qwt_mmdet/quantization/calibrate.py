@@ -5,11 +5,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..batches import count_images, single_images
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
 from ..progress import progress
@@ -60,9 +62,14 @@ class Calibration:
         """The model's own record, which the passes complete."""
         return quantization_of(self.model)
 
-    def forward(self, batch: dict[str, Any]) -> None:
+    def images(self, description: str) -> Iterator[dict[str, Any]]:
+        """All images, each alone."""
+        total = count_images(self.loader)
+        return progress(single_images(self.loader), description, total=total)
+
+    def forward(self, image: dict[str, Any]) -> None:
         """Run what is in scope."""
-        forward_scope(self.model, batch, self.about.settings.scope)
+        forward_scope(self.model, image, self.about.settings.scope)
 
 
 def observe(run: Calibration) -> None:
@@ -81,21 +88,21 @@ def observe(run: Calibration) -> None:
         module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
         for name, module in quantized_layers(run.model).items()
     ]
-    batches = 0
+    images = 0
     try:
         with full_precision(run.model, dict.fromkeys(run.observers, see)):
-            for batch in progress(run.loader, "Calibrating", unit="batch"):
+            for image in run.images("Calibrating"):
                 with contextlib.ExitStack() as stack:
-                    if batches == 0 and skipped:  # counting slows a pass
+                    if images == 0 and skipped:  # counting slows a pass
                         run.shares = stack.enter_context(count_multiply_adds(run.model, skipped))
-                    run.forward(batch)
-                batches += 1
+                    run.forward(image)
+                images += 1
                 while handles:
                     handles.pop().remove()
     finally:
         for handle in handles:
             handle.remove()
-    if batches == 0:
+    if images == 0:
         raise QwtError("There are no calibration images; choose at least one.")
     run.first = order[0] if order else None
 
@@ -154,8 +161,8 @@ def measure_moments(run: Calibration) -> None:
         measure_inputs(layer, x, output, run.moments[layer], second=second)
 
     with full_precision(run.model, dict.fromkeys(layers, measure)):
-        for batch in progress(run.loader, "Measuring quantized inputs", unit="batch"):
-            run.forward(batch)
+        for image in run.images("Measuring quantized inputs"):
+            run.forward(image)
 
 
 def quantize_weights(run: Calibration) -> None:
@@ -167,8 +174,8 @@ def quantize_weights(run: Calibration) -> None:
 
 def measure_layers(run: Calibration) -> None:
     """Measure the noise of every layer alone, on the first images, for the report."""
-    batches = _first_images(run.loader, run.noise_images)
-    run.about.signal_noise = measure_noise(run.model, batches, run.about.settings.scope)
+    images = islice(single_images(run.loader), run.noise_images)
+    run.about.signal_noise = measure_noise(run.model, images, run.about.settings.scope)
 
 
 def round_weights(run: Calibration) -> None:
@@ -216,10 +223,11 @@ def calibrate(
 
     Args:
         model: from :func:`.convert.quantize_model`.
-        loader: batches as mmdet's test step takes them. It is gone through once for the ranges and,
-            where rounding or bias correction look at the inputs, once more for their moments; its first
-            images once more for the ratio of signal to noise of every layer.
-        noise_images: number of these, in whole batches.
+        loader: batches as mmdet's test step takes them; their size changes nothing, since each image runs
+            alone. It is gone through once for the ranges and, where rounding or bias correction look at
+            the inputs, once more for their moments; its first images once more for the ratio of signal to
+            noise of every layer.
+        noise_images: number of these.
 
     Returns:
         ``model``, ready to run quantized.
@@ -239,12 +247,3 @@ def find_ranges(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
     run = Calibration(model, loader, 0)
     for step in RANGE_PASSES:
         step(run)
-
-
-def _first_images(loader: Iterable[dict[str, Any]], images: int) -> Iterator[dict[str, Any]]:
-    """Batches until they hold so many images."""
-    for batch in loader:
-        if images <= 0:
-            return
-        yield batch
-        images -= len(batch["inputs"])

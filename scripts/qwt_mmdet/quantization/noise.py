@@ -36,7 +36,7 @@ class SignalNoise:
 
 
 def measure_noise(
-    model: nn.Module, batches: Iterable[dict[str, Any]], scope: str
+    model: nn.Module, images: Iterable[dict[str, Any]], scope: str
 ) -> dict[str, float | None]:
     """Signal-to-quantization-noise ratio in dB of every layer's output and attention's operands.
 
@@ -57,8 +57,8 @@ def measure_noise(
         noise[module].update(output, quantized)
 
     with full_precision(model, dict.fromkeys(names, measure)):
-        for batch in batches:
-            forward_scope(model, batch, scope)
+        for image in images:
+            forward_scope(model, image, scope)
     return {name: noise[module].decibels() for module, name in names.items()}
 
 
