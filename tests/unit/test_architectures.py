@@ -145,28 +145,25 @@ def images(size: tuple[int, int]) -> list[dict]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: list[dict], scope: str) -> list[torch.Tensor]:
-    """Features of the neck and, where the scope is the detector, detections."""
+def outputs(model: nn.Module, batches: list[dict]) -> list[torch.Tensor]:
+    """Features of the neck and detections."""
     found = []
     for batch in batches:
         found += forward_scope(model, copy.deepcopy(batch), "backbone+neck")
-        if scope == "detector":
-            for sample in forward_scope(model, copy.deepcopy(batch), scope):
-                instances = sample.pred_instances
-                found += [instances.bboxes, instances.scores, instances.labels]
+        for sample in forward_scope(model, copy.deepcopy(batch), "detector"):
+            instances = sample.pred_instances
+            found += [instances.bboxes, instances.scores, instances.labels]
     return found
 
 
 @pytest.mark.parametrize("config", ALWAYS)
 def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
-    # SSDHead of mmdet 3.3 lacks an attribute that its own predict needs.
-    scope = "backbone+neck" if "ssd" in config else "detector"
     options = ALWAYS[config]
     batches = images(MANY_TOKENS if "dino" in config else SIZE)
     settings = QuantizationSettings(
         weight_bits=6,
         activation_bits=6,
-        scope=scope,
+        scope="detector",
         weight_range="minmax",
         activation_range="repq" if "swin" in config or "pvt" in config else "minmax",
         rounding="gptq" if "yolox" in config else "nearest",
@@ -174,12 +171,12 @@ def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
     model = build(config, options)
     reference = copy.deepcopy(model)
     calibrate(quantize_model(model, settings), batches)
-    expected = outputs(model, batches, scope)
+    expected = outputs(model, batches)
     assert torch.isfinite(expected[0]).all()  # boxes of random weights may overflow
 
     save_warmup(model, tmp_path / "warmup.pth")
     loaded = load_warmup(build(config, options), tmp_path / "warmup.pth", settings)
-    for actual, wanted in zip(outputs(loaded, batches, scope), expected, strict=True):
+    for actual, wanted in zip(outputs(loaded, batches), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
 
     ran = [
