@@ -3,7 +3,7 @@
 from qwt_mmdet.runtime import step, workers
 
 with step(snakemake) as device:
-    from qwt_mmdet.pipeline import evaluate
+    from qwt_mmdet.steps.evaluate import evaluate
 
     evaluate(
         config=snakemake.params.config,

@@ -3,7 +3,7 @@
 from qwt_mmdet.runtime import step, workers
 
 with step(snakemake) as device:
-    from qwt_mmdet.pipeline import compensate
+    from qwt_mmdet.steps.compensate import compensate
 
     compensate(
         config=snakemake.params.config,

@@ -3,7 +3,7 @@
 from qwt_mmdet.runtime import step, workers
 
 with step(snakemake) as device:
-    from qwt_mmdet.pipeline import quantize
+    from qwt_mmdet.steps.quantize import quantize
 
     quantize(
         config=snakemake.params.config,

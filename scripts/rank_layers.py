@@ -3,7 +3,7 @@
 from qwt_mmdet.runtime import step, workers
 
 with step(snakemake) as device:
-    from qwt_mmdet.pipeline import rank
+    from qwt_mmdet.steps.rank import rank
 
     rank(
         config=snakemake.params.config,

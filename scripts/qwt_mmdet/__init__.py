@@ -11,7 +11,7 @@ _HOMES = {
     "QwtError": "errors",
     "apply_compensation": "compensation.state",
     "calibrate": "quantization.calibrate",
-    "evaluate_detector": "pipeline",
+    "evaluate_detector": "steps.evaluate",
     "fit_compensation": "compensation.fit",
     "load_compensation": "compensation.state",
     "load_detector": "detectors.build",

@@ -593,7 +593,7 @@ def apply(
             _check_cuda()
         from .devices import choose_device
         from .inference import run_on_images
-        from .pipeline import load_quantized
+        from .steps.load import load_quantized
 
         model = load_quantized(
             config,

@@ -32,10 +32,10 @@ from .errors import QwtError
 from .evaluation.predict import predict
 from .files import write_json
 from .loaders import make_loader
-from .pipeline import load_quantized
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model
 from .quantization.state import save_warmup
+from .steps.load import load_quantized
 
 IMAGES = (2, 5)
 """Least numbers of images of the two measurements."""

@@ -20,21 +20,22 @@ import yaml
 
 PACKAGE = Path(__file__).resolve().parent
 
-# Parts of the library (modules or packages) whose code decides the result of each step.
+# Parts of the library (modules or packages) whose code decides the result of each step. Those of the
+# configuration are none: what they decide is in the params of a rule.
 _DETECTOR = (
     "annotations",
-    "archives",
     "batches",
     "checkpoints",
     "detectors",
     "devices",
     "fingerprint",
     "loaders",
-    "pipeline",
     "record",
+    "steps.provenance",
     "unpickling",
 )
-_EVALUATION = ("evaluation.coco", "evaluation.predict")
+_EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate", "steps.load")
+_QUANTIZATION = ("archives", "quantization")
 _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
 )
@@ -42,12 +43,18 @@ STEP_PARTS = {
     "fetch_checkpoint": ("checkpoints", "download", "unpickling"),
     "prepare_dataset": ("annotations", "datasets", "download", "images", "shapes"),
     "select_images": ("annotations", "datasets", "download", "images", "shapes"),
-    "evaluate_baseline": (*_DETECTOR, *_EVALUATION),
-    "quantize_model": (*_DETECTOR, "quantization"),
-    "evaluate_quantized": (*_DETECTOR, *_EVALUATION, "quantization"),
-    "rank_layers": (*_DETECTOR, "quantization"),
-    "fit_compensation": (*_DETECTOR, "quantization", "compensation"),
-    "evaluate_compensated": (*_DETECTOR, *_EVALUATION, "quantization", "compensation"),
+    "evaluate_baseline": _EVALUATION,
+    "quantize_model": (*_DETECTOR, *_QUANTIZATION, "steps.quantize"),
+    "evaluate_quantized": (*_EVALUATION, *_QUANTIZATION),
+    "rank_layers": (*_DETECTOR, *_QUANTIZATION, "search.sensitivity", "steps.rank"),
+    "fit_compensation": (
+        *_DETECTOR,
+        *_QUANTIZATION,
+        "compensation",
+        "steps.compensate",
+        "steps.load",
+    ),
+    "evaluate_compensated": (*_EVALUATION, *_QUANTIZATION, "compensation"),
     "summarize_results": (
         "annotations",
         "archives",

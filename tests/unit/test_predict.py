@@ -8,12 +8,12 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
-from qwt_mmdet import pipeline
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.predict import Predictions, detections, predict
-from qwt_mmdet.pipeline import evaluate_detector
 from qwt_mmdet.record import Quantization, Record
+from qwt_mmdet.steps import evaluate as steps_evaluate
+from qwt_mmdet.steps.evaluate import evaluate_detector
 from random_detections import detection, one_object, write
 
 CATEGORIES = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
@@ -109,8 +109,8 @@ def test_a_detector_without_a_detection_shows_its_masks(tmp_path):
 def test_only_the_full_precision_detector_must_detect(tmp_path, monkeypatch, found, message):
     path = write(tmp_path, one_object([20.0, 30.0, 60.0, 50.0]))
     loader = SimpleNamespace(dataset=[0])
-    monkeypatch.setattr(pipeline, "make_loader", lambda *args, **kwargs: loader)
-    monkeypatch.setattr(pipeline, "predict", lambda *args, **kwargs: found)
+    monkeypatch.setattr(steps_evaluate, "make_loader", lambda *args, **kwargs: loader)
+    monkeypatch.setattr(steps_evaluate, "predict", lambda *args, **kwargs: found)
     with pytest.raises(QwtError, match=message):
         evaluate_detector(SimpleNamespace(**DETECTOR), path)
     found = found._replace(records=[], masks=True)
@@ -129,8 +129,8 @@ def test_a_quantized_detector_that_finds_something_has_not_collapsed(tmp_path, m
     path = write(tmp_path, one_object(box))
     found = Predictions([detection(box, 0.5)], 7, True)
     loader = SimpleNamespace(dataset=[0])
-    monkeypatch.setattr(pipeline, "make_loader", lambda *args, **kwargs: loader)
-    monkeypatch.setattr(pipeline, "predict", lambda *args, **kwargs: found)
+    monkeypatch.setattr(steps_evaluate, "make_loader", lambda *args, **kwargs: loader)
+    monkeypatch.setattr(steps_evaluate, "predict", lambda *args, **kwargs: found)
     metrics, _ = evaluate_detector(SimpleNamespace(**DETECTOR, qwt_record=QUANTIZED), path)
     assert metrics["bbox"]["AP"] == pytest.approx(1)
     assert (metrics["collapsed"], metrics["not_finite"]) == (False, 7)

@@ -125,7 +125,7 @@ def test_a_truncated_file_gets_the_advice_of_its_role(tmp_path, read, advice):
 def test_the_terminal_shows_our_messages_and_the_log_has_everything(tmp_path, capsys):
     snakemake = job(tmp_path)
     with runtime.step(snakemake):
-        logging.getLogger("qwt_mmdet.pipeline").info("half done")
+        logging.getLogger("qwt_mmdet.steps.quantize").info("half done")
         logging.getLogger("mmengine").info("chatter")
         print("printed by a library")
         warnings.warn("old function", FutureWarning, stacklevel=1)

@@ -9,14 +9,14 @@ from qwt_mmdet.config import QuantizationSettings, as_entry
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.quantization.sensitivity import (
+from qwt_mmdet.quantization.state import load_warmup, save_warmup
+from qwt_mmdet.record import quantization_of
+from qwt_mmdet.search.sensitivity import (
     Sensitivity,
     choose_bits,
     mixed_precision,
     rank_layers,
 )
-from qwt_mmdet.quantization.state import load_warmup, save_warmup
-from qwt_mmdet.record import quantization_of
 
 
 class Detector(tiny.TinyDetector):

@@ -76,21 +76,6 @@ class QuantizationSettings:
     overrides: tuple[Annotated[Override, Nested], ...] = ()
     """Exceptions by module name; the last match wins. A pattern that matches nothing is an error."""
 
-    @property
-    def range_method(self) -> str:
-        """Estimator of a single clipping range of activations."""
-        return "mse" if self.activation_range == "repq" else self.activation_range
-
-    @property
-    def folds_norms(self) -> bool:
-        """Whether ranges per channel after LayerNorms are folded into the layers around them."""
-        return self.activation_range == "repq"
-
-    @property
-    def logarithmic_attention(self) -> bool:
-        """Whether attention probabilities get a log-√2 grid."""
-        return self.activation_range == "repq"
-
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantizationSettings":
         """Build from a config's dictionary.

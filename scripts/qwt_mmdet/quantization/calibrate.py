@@ -29,6 +29,7 @@ from .moments import InputMoments, measure_inputs
 from .noise import count_multiply_adds, measure_noise
 from .quantizer import ActivationQuantizer
 from .ranges import RangeObserver
+from .recipe import range_method
 from .rounding import rounding_by_name
 from .weights import quantize_weight
 
@@ -130,7 +131,7 @@ def choose_ranges(run: Calibration) -> None:
             quantizer.set_parameters(scale, torch.zeros_like(scale))
         else:
             quantizer.set_range(
-                *observer.estimate(settings.range_method, quantizer.bits, settings.percentile)
+                *observer.estimate(range_method(settings), quantizer.bits, settings.percentile)
             )
     run.observers = {}
 

@@ -15,6 +15,7 @@ from .attention import ATTENTION, QuantizedAttention, split_projections
 from .folding import find_folds
 from .layers import QuantizedConv2d, QuantizedLinear
 from .quantizer import ActivationQuantizer, Watch
+from .recipe import folds_norms, logarithmic_attention
 from .subclasses import quantized_form, reason_against
 
 # Exact classes only; subclasses with a forward of their own keep it (see subclasses.py).
@@ -126,9 +127,9 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         else:
             module.__class__ = ATTENTION[type(module)]
             module._attach(
-                name, activation_bits, logarithmic_probability=settings.logarithmic_attention
+                name, activation_bits, logarithmic_probability=logarithmic_attention(settings)
             )
-    folds = find_folds(model) if settings.folds_norms else []
+    folds = find_folds(model) if folds_norms(settings) else []
     for fold in folds:
         for name in fold.layers:
             layer = model.get_submodule(name)

@@ -19,6 +19,7 @@ from ..config import QuantizationSettings
 from .layers import QuantizedConv2d
 from .primitives import fake_quantize, quantization_parameters
 from .ranges import RangeObserver, weight_range
+from .recipe import range_method
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """From one scale for all input channels to one for each."""
@@ -35,7 +36,7 @@ def migrate_scales(
     """
     quantizer = layer.input_quantizer
     channel, tensor = (
-        seen.estimate(settings.range_method, quantizer.bits, settings.percentile)
+        seen.estimate(range_method(settings), quantizer.bits, settings.percentile)
         for seen in (observer, observer.pooled())
     )
     silent = (channel[0] == 0) & (channel[1] == 0)  # their scale would say nothing

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..config import Override, QuantizationSettings
 from ..errors import QwtError
 from ..progress import progress
-from .attention import QuantizedAttention
-from .convert import UNITS, full_precision
-from .noise import SignalNoise
+from ..quantization.attention import QuantizedAttention
+from ..quantization.convert import UNITS, full_precision
+from ..quantization.noise import SignalNoise
 
 LEAST_BITS, MOST_BITS = 2, 8
 

@@ -1,0 +1,115 @@
+"""Evaluate a detector: baseline, quantized or compensated."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..archives import worst_layers
+from ..detectors.classes import category_ids
+from ..errors import QwtError
+from ..evaluation.coco import coco_metrics, load_ground_truth
+from ..evaluation.predict import predict
+from ..files import read_json, sha256_file, write_json
+from ..loaders import make_loader
+from ..record import quantization_of, record_of
+from .load import load_quantized
+from .provenance import Pathlike, provenance
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_detector(
+    model: nn.Module, annotations: Pathlike, *, batch_size: int = 1, workers: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluate a detector on the images of an annotation file.
+
+    Args:
+        model: from :func:`qwt_mmdet.load_detector`, quantized and compensated or not.
+        annotations: COCO annotation file whose ``info.image_root`` is the image folder.
+
+    Returns:
+        COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results. The
+        metrics also hold ``not_finite``, the number of detections with a NaN or an infinity, which
+        count as not made, and ``collapsed``: whether a quantized detector finds not one object
+        (box AP 0), which is a result.
+
+    Raises:
+        QwtError: the classes of model and annotations differ, or a detector that is not quantized
+            makes no detection or one that is not finite.
+    """
+    classes = model.dataset_meta["classes"]
+    # what is wrong with the annotations is told before the work
+    category_ids(classes, read_json(annotations, what="annotation file"))
+    load_ground_truth(annotations, masks=model.with_mask, classes=classes)
+    loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
+    found = predict(model, loader, annotations, total=len(loader.dataset))
+    quantized = record_of(model).quantization is not None
+    if not quantized and found.not_finite:
+        raise QwtError(
+            f"{found.not_finite} detections of the full-precision model are NaN or infinite; check "
+            "the checkpoint and the preprocessing."
+        )
+    if not quantized and not found.records:
+        raise QwtError(
+            "There is not a single detection of the full-precision model, although the images contain "
+            "objects; check the checkpoint, the classes and the preprocessing."
+        )
+    metrics = coco_metrics(annotations, found.records, masks=found.masks, classes=classes)
+    metrics["collapsed"] = quantized and metrics["bbox"]["AP"] == 0
+    metrics["not_finite"] = found.not_finite
+    return metrics, found.records
+
+
+def evaluate(
+    *,
+    config: str,
+    checkpoint: Pathlike,
+    config_options: Mapping[str, Any] | None,
+    annotations: Pathlike,
+    metrics: Pathlike,
+    predictions: Pathlike,
+    device: str,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    warmup: Pathlike | None = None,
+    compensation: Pathlike | None = None,
+) -> None:
+    """Evaluate a detector (baseline, quantized or compensated) on the images of an annotation file.
+
+    Writes ``metrics`` and ``predictions``, both or neither.
+    """
+    model = load_quantized(
+        config,
+        checkpoint,
+        warmup=warmup,
+        compensation=compensation,
+        device=device,
+        config_options=config_options,
+    )
+    result, found = evaluate_detector(model, annotations, batch_size=batch_size, workers=workers)
+    result["provenance"] = provenance(
+        checkpoint=checkpoint,
+        annotations=annotations,
+        device=device,
+        seed=seed,
+        config=config,
+        config_options=dict(config_options or {}),
+        warmup=None if warmup is None else sha256_file(warmup),
+        compensation=None if compensation is None else sha256_file(compensation),
+    )
+    write_json(predictions, found)
+    write_json(metrics, result, indent=1)
+    for kind in ("bbox", "segm"):
+        if kind in result:
+            logger.info("%s AP %.4f, AP50 %.4f", kind, result[kind]["AP"], result[kind]["AP50"])
+    if result["not_finite"]:
+        logger.warning("%d detections are NaN or infinite and do not count.", result["not_finite"])
+    if result["collapsed"]:
+        logger.warning(
+            "The quantized detector collapsed: it finds not one object. Layers with the lowest "
+            "signal-to-noise ratio: %s.",
+            worst_layers(quantization_of(model).signal_noise) or "not measured",
+        )

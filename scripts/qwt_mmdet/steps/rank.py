@@ -1,0 +1,83 @@
+"""Rank the layers of a quantized detector by their harm."""
+
+import logging
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import yaml
+
+from ..config import as_entry
+from ..detectors.build import load_detector
+from ..files import write_atomically
+from ..loaders import make_loader
+from ..quantization.state import load_warmup
+from ..record import quantization_of
+from ..search.sensitivity import choose_bits, mixed_precision, rank_layers
+from .provenance import Pathlike
+
+logger = logging.getLogger(__name__)
+
+
+def rank(
+    *,
+    config: str,
+    checkpoint: Pathlike,
+    config_options: Mapping[str, Any] | None,
+    annotations: Pathlike,
+    warmup: Pathlike,
+    name: str,
+    images: int,
+    average_bits: float | None,
+    table: Pathlike,
+    suggestion: Pathlike,
+    device: str,
+    workers: int,
+) -> None:
+    """Rank a quantized detector's layers; write ``table`` (.csv) and ``suggestion`` (.yaml).
+
+    Args:
+        name: of the quantization, from which the suggested entry gets its own.
+        images: calibration images to use, from the first.
+        average_bits: of the weights in the suggestion; None: what they have now.
+    """
+    import pandas as pd  # takes a while, and most steps write no table
+
+    model = load_detector(config, checkpoint, device=device, config_options=config_options)
+    load_warmup(model, warmup, round_weights=False)
+    loader = make_loader(model.cfg, annotations, batch_size=1, workers=workers)
+    images = min(images, len(loader))
+    ranked = rank_layers(model, islice(loader, images))
+    layers = [entry for entry in ranked if entry.weight_bits is not None and entry.relative_noise]
+    weights = sum(entry.weights for entry in layers)
+    if average_bits is None:
+        average_bits = sum(entry.weights * entry.weight_bits for entry in layers) / weights
+    chosen = choose_bits(ranked, average_bits)
+    rows = [
+        {
+            "layer": entry.name,
+            "sqnr_db": entry.sqnr_db,
+            "weights": entry.weights,
+            "weight_bits": entry.weight_bits,
+            "activation_bits": entry.activation_bits,
+            "suggested_weight_bits": chosen.get(entry.name),
+        }
+        for entry in ranked
+    ]
+    settings = mixed_precision(quantization_of(model).settings, ranked, chosen)
+    reached = sum(entry.weights * chosen[entry.name] for entry in layers) / weights
+    note = (
+        f"# Suggested from {images} calibration images: {reached:.2f} bits per weight on average.\n"
+        "# Put this entry under `quantization:`.\n"
+    )
+    with write_atomically(table) as partial:
+        pd.DataFrame(rows).astype(
+            {"suggested_weight_bits": "Int64", "weight_bits": "Int64"}
+        ).to_csv(partial, index=False)
+    with write_atomically(suggestion) as partial:
+        entry = {f"{name}-mixed": as_entry(settings)}
+        partial.write_text(note + yaml.safe_dump(entry, sort_keys=False), encoding="utf-8")
+    logger.info("Most harmful layers, each quantized alone:")
+    for entry in ranked[:5]:
+        if entry.sqnr_db is not None:
+            logger.info("  %s: %.1f dB at the heads", entry.name, entry.sqnr_db)
