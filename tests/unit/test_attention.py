@@ -3,12 +3,15 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from mmcv.cnn.bricks.transformer import MultiheadAttention as WrappedAttention
 from qwt_mmdet.quantization.attention import ATTENTION, split_projections
 from qwt_mmdet.quantization.convert import activation_quantizers, quantized_layers
 from qwt_mmdet.quantization.layers import QuantizedLinear
 from torch import nn
+
+pytestmark = pytest.mark.usefixtures("device")
 
 BATCH, QUERIES, KEYS, CHANNELS, HEADS = 3, 5, 7, 16, 4
 
@@ -32,7 +35,7 @@ def randomize(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         with torch.no_grad():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return module.eval()
+    return module.eval().to(tiny.device)
 
 
 def assert_same(actual, expected):
@@ -63,16 +66,16 @@ def test_torchs_attention(options, batch_first, need_weights, masks):
     attention = randomize(
         nn.MultiheadAttention(CHANNELS, HEADS, batch_first=batch_first, **options)
     )
-    query = torch.randn(BATCH, QUERIES, CHANNELS)
-    key = torch.randn(BATCH, KEYS, options.get("kdim", CHANNELS))
-    value = torch.randn(BATCH, KEYS, options.get("vdim", CHANNELS))
+    query = torch.randn(BATCH, QUERIES, CHANNELS, device=tiny.device)
+    key = torch.randn(BATCH, KEYS, options.get("kdim", CHANNELS), device=tiny.device)
+    value = torch.randn(BATCH, KEYS, options.get("vdim", CHANNELS), device=tiny.device)
     if not batch_first:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     arguments = {"need_weights": need_weights}
     if masks != "none":
-        arguments["key_padding_mask"] = torch.rand(BATCH, KEYS) > 0.8
+        arguments["key_padding_mask"] = torch.rand(BATCH, KEYS, device=tiny.device) > 0.8
         shape = (BATCH * HEADS, QUERIES, KEYS) if masks == "per head" else (QUERIES, KEYS)
-        arguments["attn_mask"] = torch.rand(shape) > 0.8
+        arguments["attn_mask"] = torch.rand(shape, device=tiny.device) > 0.8
     if masks == "additive":
         arguments = {
             k: v if isinstance(v, bool) else torch.where(v, -3.0, 0.5) for k, v in arguments.items()
@@ -87,8 +90,11 @@ def test_torchs_attention(options, batch_first, need_weights, masks):
 def test_torchs_attention_without_a_batch_and_with_weights_per_head():
     torch.manual_seed(0)
     attention = randomize(nn.MultiheadAttention(CHANNELS, HEADS))
-    query, key = torch.randn(QUERIES, CHANNELS), torch.randn(KEYS, CHANNELS)
-    mask = torch.rand(KEYS) > 0.7
+    query, key = (
+        torch.randn(QUERIES, CHANNELS, device=tiny.device),
+        torch.randn(KEYS, CHANNELS, device=tiny.device),
+    )
+    mask = torch.rand(KEYS, device=tiny.device) > 0.7
     arguments = {"key_padding_mask": mask, "average_attn_weights": False}
     with torch.no_grad():
         expected = attention(query, key, key, **arguments)
@@ -100,7 +106,10 @@ def test_torchs_attention_without_a_batch_and_with_weights_per_head():
 def test_wrapper_of_mmcv():
     torch.manual_seed(0)
     attention = randomize(WrappedAttention(CHANNELS, HEADS, batch_first=True))
-    query, key = torch.randn(BATCH, QUERIES, CHANNELS), torch.randn(BATCH, KEYS, CHANNELS)
+    query, key = (
+        torch.randn(BATCH, QUERIES, CHANNELS, device=tiny.device),
+        torch.randn(BATCH, KEYS, CHANNELS, device=tiny.device),
+    )
     position, key_position = torch.randn_like(query), torch.randn_like(key)
     arguments = {"query_pos": position, "key_pos": key_position}
     with torch.no_grad():
@@ -112,7 +121,7 @@ def test_wrapper_of_mmcv():
 def test_torchs_transformer_layer_takes_no_short_cut_around_the_quantizers():
     torch.manual_seed(0)
     layer = randomize(nn.TransformerEncoderLayer(CHANNELS, HEADS, 32, batch_first=True))
-    x = torch.randn(BATCH, QUERIES, CHANNELS)
+    x = torch.randn(BATCH, QUERIES, CHANNELS, device=tiny.device)
     with torch.no_grad():
         expected = layer(x)
         copied = quantized(layer)
@@ -146,8 +155,8 @@ def test_projections_become_layers_with_quantizers_of_their_own():
 def test_timms_attention(timm_layers, masked, options):
     torch.manual_seed(0)
     attention = randomize(timm_layers.Attention(CHANNELS, HEADS, qkv_bias=True, **options))
-    x = torch.randn(BATCH, QUERIES, CHANNELS)
-    mask = torch.rand(BATCH, 1, QUERIES, QUERIES) > 0.3 if masked else None
+    x = torch.randn(BATCH, QUERIES, CHANNELS, device=tiny.device)
+    mask = torch.rand(BATCH, 1, QUERIES, QUERIES, device=tiny.device) > 0.3 if masked else None
     if masked:
         mask[..., 0] = True
     with torch.no_grad():
@@ -159,8 +168,12 @@ def test_timms_attention(timm_layers, masked, options):
 def test_timms_window_attention(timm_layers, masked):
     torch.manual_seed(0)
     attention = randomize(timm_layers.WindowAttention(CHANNELS, HEADS, window_size=(3, 5)))
-    x = torch.randn(8, 15, CHANNELS)
-    mask = torch.where(torch.rand(4, 15, 15) > 0.7, -100.0, 0.0) if masked else None
+    x = torch.randn(8, 15, CHANNELS, device=tiny.device)
+    mask = (
+        torch.where(torch.rand(4, 15, 15, device=tiny.device) > 0.7, -100.0, 0.0)
+        if masked
+        else None
+    )
     with torch.no_grad():
         assert_same(quantized(attention)(x, mask), attention(x, mask))
 

@@ -13,6 +13,8 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("device")
+
 EVERYTHING = CompensationSettings(gate="none", ridge=0, holdout_fraction=0)
 
 

@@ -21,6 +21,8 @@ from qwt_mmdet.quantization.weights import quantize_weight
 from qwt_mmdet.record import quantization_of
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("device")
+
 KINDS = ("swin", "resnet", "cspdarknet")
 
 
@@ -252,7 +254,7 @@ def test_layer_that_never_ran_is_reported_and_raises_when_it_runs():
     calibrate(quantize_model(model, settings()), tiny.batches(1))
     assert [entry.name for entry in quantization_of(model).not_quantized] == ["backbone.spare"]
     with pytest.raises(RuntimeError, match="spare"):
-        model.backbone.spare(torch.zeros(1, 3))
+        model.backbone.spare(torch.zeros(1, 3, device=tiny.device))
 
 
 def test_unknown_attention_is_reported_not_silently_passed_over():
@@ -327,7 +329,7 @@ def test_scope_without_layers_is_an_error():
 
 def test_observers_are_gone_after_an_exception():
     model = quantize_model(tiny.detector("resnet"), settings())
-    bad = [{"inputs": [torch.full((3, 64, 64), float("nan"))]}]
+    bad = [{"inputs": [torch.full((3, 64, 64), float("nan"), device=tiny.device)]}]
     with pytest.raises(QwtError, match=r"backbone\.conv1"):
         calibrate(model, bad)
     assert not any(module._forward_hooks for module in model.modules())

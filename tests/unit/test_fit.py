@@ -23,6 +23,8 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.record import record_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 KINDS = ("swin", "resnet", "cspdarknet")
 PAPER = CompensationSettings(
     ridge=0, gate="none", target="block", holdout_fraction=0.25, refit=False
@@ -92,7 +94,7 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
             rows_x.append(as_rows(x, axis).double())
             rows_y.append(as_rows(error, axis).double())
         x, y = torch.cat(rows_x), torch.cat(rows_y)
-        design = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+        design = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)], 1)
         expected = design @ torch.linalg.lstsq(design, y, driver="gelsd", rcond=1e-6).solution
         actual = x @ block.kind.weight.double() + block.kind.bias.double()
         # Least squares has one projection: equal residuals mean equal predictions.

@@ -20,6 +20,8 @@ from qwt_mmdet.quantization.primitives import quantization_parameters, quantize
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
 from qwt_mmdet.record import quantization_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 REPQ = {"activation_range": "repq", "weight_bits": 8, "activation_bits": 8}
 
 
@@ -64,8 +66,9 @@ def test_folding_leaves_the_full_precision_function_alone(kind, size):
     generator = torch.Generator().manual_seed(3)
     for fold in quantization_of(model).folds:
         channels = len(model.get_submodule(fold.norm).weight)
-        factor = torch.rand(channels, generator=generator) * 3 + 0.2
-        apply_fold(model, fold, factor, torch.randn(channels, generator=generator))
+        factor = (torch.rand(channels, generator=generator) * 3 + 0.2).to(tiny.device)
+        shift = torch.randn(channels, generator=generator).to(tiny.device)
+        apply_fold(model, fold, factor, shift)
     assert len(quantization_of(model).folds) == (9 if kind == "swin" else 10)
     with full_precision(model, {}):
         assert_close(outputs(model, size), outputs(full, size))

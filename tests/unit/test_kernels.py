@@ -11,25 +11,27 @@ def fresh(monkeypatch):
     monkeypatch.setattr(kernels, "_rounded_in_place", 0)
 
 
-def grid(bits):
-    return quantization_parameters(torch.tensor([-2.3]), torch.tensor([3.1]), bits)
+def grid(device, bits):
+    return quantization_parameters(
+        torch.tensor([-2.3], device=device), torch.tensor([3.1], device=device), bits
+    )
 
 
 @pytest.mark.slow
-def test_compiled_and_in_place_results_are_equal_bit_for_bit(monkeypatch):
+def test_compiled_and_in_place_results_are_equal_bit_for_bit(device, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     for bits in (2, 4, 8):
         for shape in ((7,), (3, 65, 33), (2, 16, 30, 44)):
-            x = torch.randn(shape, generator=generator) * 3
+            x = torch.randn(shape, generator=generator).to(device) * 3
             results = []
             for mode in ("always", "never"):
                 monkeypatch.setenv("QWT_COMPILE", mode)
-                results.append(fake_quantize(x, *grid(bits), bits))
+                results.append(fake_quantize(x, *grid(device, bits), bits))
             assert torch.equal(*results)
             assert results[0].shape == x.shape
 
 
-def test_automatic_compilation_starts_once_it_pays(monkeypatch):
+def test_automatic_compilation_starts_once_it_pays(device, monkeypatch):
     calls = []
 
     def compiler(device, *, required):
@@ -39,29 +41,29 @@ def test_automatic_compilation_starts_once_it_pays(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", compiler)
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 1500)
     monkeypatch.delenv("QWT_COMPILE", raising=False)
-    x = torch.randn(1000)
-    results = [fake_quantize(x, *grid(4), 4) for _ in range(3)]
-    assert calls == [("cpu", False)]
+    x = torch.randn(1000, device=device)
+    results = [fake_quantize(x, *grid(device, 4), 4) for _ in range(3)]
+    assert calls == [(device.type, False)]
     assert torch.equal(results[0], results[2])
 
 
-def test_without_a_compiler_tensors_are_rounded_in_place(monkeypatch):
+def test_without_a_compiler_tensors_are_rounded_in_place(device, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     monkeypatch.setattr(kernels, "WORTH_COMPILING", -1)
-    x = torch.randn(1000)
+    x = torch.randn(1000, device=device)
     monkeypatch.setenv("QWT_COMPILE", "auto")
-    automatic = fake_quantize(x, *grid(4), 4)
+    automatic = fake_quantize(x, *grid(device, 4), 4)
     monkeypatch.setenv("QWT_COMPILE", "never")
-    assert torch.equal(automatic, fake_quantize(x, *grid(4), 4))
+    assert torch.equal(automatic, fake_quantize(x, *grid(device, 4), 4))
     monkeypatch.setenv("QWT_COMPILE", "always")
     with pytest.raises(QwtError, match="QWT_COMPILE is always"):
-        fake_quantize(x, *grid(4), 4)
+        fake_quantize(x, *grid(device, 4), 4)
 
 
-def test_another_value_is_an_error(monkeypatch):
+def test_another_value_is_an_error(device, monkeypatch):
     monkeypatch.setenv("QWT_COMPILE", "yes")
     with pytest.raises(QwtError, match="QWT_COMPILE is 'yes'"):
-        fake_quantize(torch.zeros(3), *grid(4), 4)
+        fake_quantize(torch.zeros(3, device=device), *grid(device, 4), 4)

@@ -16,15 +16,15 @@ def observe(*tensors, channel_axis=None):
     return observer
 
 
-def data(seed=0, shape=(40, 3, 50)):
+def data(device, seed=0, shape=(40, 3, 50)):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return x * torch.logspace(-3, 2, shape[0])[:, None, None]
+    return (x * torch.logspace(-3, 2, shape[0])[:, None, None]).to(device)
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 @pytest.mark.parametrize("channel_axis", [None, 1])
-def test_order_batching_and_merging_change_nothing(method, channel_axis):
-    x = data()
+def test_order_batching_and_merging_change_nothing(device, method, channel_axis):
+    x = data(device)
     one = observe(x, channel_axis=channel_axis)
     pieces = observe(*x.split(7), channel_axis=channel_axis)
     backwards = observe(*reversed(x.split(1)), channel_axis=channel_axis)
@@ -38,16 +38,16 @@ def test_order_batching_and_merging_change_nothing(method, channel_axis):
         assert torch.equal(actual[1], expected[1])
 
 
-def test_minmax_is_exact_and_per_channel():
-    x = data(1)
+def test_minmax_is_exact_and_per_channel(device):
+    x = data(device, 1)
     low, high = observe(x, channel_axis=1).estimate("minmax", 8, 99.9)
     assert torch.equal(low, x.amin(dim=(0, 2)))
     assert torch.equal(high, x.amax(dim=(0, 2)))
 
 
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
-def test_percentile_is_within_one_bin_of_the_exact_one(percentile):
-    x = torch.randn(100_000, generator=torch.Generator().manual_seed(3))
+def test_percentile_is_within_one_bin_of_the_exact_one(device, percentile):
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(3)).to(device)
     low, high = observe(x).estimate("percentile", 8, percentile)
     cut = round((1 - percentile / 100) * len(x))
     ordered = x.sort().values
@@ -62,17 +62,17 @@ def squared_error(x, low, high, bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_mse_range_is_no_worse_than_minmax_or_any_symmetric_clip(bits):
-    x = torch.randn(50_000, generator=torch.Generator().manual_seed(4)).exp()
+def test_mse_range_is_no_worse_than_minmax_or_any_symmetric_clip(device, bits):
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(4)).to(device).exp()
     low, high = observe(x).estimate("mse", bits, 99.9)
     found = squared_error(x, low, high, bits)
     for fraction in (1.0, 0.7, 0.4, 0.2, 0.1, 0.05):
-        clip = squared_error(x, torch.tensor([0.0]), x.max()[None] * fraction, bits)
+        clip = squared_error(x, torch.zeros_like(x[:1]), x.max()[None] * fraction, bits)
         assert found <= clip * 1.02
 
 
-def test_mse_range_of_histogram_and_of_values_agree():
-    x = torch.randn(20_000, generator=torch.Generator().manual_seed(5))
+def test_mse_range_of_histogram_and_of_values_agree(device):
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(5)).to(device)
     from_histogram = observe(x).estimate("mse", 4, 99.9)
     from_values = mse_range(x[None], None, x.min()[None], x.max()[None], 4)
     for a, b in zip(from_histogram, from_values, strict=True):
@@ -81,20 +81,22 @@ def test_mse_range_of_histogram_and_of_values_agree():
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
-def test_constant_tensors(method, value):
-    x = torch.full((100,), value)
+def test_constant_tensors(device, method, value):
+    x = torch.full((100,), value, device=device)
     scale, zero_point = quantization_parameters(*observe(x).estimate(method, 8, 99.9), 8)
     assert torch.allclose(fake_quantize(x, scale, zero_point, 8), x, rtol=5e-3)
 
 
-def test_mse_clips_a_single_outlier_at_low_bits():
-    x = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([100.0])])
+def test_mse_clips_a_single_outlier_at_low_bits(device):
+    x = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([100.0])]).to(device)
     _, high = observe(x).estimate("mse", 4, 99.9)
     assert high.item() < 20
 
 
-def test_growing_by_many_octaves_keeps_all_counts():
-    observer = observe(torch.tensor([1e-30, -1e-30]), torch.tensor([1.0]), torch.tensor([1e30]))
+def test_growing_by_many_octaves_keeps_all_counts(device):
+    observer = observe(
+        *(torch.tensor(values, device=device) for values in ([1e-30, -1e-30], [1.0], [1e30]))
+    )
     assert observer.counts.sum() == 4
     assert observer.estimate("minmax", 8, 99.9)[1].item() == pytest.approx(1e30)
 
@@ -113,9 +115,9 @@ def test_values_that_are_not_finite_name_the_layer(bad):
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
-def test_weight_ranges_are_per_output_channel(method):
-    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(6))
-    weight *= torch.tensor([1.0, 10.0, 100.0, 0.0])[:, None, None, None]
+def test_weight_ranges_are_per_output_channel(device, method):
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(6)).to(device)
+    weight *= torch.tensor([1.0, 10.0, 100.0, 0.0], device=device)[:, None, None, None]
     low, high = weight_range(weight, method, 8, 100.0 - 1e-6)
     assert low.shape == high.shape == (4,)
     assert high[1] / high[0] > 2
@@ -124,8 +126,8 @@ def test_weight_ranges_are_per_output_channel(method):
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_log_scale_is_no_worse_than_the_largest_value(bits):
-    x = torch.rand(50_000, generator=torch.Generator().manual_seed(7)).pow(6)
+def test_log_scale_is_no_worse_than_the_largest_value(device, bits):
+    x = torch.rand(50_000, generator=torch.Generator().manual_seed(7)).to(device).pow(6)
     x[0] = 3.0
     scale = observe(x).estimate_log_scale(bits)
     assert scale.shape == (1,)

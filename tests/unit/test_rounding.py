@@ -5,13 +5,14 @@ from qwt_mmdet.quantization.primitives import dequantize, quantization_parameter
 from qwt_mmdet.quantization.rounding import DAMPING, gptq_codes
 
 
-def problem(groups=1, outputs=6, inputs=300, bits=3, seed=0):
+def problem(device, groups=1, outputs=6, inputs=300, bits=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(groups, outputs, inputs, generator=generator)
     mixing = torch.randn(groups, inputs, inputs, generator=generator) / inputs**0.5
     x = torch.randn(groups, 2000, inputs, generator=generator) @ mixing
-    low, high = weight.aminmax(dim=2)
-    return weight, x.transpose(1, 2) @ x / 2000, quantization_parameters(low, high, bits)
+    low, high = weight.to(device).aminmax(dim=2)
+    moments = x.transpose(1, 2) @ x / 2000
+    return weight.to(device), moments.to(device), quantization_parameters(low, high, bits)
 
 
 def output_error(weight, codes, moments, grid):
@@ -22,7 +23,9 @@ def output_error(weight, codes, moments, grid):
 def one_by_one(weight, moments, grid, bits):
     """The algorithm as its paper states it, without blocks: one inverse after the other."""
     moments = moments.double()
-    moments = moments + DAMPING * moments.diagonal().mean() * torch.eye(len(moments))
+    moments = moments + DAMPING * moments.diagonal().mean() * torch.eye(
+        len(moments), device=moments.device
+    )
     order = moments.diagonal().argsort(descending=True).tolist()
     left, codes = weight.double().clone(), torch.zeros_like(weight, dtype=torch.uint8)
     free = order.copy()
@@ -37,30 +40,30 @@ def one_by_one(weight, moments, grid, bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_equals_the_algorithm_written_out(bits):
-    weight, moments, grid = problem(inputs=40, bits=bits)
+def test_equals_the_algorithm_written_out(device, bits):
+    weight, moments, grid = problem(device, inputs=40, bits=bits)
     codes = gptq_codes(weight, moments, *grid, bits)
     expected = one_by_one(weight[0], moments[0], (grid[0][0], grid[1][0]), bits)
     assert torch.equal(codes[0], expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_output_error_is_well_below_that_of_nearest_rounding(bits):
-    weight, moments, grid = problem(bits=bits)
+def test_output_error_is_well_below_that_of_nearest_rounding(device, bits):
+    weight, moments, grid = problem(device, bits=bits)
     nearest = quantize(weight, grid[0][..., None], grid[1][..., None], bits)
     found = output_error(weight, gptq_codes(weight, moments, *grid, bits), moments, grid)
     assert found < 0.6 * output_error(weight, nearest, moments, grid)
 
 
-def test_inputs_that_are_not_correlated_are_rounded_to_nearest():
-    weight, _, grid = problem(inputs=50)
-    moments = torch.diag_embed(torch.rand(1, 50) + 0.1)
+def test_inputs_that_are_not_correlated_are_rounded_to_nearest(device):
+    weight, _, grid = problem(device, inputs=50)
+    moments = torch.diag_embed(torch.rand(1, 50) + 0.1).to(device)
     nearest = quantize(weight, grid[0][..., None], grid[1][..., None], 3)
     assert torch.equal(gptq_codes(weight, moments, *grid, 3), nearest)
 
 
-def test_groups_are_independent():
-    weight, moments, grid = problem(groups=3, inputs=20)
+def test_groups_are_independent(device):
+    weight, moments, grid = problem(device, groups=3, inputs=20)
     together = gptq_codes(weight, moments, *grid, 3)
     for g in range(3):
         part = slice(g, g + 1)
@@ -68,8 +71,8 @@ def test_groups_are_independent():
         assert torch.equal(together[part], alone)
 
 
-def test_inputs_without_data_and_constant_inputs_give_codes_of_the_grid():
-    weight, moments, grid = problem(inputs=20, bits=2)
+def test_inputs_without_data_and_constant_inputs_give_codes_of_the_grid(device):
+    weight, moments, grid = problem(device, inputs=20, bits=2)
     moments[:, 3], moments[:, :, 3] = 0, 0
     for given in (moments, torch.zeros_like(moments), torch.ones_like(moments)):
         codes = gptq_codes(weight, given, *grid, 2)
@@ -77,9 +80,9 @@ def test_inputs_without_data_and_constant_inputs_give_codes_of_the_grid():
         assert output_error(weight, codes, given, grid) < 1e6
 
 
-def test_moments_of_inputs_far_from_zero_keep_their_deviations():
+def test_moments_of_inputs_far_from_zero_keep_their_deviations(device):
     generator = torch.Generator().manual_seed(0)
-    rows = 1e3 + torch.randn(1, 4000, 30, generator=generator) * 1e-2
+    rows = 1e3 + torch.randn(1, 4000, 30, generator=generator).to(device) * 1e-2
     moments = InputMoments()
     for part in rows.split(700, dim=1):
         moments.update_second(part)
@@ -90,9 +93,9 @@ def test_moments_of_inputs_far_from_zero_keep_their_deviations():
     torch.testing.assert_close(raw[0], exact.T @ exact / 4000, rtol=1e-8, atol=0)
 
 
-def test_moments_that_rounding_made_indefinite_are_damped_until_they_are_not():
-    weight, moments, grid = problem(inputs=20, bits=4)
-    moments[0] -= torch.eye(20) * moments[0].diagonal().mean() * 0.5
+def test_moments_that_rounding_made_indefinite_are_damped_until_they_are_not(device):
+    weight, moments, grid = problem(device, inputs=20, bits=4)
+    moments[0] -= torch.eye(20, device=device) * moments[0].diagonal().mean() * 0.5
     assert torch.linalg.eigvalsh(moments[0])[0] < 0
     codes = gptq_codes(weight, moments, *grid, 4)
     assert codes.max() <= 15

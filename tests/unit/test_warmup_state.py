@@ -13,6 +13,8 @@ from qwt_mmdet.quantization.state import (
 )
 from qwt_mmdet.record import record_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SETTINGS = QuantizationSettings.from_mapping(
     {
         "weight_bits": 4,

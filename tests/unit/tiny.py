@@ -8,6 +8,9 @@ from mmdet.models.backbones import CSPDarknet, ResNet, SwinTransformer
 from qwt_mmdet.record import record_of
 from torch import Tensor, nn
 
+device = torch.device("cpu")
+"""Where detectors and images are; the fixture ``device`` sets it."""
+
 
 class TinyDetector(nn.Module):
     """What forward_scope needs of an mmdet detector: a preprocessor and a backbone."""
@@ -42,7 +45,7 @@ def detector(kind: str, seed: int = 0) -> nn.Module:
             module.running_var.uniform_(0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
-    return model.eval()
+    return model.eval().to(device)
 
 
 def batches(count: int, size: tuple[int, int] = (64, 64), batch: int = 1) -> list[dict[str, Any]]:
@@ -51,7 +54,7 @@ def batches(count: int, size: tuple[int, int] = (64, 64), batch: int = 1) -> lis
 
     def images() -> Iterator[Tensor]:
         for _ in range(count):
-            yield torch.randn(3, *size, generator=generator)
+            yield torch.randn(3, *size, generator=generator).to(device)
 
     everything = list(images())
     return [{"inputs": everything[i : i + batch]} for i in range(0, count, batch)]

@@ -369,6 +369,19 @@ def _images(annotations: Path) -> dict[str, Any] | None:
     }
 
 
+def _computed_on(provenance: Mapping[str, Any]) -> str:
+    """Device, and what else decides the last digits of a result."""
+    known = {
+        "cpu_capability": "{} kernels on the processor",
+        "threads": "{} threads",
+        "tf32": "TF32 {}",
+    }
+    shown = {**provenance, "tf32": "on" if provenance.get("tf32") else "off"}
+    return ", ".join(
+        [provenance["device"], *(t.format(shown[k]) for k, t in known.items() if k in provenance)]
+    )
+
+
 def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
     """Settings, versions, seeds, hashes, hardware and image lists of one model."""
     variants = {
@@ -393,7 +406,7 @@ def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
             }
             for title, provenance in by_variant.items()
         },
-        "devices": _unique(provenance["device"] for provenance in by_variant.values()),
+        "devices": _unique(_computed_on(provenance) for provenance in by_variant.values()),
         "settings": {
             "quantization": {row["quantization"]: row["settings"] for row in combinations},
             "compensation": {
