@@ -36,11 +36,11 @@ LOOK_SECONDS = 0.1  # between two looks at an attempt: is it too slow, is it sti
 PASSING_STATUS = (408, 425, 429)  # worth another attempt, as is every 5xx
 
 
-class _Session(requests.Session):
-    """Session that follows no redirect: requests would read its body, however long that is."""
-
-    def get_redirect_target(self, response: requests.Response) -> None:
-        return None
+def _session() -> requests.Session:
+    """A session that follows no redirect: requests would read its body, however long that is."""
+    session = requests.Session()
+    session.get_redirect_target = lambda response: None
+    return session
 
 
 class _PassingError(Exception):
@@ -88,7 +88,7 @@ def download(
         QwtError: the address is wrong, the server does not deliver, the file is too large or cannot
             be written, or its hash is another one (the bad file is removed).
     """
-    with _Session() as session:
+    with _session() as session:
         _Transfer(
             url, Path(path), session, sha256=sha256, most_bytes=most_bytes, show=progress
         ).run()
@@ -134,7 +134,7 @@ def download_many(
             except QwtError as error:
                 logger.warning("%s It is fetched again.", error)
         if not hasattr(local, "session"):
-            local.session = _Session()
+            local.session = _session()
             sessions.append(local.session)
         _Transfer(
             url, target, local.session, check=check, name=name, most_bytes=most_bytes(name),

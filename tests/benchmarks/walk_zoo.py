@@ -28,6 +28,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch._dynamo  # which torch imports when it counts operations: once, not in every process
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from qwt_mmdet.compensation.fit import fit_compensation
@@ -46,7 +47,7 @@ from qwt_mmdet.record import quantization_of, record_of
 from qwt_mmdet.runtime import explain
 from tabulate import tabulate
 
-SIZES = ((128, 192), (320, 480))
+SIZES = ((96, 128), (320, 480))
 """Height and width of the image; the larger one for detectors that choose more positions than the smaller
 has (DINO: 900)."""
 
