@@ -47,7 +47,7 @@ from qwt_mmdet.record import quantization_of, record_of
 from qwt_mmdet.runtime import explain
 from tabulate import tabulate
 
-SIZES = ((96, 128), (320, 480))
+SIZES = ((128, 192), (320, 480))
 """Height and width of the image; the larger one for detectors that choose more positions than the smaller
 has (DINO: 900)."""
 

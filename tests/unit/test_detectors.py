@@ -9,6 +9,7 @@ from qwt_mmdet.detectors.build import (
     random_detector,
     read_config,
     resolve_config,
+    without_training,
 )
 from qwt_mmdet.errors import LONGEST_REASON, QwtError, reason
 from qwt_mmdet.inference import run_on_images
@@ -220,3 +221,15 @@ def test_a_config_brings_modules_of_its_own(checkpoint, tmp_path, monkeypatch):
         load_detector(config, checkpoint)
     monkeypatch.syspath_prepend(tmp_path)
     assert type(load_detector(config, checkpoint).backbone).__name__ == "OwnDarknet"
+
+
+def test_nothing_is_downloaded_that_the_checkpoint_replaces():
+    model = {
+        "backbone": {"init_cfg": {"type": "Pretrained", "checkpoint": "torchvision://resnet50"}},
+        "neck": {"rfp_backbone": {"pretrained": "torchvision://resnet50", "depth": 50}},
+    }
+    without_training(model)
+    assert model == {
+        "backbone": {"init_cfg": None},
+        "neck": {"rfp_backbone": {"pretrained": None, "depth": 50}},
+    }

@@ -6,7 +6,6 @@ schema, the tables of ``config/README.md`` and the options of the command line a
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import re
@@ -55,7 +54,6 @@ def section(cls: type[T]) -> type[T]:
     declared = dataclass(frozen=True, config=options)(cls)
     build = declared.__init__
 
-    @functools.wraps(build)
     def checked(self: Any, *arguments: Any, **values: Any) -> None:
         try:
             build(self, *arguments, **values)

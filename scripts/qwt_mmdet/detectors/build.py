@@ -166,6 +166,8 @@ def without_training(node: Any) -> None:
         init = node.get("init_cfg")
         if isinstance(init, dict) and "checkpoint" in init:  # PVT's has no type
             node["init_cfg"] = None
+        if node.get("pretrained"):  # of DetectoRS' backbones inside of their neck
+            node["pretrained"] = None
         if "teacher_ckpt" in node:  # of distillation
             node["teacher_ckpt"] = None
         if "num_cp" in node:  # recomputes in training, with the package fairscale
