@@ -14,12 +14,19 @@ include: "workflow/rules/demo.smk"
 
 
 rule all:
-    """Everything that the config asks for, in one table and one report."""
+    """Everything that the config asks for, with one table and one report of it."""
     default_target: True
     input:
-        "results/summary.csv",
-        "results/report.html",
+        all_results(),
+
+
+onstart:
+    forget_failures()
 
 
 onsuccess:
-    print_summary("results/summary.csv", "results/report.html")
+    print(f"\n{run_summary()}")
+
+
+onerror:
+    summarize_finished()

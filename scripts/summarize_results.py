@@ -12,4 +12,5 @@ with step(snakemake):
         resamples=snakemake.params.resamples,
         seed=snakemake.params.seed,
         processes=snakemake.threads,
+        failed=snakemake.params.failed,
     )

@@ -23,7 +23,7 @@ from .config import QuantizationSettings, combinations, read_file, resolve
 from .config.quantization import Scope
 from .errors import QwtError
 from .files import is_url
-from .reporting.text import duration, megabytes, number, percent, summary_table
+from .reporting.text import UNFINISHED, duration, megabytes, number, percent, run_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -339,11 +339,15 @@ def run_workflow(
     environment = {**os.environ, "QWT_MMDET_COMMAND": " ".join(["qwt-mmdet", *sys.argv[1:]])}
     if dry_run:
         raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
-    _follow(command, environment)
-    typer.echo(
-        f"\n{summary_table(folder / 'results' / 'summary.csv')}\n\n"
-        f"Table: {folder / 'results' / 'summary.csv'}\nReport: {folder / 'results' / 'report.html'}"
-    )
+    note = folder / UNFINISHED
+    note.unlink(missing_ok=True)  # of an earlier run
+    try:
+        _follow(command, environment)
+    except QwtError:
+        if note.is_file():
+            typer.echo(f"\n{run_summary(folder)}")
+        raise
+    typer.echo(f"\n{run_summary(folder)}")
 
 
 def _follow(command: Sequence[str], environment: dict[str, str]) -> None:

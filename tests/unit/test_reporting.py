@@ -645,7 +645,8 @@ def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypa
     shown = text.summary_table("summary.csv")
     assert "0.000 collapsed" in shown
     assert (
-        f"m w4 collapsed: it finds not one object. Lowest signal-to-noise ratios: {worst}." in shown
+        f"m: w4 collapsed (not one object is found). Lowest signal-to-noise ratios: {worst}."
+        in shown
     )
     page = render([row])
     assert "w4 collapsed, it finds not one object (box AP); lowest signal" in page.text
@@ -653,6 +654,68 @@ def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypa
     assert "5 detections are NaN or infinite and do not count" in page.text
     assert worst in page.text
     assert "cannot show" not in page.text
+
+
+def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(html, "PICTURED_IMAGES", 1)
+    (row,) = make_results(masks=False, compensated=True)
+    cause = "quantize_model m w2: No layer <i> matches."
+    lost = {"warmup": None, "quantized": None, "compensated": None, "failed": [cause]}
+    nothing = {"baseline": None, "annotations": None, "failed": ["fetch_checkpoint n: Gone."]}
+    rows = [
+        {**row, **lost, "quantization": "w2"},
+        row,
+        {**row, **lost, **nothing, "model": "n"},
+    ]
+    failed = [
+        {"step": "quantize_model m w2", "sentence": "No layer <i> matches.", "log": "logs/a.log"},
+        {"step": "fetch_checkpoint n", "sentence": "Gone.", "log": "logs/b.log"},
+    ]
+    tables.summarize(rows, "summary.csv", "summary.json", resamples=20, failed=failed)
+    with open("summary.csv", newline="") as stream:
+        lost, whole, nothing = csv.DictReader(stream)
+    assert lost["failed"] == cause
+    assert lost["AP_quantized"] == lost["quantized_bytes"] == lost["blocks"] == ""
+    assert lost["AP_baseline"] == whole["AP_baseline"] != ""
+    assert whole["failed"] == ""
+    assert whole["AP_recovered"] != ""
+    assert nothing["model"] == "n"
+    assert not any(value for key, value in nothing.items() if key.startswith(("AP", "images")))
+
+    page = render(rows)
+    assert page.open == []
+    for entry in failed:
+        assert f"{entry['step']} : {entry['sentence']} {entry['log']}" in page.text
+    assert "w2 has no box AP; w2 + qwt is not complete (quantize_model m w2: No layer" in page.text
+    assert "w4 keeps" in page.text
+    assert page.text.count("4.00 MB") == 1  # the size of the baseline
+    assert "<i>" not in page.source.replace('<i style="border', "")
+    lost = re.findall(r"cannot show (.+?)\. (.+?)\.", page.text)
+    assert {about for _, about in lost} == {
+        "None of its variants was evaluated", "No variant has an AP and a size to draw"
+    }  # fmt: skip
+    assert page.tags.count("svg") == 3
+
+    Path("results/unfinished.json").write_text(json.dumps({"failed": failed, "pending": []}))
+    shown = text.run_summary()
+    assert "Failed steps: 2\nquantize_model m w2: No layer <i> matches. (logs/a.log)" in shown
+
+
+def test_the_sentence_of_a_failed_step_is_the_last_one_in_its_log(tmp_path):
+    log = tmp_path / "a.log"
+    stamp = "2025-01-01 10:00:00,000"
+    log.write_text(
+        f"{stamp} ERROR qwt_mmdet.runtime: An old one.\n"
+        f"{stamp} ERROR qwt_mmdet.runtime: It has\n  two lines.\n"
+        f"{stamp} INFO traceback: \nTraceback (most recent call last):\n"
+    )
+    now = log.stat().st_mtime
+    assert text.last_error(log, since=now) == "It has two lines."
+    for path, since in ((log, now + 10), (tmp_path / "none.log", 0)):  # of another run; none at all
+        assert "ended without a word" in text.last_error(path, since=since)
 
 
 BROWSER = next(

@@ -94,6 +94,7 @@ def test_a_failed_step_ends_with_its_cause(coco, tmp_path):
     failed = command("run", *MODEL, *SPLITS, *options)
     assert failed.exit_code == 1
     assert "are not usable" in failed.output
+    assert "Failed steps: 1\nselect_images coco evaluation: " in failed.output
     assert "Traceback" not in failed.output
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -32,10 +33,33 @@ RULES_PER_MODEL = {
 
 
 def test_the_demo_goes_from_its_checkpoint_to_the_report(workflow: Workflow):
-    """Without data from elsewhere; masks, attention, folding and error feedback included."""
+    """Without data from elsewhere; masks, attention, folding and error feedback included.
+
+    A target that fails costs no other one, and once it is mended, nothing is left of it.
+    """
     config = str(CONFIGS / "demo_tiny.yaml")
+    results = workflow.folder / "results"
+    broken = yaml.safe_load(Path(config).read_text())
+    wrong = {"weight_bits": 8, "activation_bits": 8, "overrides": [{"pattern": "no", "skip": True}]}
+    broken["quantization"]["wrong"] = wrong
+    workflow.configure(broken)
+    done = workflow.run("--cores", "2", "--keep-going")
+    assert done.returncode != 0
+    said = "quantize_model demo wrong: The override pattern 'no' matches no layer"
+    assert said in done.stdout
+    with open(results / "summary.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["failed"][: len(said)] for row in rows] == ["", "", said, said]
+    assert [row["AP_compensated"] != "" for row in rows] == [True, True, False, False]
+    page = (results / "report.html").read_text()
+    assert "This run is not complete" in page
+    assert "matches no layer" in page
+
     done = workflow.run("--cores", "2", "--configfile", config)
     assert done.returncode == 0, done.stdout
+    assert "quantize_model" not in done.stdout, "what is finished is not computed again"
+    assert "not complete" not in (results / "report.html").read_text()
+    assert not (results / "unfinished.json").exists()
     with open(workflow.folder / "results" / "summary.csv", newline="") as stream:
         box, mask = csv.DictReader(stream)
     assert (box["metrics"], mask["metrics"]) == ("bbox", "segm")

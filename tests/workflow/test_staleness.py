@@ -167,6 +167,47 @@ def test_an_image_that_is_gone_runs_all_that_used_it(finished):
     assert finished.jobs() == {}
 
 
+@pytest.fixture
+def without(finished):
+    """Move results away; they are there again afterwards."""
+    moved = []
+
+    def move(*names: str) -> None:
+        for name in names:
+            path = finished.folder / "results" / name
+            moved.append((path, path.rename(path.with_name(f"{path.name}.moved"))))
+
+    yield move
+    for path, away in moved:
+        away.rename(path)
+
+
+def test_every_result_that_is_gone_is_made_again(finished, without):
+    without("first/baseline/metrics.json", "second/w8a8/quantized/predictions.json")
+    without("summary.json", "second/w4a8/paper/metrics.json", "first/w8a8/qwt/blocks.csv")
+    assert finished.jobs() == {
+        "evaluate_baseline": 1,
+        "evaluate_quantized": 1,
+        "fit_compensation": 1,
+        "evaluate_compensated": 2,
+        **TABLES,
+    }
+
+
+def test_a_warmup_that_is_gone_is_made_again_with_all_that_follows(finished, without):
+    """As the message about a truncated one advises, after which Snakemake removed an evaluation."""
+    without(
+        "first/w8a8/warmup.pth", "first/w8a8/quantized/metrics.json", "first/w8a8/qwt/blocks.csv"
+    )
+    assert finished.jobs() == {
+        "quantize_model": 1,
+        "evaluate_quantized": 1,
+        "fit_compensation": 2,
+        "evaluate_compensated": 2,
+        **TABLES,
+    }
+
+
 def edited(path, text: str):
     """Append text to a file for the duration of a test, with a new time stamp."""
     before, times = path.read_bytes(), path.stat()

@@ -1,9 +1,13 @@
 """Everything that the rules share: the checked config, targets and helpers of rules."""
 
+import copy
 import filecmp
+import json
 import os
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 # The library beside this workflow, not one that happens to be installed; here and in every script.
@@ -18,6 +22,9 @@ from qwt_mmdet.devices import has_gpu
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
 from qwt_mmdet.staleness import changed_images, config_files, source_hash
+from qwt_mmdet.reporting.text import UNFINISHED, last_error, run_summary
+
+STARTED = time.time()
 
 
 def in_plain_words(check, *arguments):
@@ -41,6 +48,7 @@ if not workflow.overwrite_configfiles:
     configfile: "config/config.yaml"
 
 
+GIVEN_CONFIG = copy.deepcopy(config)
 config = in_plain_words(resolve, config)
 COMBINATIONS = combinations(config)
 
@@ -192,9 +200,33 @@ def images(part):
     )
 
 
+# Of a run that failed, what is finished is summarized by a run of its own; see `summarize_finished`.
+# It has other rows than a run that succeeds, so that the next one makes the summary again.
+if "QWT_MMDET_UNFINISHED" in os.environ:
+    STOPPED = json.loads(Path(UNFINISHED).read_text(encoding="utf-8"))
+else:
+    STOPPED = {"failed": [], "pending": []}
+
+
+def finished(path, *names):
+    """Return a path; None if a run that failed has not made it, or a file of these names in it."""
+    files = [f"{path}/{name}" for name in names] or [path]
+    return None if set(files) & set(STOPPED["pending"]) else path
+
+
+def causes(row):
+    """Sentences about the failed steps that a result row needs."""
+    return [
+        f"{failed['step']}: {failed['sentence']}"
+        for failed in STOPPED["failed"]
+        if all(row.get(key, name) == name for key, name in failed["wildcards"].items())
+    ]
+
+
 def result_row(combination):
     """Names, settings and result folders of a combination: what summary and report read."""
     model, quantization, compensation = combination
+    dataset = config["models"][model]["dataset"]
     evaluated = {
         "baseline": f"results/{model}/baseline",
         "quantized": f"results/{model}/{quantization}/quantized",
@@ -204,13 +236,21 @@ def result_row(combination):
     for variant in ("baseline", "quantized"):
         if f"evaluate_{variant}" in config["skip"]:
             evaluated[variant] = None
+    wanted = [folder for folder in evaluated.values() if folder is not None]
+    evaluated = {
+        variant: folder and finished(folder, "metrics.json")
+        for variant, folder in evaluated.items()
+    }
+    missing = [folder for folder in wanted if folder not in evaluated.values()]
+    names = {**combination._asdict(), "dataset": dataset}
     return {
-        **combination._asdict(),
+        **names,
+        "failed": missing and (causes(names) or ["the run stopped before it"]),
         "settings": config["quantization"][quantization],
         "compensation_settings": config["compensation"].get(compensation),
-        "annotations": f"results/datasets/{config['models'][model]['dataset']}/evaluation.json",
+        "annotations": finished(f"results/datasets/{dataset}/evaluation.json"),
         **evaluated,
-        "warmup": f"results/{model}/{quantization}/warmup.pth",
+        "warmup": finished(f"results/{model}/{quantization}/warmup.pth"),
     }
 
 
@@ -232,12 +272,78 @@ def result_files(*names, variants=("baseline", "quantized", "compensated")):
 
 def row_files(key):
     """Return the files that all result rows name under a key, each once."""
-    return list(dict.fromkeys(row[key] for row in RESULT_ROWS))
+    return list(dict.fromkeys(row[key] for row in RESULT_ROWS if row[key] is not None))
 
 
-def print_summary(summary, report):
-    """Print the table of results and where the report lies, if they are there."""
-    from qwt_mmdet.reporting.text import summary_table
+def all_results():
+    """Return all files that the config asks for, so that one that is gone is made again."""
+    return [
+        "results/summary.csv",
+        "results/summary.json",
+        "results/report.html",
+        *result_files("metrics.json", "predictions.json"),
+        *result_files("compensation.pth", "blocks.csv", variants=["compensated"]),
+        *(row_files("warmup") if config["keep_warmup"] else []),
+    ]
 
-    if os.path.exists(summary):
-        print(f"\n{summary_table(summary)}\n\nTable: {summary}\nReport: {report}")
+
+def forget_failures():
+    """Remove the note of the failures of an earlier run."""
+    Path(UNFINISHED).unlink(missing_ok=True)
+
+
+def summarize_finished():
+    """Note what failed in this run and why; summarize and report what is finished.
+
+    A run of the last two rules alone does that, in the same environments as ever.
+    """
+    failed = [
+        job
+        for entry in workflow.scheduler.failed
+        for job in (entry if entry.is_group() else [entry])
+    ]
+    if not failed:  # the user stopped it
+        return
+    pending = [str(path) for job in workflow.dag.needrun_jobs() for path in job.output]
+    note = {
+        "failed": [
+            {
+                "step": " ".join([job.rule.name, *job.wildcards_dict.values()]),
+                "wildcards": job.wildcards_dict,
+                "log": job.log[0],
+                "sentence": last_error(job.log[0], since=STARTED),
+            }
+            for job in sorted(failed, key=str)
+        ],
+        "pending": pending,
+    }
+    Path("results").mkdir(exist_ok=True)
+    Path(UNFINISHED).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    targets = [
+        path
+        for path in ("results/summary.csv", "results/report.html")
+        if path in pending
+    ]
+    steps = {job.rule.name for job in failed}
+    if targets and not steps & {"summarize_results", "render_report"}:
+        given = Path(".snakemake") / "given_config.yaml"
+        given.write_text(json.dumps(GIVEN_CONFIG), encoding="utf-8")
+        methods = [
+            method.name.lower().replace("_", "-")
+            for method in workflow.deployment_settings.deployment_method
+        ]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "snakemake", *targets),
+                *("--snakefile", str(workflow.main_snakefile), "--configfile", given),
+                *("--directory", os.getcwd(), "--cores", str(workflow.cores)),
+                *("--allowed-rules", "summarize_results", "render_report"),
+                *("--nolock", "--notemp", "--no-hooks", "--quiet", "all"),
+                *(["--software-deployment-method", *methods] if methods else []),
+            ],
+            env={**os.environ, "QWT_MMDET_UNFINISHED": "1"},
+            check=False,
+        )
+        if done.returncode:
+            print("What is finished could not be summarized; the message stands above.")
+    print(f"\n{run_summary()}")

@@ -37,6 +37,7 @@ rule summarize_results:
         rows=RESULT_ROWS,
         resamples=config["bootstrap"]["resamples"],
         seed=config["seed"],
+        failed=STOPPED["failed"],
         code=source_hash("summarize_results"),
     script:
         "../../scripts/summarize_results.py"
@@ -52,6 +53,7 @@ rule render_report:
             f"{os.path.dirname(path)}/{part}.json"
             for path in row_files("annotations")
             for part in ("calibration", "evaluation")
+            if finished(f"{os.path.dirname(path)}/{part}.json")
         ],
         blocks=result_files("blocks.csv", variants=["compensated"]),
     output:

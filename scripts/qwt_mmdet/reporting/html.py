@@ -96,6 +96,8 @@ def answer(rows: Sequence[Row]) -> str:
         start = f"{row['quantization']} collapsed, it finds not one object ({kind} AP)"
         if row["worst_layers"]:
             start += f"; lowest signal-to-noise ratios of layers: {row['worst_layers']}"
+    elif row["AP_quantized"] is None and row.get("failed"):
+        start = f"{row['quantization']} has no {kind} AP"
     elif row["AP_quantized"] is None:
         start = f"{row['quantization']} was not evaluated without compensation ({kind} AP)"
     elif row["AP_baseline"]:
@@ -108,14 +110,20 @@ def answer(rows: Sequence[Row]) -> str:
         start = f"{row['quantization']} has {kind} AP {text.number(row['AP_quantized'])}"
     if row[f"{LOSS}_significant"] is False:
         start += ", a difference that is not significant"
-    effects = [effect_sentence(r) for r in rows if r["compensation"] is not None]
+    effects = [
+        f"{' + '.join(filter(None, names))} is not complete ({r['failed'].rstrip('.')})"
+        if (names := (r["quantization"], r["compensation"])) and r.get("failed")
+        else effect_sentence(r)
+        for r in rows
+        if r["compensation"] is not None or r.get("failed")
+    ]
     return "; ".join([start, *effects]) + "."
 
 
 def featured(rows: Sequence[Row]) -> Row:
     """The row that the report shows first: the largest gain in box AP, else the largest loss."""
     boxes = _select(rows, metrics="bbox")
-    return max(boxes, key=lambda row: (row[GAIN] or 0, -(row[LOSS] or 0)))
+    return max(boxes, key=lambda row: (not row.get("failed"), row[GAIN] or 0, -(row[LOSS] or 0)))
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
@@ -175,7 +183,8 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "note": "full precision",
             "faults": [],
             "ap": _estimate(first, "AP_baseline"),
-            "bytes": first["baseline_bytes"],
+            # not known from a quantization that failed
+            "bytes": next(filter(None, (row["baseline_bytes"] for row in rows)), None),
             "evaluated": seconds("evaluate_baseline", model),
         }
     ]
@@ -208,13 +217,17 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "series": compensation,
                     "quantization": name,
                     "bits": (row["weight_bits"], row["activation_bits"]),
-                    "note": f"{row['blocks_kept']:.0f} of {row['blocks']:.0f} blocks",
+                    "note": f"{row['blocks_kept']:.0f} of {row['blocks']:.0f} blocks"
+                    if row["blocks"] is not None
+                    else "not fitted",
                     "ap": _estimate(row, "AP_compensated"),
                     "loss": _estimate(row, "AP_compensated_minus_baseline"),
                     "faults": _faults(row, "compensated"),
                     "gain": _estimate(row, GAIN),
                     "recovered": _estimate(row, "AP_recovered"),
-                    "bytes": row["quantized_bytes"] + row["compensation_bytes"],
+                    "bytes": row["quantized_bytes"] + row["compensation_bytes"]
+                    if row["blocks"] is not None
+                    else None,
                     "multiply_adds": row["compensation_multiply_adds"],
                     "multiply_adds_percent": row["compensation_multiply_adds_percent"],
                     "made": seconds("fit_compensation", model, name, compensation),
@@ -315,6 +328,8 @@ def _titles(combination: Row) -> dict[str, str]:
 
 def _pictures(combination: Row, seed: int, most: int) -> list[Picture]:
     titles = _titles(combination)
+    if not titles:
+        raise QwtError("None of its variants was evaluated.")
     found = {
         variant: read_json(
             Path(combination[variant]) / "predictions.json", what="file of predictions"
@@ -391,6 +406,8 @@ def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
         title: read_json(Path(folder) / "metrics.json")["provenance"]
         for title, folder in variants.items()
     }
+    if not by_variant:
+        raise QwtError("None of its variants was evaluated.")
     annotations = Path(combinations[0]["annotations"])
     parts = {
         part: _images(annotations.with_name(f"{part}.json"))
@@ -549,8 +566,9 @@ def render(
             for index, model in enumerate(models)
         ],
         metrics=AP_METRICS,
-        images=_unique(row["images"] for row in summary["rows"]),
-        resamples=summary["rows"][0]["resamples"],
+        images=_unique(row["images"] for row in summary["rows"] if row["images"]),
+        resamples=max(row["resamples"] or 0 for row in summary["rows"]),
+        failed=summary.get("failed", []),
         seed=summary["seed"],
         score=SCORE,
         worst_layers=WORST_LAYERS,

@@ -10,6 +10,8 @@ variant that was not evaluated).
     ``bbox`` for box AP, ``segm`` for mask AP.
 ``weight_bits``, ``activation_bits``, ``scope``
     of the quantization.
+``failed``
+    in a run that failed: the failed steps that the row needs, and why they failed.
 ``images``, ``resamples``
     evaluation images, and bootstrap resamples over them.
 ``{M}_baseline``, ``{M}_quantized``, ``{M}_compensated``
@@ -39,7 +41,8 @@ variant that was not evaluated).
 ``blocks``, ``blocks_kept``
     blocks that were fitted, and those whose compensation the gate kept.
 
-summary.json holds the same rows under ``rows``, and besides
+summary.json holds the same rows under ``rows``, the steps that failed in the run under ``failed``, and
+besides
 
 ``classes``
     one row for each row of the table and each class that has objects: its name (``class``), the
@@ -63,7 +66,7 @@ from typing import Any
 from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, read_summary, worst_layers
 from ..errors import QwtError
 from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
-from ..evaluation.coco import AP_METRICS
+from ..evaluation.coco import AP_METRICS, iou_types
 from ..files import read_json, write_atomically, write_json
 
 VARIANTS = ("baseline", "quantized", "compensated")
@@ -97,7 +100,7 @@ def _with_interval(column: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ap_columns(
-    statistics: Bootstrap, row: Mapping[str, Any], kind: str, metric: str | int, name: str
+    statistics: Bootstrap | None, row: Mapping[str, Any], kind: str, metric: str | int, name: str
 ) -> dict[str, Any]:
     """Columns of one metric (see ``Bootstrap.values``) of one row, under the name of the metric.
 
@@ -125,10 +128,10 @@ def _cost_columns(row: Mapping[str, Any], warmup: Mapping[str, Any]) -> dict[str
         path = Path(row["compensated"]) / "compensation.pth"
         compensation = read_summary(path, COMPENSATION_FORMAT, "compensation")["summary"]
     return {
-        "baseline_bytes": warmup["baseline_weight_bytes"],
-        "quantized_bytes": warmup["weight_bytes"],
-        "layers": warmup["layers"],
-        "not_quantized": len(warmup["not_quantized"]),
+        "baseline_bytes": warmup.get("baseline_weight_bytes"),
+        "quantized_bytes": warmup.get("weight_bytes"),
+        "layers": warmup.get("layers"),
+        "not_quantized": len(warmup["not_quantized"]) if warmup else None,
         **{
             f"compensation_{key}": compensation.get(key)
             for key in ("bytes", "parameters", "multiply_adds", "multiply_adds_percent")
@@ -167,9 +170,12 @@ def _class_rows(
     statistics: Bootstrap, row: Mapping[str, Any], kind: str, categories: Mapping[int, Any]
 ) -> list[dict[str, Any]]:
     """AP of each class that has objects; ``categories`` as from ``_categories``."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    folders = _folders([row])
+    if not folders:
+        return rows
     for category, about in categories.items():
-        if category not in statistics.values[_folders([row])[0]][kind]:
+        if category not in statistics.values[folders[0]][kind]:
             continue
         columns = _ap_columns(statistics, row, kind, category, "AP")
         if about["images"] < IMAGES_OF_CLASS:
@@ -224,15 +230,15 @@ def _model_summary(
     metrics = {
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
-    some = metrics[folders[0]]  # for what all variants have in common
     masks = any("segm" in content for content in metrics.values())
     # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
     warmups = {
         row["quantization"]: read_summary(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
         for row in rows
+        if row["warmup"] is not None
     }
-    costs = [_cost_columns(row, warmups[row["quantization"]]) for row in rows]
-    statistics = bootstrap(
+    costs = [_cost_columns(row, warmups.get(row["quantization"], {})) for row in rows]
+    statistics = folders and bootstrap(
         rows[0]["annotations"],
         {
             folder: read_json(Path(folder) / "predictions.json", what="predictions file")
@@ -246,7 +252,8 @@ def _model_summary(
     )
     for folder in folders:
         _check_agreement(folder, metrics[folder], statistics)
-    categories = _categories(rows[0]["annotations"], some)
+    kinds = iou_types(masks)
+    categories = _categories(rows[0]["annotations"], metrics[folders[0]]) if folders else {}
     summary: dict[str, list[dict[str, Any]]] = {
         "rows": [],
         "classes": [],
@@ -262,7 +269,7 @@ def _model_summary(
         ],
     }
     for row, cost in zip(rows, costs, strict=True):
-        for kind in statistics.values[folders[0]]:
+        for kind in kinds:
             names = {key: row[key] for key in ("model", "quantization", "compensation")}
             names["metrics"] = kind
             columns = {
@@ -270,9 +277,10 @@ def _model_summary(
                 **{
                     key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")
                 },
-                "images": statistics.images,
-                "resamples": statistics.resamples,
-                **_fault_columns(row, metrics, warmups[row["quantization"]]),
+                "failed": "; ".join(row.get("failed", ())) or None,
+                "images": statistics.images if folders else None,
+                "resamples": statistics.resamples if folders else None,
+                **_fault_columns(row, metrics, warmups.get(row["quantization"], {})),
             }
             for metric in AP_METRICS:
                 columns |= _ap_columns(statistics, row, kind, metric, metric)
@@ -291,6 +299,7 @@ def summarize(
     resamples: int = 1000,
     seed: int = 0,
     processes: int = 1,
+    failed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write all results as numbers; this module's docstring describes both files.
 
@@ -298,10 +307,12 @@ def summarize(
         rows: one dictionary per combination: model, quantization, compensation (names), settings
             (of the quantization), annotations, warmup (files), and baseline,
             quantized and compensated (folders with metrics.json and predictions.json), or None for
-            what was not evaluated. Without compensation, compensation is None too.
+            what was not evaluated. Without compensation, compensation is None too. In a run that
+            failed, ``failed`` holds sentences about why, and warmup may be None.
         table: the CSV file.
         document: the JSON file.
         resamples, seed, processes: of the bootstrap.
+        failed: the steps of the run that failed, each with step, sentence and log.
 
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.
@@ -321,4 +332,8 @@ def summarize(
         writer = csv.DictWriter(stream, fieldnames=list(merged["rows"][0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(merged["rows"])
-    write_json(document, {"confidence": CONFIDENCE, "seed": seed, **merged}, indent=1)
+    write_json(
+        document,
+        {"confidence": CONFIDENCE, "seed": seed, "failed": list(failed), **merged},
+        indent=1,
+    )

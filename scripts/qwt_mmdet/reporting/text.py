@@ -4,14 +4,19 @@ Imports nothing heavy: Snakemake's own process prints the table.
 """
 
 import csv
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 KINDS = {"bbox": "box", "segm": "mask"}
 NOTHING = "–"
+UNFINISHED = "results/unfinished.json"
+"""Where a run that failed notes its ``failed`` steps and the ``pending`` files that it did not make."""
 
 
 def parse(cell: str) -> float | bool | str | None:
@@ -96,21 +101,22 @@ def _cell(row: Mapping[str, Any], variant: str) -> str:
 
 
 def collapses(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A sentence about each collapsed variant, with the layers to blame."""
-    sentences = {}
+    """A sentence about each quantization that collapsed, with the layers to blame."""
+    collapsed: dict[tuple[str, str], list[str]] = {}
+    worst = {}
     for row in rows:
-        for variant, name in (
-            ("quantized", row["quantization"]),
-            ("compensated", f"{row['quantization']} + {row['compensation']}"),
-        ):
+        variants = {"quantized": [], "compensated": ["+", row["compensation"]]}
+        for variant, name in variants.items():
             if row.get(f"collapsed_{variant}"):
-                worst = row["worst_layers"]
-                sentences[row["model"], name] = (
-                    f"{row['model']} {name} collapsed: it finds not one object. "
-                    + (f"Lowest signal-to-noise ratios: {worst}. " if worst else "")
-                    + "Give such layers 8 bits with overrides, or raise the bits."
-                )
-    return list(sentences.values())
+                key = (row["model"], row["quantization"])
+                collapsed.setdefault(key, []).append(" ".join(filter(None, [key[1], *name])))
+                worst[key] = row["worst_layers"]
+    return [
+        f"{key[0]}: {', '.join(dict.fromkeys(names))} collapsed (not one object is found). "
+        + (f"Lowest signal-to-noise ratios: {worst[key]}. " if worst[key] else "")
+        + "Give such layers 8 bits with overrides, or raise the bits."
+        for key, names in collapsed.items()
+    ]
 
 
 def summary_table(path: str | os.PathLike[str]) -> str:
@@ -141,10 +147,47 @@ def summary_table(path: str | os.PathLike[str]) -> str:
         "gain (interval)", "recovered",
     ]  # fmt: skip
     table = tabulate(lines, headers, disable_numparse=True)
-    images = ", ".join(sorted({f"{row['images']:.0f}" for row in rows}))
+    images = ", ".join(sorted({f"{row['images']:.0f}" for row in rows if row["images"]}))
     notes = [
         "gain: compensated minus quantized AP; * the interval excludes 0 "
         f"(paired bootstrap over {images} images)",
         *collapses(rows),
     ]
     return "\n\n".join([table, "\n".join(notes)])
+
+
+def last_error(log: str | os.PathLike[str], *, since: float) -> str:
+    """The sentence with which a failed step ended its log.
+
+    Args:
+        since: time of the run's start, in seconds; an older log is of another run.
+    """
+    path = Path(log)
+    if path.is_file() and path.stat().st_mtime >= since - 1:
+        content = path.read_text(encoding="utf-8", errors="replace")
+        entry = r" ERROR qwt_mmdet\.runtime: (.+?)(?=\n\d{4}-\d\d-\d\d |\Z)"
+        if sentences := re.findall(entry, content, re.DOTALL):
+            return " ".join(sentences[-1].split())
+    return "It ended without a word; something has killed it, perhaps for want of memory."
+
+
+def run_summary(folder: str | os.PathLike[str] = ".") -> str:
+    """What a run says when it ends: the table, what failed, and where the results lie.
+
+    Args:
+        folder: in which the workflow ran.
+    """
+    results = {
+        name: Path(folder, "results", file)
+        for name, file in (("Table", "summary.csv"), ("Report", "report.html"))
+    }
+    paragraphs = []
+    if results["Table"].is_file():
+        paragraphs.append(summary_table(results["Table"]))
+    note = Path(folder, UNFINISHED)
+    if note.is_file():
+        failed = json.loads(note.read_text(encoding="utf-8"))["failed"]
+        lines = [f"{entry['step']}: {entry['sentence']} ({entry['log']})" for entry in failed]
+        paragraphs.append("\n".join([f"Failed steps: {len(failed)}", *lines]))
+    found = [f"{name}: {path}" for name, path in results.items() if path.is_file()]
+    return "\n\n".join([*paragraphs, "\n".join(found)])
