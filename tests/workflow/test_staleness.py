@@ -194,6 +194,13 @@ def test_every_result_that_is_gone_is_made_again(finished, without):
     }
 
 
+def test_chosen_images_that_are_gone_are_chosen_again(finished, without):
+    """As the message about a truncated list advises, after which Snakemake removed the other ones."""
+    without("datasets/shapes/calibration_source.json", "datasets/shapes/calibration.json")
+    jobs = finished.jobs()
+    assert (jobs["prepare_dataset"], jobs["select_images"]) == (1, 1)
+
+
 def test_a_warmup_that_is_gone_is_made_again_with_all_that_follows(finished, without):
     """As the message about a truncated one advises, after which Snakemake removed an evaluation."""
     without(

@@ -275,12 +275,23 @@ def row_files(key):
     return list(dict.fromkeys(row[key] for row in RESULT_ROWS if row[key] is not None))
 
 
+def annotation_files():
+    """Return the annotation files of the chosen images of all datasets that are evaluated on."""
+    return [
+        path
+        for folder in map(os.path.dirname, row_files("annotations"))
+        for part in ("calibration", "evaluation")
+        if (path := finished(f"{folder}/{part}.json"))
+    ]
+
+
 def all_results():
     """Return all files that the config asks for, so that one that is gone is made again."""
     return [
         "results/summary.csv",
         "results/summary.json",
         "results/report.html",
+        *annotation_files(),
         *result_files("metrics.json", "predictions.json"),
         *result_files("compensation.pth", "blocks.csv", variants=["compensated"]),
         *(row_files("warmup") if config["keep_warmup"] else []),

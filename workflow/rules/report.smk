@@ -49,12 +49,7 @@ rule render_report:
         document="results/summary.json",
         metrics=result_files("metrics.json"),
         predictions=result_files("predictions.json"),
-        annotations=[
-            f"{os.path.dirname(path)}/{part}.json"
-            for path in row_files("annotations")
-            for part in ("calibration", "evaluation")
-            if finished(f"{os.path.dirname(path)}/{part}.json")
-        ],
+        annotations=annotation_files(),
         blocks=result_files("blocks.csv", variants=["compensated"]),
     output:
         report=report(
