@@ -57,7 +57,7 @@ def test_the_demo_goes_from_its_checkpoint_to_the_report(workflow: Workflow):
 
     done = workflow.run("--cores", "2", "--configfile", config)
     assert done.returncode == 0, done.stdout
-    assert "quantize_model" not in done.stdout, "what is finished is not computed again"
+    assert "rule quantize_model" not in done.stdout, "what is finished is not computed again"
     assert "not complete" not in (results / "report.html").read_text()
     assert not (results / "unfinished.json").exists()
     with open(workflow.folder / "results" / "summary.csv", newline="") as stream:
