@@ -238,18 +238,20 @@ def _model_summary(
         if row["warmup"] is not None
     }
     costs = [_cost_columns(row, warmups.get(row["quantization"], {})) for row in rows]
-    statistics = folders and bootstrap(
-        rows[0]["annotations"],
-        {
-            folder: read_json(Path(folder) / "predictions.json", what="predictions file")
-            for folder in folders
-        },
-        masks=masks,
-        classes=some["per_class"],
-        resamples=resamples,
-        seed=seed,
-        processes=processes,
-    )
+    statistics = None
+    if folders:
+        statistics = bootstrap(
+            rows[0]["annotations"],
+            {
+                folder: read_json(Path(folder) / "predictions.json", what="predictions file")
+                for folder in folders
+            },
+            masks=masks,
+            classes=metrics[folders[0]]["per_class"],
+            resamples=resamples,
+            seed=seed,
+            processes=processes,
+        )
     for folder in folders:
         _check_agreement(folder, metrics[folder], statistics)
     kinds = iou_types(masks)
@@ -278,8 +280,8 @@ def _model_summary(
                     key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")
                 },
                 "failed": "; ".join(row.get("failed", ())) or None,
-                "images": statistics.images if folders else None,
-                "resamples": statistics.resamples if folders else None,
+                "images": statistics.images if statistics else None,
+                "resamples": statistics.resamples if statistics else None,
                 **_fault_columns(row, metrics, warmups.get(row["quantization"], {})),
             }
             for metric in AP_METRICS:
