@@ -202,6 +202,35 @@ def test_odd_images_of_different_sizes_give_the_same_in_every_batch(kind, target
         assert a.row() == b.row()
 
 
+class AddsInPlace(torch.nn.Module):
+    """Convolutions whose outputs the code between them changes in place, as DetectoRS' neck does."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = zip((3, 4, 4, 4), (4, 4, 4, 4), strict=True)
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(*s, 3, padding=1) for s in sizes)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            x += 1
+        return (x,)
+
+
+def test_code_between_blocks_may_work_in_place():
+    torch.manual_seed(0)
+    full = Preprocessed(AddsInPlace()).eval()
+    images = torch.rand(4, 3, 24, 32, generator=torch.Generator().manual_seed(1)) * 255
+    data = [{"inputs": [image], "data_samples": [DetDataSample()]} for image in images]
+    settings = QuantizationSettings(weight_bits=4, activation_bits=4)
+    model = calibrate(quantize_model(copy.deepcopy(full), settings), data)
+    fitted = fit_compensation(
+        model, full, data, dataclasses.replace(PAPER, blocks=("backbone.layers.*",))
+    )
+    assert len(fitted.blocks) == 4
+    assert all(block.fit_error_after < block.fit_error_before for block in fitted.blocks)
+
+
 def test_odd_sizes_need_window_padding_and_work():
     full, model, data = pair("swin", size=(52, 76))
     fitted = fit_compensation(model, full, data, PAPER)

@@ -174,4 +174,5 @@ class _Replay:
 def _placeholder(value: Any, device: torch.device) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return torch.full((), float("nan"), dtype=value.dtype, device=device).expand(value.shape)
+    # Not one number expanded: the code between modules may work in place (DetectoRS' neck does).
+    return torch.full(value.shape, float("nan"), dtype=value.dtype, device=device)
