@@ -183,6 +183,12 @@ def config_files(location: str) -> list[str]:
     return list(files)
 
 
+def share_with_scripts() -> None:
+    """Make the processes that this one starts import the same copy of the library."""
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
 def part_files(part: str, package: Path = PACKAGE) -> list[Path]:
     """Return the source files of a module (``evaluation.coco``) or package of the library."""
     base = package.joinpath(*part.split("."))

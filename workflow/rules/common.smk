@@ -10,19 +10,22 @@ import sys
 import time
 from pathlib import Path
 
-# The library beside this workflow, not one that happens to be installed; here and in every script.
-LIBRARY = str(Path(workflow.basedir) / "scripts")
-sys.path.insert(0, LIBRARY)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [LIBRARY, os.environ.get("PYTHONPATH")])
-)
+# The library beside this workflow, not one that happens to be installed.
+sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import combinations, read_file, resolve
 from qwt_mmdet.devices import has_gpu
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
-from qwt_mmdet.staleness import changed_images, config_files, source_hash
 from qwt_mmdet.reporting.text import UNFINISHED, last_error, run_summary
+from qwt_mmdet.staleness import (
+    changed_images,
+    config_files,
+    share_with_scripts,
+    source_hash,
+)
+
+share_with_scripts()
 
 STARTED = time.time()
 
