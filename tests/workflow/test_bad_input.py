@@ -51,7 +51,7 @@ def test_a_mistake_in_the_config_is_told_in_one_line(workflow, folder):
     workflow.configure(config)
     assert refusal(workflow).splitlines() == [
         "Error in the configuration (config/config.yaml):",
-        "quantization.w8a8.weight_bits is 9; it must be a whole number from 2 to 8.",
+        "quantization.w8a8.weight_bits is 9; it should be from 2 to 8.",
     ]
 
 
