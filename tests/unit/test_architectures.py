@@ -23,7 +23,7 @@ SIZE = (96, 128)
 MANY_TOKENS = (256, 320)  # DINO chooses 900 of them
 SMALL_SWIN = {"model.backbone.depths": (1, 1, 2, 1), "model.neck.1.num_blocks": 1}
 SHALLOW = {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512]}
-ONE_MAP = {"model.backbone.depth": 18, "model.neck.in_channels": 512}
+ONE_MAP = {"model.backbone.depth": 18, "model.neck.in_channels": [512]}
 FIRST_NECK = {"model.backbone.depth": 18, "model.neck.0.in_channels": [64, 128, 256, 512]}
 LAYERS = {"model.encoder.num_layers": 1, "model.decoder.num_layers": 2}
 TIMM = {
@@ -112,7 +112,7 @@ FAMILIES = {
     "tood/tood_r50_fpn_1x_coco.py": SHALLOW,
     "vfnet/vfnet_r50_fpn_1x_coco.py": SHALLOW,
     "yolact/yolact_r50_1xb8-55e_coco.py": {},
-    "yolof/yolof_r50-c5_8xb8-1x_coco.py": ONE_MAP,
+    "yolof/yolof_r50-c5_8xb8-1x_coco.py": ONE_MAP | {"model.neck.in_channels": 512},
 }
 """One config for each other folder of detectors in the zoo (``-m zoo``)."""
 

@@ -101,8 +101,12 @@ def test_a_full_disk_names_the_folder_of_the_file_that_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_is_one_line_and_status_130(tmp_path, capsys, number):
+def test_an_interrupt_is_one_line_and_status_130(tmp_path, capsys, request, number):
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
     with pytest.raises(SystemExit) as caught, runtime.step(job(tmp_path)):
         signal.raise_signal(number)
     assert caught.value.code == 130
