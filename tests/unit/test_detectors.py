@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from qwt_mmdet.checkpoints import fetch_checkpoint
+from qwt_mmdet.detectors import build
 from qwt_mmdet.detectors.build import (
     load_detector,
     random_detector,
@@ -59,6 +60,10 @@ def test_broken_and_incomplete_configs_are_named(tmp_path):
         ),
         ("fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py", "proposals that another model made"),
         ("rpn/rpn_r50_fpn_1x_coco.py", "region proposals"),
+        (
+            "qdtrack/qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py",
+            "videos",
+        ),
         ("glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py", "transformers"),
     ],
 )
@@ -233,3 +238,19 @@ def test_nothing_is_downloaded_that_the_checkpoint_replaces():
         "backbone": {"init_cfg": None},
         "neck": {"rfp_backbone": {"pretrained": None, "depth": 50}},
     }
+
+
+def test_a_model_whose_eval_returns_nothing_is_returned(monkeypatch):
+    """As mmdet's distillation detectors are, which override ``train``."""
+
+    class Distilled(torch.nn.Linear):
+        def train(self, mode=True):
+            super().train(mode)
+
+        def init_weights(self):
+            pass
+
+    monkeypatch.setattr(build, "_build", lambda *arguments: Distilled(1, 1))
+    model = build.random_detector(NANO)
+    assert isinstance(model, Distilled)
+    assert not model.training

@@ -41,6 +41,9 @@ docs/install.md for what was tried."""
 OTHER_METRICS = {"VOCMetric", "LVISMetric", "OpenImagesMetric", "CrowdHumanMetric"}
 """Metrics of mmdet whose figures COCO's AP would not be."""
 
+TRACKING_METRICS = {"MOTChallengeMetric", "CocoVideoMetric", "YouTubeVISMetric"}
+"""Metrics of mmdet for videos."""
+
 
 def resolve_config(config: str | os.PathLike[str]) -> Path:
     """Return the path of a config: an existing file, or a name in mmdet's zoo.
@@ -71,6 +74,11 @@ def _refuse_other_tasks(path: Path, config: Config) -> None:
             "one for object detection or instance segmentation."
         )
     metrics = {str(evaluator.get("type")).split(".")[-1] for evaluator in evaluators}
+    if metrics & TRACKING_METRICS:
+        raise QwtError(
+            f"The model config {path} is for tracking objects through videos; give the config of its "
+            "detector alone."
+        )
     foreign = metrics & OTHER_METRICS
     if foreign and "CocoMetric" not in metrics:
         raise QwtError(
@@ -249,7 +257,8 @@ def random_detector(
     for module in model.modules():
         if isinstance(module, TridentConv):  # and these for good
             nn.init.kaiming_normal_(module.weight)
-    return model.eval()
+    model.eval()  # what it returns is no model in mmdet's distillation
+    return model
 
 
 def load_detector(
@@ -287,4 +296,5 @@ def load_detector(
         "weights": weights_fingerprint(model.state_dict()),
     }
     use_full_precision()
-    return model.to(device).eval()
+    model.to(device).eval()
+    return model
