@@ -288,6 +288,11 @@ def annotation_files():
     ]
 
 
+def warmup_summaries():
+    """Return the files with what the warmup files say of themselves."""
+    return [f"{os.path.splitext(path)[0]}.json" for path in row_files("warmup")]
+
+
 def all_results():
     """Return all files that the config asks for, so that one that is gone is made again."""
     return [
@@ -296,7 +301,13 @@ def all_results():
         "results/report.html",
         *annotation_files(),
         *result_files("metrics.json", "predictions.json"),
-        *result_files("compensation.pth", "blocks.csv", variants=["compensated"]),
+        *result_files(
+            "compensation.pth",
+            "compensation.json",
+            "blocks.csv",
+            variants=["compensated"],
+        ),
+        *warmup_summaries(),
         *(row_files("warmup") if config["keep_warmup"] else []),
     ]
 

@@ -11,7 +11,7 @@ rule summarize_results:
         metrics=result_files("metrics.json"),
         predictions=result_files("predictions.json"),
         annotations=row_files("annotations"),
-        warmups=[f"{os.path.splitext(path)[0]}.json" for path in row_files("warmup")],
+        warmups=warmup_summaries(),
         compensations=result_files("compensation.json", variants=["compensated"]),
     output:
         table=report(
