@@ -14,6 +14,11 @@ from .files import read_json, write_atomically, write_json
 WARMUP_FORMAT = "qwt-mmdet warmup 2"
 COMPENSATION_FORMAT = "qwt-mmdet compensation 2"
 
+REMEDY = (
+    "delete it and let the workflow make it again, or, if the config names it, get it again or take it "
+    "out of the config"
+)
+
 SUMMARY_KEYS = ("format", "fingerprint", "settings", "summary", "provenance")
 """What of an archive is plain values, for people and for reports."""
 
@@ -33,7 +38,7 @@ def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) 
     except Exception as error:
         raise QwtError(
             f"The {what} file {path} cannot be read ({type(error).__name__}); it is truncated or no "
-            "file of this tool, so delete it and let the workflow make it again."
+            f"file of this tool; {REMEDY}."
         ) from error
     _check_format(content, path, expected_format, what)
     return content
@@ -83,7 +88,7 @@ def _check_format(
     if found != expected_format:
         raise QwtError(
             f"{path} is not a {what} file of this version (format {found!r}, expected "
-            f"{expected_format!r}); delete it and let the workflow make it again."
+            f"{expected_format!r}); {REMEDY}."
         )
 
 
