@@ -141,7 +141,10 @@ def walk(
         QwtError: the config is refused.
     """
     torch.manual_seed(0)
-    options = few_candidates(read_config(config).model.get("test_cfg"))
+    parsed = read_config(config).model
+    options = few_candidates(parsed.get("test_cfg"))
+    if "num_proposals" in parsed.get("rpn_head", {}):  # QueryInst needs a result for each proposal
+        options = {key: v for key, v in options.items() if not key.endswith("max_per_img")}
     reference = random_detector(config, options | dict(changes or {}))
     record_of(reference).fingerprint = {"model": config, "weights": "random"}
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
