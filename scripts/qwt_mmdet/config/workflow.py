@@ -236,8 +236,8 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combinations(config: Mapping[str, Any]) -> list[Combination]:
-    """Return the combinations that a config asks for, each once, in the config's order."""
-    return parse(config).combinations()
+    """Return the combinations that a resolved config asks for, each once, in the config's order."""
+    return _CONFIGURATION.validate_python(config).combinations()
 
 
 def zoo_folder() -> Path | None:
