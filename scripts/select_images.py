@@ -5,7 +5,7 @@ import os
 from qwt_mmdet.runtime import step
 
 with step(snakemake):
-    from qwt_mmdet.datasets import select_images
+    from qwt_mmdet.data.datasets import select_images
 
     select_images(
         snakemake.config["datasets"][snakemake.wildcards.dataset],

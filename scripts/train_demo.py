@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qwt_mmdet.demo.shapes import generate_shapes
 from qwt_mmdet.files import sha256_file, write_atomically, write_json
 from qwt_mmdet.progress import progress
-from qwt_mmdet.shapes import generate_shapes
 
 CONFIG = (
     Path(__file__).resolve().parents[1] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"

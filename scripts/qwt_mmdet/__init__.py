@@ -16,7 +16,7 @@ _HOMES = {
     "load_compensation": "compensation.state",
     "load_detector": "detectors.build",
     "load_warmup": "quantization.state",
-    "make_loader": "loaders",
+    "make_loader": "data.loaders",
     "quantize_model": "quantization.convert",
     "save_compensation": "compensation.state",
     "save_warmup": "quantization.state",

@@ -434,7 +434,7 @@ def validate(
     of the annotations.
     """
     with _plain_errors():
-        from .annotations import read_annotations
+        from .data.annotations import read_annotations
         from .detectors.build import load_detector, random_detector
         from .detectors.classes import category_ids
 

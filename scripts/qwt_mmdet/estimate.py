@@ -23,15 +23,15 @@ import psutil
 import torch
 from mmengine.logging import MMLogger
 
-from .annotations import read_annotations
 from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
 from .config import CompensationSettings, QuantizationSettings, combinations
+from .data.annotations import read_annotations
+from .data.loaders import make_loader
 from .detectors.build import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict
 from .files import write_json
-from .loaders import make_loader
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model
 from .quantization.state import save_warmup

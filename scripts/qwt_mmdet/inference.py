@@ -12,10 +12,10 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from .data.loaders import inference_pipeline
 from .errors import QwtError
 from .evaluation.predict import detections, finite
 from .files import write_json
-from .loaders import inference_pipeline
 from .progress import progress
 
 logger = logging.getLogger(__name__)

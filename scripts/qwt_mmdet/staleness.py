@@ -23,16 +23,14 @@ PACKAGE = Path(__file__).resolve().parent
 # Parts of the library (modules or packages) whose code decides the result of each step. Those of the
 # configuration are none: what they decide is in the params of a rule.
 _DETECTOR = (
-    "annotations",
-    "batches",
-    "checkpoints",
+    "data.annotations",
+    "data.batches",
     "detectors",
     "devices",
     "fingerprint",
-    "loaders",
+    "data.loaders",
     "record",
     "steps.provenance",
-    "unpickling",
 )
 _EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate", "steps.load")
 _QUANTIZATION = ("archives", "quantization")
@@ -40,9 +38,21 @@ _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
 )
 STEP_PARTS = {
-    "fetch_checkpoint": ("checkpoints", "download", "unpickling"),
-    "prepare_dataset": ("annotations", "datasets", "download", "images", "shapes"),
-    "select_images": ("annotations", "datasets", "download", "images", "shapes"),
+    "fetch_checkpoint": ("data.download", "detectors.unpickling", "detectors.weights"),
+    "prepare_dataset": (
+        "data.annotations",
+        "data.datasets",
+        "data.download",
+        "data.images",
+        "demo.shapes",
+    ),
+    "select_images": (
+        "data.annotations",
+        "data.datasets",
+        "data.download",
+        "data.images",
+        "demo.shapes",
+    ),
     "evaluate_baseline": _EVALUATION,
     "quantize_model": (*_DETECTOR, *_QUANTIZATION, "steps.quantize"),
     "evaluate_quantized": (*_EVALUATION, *_QUANTIZATION),
@@ -56,14 +66,14 @@ STEP_PARTS = {
     ),
     "evaluate_compensated": (*_EVALUATION, *_QUANTIZATION, "compensation"),
     "summarize_results": (
-        "annotations",
+        "data.annotations",
         "archives",
         "evaluation.bootstrap",
         "evaluation.coco",
         "reporting.tables",
     ),
-    "render_report": ("annotations", "evaluation.coco", "images", *_REPORT),
-    "train_demo": ("detectors.torchvision", "shapes"),
+    "render_report": ("data.annotations", "evaluation.coco", "data.images", *_REPORT),
+    "train_demo": ("detectors.torchvision", "demo.shapes"),
 }
 
 

@@ -25,11 +25,11 @@ from qwt_mmdet.cli import RECIPES
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import apply_compensation
 from qwt_mmdet.config import CompensationSettings, QuantizationSettings
+from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import load_detector
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.evaluation.predict import predict
 from qwt_mmdet.files import read_json, write_json
-from qwt_mmdet.loaders import make_loader
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn

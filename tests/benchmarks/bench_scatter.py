@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 from bench_recipes import BITS, COMPENSATIONS, with_recipe, write_subset
 from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import load_detector
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.evaluation.predict import predict
 from qwt_mmdet.files import read_json
-from qwt_mmdet.loaders import make_loader
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn

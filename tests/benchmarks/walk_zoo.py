@@ -34,12 +34,12 @@ from mmengine.logging import MMLogger
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import load_compensation, save_compensation
 from qwt_mmdet.config import CompensationSettings, QuantizationSettings
+from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import ZOO, random_detector, read_config
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.predict import predict
 from qwt_mmdet.files import write_json
 from qwt_mmdet.fingerprint import settings_fingerprint
-from qwt_mmdet.loaders import make_loader
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import load_warmup, save_warmup

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
-from qwt_mmdet.annotations import read_annotations
+from qwt_mmdet.data.annotations import read_annotations
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.coco import coco_metrics
 from random_detections import HEIGHT, WIDTH, detection, one_object, write

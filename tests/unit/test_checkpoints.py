@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 from flaky_server import Drop, FlakyServer, Status
-from qwt_mmdet import download as download_module
-from qwt_mmdet.checkpoints import check_keys, fetch_checkpoint, load_checkpoint, load_weights
+from qwt_mmdet.data import download as download_module
+from qwt_mmdet.detectors.weights import check_keys, fetch_checkpoint, load_checkpoint, load_weights
 from qwt_mmdet.errors import QwtError
 from safetensors.torch import save_file
 from torch import nn

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flaky_server import FlakyServer, Status
 from PIL import Image
-from qwt_mmdet import download as download_module
-from qwt_mmdet.annotations import read_annotations
-from qwt_mmdet.datasets import PARTS, choose_ids, prepare_dataset, select_images
+from qwt_mmdet.data import download as download_module
+from qwt_mmdet.data.annotations import read_annotations
+from qwt_mmdet.data.datasets import PARTS, choose_ids, prepare_dataset, select_images
 from qwt_mmdet.errors import QwtError
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 7, "name": "zebra"}]

@@ -10,8 +10,8 @@ from mmdet.registry import DATASETS, METRICS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from qwt_mmdet.demo.shapes import CLASSES, IMAGE_SIZE, generate_shapes
 from qwt_mmdet.files import sha256_file
-from qwt_mmdet.shapes import CLASSES, IMAGE_SIZE, generate_shapes
 
 DEMO = Path(__file__).resolve().parents[2] / "workflow" / "demo"
 NAME = "mask-rcnn_swin-xxs-p4-w8_fpn_shapes"

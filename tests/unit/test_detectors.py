@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 import torch
 from mmdet.structures import DetDataSample
-from qwt_mmdet.checkpoints import fetch_checkpoint
 from qwt_mmdet.detectors import build
 from qwt_mmdet.detectors.build import (
     load_detector,
@@ -12,6 +11,7 @@ from qwt_mmdet.detectors.build import (
     resolve_config,
     without_training,
 )
+from qwt_mmdet.detectors.weights import fetch_checkpoint
 from qwt_mmdet.errors import LONGEST_REASON, QwtError, reason
 from qwt_mmdet.inference import run_on_images
 from qwt_mmdet.record import record_of

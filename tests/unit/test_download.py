@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from flaky_server import Drop, FlakyServer, Raw, Status
-from qwt_mmdet import download as download_module
-from qwt_mmdet.download import download, download_many
+from qwt_mmdet.data import download as download_module
+from qwt_mmdet.data.download import download, download_many
 from qwt_mmdet.errors import QwtError
 
 CONTENT = bytes(range(256)) * 4000  # 1 024 000 bytes

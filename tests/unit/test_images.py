@@ -6,8 +6,8 @@ import mmcv
 import numpy as np
 import pytest
 from PIL import Image
+from qwt_mmdet.data.images import TurnedImageError, check_image, read_image
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.images import TurnedImageError, check_image, read_image
 
 WIDTH, HEIGHT = 24, 16
 FLAGS = {"apply": "color", "ignore": "color_ignore_orientation"}

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import read_config
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.loaders import make_loader
 
 NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
 

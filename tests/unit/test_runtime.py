@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from qwt_mmdet import runtime
-from qwt_mmdet.annotations import read_annotations
+from qwt_mmdet.data.annotations import read_annotations
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import read_json, write_atomically
 

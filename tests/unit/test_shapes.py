@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from qwt_mmdet.demo.shapes import CLASSES, IMAGE_SIZE, SPLITS, draw_image, generate_shapes
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.shapes import CLASSES, IMAGE_SIZE, SPLITS, draw_image, generate_shapes
 
 # Of the pixels and annotations of two images; the same on every machine.
 KNOWN = {
@@ -152,7 +152,7 @@ def test_an_interrupted_generation_leaves_nothing_to_trust(tmp_path, monkeypatch
         return draw_image(seed, split, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr("qwt_mmdet.shapes.draw_image", interrupted)
+        patch.setattr("qwt_mmdet.demo.shapes.draw_image", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate_shapes(tmp_path, seed=4, images={"val": 2}, workers=1)
     assert not (tmp_path / "annotations" / "instances_val.json").exists()

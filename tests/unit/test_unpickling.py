@@ -12,10 +12,10 @@ import zipfile
 
 import pytest
 import torch
-from qwt_mmdet import unpickling
-from qwt_mmdet.checkpoints import load_checkpoint
+from qwt_mmdet.detectors import unpickling
+from qwt_mmdet.detectors.unpickling import MAX_OPCODES, Damaged, Refused, StoredTensor, TorchFile
+from qwt_mmdet.detectors.weights import load_checkpoint
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.unpickling import MAX_OPCODES, Damaged, Refused, StoredTensor, TorchFile
 
 FLOATS = struct.pack("<4f", 1, 2, 3, 4)
 COUNTED = struct.pack("<q", 4) + FLOATS

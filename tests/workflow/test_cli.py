@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from qwt_mmdet.cli import app, quantization_entry
-from qwt_mmdet.datasets import PARTS, prepare_dataset
+from qwt_mmdet.data.datasets import PARTS, prepare_dataset
 from qwt_mmdet.errors import QwtError
 from typer.testing import CliRunner, Result
 

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, Workflow
 from mmdet.datasets import CocoDataset
 from mmengine.logging import HistoryBuffer
-from qwt_mmdet.datasets import PARTS, prepare_dataset
+from qwt_mmdet.data.datasets import PARTS, prepare_dataset
 from qwt_mmdet.detectors.build import random_detector
 
 HEADLINE = (ROOT / "config" / "coco.yaml").read_text()

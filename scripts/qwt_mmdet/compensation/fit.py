@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import single_images
 from ..config import CompensationSettings, as_plain
+from ..data.batches import single_images
 from ..errors import QwtError
 from ..progress import progress
 from ..record import record_of

@@ -17,13 +17,13 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from ..checkpoints import load_weights, read_checkpoint
+from ..data.loaders import inference_pipeline, step_name
 from ..devices import use_full_precision
 from ..errors import QwtError, reason
 from ..fingerprint import settings_fingerprint, weights_fingerprint
-from ..loaders import inference_pipeline, step_name
 from ..record import record_of
 from .classes import class_names, head_outputs
+from .weights import load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from torch import nn
 
-from ..annotations import NAMED_IN_MESSAGES, few
+from ..data.annotations import NAMED_IN_MESSAGES, few
+from ..data.loaders import test_datasets
 from ..errors import QwtError
-from ..loaders import test_datasets
 
 logger = logging.getLogger(__name__)
 

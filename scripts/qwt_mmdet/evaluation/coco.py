@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..annotations import read_annotations
+from ..data.annotations import read_annotations
 from ..errors import QwtError
 
 logger = logging.getLogger(__name__)

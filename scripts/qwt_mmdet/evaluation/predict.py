@@ -10,7 +10,7 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 from torch import nn
 
-from ..batches import same_shapes
+from ..data.batches import same_shapes
 from ..detectors.classes import category_ids, log_left_out
 from ..files import read_json
 from ..progress import progress

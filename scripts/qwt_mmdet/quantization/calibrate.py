@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import count_images, single_images
+from ..data.batches import count_images, single_images
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
 from ..progress import progress

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 
+from ..data.images import read_image
 from ..errors import QwtError
 from ..evaluation.coco import iou_types, load_ground_truth, match_detections
-from ..images import read_image
 
 SCORE = 0.3
 SIDE = 480  # pixels of the longer side of a picture

@@ -7,9 +7,9 @@ from typing import Any
 from ..compensation.fit import fit_compensation
 from ..compensation.state import save_compensation
 from ..config import CompensationSettings, as_plain
+from ..data.loaders import make_loader
 from ..detectors.build import load_detector
 from ..files import sha256_file, write_atomically
-from ..loaders import make_loader
 from ..staleness import source_hash
 from .load import load_quantized
 from .provenance import Pathlike, provenance

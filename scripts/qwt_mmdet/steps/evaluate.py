@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from ..archives import worst_layers
+from ..data.loaders import make_loader
 from ..detectors.classes import category_ids
 from ..errors import QwtError
 from ..evaluation.coco import coco_metrics, load_ground_truth
 from ..evaluation.predict import predict
 from ..files import read_json, sha256_file, write_json
-from ..loaders import make_loader
 from ..record import quantization_of, record_of
 from .load import load_quantized
 from .provenance import Pathlike, provenance

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..archives import WARMUP_FORMAT, copy_with_summary
 from ..config import QuantizationSettings, as_plain
+from ..data.loaders import make_loader
 from ..detectors.build import load_detector
-from ..loaders import make_loader
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import quantize_model
 from ..quantization.state import load_warmup, save_warmup

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from ..config import as_entry
+from ..data.loaders import make_loader
 from ..detectors.build import load_detector
 from ..files import write_atomically
-from ..loaders import make_loader
 from ..quantization.state import load_warmup
 from ..record import quantization_of
 from ..search.sensitivity import choose_bits, mixed_precision, rank_layers

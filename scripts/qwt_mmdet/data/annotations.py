@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import QwtError
-from .files import MADE_BY_US, read_json
+from ..errors import QwtError
+from ..files import MADE_BY_US, read_json
 
 logger = logging.getLogger(__name__)
 

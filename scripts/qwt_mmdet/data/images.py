@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .errors import QwtError
+from ..errors import QwtError
 
 Exif = Literal["apply", "ignore"]
 

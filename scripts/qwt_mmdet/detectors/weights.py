@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .download import LARGEST_BYTES, download, printable
-from .errors import QwtError
-from .files import is_url, sha256_file, write_atomically
+from ..data.download import LARGEST_BYTES, download, printable
+from ..errors import QwtError
+from ..files import is_url, sha256_file, write_atomically
 from .unpickling import (
     LEGACY_MAGIC,
     ZIP_MAGIC,

@@ -25,9 +25,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .errors import QwtError
-from .files import read_json, write_json
-from .progress import progress
+from ..errors import QwtError
+from ..files import read_json, write_json
+from ..progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader, Dataset
 
+from ..errors import QwtError
 from .annotations import read_annotations
-from .errors import QwtError
 
 AUGMENTATION = ("TestTimeAug", "MultiScaleFlipAug")
 NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations

@@ -16,14 +16,14 @@ from urllib.parse import quote
 
 import numpy as np
 
+from ..config.datasets import resolve_dataset
+from ..errors import QwtError
+from ..files import read_json, sha256_file, write_atomically, write_json
+from ..progress import progress
+from ..staleness import image_files
 from .annotations import few, read_annotations
-from .config.datasets import resolve_dataset
 from .download import LARGEST_BYTES, download, download_many
-from .errors import QwtError
-from .files import read_json, sha256_file, write_atomically, write_json
 from .images import SIDEWAYS, UPRIGHT, Exif, TurnedImageError, check_image
-from .progress import progress
-from .staleness import image_files
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _generate(settings: Mapping[str, Any], part: str, folder: Path) -> None:
-    from .shapes import generate_shapes  # needs OpenCV, which other datasets do without
+    from ..demo.shapes import generate_shapes  # needs OpenCV, which other datasets do without
 
     split = settings[part]["split"]
     count = 0

@@ -17,9 +17,9 @@ import tenacity
 import urllib3
 from tqdm import tqdm
 
-from . import progress as progress_module
-from .errors import QwtError
-from .files import is_url, sha256_file, write_json
+from .. import progress as progress_module
+from ..errors import QwtError
+from ..files import is_url, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 

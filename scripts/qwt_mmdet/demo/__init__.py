@@ -1,0 +1,1 @@
+"""The demo: its images, and the training of its detector."""
