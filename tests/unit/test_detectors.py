@@ -11,10 +11,12 @@ from qwt_mmdet.detectors.build import (
     resolve_config,
     without_training,
 )
+from qwt_mmdet.detectors.forward import count_operations
 from qwt_mmdet.detectors.weights import fetch_checkpoint
 from qwt_mmdet.errors import LONGEST_REASON, QwtError, reason
 from qwt_mmdet.inference import run_on_images
 from qwt_mmdet.record import record_of
+from torch import nn
 
 NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
 
@@ -254,3 +256,37 @@ def test_a_model_whose_eval_returns_nothing_is_returned(monkeypatch):
     model = build.random_detector(NANO)
     assert isinstance(model, Distilled)
     assert not model.training
+
+
+@pytest.mark.parametrize(
+    "box", [(-9, 2, -3, 6), (20, 2, 30, 6), (2, -9, 6, -3), (2, 20, 6, 30), (float("nan"),) * 4]
+)
+def test_a_mask_beside_the_image_is_empty(box):
+    from mmdet.models.roi_heads.mask_heads import fcn_mask_head
+
+    random_detector("mask_rcnn/mask-rcnn_r18_fpn_8xb8-amp-lsj-200e_coco.py")
+    image = torch.zeros(1, 10, 12)
+    found, region = fcn_mask_head._do_paste_mask(
+        torch.ones(1, 1, 4, 4), torch.tensor([box]), image.shape[1], image.shape[2]
+    )
+    image[(slice(None), *region)] = (found >= 0.5).float()
+    assert not image.any()
+
+
+def test_operations_are_counted_where_a_weight_is_used_through_a_view():
+    """Deformable DETR splits its queries, which are weights, and maps a part of them."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(torch.ones(5, 8))
+            self.points = nn.Linear(4, 2)
+
+        def forward(self):
+            return self.points(torch.split(self.queries, 4, dim=1)[0])
+
+    model = Queries()
+    with torch.no_grad(), count_operations(model) as counter:
+        model()
+    assert counter.get_total_flops() == 2 * 5 * 4 * 2
+    assert all(parameter.requires_grad for parameter in model.parameters())

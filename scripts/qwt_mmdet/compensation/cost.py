@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import MaxCost
-from ..detectors.forward import forward_scope
+from ..detectors.forward import count_operations, forward_scope
 from ..quantization.convert import quantized_layers
 from .result import BYTES_PER_PARAMETER, BlockFit
 
@@ -20,7 +19,7 @@ def backbone_multiply_adds(model: nn.Module, batch: dict[str, Any]) -> int:
     Args:
         model: in full precision, for which the counter knows all operations.
     """
-    with FlopCounterMode(display=False) as counter:
+    with count_operations(model) as counter:
         forward_scope(model, batch, "backbone")
     return counter.get_total_flops() // 2
 

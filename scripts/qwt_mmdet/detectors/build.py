@@ -10,7 +10,6 @@ from typing import Any
 
 import mmdet
 from mmdet.models.backbones.trident_resnet import TridentConv
-from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -23,6 +22,7 @@ from ..errors import QwtError, reason
 from ..fingerprint import settings_fingerprint, weights_fingerprint
 from ..record import record_of
 from .classes import class_names, head_outputs
+from .repairs import repair
 from .weights import load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -187,13 +187,6 @@ def without_training(node: Any) -> None:
             without_training(value)
 
 
-def _repair_ssd(model: nn.Module) -> None:
-    """Give SSD's head the ``loss_cls`` that mmdet 3.3's prediction asks for and its __init__ leaves out."""
-    for module in model.modules():
-        if isinstance(module, SSDHead) and not hasattr(module, "loss_cls"):
-            module.loss_cls = None
-
-
 def _check_channels(config: str | os.PathLike[str], parsed: Config, model: nn.Module) -> None:
     """Raise QwtError where a detector takes one channel and its test pipeline reads three."""
     means = (parsed.model.get("data_preprocessor") or {}).get("mean") or ()
@@ -225,7 +218,7 @@ def _build(
             model = MODELS.build(parsed.model)
         except Exception as error:
             raise _failed(config, "built", error) from error
-        _repair_ssd(model)
+        repair(model)
         _check_channels(config, parsed, model)
         try:
             names = class_names(parsed, head_outputs(model), trained)

@@ -1,8 +1,11 @@
-"""Run a part of a detector."""
+"""Run a part of a detector, and count its operations."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
@@ -17,3 +20,20 @@ def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
     if scope == "backbone+neck":
         return model.extract_feat(data["inputs"])
     return model.predict(data["inputs"], data["data_samples"])
+
+
+@contextlib.contextmanager
+def count_operations(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """Count what convolutions and matrix products inside compute; two operations are one multiply-add.
+
+    No weight needs a gradient inside, since torch's counter fails on views of those that do.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

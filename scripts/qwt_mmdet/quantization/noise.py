@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..detectors.forward import forward_scope
+from ..detectors.forward import count_operations, forward_scope
 from .attention import QuantizedAttention
 from .convert import full_precision, quantized_layers
 from .quantizer import ActivationQuantizer
@@ -73,7 +72,7 @@ def count_multiply_adds(model: nn.Module, names: Iterable[str]) -> Iterator[dict
     spent: Counter[str] = Counter()
     shares: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        counter = stack.enter_context(FlopCounterMode(display=False))
+        counter = stack.enter_context(count_operations(model))
         for name in names:
 
             def enter(*_: Any, name: str = name) -> None:
