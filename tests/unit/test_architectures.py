@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import tiny
 import torch
 from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation.fit import fit_compensation
@@ -128,7 +129,7 @@ def build(config: str, options: dict) -> nn.Module:
     torch.manual_seed(0)
     model = random_detector(config, options)
     record_of(model).fingerprint = {"model": config, "weights": "random"}
-    return model
+    return model.to(tiny.device)
 
 
 def images(size: tuple[int, int]) -> list[dict]:
@@ -156,6 +157,7 @@ def outputs(model: nn.Module, batches: list[dict]) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("config", ALWAYS)
 def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
     options = ALWAYS[config]

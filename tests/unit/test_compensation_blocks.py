@@ -28,6 +28,8 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # Arguments that both PVT and PVTv2 take.
 PVT = {
     "embed_dims": 8, "num_layers": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
@@ -144,7 +146,7 @@ def detector(backbone, neck=None):
     for module in model.modules():
         if isinstance(module, TridentConv):  # mmdet leaves it what was in memory
             nn.init.kaiming_normal_(module.weight)
-    return model.eval()
+    return model.eval().to(tiny.device)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -229,7 +231,7 @@ def test_patch_merging_reads_every_second_token_of_both_axes():
     """Also of odd maps: 3×5 tokens become 2×3."""
     full = tiny.detector("swin")
     merging = full.backbone.stages[0].downsample
-    x = torch.arange(15.0).view(1, 15, 1).repeat(1, 1, 16)
+    x = torch.arange(15.0, device=tiny.device).view(1, 15, 1).repeat(1, 1, 16)
     arguments = (x, (3, 5)), {}
     output, size = merging(*arguments[0])
     aligned = aligned_input(arguments, output, -1)
@@ -259,7 +261,7 @@ class Stem(nn.Module):
 
 
 def test_what_lies_between_blocks_runs_once_per_image_and_model():
-    full = tiny.TinyDetector(Stem()).eval()
+    full = tiny.TinyDetector(Stem()).eval().to(tiny.device)
     settings = QuantizationSettings(weight_bits=3, activation_bits=4)
     model = calibrate(quantize_model(copy.deepcopy(full), settings), tiny.batches(3))
     calls = []

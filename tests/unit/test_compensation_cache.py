@@ -10,6 +10,8 @@ from qwt_mmdet.compensation.cache import ActivationCache, release_free_memory
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.config import CompensationSettings
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
@@ -19,7 +21,10 @@ def temporary(tmp_path, monkeypatch):
 
 def values():
     return {
-        "maps": [torch.arange(12.0).view(3, 4).T, torch.ones(2, dtype=torch.int64)],
+        "maps": [
+            torch.arange(12.0).view(3, 4).T.to(tiny.device),
+            torch.ones(2, dtype=torch.int64, device=tiny.device),
+        ],
         "size": (7, 5),
     }
 

@@ -23,6 +23,8 @@ from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 
+pytestmark = pytest.mark.usefixtures("device")
+
 OLS = CompensationSettings(ridge=0, gate="none", holdout_fraction=0.25)
 
 BUILT_IN = get_args(get_args(KindName)[0])
@@ -33,7 +35,7 @@ def rows(count=400, inputs=9, outputs=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(tiny.device)
 
     x, output = normal(count, inputs) + 3, normal(count, outputs) - 5
     error = x @ normal(inputs, outputs) + 0.2 * output + normal(count, outputs) + normal(outputs)
@@ -56,7 +58,7 @@ def solve(kind, sums, holdout=(), **settings):
 
 
 def with_ones(x):
-    return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)], 1)
 
 
 def left(kind, x, output, error):

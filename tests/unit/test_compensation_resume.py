@@ -13,6 +13,8 @@ from qwt_mmdet.config import CompensationSettings, MaxCost, QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SETTINGS = CompensationSettings(holdout_fraction=0.34)
 
 

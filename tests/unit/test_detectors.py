@@ -74,10 +74,10 @@ def test_other_tasks_are_refused(config, task):
         read_config(config)
 
 
-def test_weights_arrive_and_the_model_is_ready(checkpoint):
-    model = load_detector(NANO, checkpoint)
+def test_weights_arrive_and_the_model_is_ready(checkpoint, device):
+    model = load_detector(NANO, checkpoint, device=str(device))
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value.cpu(), saved[key]) for key, value in model.state_dict().items())
     assert not model.training
     assert model.dataset_meta["classes"][:2] == ("person", "bicycle")
     assert len(model.dataset_meta["classes"]) == 80

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from qwt_mmdet.config import QuantizationSettings
@@ -12,6 +13,8 @@ from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.primitives import quantize
 from qwt_mmdet.quantization.ranges import RangeObserver
 from torch import nn
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 class Alone(nn.Module):
@@ -30,15 +33,15 @@ def images(spread: float, channels: int = 8) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     magnitude = torch.logspace(0, torch.tensor(spread).log10().item(), channels)
     return [
-        {"inputs": F.silu(torch.randn(2, channels, 9, 11, generator=generator) * 3)
-            * magnitude[:, None, None]}
+        {"inputs": (F.silu(torch.randn(2, channels, 9, 11, generator=generator) * 3)
+            * magnitude[:, None, None]).to(tiny.device)}
         for _ in range(3)
     ]  # fmt: skip
 
 
 def convolution(groups: int = 1, **options) -> nn.Conv2d:
     torch.manual_seed(1)
-    return nn.Conv2d(8, 12, 3, padding=1, groups=groups, **options)
+    return nn.Conv2d(8, 12, 3, padding=1, groups=groups, **options).to(tiny.device)
 
 
 def quantized(layer: nn.Conv2d, batches: list[dict], bits=(8, 4), **changes) -> nn.Conv2d:
@@ -58,7 +61,7 @@ def test_channels_of_different_size_keep_their_codes(groups, rounding):
     layer = convolution(groups)
     with torch.no_grad():  # small channels matter as much as large ones
         layer.weight /= torch.logspace(0, 2, 8).view(groups, -1).repeat_interleave(
-            12 // groups, 0)[:, :, None, None]  # fmt: skip
+            12 // groups, 0)[:, :, None, None].to(tiny.device)  # fmt: skip
     errors = [
         output_error(layer, quantized(layer, batches, rounding=rounding, migrate_scales=m), batches)
         for m in (True, False)

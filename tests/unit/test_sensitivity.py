@@ -18,6 +18,8 @@ from qwt_mmdet.search.sensitivity import (
     rank_layers,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Detector(tiny.TinyDetector):
     def extract_feat(self, images):

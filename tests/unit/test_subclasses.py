@@ -22,6 +22,8 @@ from qwt_mmdet.quantization.layers import QuantizedConv2d
 from qwt_mmdet.record import quantization_of
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("device")
+
 EIGHT = QuantizationSettings(8, 8)
 
 
@@ -92,7 +94,7 @@ def one_layer(layer):
         def forward(self, x):
             return self.layer(x if isinstance(layer, nn.Conv2d) else x.movedim(1, -1))
 
-    return tiny.TinyDetector(Backbone()).eval()
+    return tiny.TinyDetector(Backbone()).eval().to(tiny.device)
 
 
 QUANTIZED = {
@@ -160,7 +162,7 @@ def test_layer_that_uses_its_weight_itself_stays_in_full_precision(name):
 
 def test_all_convolutions_of_mmdets_efficientnet_are_quantized():
     backbone = EfficientNet(arch="b0", out_indices=(3,))
-    model = quantize_model(tiny.TinyDetector(backbone), EIGHT)
+    model = quantize_model(tiny.TinyDetector(backbone).to(tiny.device), EIGHT)
     assert not quantization_of(model).not_quantized
     convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
     assert all(isinstance(module, QuantizedConv2d) for module in convolutions)

@@ -13,6 +13,8 @@ from qwt_mmdet.quantization.convert import quantize_model, quantized_layers
 from qwt_mmdet.quantization.ranges import RANGES, register_range
 from qwt_mmdet.quantization.rounding import ROUNDINGS, register_rounding
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def built_in(choice) -> set[str]:
     """The names that a type of the configuration lists."""
