@@ -38,9 +38,10 @@ demo: env ## run the default configuration from checkpoint to report
 estimate: env ## tell what a run would take (CONFIG=config/coco.yaml names another config)
 	@$(VENV)/bin/qwt-mmdet estimate $(or $(CONFIG),config/config.yaml)
 
-lint: env ## check code and workflow: ruff, snakefmt, snakemake --lint
+lint: env ## check code and workflow: ruff, import-linter, snakefmt, snakemake --lint
 	@$(WITH_VENV) ruff check .
 	@$(WITH_VENV) ruff format --check .
+	@$(WITH_VENV) lint-imports --no-cache --no-logo
 	@$(WITH_VENV) snakefmt --check Snakefile workflow
 	@$(WITH_VENV) snakemake --lint
 
@@ -51,5 +52,5 @@ config-docs: env ## write the schema and the tables of config/README.md from the
 	@$(VENV)/bin/python -m qwt_mmdet.config.documentation
 
 clean: ## remove .venv and the tools' caches; results stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache scripts/*.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache scripts/*.egg-info
 	find scripts tests envs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@
 #
 # Snakemake makes the environment anew when this file changes, and does not look into requirements.txt.
 # Hence the next line, which tests/unit/test_environment.py compares with it.
-# requirements.txt sha256: 542df7a54e7d6fb303bf0bff0c871f75805d7075b4b0889575172c43ebc8f895
+# requirements.txt sha256: c8b838b943de8dfc24e5ae7c04490178c020fc5a2690e34c2fe96e4e13f6f511
 set -euo pipefail
 
 envs="${QWT_ROOT:-$PWD}/envs"
