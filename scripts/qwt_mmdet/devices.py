@@ -85,4 +85,4 @@ def set_up_torch(threads: int, seed: int) -> None:
     # a few CUDA operations have no deterministic form; they warn into the log
     torch.use_deterministic_algorithms(True, warn_only=True)
     # finds reads of uninitialized memory at the price of writing all memory twice
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -111,7 +111,7 @@ def prepare(trial: Trial) -> None:
     torch.save({"state_dict": model.state_dict()}, trial.path("checkpoint.pth"))
     generator = np.random.default_rng(0)
     classes = model.dataset_meta["classes"]
-    content = {
+    content: dict[str, Any] = {
         "info": {"image_root": str(trial.folder)},
         "images": [],
         "annotations": [],

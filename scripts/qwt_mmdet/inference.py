@@ -7,10 +7,10 @@ from pathlib import Path
 import cv2
 import torch
 from mmcv.transforms import Compose
+from mmdet.models import BaseDetector
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DefaultScope
-from torch import nn
 
 from .data.loaders import inference_pipeline
 from .errors import QwtError
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_on_images(
-    model: nn.Module, images: Sequence[Path], folder: Path, *, score: float = 0.3
+    model: BaseDetector, images: Sequence[Path], folder: Path, *, score: float = 0.3
 ) -> int:
     """Detect on images; write drawings and the results in COCO's format.
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import gc
 import logging
+import os
 import re
 import signal
 import sys
@@ -129,7 +130,7 @@ def known_cause(error: BaseException, rule: str = "") -> str | None:
         return f"The disk or the quota of {place} is full; free some space and run again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
-            f"{place or Path.cwd()} cannot be used ({error.strerror}); change the rights of the file and "
+            f"{place or Path.cwd()} cannot be used ({os.strerror(number)}); change the rights of the file and "
             "its folder, or run in a folder that you may write to (--directory)."
         )
     return None

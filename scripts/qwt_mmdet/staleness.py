@@ -141,7 +141,7 @@ def _imported_files(path: Path, tree: ast.Module) -> list[Path]:
             module = folder.joinpath(*(node.module or "").split("."))
             for base in (module, *(module / alias.name for alias in node.names)):
                 found += [base.with_name(f"{base.name}.py"), base / "__init__.py"]
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             found += [file for name in names for file in _module_files(name)]
     return found
@@ -161,10 +161,10 @@ def _used_files(path: Path) -> list[Path]:
             imported = _imported_files(path, tree)
     except (OSError, SyntaxError, ValueError, yaml.YAMLError):
         return []  # building the detector reports what is wrong with the file
-    modules = modules.get("imports") if isinstance(modules, dict) else None
+    imports = modules.get("imports") if isinstance(modules, dict) else None
     return [
         *_base_files(path, bases),
-        *(file for name in _names(modules) for file in _module_files(name)),
+        *(file for name in _names(imports) for file in _module_files(name)),
         *imported,
     ]
 

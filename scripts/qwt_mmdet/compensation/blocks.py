@@ -49,9 +49,9 @@ def _children(module: nn.Module, name: str) -> list[str]:
 
 
 @register_blocks("SwinTransformer")
-def swin_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
+def swin_blocks(backbone: Any, downsampling: bool) -> list[str]:
     """Each attention + MLP block of each stage; on request patch merging."""
-    names = []
+    names: list[str] = []
     for i, stage in enumerate(backbone.stages):
         names += [f"stages.{i}.blocks.{j}" for j in range(len(stage.blocks))]
         if downsampling and stage.downsample is not None:
@@ -62,13 +62,13 @@ def swin_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
 @register_blocks(
     "ResNet", "ResNetV1d", "ResNeXt", "ResNeSt", "Res2Net", "RegNet", "DetectoRS_ResNet"
 )
-def resnet_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
+def resnet_blocks(backbone: Any, downsampling: bool) -> list[str]:
     """Each residual block of each stage; these hold the downsampling."""
     return [name for stage in backbone.res_layers for name in _children(backbone, stage)]
 
 
 @register_blocks("CSPDarknet", "CSPNeXt", "YOLOXCSPDarknet", "MobileNetV2")
-def staged_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
+def staged_blocks(backbone: Any, downsampling: bool) -> list[str]:
     """The parts of each stage: downsampling convolution, pyramid pooling, CSP layer, residuals."""
     return [
         name
@@ -79,9 +79,9 @@ def staged_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
 
 
 @register_blocks("PyramidVisionTransformer", "PyramidVisionTransformerV2")
-def pvt_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
+def pvt_blocks(backbone: Any, downsampling: bool) -> list[str]:
     """Each encoder layer of each stage; on request the patch embeddings between stages."""
-    names = []
+    names: list[str] = []
     for i, (_, layers, _) in enumerate(backbone.layers):
         if downsampling and i:
             names.append(f"layers.{i}.0.projection")
@@ -91,9 +91,9 @@ def pvt_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
 
 
 @register_blocks("ConvNeXt")
-def convnext_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
+def convnext_blocks(backbone: Any, downsampling: bool) -> list[str]:
     """Each block of each stage; on request the downsampling layers between stages."""
-    names = []
+    names: list[str] = []
     for i, stage in enumerate(backbone.stages):
         if downsampling and i:
             names.append(f"downsample_layers.{i}")
@@ -113,9 +113,9 @@ _TIMM_DOWNSAMPLE = re.compile(r"(|.*\.)(stages|layers)[._]\d+\.downsample")
     "TimmBackbone", "FeatureListNet", "FeatureDictNet", "FeatureHookNet", "FeatureGetterNet",
     "EfficientNetFeatures", "MobileNetV3Features",
 )  # fmt: skip
-def timm_blocks(backbone: nn.Module, downsampling: bool) -> list[str]:
+def timm_blocks(backbone: Any, downsampling: bool) -> list[str]:
     """The blocks of timm's feature extractors, by the names that timm gives to them."""
-    names = []
+    names: list[str] = []
     for name, module in backbone.named_modules():
         if any(name.startswith(f"{outer}.") for outer in names):
             continue

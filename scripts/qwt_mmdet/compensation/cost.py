@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from mmdet.models import BaseDetector
 
 from ..config import MaxCost
 from ..detectors.forward import count_operations, forward_scope
@@ -13,7 +13,7 @@ from .result import BYTES_PER_PARAMETER, BlockFit
 
 
 @torch.no_grad()
-def backbone_multiply_adds(model: nn.Module, batch: dict[str, Any]) -> int:
+def backbone_multiply_adds(model: BaseDetector, batch: dict[str, Any]) -> int:
     """Multiply-adds of the backbone's convolutions and matrix products for one image.
 
     Args:
@@ -24,10 +24,10 @@ def backbone_multiply_adds(model: nn.Module, batch: dict[str, Any]) -> int:
     return counter.get_total_flops() // 2
 
 
-def backbone_bytes(model: nn.Module) -> float:
+def backbone_bytes(model: BaseDetector) -> float:
     """Bytes of a quantized detector's backbone: quantized weights at their bits, others as float16."""
     count = sum(parameter.numel() for parameter in model.backbone.parameters())
-    total = count * BYTES_PER_PARAMETER
+    total: float = count * BYTES_PER_PARAMETER
     for layer in quantized_layers(model.backbone).values():
         total -= layer.weight.numel() * (BYTES_PER_PARAMETER - layer.weight_bits / 8)
     return total
@@ -41,7 +41,9 @@ def _error_reduction(block: BlockFit) -> float:
     before, after = block.holdout_error_before, block.holdout_error_after
     if before is None or after is None:
         before, after = block.fit_error_before, block.fit_error_after
-    return (before - after) / block.target_power if block.target_power > 0 else 0.0
+    if before is None or after is None or block.target_power == 0:
+        return 0.0
+    return (before - after) / block.target_power
 
 
 def too_expensive(blocks: Sequence[BlockFit], limits: MaxCost) -> set[str]:

@@ -243,7 +243,7 @@ def _fit_block(
     start = time.monotonic()
     settings, name = fit.settings, fit.plan.blocks[index]
     solver = SOLVERS[settings.kind]
-    sums: BlockStatistics | None = None
+    statistics: list[BlockStatistics] = []
     power = 0.0
     diverged = 0
     for image, group in enumerate(fit.groups):
@@ -251,12 +251,13 @@ def _fit_block(
             release_free_memory()
         batch = _image(fit, image, is_first)
         x, output, expected = _run_block(settings, index, quantized, full, image, batch)
-        if sums is None:
+        if not statistics:
             channels = x.shape[1], output.shape[1]
-            sums, holdout, *held = (
+            statistics = [
                 _statistics(solver.needs, *channels, output.device)
                 for _ in range(2 + len(set(fit.groups) - {None}))
-            )
+            ]
+            sums, holdout, *held = statistics
         if settings.target == "reference" and not _is_finite(expected):
             raise QwtError(
                 f"The output of block {name} holds NaN or infinite values in full precision; check "
@@ -276,8 +277,8 @@ def _fit_block(
         )  # fmt: skip
         return _left_alone(name, "not_finite")
     solution = solver.solve(sums, held, settings)
-    for group in held:
-        holdout.merge(group)
+    for part in held:
+        holdout.merge(part)
     tokens = sums.count + holdout.count
     errors = {
         **_errors(solution, sums, "fit"),
@@ -322,14 +323,14 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _left_alone(name: str, decision: str) -> BlockFit:
     """A block without compensation, about which nothing could be measured."""
     counts = ("parameters", "bytes", "bytes_percent", "multiply_adds", "multiply_adds_percent")
-    errors = [
-        f"{part}_{key}"
+    unknown: dict[str, Any] = {
+        f"{part}_{key}": None
         for part in ("fit", "holdout")
         for key in ("error_before", "error_after", "r2")
-    ]
+    }
     return BlockFit(
         name=name, kind=None, kept=False, decision=decision, ridge=0.0, solver="none",
-        positions=0.0, target_power=0.0, **dict.fromkeys(counts, 0), **dict.fromkeys(errors),
+        positions=0.0, target_power=0.0, **dict.fromkeys(counts, 0), **unknown,
     )  # fmt: skip
 
 

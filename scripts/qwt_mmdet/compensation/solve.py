@@ -159,7 +159,7 @@ def choose_ridge(
 ) -> Solution:
     """The solution among :data:`RIDGES` with the smallest squared error on held-out rows."""
     spectrum = _Spectrum.of(statistics)
-    errors = sum(spectrum.errors(group, RIDGES) for group in holdout)
+    errors = sum((spectrum.errors(group, RIDGES) for group in holdout), torch.zeros(()))
     return spectrum.solution(RIDGES[int(errors.argmin())])
 
 
@@ -186,6 +186,7 @@ def solve_again(
     """The same kind (there is one) at the same ridge strength, fitted to other sums."""
     if math.isfinite(solution.ridge):  # an infinite ridge has left the bias alone, without a ridge
         settings = dataclasses.replace(settings, ridge=solution.ridge)
+    assert solution.kind is not None
     return SOLVERS[solution.kind.name].solve(statistics, (), settings)
 
 

@@ -26,7 +26,7 @@ def quantized_fingerprint(model: nn.Module) -> dict[str, str]:
 def apply_compensation(model: nn.Module, compensation: Compensation) -> nn.Module:
     """Attach the kept blocks' compensation to a quantized detector, in place; returns the model."""
     for block in compensation.blocks:
-        if block.kept:
+        if block.kept and block.kind:
             attach_compensation(model.get_submodule(block.name), block.kind)
     return model
 

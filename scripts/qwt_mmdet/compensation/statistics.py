@@ -122,17 +122,29 @@ class BlockStatistics:
     """Sums over the positions of a block: its error against what the kinds may explain it with.
 
     Attributes:
-        inputs: error on the block's input; None where no kind asks for it.
-        outputs: error on the quantized output, channel by channel; None likewise.
+        on_input: error on the block's input; None where no kind asks for it.
+        on_output: error on the quantized output, channel by channel; None likewise.
     """
 
-    inputs: RegressionStatistics | None
-    outputs: ChannelStatistics | None
+    on_input: RegressionStatistics | None
+    on_output: ChannelStatistics | None
+
+    @property
+    def inputs(self) -> RegressionStatistics:
+        """``on_input`` for a kind that asks for it."""
+        assert self.on_input is not None, "the needs of the solver lack inputs"
+        return self.on_input
+
+    @property
+    def outputs(self) -> ChannelStatistics:
+        """``on_output`` for a kind that asks for it."""
+        assert self.on_output is not None, "the needs of the solver lack outputs"
+        return self.on_output
 
     @property
     def any(self) -> RegressionStatistics:
         """One that is there: the sums of the error itself are the same in both."""
-        return self.outputs if self.inputs is None else self.inputs
+        return self.outputs if self.on_input is None else self.on_input
 
     @property
     def count(self) -> int:
@@ -140,16 +152,17 @@ class BlockStatistics:
 
     def update(self, x: Tensor, output: Tensor, error: Tensor) -> None:
         """Add rows of block input [n, in], quantized output [n, out] and error [n, out]."""
-        if self.inputs is not None:
-            self.inputs.update(x, error)
-        if self.outputs is not None:
-            self.outputs.update(output, error)
+        if self.on_input is not None:
+            self.on_input.update(x, error)
+        if self.on_output is not None:
+            self.on_output.update(output, error)
 
     def merge(self, other: "BlockStatistics") -> None:
         """Add all rows that ``other`` has seen."""
-        for ours, theirs in ((self.inputs, other.inputs), (self.outputs, other.outputs)):
-            if ours is not None:
-                ours.merge(theirs)
+        if self.on_input is not None:
+            self.on_input.merge(other.inputs)
+        if self.on_output is not None:
+            self.on_output.merge(other.outputs)
 
     @property
     def elements(self) -> int:

@@ -153,7 +153,7 @@ class _Tracer:
         if not values or not self.leaves:
             return tuple(sorted(self.opaque))
         with torch.enable_grad():
-            total = sum(value.sum().to(torch.float32) for value in values)
+            total = sum((value.sum().to(torch.float32) for value in values), torch.zeros(()))
             gradients = torch.autograd.grad(
                 total, self.leaves, allow_unused=True, retain_graph=True
             )

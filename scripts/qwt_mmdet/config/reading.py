@@ -19,7 +19,7 @@ DEEPEST_NESTING = 50
 class _ConfigLoader(yaml.SafeLoader):
     """YAML loader that refuses a key that appears twice, and names the line of a broken value."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         first_line: dict[Any, int] = {}
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key_node, yaml.ScalarNode):
@@ -121,7 +121,7 @@ def check_values(config: Any) -> None:
         if problem := _check_value(value):
             problems.append(f"{dotted(path)} is {shown(value)}, which {problem}.")
         if isinstance(value, Mapping):
-            for name, item in reversed(value.items()):
+            for name, item in reversed(list(value.items())):
                 if isinstance(name, str):
                     pending.append(((*path, name), item))
                 else:

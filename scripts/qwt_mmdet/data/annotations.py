@@ -7,10 +7,11 @@ step fail, or change AP without a word, is a sentence that names the entry.
 
 import logging
 import math
+import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import QwtError
 from ..files import MADE_BY_US, read_json
@@ -29,7 +30,7 @@ class _Fault(Exception):
 
 
 def read_annotations(
-    path: str | Path, *, labelled: bool = True, masks: bool = False
+    path: str | os.PathLike[str], *, labelled: bool = True, masks: bool = False
 ) -> dict[str, Any]:
     """Read a COCO instances file and check all that later steps rely on.
 
@@ -153,7 +154,7 @@ def _category(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
 def _annotation(
     entry: Mapping[str, Any],
     number: int,
-    images: Mapping[int, Mapping[str, Any]],
+    images: Mapping[Any, Mapping[str, Any]],
     categories: Mapping[int, Any],
     *,
     labelled: bool,
@@ -227,10 +228,11 @@ def _run_length_mask(value: Mapping[str, Any], image: Mapping[str, Any], here: s
             "(height, width)"
         )
     if isinstance(counts, str):
-        lengths = _decompressed(counts)
+        found: Sequence[int | None] | None = _decompressed(counts)
     else:
-        counts = lengths = list(map(_whole, counts)) if isinstance(counts, list) else None
-    if lengths is None or any(length is None or length < 0 for length in lengths):
+        counts = found = list(map(_whole, counts)) if isinstance(counts, list) else None
+    lengths = [length for length in found or () if length is not None and length >= 0]
+    if found is None or len(lengths) < len(found):
         raise _Fault(f"{here} has an RLE mask whose counts cannot be read")
     if sum(lengths) != image["height"] * image["width"]:
         raise _Fault(
@@ -288,11 +290,11 @@ def _whole(value: Any) -> int | None:
     return value if type(value) is int and abs(value) <= LARGEST_ID else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < 1e300  # false for NaN
 
 
-def _is_box(value: Any) -> bool:
+def _is_box(value: Any) -> TypeGuard[list[float]]:
     return (
         isinstance(value, list)
         and len(value) == 4

@@ -82,7 +82,7 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
         orientation = UPRIGHT
     pixels = read_image(path, exif=exif)
     found = pixels.shape[1::-1]
-    choices = CHOICES.get(kind, ("ignore",))
+    choices = CHOICES.get(kind or "", ("ignore",))
     if orientation != UPRIGHT and len(choices) == 2:
         other = read_image(path, exif="ignore" if exif == "apply" else "apply")
         if np.array_equal(pixels, other):  # a note that Pillow alone reads (XMP), or no difference

@@ -260,9 +260,12 @@ def _paint(
         first, second = _colours(rng, category)
         if np.abs(first - covered).sum() >= _MIN_CONTRAST:
             break
-    usual = category is not None and rng.random() < 0.6
-    kind = category % _PATTERNS if usual else int(rng.integers(0, _PATTERNS))
-    texture = _blend(first, second, _texture(rng, *inside.shape, kind))
+    if category is not None and rng.random() < 0.6:
+        kind = category % _PATTERNS
+    else:
+        kind = int(rng.integers(0, _PATTERNS))
+    height, width = inside.shape
+    texture = _blend(first, second, _texture(rng, height, width, kind))
     image = image.copy()
     image[window][inside] = texture[inside]
     return image

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mmdet
+from mmdet.models import BaseDetector
 from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -204,7 +205,7 @@ def _check_channels(config: str | os.PathLike[str], parsed: Config, model: nn.Mo
 
 def _build(
     config: str | os.PathLike[str], parsed: Config, trained: Sequence[str] | None = None
-) -> nn.Module:
+) -> BaseDetector:
     """Build a detector whose weights are still to come.
 
     Args:
@@ -231,7 +232,7 @@ def _build(
 
 def random_detector(
     config: str | os.PathLike[str], config_options: Mapping[str, Any] | None = None
-) -> nn.Module:
+) -> BaseDetector:
     """Build an mmdet detector with random weights, as its trainer starts from but for pretraining.
 
     Args:
@@ -260,7 +261,7 @@ def load_detector(
     *,
     device: str = "cpu",
     config_options: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> BaseDetector:
     """Build an mmdet detector and load its weights, strictly.
 
     Full precision is float32 on every GPU: TF32 is off in the process from then on.

@@ -4,15 +4,17 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from mmdet.models import BaseDetector
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def forward_scope(model: nn.Module, inputs: dict[str, Any], scope: str) -> Any:
+def forward_scope(model: BaseDetector, inputs: dict[str, Any] | None, scope: str) -> Any:
     """Run the part of the detector that ``scope`` names on one collated batch.
 
     Args:
-        inputs: what the loader yields: {"inputs": [images], "data_samples": […]}.
+        inputs: what the loader yields: {"inputs": [images], "data_samples": […]}. None where the model's
+            preprocessor does not look at it, as in a replay.
     """
     data = model.data_preprocessor(inputs, False)
     if scope == "backbone":

@@ -75,11 +75,11 @@ DISCARDED = Discarded()
 
 
 class Storage(NamedTuple):
-    """Numbers in a file: ``count`` elements of ``dtype`` from element ``start`` of record ``key``."""
+    """Numbers in a file: ``elements`` numbers of ``dtype`` from element ``start`` of record ``key``."""
 
     key: str
     dtype: torch.dtype
-    count: int
+    elements: int
     start: int = 0
 
 
@@ -147,7 +147,7 @@ def _tensor(
     _require(_is_count(offset), "a tensor begins before its storage")
     dtype = dtype or storage.dtype
     elements = math.prod(size)
-    available = storage.count * storage.dtype.itemsize // dtype.itemsize
+    available = storage.elements * storage.dtype.itemsize // dtype.itemsize
     _require(
         elements <= available,
         f"a tensor claims {elements} elements, but its storage has {available}",
@@ -318,7 +318,8 @@ class _Machine:
             if opcode.name == "STOP":
                 return self.stack.pop()
             action = _ACTIONS.get(opcode.name)
-            _require(action is not None, f"it uses the opcode {opcode.name}")
+            if action is None:
+                raise Refused(f"it uses the opcode {opcode.name}")
             action(self, argument)
 
     def marked(self) -> list[Any]:
@@ -570,7 +571,7 @@ class TorchFile:
     def _read(self, key: str, views: list[StoredTensor]) -> list[tuple[StoredTensor, Tensor]]:
         stored = self._reader.storages[key]
         data = bytearray(self._reader.record(key))
-        needed = stored.count * stored.dtype.itemsize
+        needed = stored.elements * stored.dtype.itemsize
         if len(data) < needed:
             raise Damaged(f"a storage has {len(data)} of {needed} bytes")
         whole = (
@@ -586,7 +587,7 @@ def _contiguous(data: Tensor, view: StoredTensor) -> Tensor:
     if view.nbytes == 0:
         return torch.empty(view.size, dtype=view.dtype)
     first = view.storage.start * view.storage.dtype.itemsize
-    last = first + view.storage.count * view.storage.dtype.itemsize
+    last = first + view.storage.elements * view.storage.dtype.itemsize
     typed = data[first : last - (last - first) % view.dtype.itemsize].view(view.dtype)
     tensor = typed.as_strided(view.size, view.stride, typed.storage_offset() + view.offset)
     if tensor.is_contiguous() and view.nbytes == len(data):
@@ -658,8 +659,8 @@ class _Sequence:
                 raise Damaged("a storage is not described")
             count = int.from_bytes(self._map.read(8), "little")
             begin = self._map.tell()
-            end = begin + storage.count * storage.dtype.itemsize
-            if count != storage.count or end > size:
+            end = begin + storage.elements * storage.dtype.itemsize
+            if count != storage.elements or end > size:
                 raise Damaged("a storage has another size than its description")
             self._places[key] = begin, end
             self._map.seek(end)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmdet.models import BaseDetector
 from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
-from torch import nn
 
 from ..data.batches import same_shapes
 from ..detectors.classes import category_ids, log_left_out
@@ -74,7 +74,7 @@ def detections(
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: BaseDetector,
     loader: Iterable[dict[str, Any]],
     annotations: str | os.PathLike[str],
     *,
