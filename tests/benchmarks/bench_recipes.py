@@ -21,10 +21,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from qwt_mmdet.cli import RECIPES
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import apply_compensation
-from qwt_mmdet.config import CompensationSettings, QuantizationSettings
+from qwt_mmdet.config import RECIPES, CompensationSettings, QuantizationSettings, as_entry
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import load_detector
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
@@ -37,7 +36,7 @@ from torch import nn
 BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4), "w3a8": (3, 8)}
 COMPENSATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "paper": RECIPES["paper"],
+    "paper": as_entry(RECIPES["paper"]),
     "block": {"target": "block", "refit": False},
     "reference, refit": {},
     "reference, auto, refit": {"kind": "auto"},

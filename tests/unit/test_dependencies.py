@@ -109,7 +109,7 @@ COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated"}
         ("reporting/templates/report.html.j2", {"render_report"}),
         ("demo/shapes.py", {"prepare_dataset", "select_images", "train_demo"}),
         ("runtime.py", set()),  # logs and messages
-        ("cli.py", set()),
+        ("cli/run.py", set()),
         ("config/quantization.py", set()),  # its values are in params
     ],
 )

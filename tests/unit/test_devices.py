@@ -5,7 +5,8 @@ import logging
 import mmcv.ops
 import pytest
 import torch
-from qwt_mmdet import cli, devices
+from qwt_mmdet import devices
+from qwt_mmdet.cli.common import check_cuda
 from qwt_mmdet.errors import QwtError
 
 
@@ -41,12 +42,12 @@ def test_a_gpu_that_mmcv_was_not_compiled_for_is_not_used_and_the_log_says_why(
     assert f"Device: CPU (mmcv's operators do not run on the GPU ({cause})" in caplog.text
     assert "make clean env" in caplog.text
     with pytest.raises(QwtError, match="--device is cuda, but mmcv's operators do not run"):
-        cli._check_cuda()
+        check_cuda()
 
 
 def test_a_gpu_on_which_mmcvs_operators_run_is_used(pretended_gpu):
     assert devices.choose_device(1) == "cuda"
-    cli._check_cuda()
+    check_cuda()
 
 
 def test_a_gpu_that_is_full_is_not_taken_for_one_without_operators(pretended_gpu, monkeypatch):
@@ -65,7 +66,7 @@ def test_without_a_gpu_the_cpu_is_used_and_the_log_says_so(monkeypatch, caplog):
     assert devices.choose_device(1) == "cpu"
     assert "torch sees no GPU" in caplog.text
     with pytest.raises(QwtError, match="torch sees no GPU"):
-        cli._check_cuda()
+        check_cuda()
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from qwt_mmdet import cli, estimate
-from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.config import QuantizationSettings, read_file, resolve
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.estimate import Cost, Trial, estimate_run, measure_model, number_of_images
 from typer.testing import CliRunner
@@ -38,7 +38,7 @@ def config(tmp_path) -> Path:
 
 
 def test_costs_are_multiplied_by_jobs_and_images(measured, config):
-    found = estimate_run(cli._read_config(config), device="cpu")
+    found = estimate_run(resolve(read_file(config)), device="cpu")
     assert {entry.step: (entry.jobs, entry.images, entry.seconds) for entry in found} == {
         "evaluate_baseline": (1, 5000, 10 + 2500),
         "quantize_model": (3, 512, 3 * (10 + 256)),

@@ -1,16 +1,21 @@
 """The command line: a whole run, what its files tell, and plain words where something is wrong."""
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from conftest import ROOT
-from qwt_mmdet.cli import app, quantization_entry
+from pydantic import TypeAdapter
+from qwt_mmdet.cli import app
+from qwt_mmdet.cli.run import OPTIONS, quantization_name, run
+from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.config.section import default_of
 from qwt_mmdet.data.datasets import PARTS, prepare_dataset
-from qwt_mmdet.errors import QwtError
 from typer.testing import CliRunner, Result
 
 DEMO = ROOT / "workflow" / "demo" / "mask-rcnn_swin-xxs-p4-w8_fpn_shapes"
@@ -106,7 +111,9 @@ def test_a_failed_step_ends_with_its_cause(coco, tmp_path):
         (["--coco-root", "nowhere"], "no such folder"),
         (["--w-bit", "9"], "2 to 8"),
         (["--w-bit", "4", "--a-bit", "8", "--a-bit", "6"], "--a-bit once"),
-        (["--eval-samples", "many"], "or all"),
+        (["--eval-samples", "many"], "'all'"),
+        (["--rounding", "up"], "'gptq'"),
+        (["--compensation", "papr"], "did you mean"),
         (["--cfg-options", "a.b"], "key=value"),
         (["--warmup-checkpoint", "missing.pth"], "no such file"),
         (["--output-dir", "/sys/results"], "/sys/results cannot be used"),
@@ -125,14 +132,32 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
 
 
 def test_settings_that_are_not_the_default_make_another_name():
-    assert quantization_entry(4, 8)[0] == "w4a8"
-    name, settings = quantization_entry(4, 8, scope="backbone+neck", bias_correction=False)
-    assert name == "w4a8-backbone-neck-no-bias-correction"
-    assert settings == {
-        "weight_bits": 4, "activation_bits": 8, "scope": "backbone+neck", "bias_correction": False,
-    }  # fmt: skip
-    with pytest.raises(QwtError, match="rounding"):
-        quantization_entry(4, 8, rounding="up")
+    assert quantization_name(QuantizationSettings(4, 8)) == "w4a8"
+    settings = QuantizationSettings(4, 8, scope="backbone+neck", bias_correction=False)
+    assert quantization_name(settings) == "w4a8-backbone-neck-no-bias-correction"
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "key"),
+    [(section, option, key) for section, keys in OPTIONS.items() for option, key in keys.items()],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_option_says_what_the_key_of_the_configuration_says(section, option, key):
+    parameter = inspect.signature(run).parameters[option]
+    kind, info = get_args(parameter.annotation)
+    described = TypeAdapter(section).json_schema()["properties"][key.name]
+    assert " ".join(described["description"].split()) in info.help
+    if key.default is None:
+        default = default_of(section, key.name)
+        assert parameter.default == {"{}": [], "PydanticUndefined": parameter.empty}.get(
+            repr(default), default
+        )
+    for allowed in [described, *described.get("anyOf", [])]:
+        assert all(
+            repr(choice)[1:-1] in f"{kind} {info.metavar}" for choice in allowed.get("enum", [])
+        )
+        if "maximum" in allowed:
+            assert f"From {allowed['minimum']} to {allowed['maximum']}." in info.help
 
 
 def test_other_files_are_not_shown(tmp_path):

@@ -3,13 +3,14 @@
 Light on purpose (no torch, no mmdet): Snakemake reads it whenever it reads the workflow.
 """
 
-from .compensation import CompensationSettings, MaxCost
+from .compensation import RECIPES, CompensationSettings, MaxCost
 from .quantization import Override, QuantizationSettings
 from .reading import read_file
 from .section import as_entry, as_plain
 from .workflow import Combination, Configuration, combinations, resolve
 
 __all__ = [
+    "RECIPES",
     "Combination",
     "CompensationSettings",
     "Configuration",

@@ -88,3 +88,14 @@ class CompensationSettings:
             QwtError: a key is unknown or missing, or a value is not allowed.
         """
         return cls(**values)
+
+
+RECIPES: Mapping[str, CompensationSettings] = {
+    "qwt": CompensationSettings(),
+    "paper": CompensationSettings(target="block", ridge=0.0, gate="fit", holdout_fraction=0.0),
+    "affine": CompensationSettings(kind="affine"),
+    "lowrank": CompensationSettings(kind="lowrank"),
+    "bias": CompensationSettings(kind="bias"),
+    "auto": CompensationSettings(kind="auto"),
+}
+"""Compensations that are known by a name; ``paper`` is QwT as published."""

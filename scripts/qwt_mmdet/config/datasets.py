@@ -81,7 +81,7 @@ class CocoCalibration:
     """Images for ranges and compensation."""
 
     split: Name = "train2017"
-    """Name of the split. It names the files below where they are not given."""
+    """Name of the split. It also names the annotation file and the image folder where these are not given."""
     images: Count = 512
     """How many images, or `all`."""
     annotations: Text | None = None
@@ -100,7 +100,7 @@ class CocoEvaluation:
     """Images for AP."""
 
     split: Name = "val2017"
-    """Name of the split. It names the files below where they are not given."""
+    """Name of the split. It also names the annotation file and the image folder where these are not given."""
     images: Count = "all"
     """How many images, or `all`."""
     annotations: Text | None = None

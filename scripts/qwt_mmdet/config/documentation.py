@@ -74,7 +74,7 @@ def _default(field: dataclasses.Field) -> str:
     return f"`{value}`" if isinstance(value, str) else str(value).lower()
 
 
-def _limits(described: Mapping[str, Any]) -> str:
+def limits(described: Mapping[str, Any]) -> str:
     """What numbers are allowed, as a sentence; empty where the meaning says all."""
     choices = [described, *described.get("anyOf", ())]
     for choice in choices:
@@ -92,7 +92,7 @@ def table(section: type) -> str:
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(section):
         meaning = section.__pydantic_fields__[field.name].description
-        text = " ".join(meaning.split()).replace("|", "\\|") + _limits(described[field.name])
+        text = " ".join(meaning.split()).replace("|", "\\|") + limits(described[field.name])
         rows.append(f"| `{field.name}` | {_default(field)} | {text} |")
     return "\n".join(rows)
 

@@ -92,18 +92,18 @@ def field_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def _parts(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
     """The types that an annotation stands for: the members of a union, without metadata."""
     if typing.get_origin(annotation) is Annotated:
-        return _parts(typing.get_args(annotation)[0])
+        return alternatives(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, type(int | str)):
-        return [part for member in typing.get_args(annotation) for part in _parts(member)]
+        return [part for member in typing.get_args(annotation) for part in alternatives(member)]
     return [annotation]
 
 
 def _descend(annotation: Any, part: str | int) -> Any | None:
     """The type of what stands under a key of a value, or None where the type has no keys."""
-    for kind in _parts(annotation):
+    for kind in alternatives(annotation):
         if dataclasses.is_dataclass(kind):
             hints = typing.get_type_hints(kind, include_extras=True)
             name = list(hints)[part] if isinstance(part, int) else part
@@ -126,7 +126,7 @@ def _located(location: tuple[str | int, ...], root: type) -> tuple[list[str | in
     for part in location:
         below = _descend(annotation, part)
         if below is None:
-            tagged = [kind for kind in _parts(annotation) if _tag(kind) == part]
+            tagged = [kind for kind in alternatives(annotation) if _tag(kind) == part]
             annotation = tagged[0] if tagged else annotation
             continue
         positional = isinstance(part, int) and annotation is root
@@ -146,7 +146,7 @@ def _unknown_key(key: str, location: tuple[str | int, ...], root: type) -> str:
     path, kind = _located(location[:-1], root)
     known = [
         name
-        for part in _parts(kind)
+        for part in alternatives(kind)
         if dataclasses.is_dataclass(part)
         for name in field_names(part)
     ]
@@ -264,12 +264,21 @@ def as_plain(settings: Any) -> dict[str, Any]:
     }
 
 
-def as_entry(settings: Any) -> dict[str, Any]:
-    """A section as a config entry: what equals its default is left out."""
-    entry = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.default is dataclasses.MISSING or value != field.default:
-            nested = isinstance(value, tuple) and all(map(dataclasses.is_dataclass, value))
-            entry[field.name] = [as_entry(item) for item in value] if nested else value
-    return entry
+def default_of(section: type, name: str) -> Any:
+    """The default of a key; ``PydanticUndefined`` where there is none."""
+    return section.__pydantic_fields__[name].get_default(call_default_factory=True)
+
+
+def as_entry(value: Any) -> Any:
+    """A section as a config entry: what equals its default is left out, also in sections inside of it."""
+    if isinstance(value, Mapping):
+        return {key: as_entry(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_entry(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {
+        name: as_entry(given)
+        for name in field_names(type(value))
+        if (given := getattr(value, name)) != default_of(type(value), name)
+    }

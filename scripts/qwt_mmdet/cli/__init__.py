@@ -1,0 +1,35 @@
+"""The command `qwt-mmdet`: the workflow without a config file, and what its files are good for.
+
+Each command has a file of its own.
+"""
+
+import logging
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import apply, estimate, run, show, validate
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize trained MMDetection detectors and recover accuracy with QwT.",
+)
+for command in (run.run, validate.validate, estimate.estimate, show.show, apply.apply):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qwt-mmdet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")

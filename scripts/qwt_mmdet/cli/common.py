@@ -1,0 +1,93 @@
+"""What the commands share: options, checks before anything runs, errors in plain words."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from ..errors import QwtError
+from ..files import is_url
+
+Device = Literal["auto", "cpu", "cuda"]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+CoresOption = Annotated[int | None, typer.Option(min=1, help="CPU cores; default: all.")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End with one sentence, and status 1 or after Ctrl-C 130, where the cause is no bug of ours."""
+    from ..runtime import known_cause, termination_interrupts
+
+    try:
+        with termination_interrupts():
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        said = known_cause(error)
+        if said is None:
+            raise
+        typer.secho(f"Error: {said}", err=True, fg="red")
+        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+def config_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["a.b=0.5"]`` as ``{"a.b": 0.5}``; values are YAML.
+
+    Raises:
+        QwtError: a pair is not key=value.
+    """
+    values = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise QwtError(f"--cfg-options has {pair!r}; write key=value, such as a.b=0.5.")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def check_files(content: Mapping[str, Any]) -> None:
+    """Check that what a config names is there.
+
+    Raises:
+        QwtError: a checkpoint, a data set or a warmup file is not.
+    """
+    for name, model in content["models"].items():
+        files = [("checkpoint", model["checkpoint"])]
+        files += [(f"warmup.{key}", path) for key, path in model.get("warmup", {}).items()]
+        for key, path in files:
+            if not is_url(path) and not os.path.isfile(path):
+                raise QwtError(
+                    f"models.{name}.{key} is {path!r}, but there is no such file; check the path."
+                )
+    for name, dataset in content["datasets"].items():
+        root = dataset.get("root")
+        if root is not None and not os.path.isdir(root):
+            raise QwtError(f"datasets.{name}.root is {root!r}, but there is no such folder.")
+
+
+def check_cuda() -> None:
+    """Check that the GPU that ``--device cuda`` asks for can be used.
+
+    Raises:
+        QwtError: it cannot; says why.
+    """
+    from ..devices import gpu_fault
+
+    fault = gpu_fault()
+    if fault is not None:
+        raise QwtError(f"--device is cuda, but {fault}; or use --device cpu.")
+
+
+def chosen_device(wanted: Device) -> str:
+    """Return ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        QwtError: cuda is wanted and cannot be used.
+    """
+    from ..devices import choose_device
+
+    if wanted == "cuda":
+        check_cuda()
+    return choose_device(0 if wanted == "cpu" else 1)

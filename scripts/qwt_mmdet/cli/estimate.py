@@ -1,0 +1,62 @@
+"""`qwt-mmdet estimate`: what a run would take."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tabulate import tabulate
+
+from ..config import read_file, resolve
+from ..reporting.text import duration, number
+from .common import CoresOption, DeviceOption, chosen_device, plain_errors
+
+
+def estimate(
+    config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
+    device: DeviceOption = "auto",
+    cores: CoresOption = None,
+) -> None:
+    """Tell what a run of a config would take on this machine; needs neither weights nor images.
+
+    Each model is tried on a few generated images, one step at a time, which takes minutes. Downloads,
+    summary and report are not in it.
+    """
+    with plain_errors():
+        from ..estimate import estimate_run
+
+        content = resolve(read_file(config))
+        chosen = chosen_device(device)
+        cores = cores or os.cpu_count()
+        threads = cores if chosen == "cuda" else 1
+        found = estimate_run(content, device=chosen, threads=threads)
+        rows = [
+            (
+                entry.model,
+                entry.step,
+                entry.jobs,
+                entry.images,
+                f"{entry.cost.seconds_per_image:.2f} s",
+                duration(entry.cost.seconds),
+                duration(entry.seconds),
+                f"{entry.cost.gigabytes:.1f} GB",
+                number(entry.cost.device_gigabytes, 1),
+            )
+            for entry in found
+        ]
+        headers = (
+            "model", "step", "jobs", "images", "an image", "once", "all jobs", "memory", "GPU memory",
+        )  # fmt: skip
+        if chosen == "cpu":
+            rows, headers = [row[:-1] for row in rows], headers[:-1]
+        typer.echo(tabulate(rows, headers, disable_numparse=True))
+        total = sum(entry.seconds for entry in found)
+        typer.echo(
+            f"\nOne after the other: {duration(total)}, on {chosen}, {threads} threads each."
+        )
+        if chosen == "cpu" and cores > 1:
+            typer.echo(f"{cores} at a time (--cores {cores}): about {duration(total / cores)}.")
+        cache = content["activation_cache"]["memory_gb"]
+        typer.echo(
+            f"Each fit of a compensation takes up to {cache:g} GB more (activation_cache.memory_gb)."
+        )

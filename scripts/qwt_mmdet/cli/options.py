@@ -1,0 +1,108 @@
+"""Options that are made from the keys of the configuration.
+
+Help, default, choices and limits of such an option stand with the key, in a section of ``config/``.
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+from pydantic import TypeAdapter
+from pydantic_core import PydanticUndefined
+
+from ..config.documentation import limits
+from ..config.section import alternatives, default_of
+
+
+class Key(NamedTuple):
+    """A key of a section that an option sets."""
+
+    name: str
+    default: Any = None
+    """Of the option where the key's own does not do: ``...`` where it must be given, a list where it may
+    be given several times."""
+
+
+Table = Mapping[type, Mapping[str, Key]]
+"""Section to option (as a parameter, ``eval_samples``) to key."""
+Values = dict[type, dict[str, Any]]
+"""Section to key to value."""
+
+
+def _option_type(types: list[Any]) -> tuple[Any, str | None]:
+    """What typer is told of a key that has one of ``types``: a type, and a name if that is text."""
+    types = [kind for kind in types if kind is not type(None)]
+    if len(types) == 1 and (types[0] is bool or typing.get_origin(types[0]) is Literal):
+        return types[0], None
+    if types == [int]:
+        return int, None
+    if typing.get_origin(types[0]) is dict:
+        return list[str], "KEY=VALUE"
+    names = {int: ["NUMBER"], str: ["NAME"]}
+    words = [word for kind in types for word in names.get(kind) or typing.get_args(kind)]
+    return str, "TEXT" if types == [str] else "|".join(words)
+
+
+def _described(section: type, key: Key) -> Mapping[str, Any]:
+    """Meaning and limits of a key, in the words of JSON Schema."""
+    return TypeAdapter(section).json_schema()["properties"][key.name]
+
+
+def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
+    """The parameter from which typer makes the option that sets these keys; the first decides its type."""
+    section, key = keys[0]
+    annotation = typing.get_type_hints(section, include_extras=True)[key.name]
+    kind, metavar = _option_type(alternatives(annotation))
+    default = key.default if key.default is not None else default_of(section, key.name)
+    if kind == list[str]:
+        default = []
+    elif isinstance(default, list):
+        kind = list[kind]
+    meanings = [" ".join(_described(*pair)["description"].split()) for pair in keys]
+    repeatable = " Repeatable." if isinstance(default, list) else ""
+    info = typer.Option(
+        help=" ".join(meanings) + limits(_described(section, key)) + repeatable,
+        metavar=metavar,
+        rich_help_panel=section.__doc__.partition("\n")[0].rstrip("."),
+    )
+    return inspect.Parameter(
+        option,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default in (..., PydanticUndefined) else default,
+        annotation=Annotated[kind, info],
+    )
+
+
+def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command: gives it the options of a table.
+
+    The command gets their values as its first argument, ``values``.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in list(signature.parameters.values())[1:]
+        ]
+        options: dict[str, list[tuple[type, Key]]] = {}
+        for section, keys in table.items():
+            for option, key in keys.items():
+                options.setdefault(option, []).append((section, key))
+        made = [_parameter(option, keys) for option, keys in options.items()]
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            values: Values = {
+                section: {key.name: given[option] for option, key in keys.items()}
+                for section, keys in table.items()
+            }
+            command(values, **{name: given[name] for name in given if name not in options})
+
+        wrapper.__signature__ = signature.replace(parameters=[*made, *own])
+        return wrapper
+
+    return decorate

@@ -1,0 +1,278 @@
+"""`qwt-mmdet run`: one model through the whole workflow, without a config file."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from ..config import RECIPES, QuantizationSettings, as_entry, resolve
+from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
+from ..config.models import Model
+from ..config.workflow import Configuration, Loading
+from ..errors import QwtError, suggestion
+from ..files import is_url
+from ..reporting.text import UNFINISHED, run_summary
+from .common import (
+    CoresOption,
+    Device,
+    DeviceOption,
+    check_cuda,
+    check_files,
+    config_options,
+    plain_errors,
+)
+from .options import Key, Table, Values, with_options
+
+ROOT = Path(__file__).resolve().parents[3]
+NO_COMPENSATION = "none"
+
+OPTIONS: Table = {
+    Model: {
+        "config": Key("config"),
+        "checkpoint": Key("checkpoint"),
+        "cfg_options": Key("config_options"),
+    },
+    Coco: {
+        "seed": Key("seed"),
+        "coco_root": Key("root", default=...),  # the only place that images come from here
+        "exif": Key("exif"),
+        "allow_outside_root": Key("allow_outside_root"),
+    },
+    CocoCalibration: {
+        "calibration_samples": Key("images"),
+        "calibration_split": Key("split"),
+    },
+    CocoEvaluation: {
+        "eval_samples": Key("images", default="100"),  # a first look; all of COCO takes hours
+        "eval_split": Key("split"),
+    },
+    QuantizationSettings: {
+        "w_bit": Key("weight_bits", default=[4]),
+        "a_bit": Key("activation_bits", default=[4]),
+        "scope": Key("scope"),
+        "weight_range": Key("weight_range"),
+        "activation_range": Key("activation_range"),
+        "rounding": Key("rounding"),
+        "migrate_scales": Key("migrate_scales"),
+        "bias_correction": Key("bias_correction"),
+    },
+    Loading: {
+        "batch_size": Key("batch_size"),
+        "workers": Key("workers"),
+    },
+    Configuration: {
+        "seed": Key("seed"),
+        "save_warmup": Key("keep_warmup"),
+    },
+}
+"""The options that set a key of the configuration; a default that differs from the key's stands here."""
+
+
+@with_options(OPTIONS)
+def run(
+    values: Values,
+    output_dir: Annotated[
+        Path, typer.Option(help="Where results, logs and the workflow's config go.")
+    ] = Path("qwt_output"),
+    compensation: Annotated[
+        list[str],
+        typer.Option(metavar="|".join([*RECIPES, NO_COMPENSATION]), help="Recipe; repeatable."),
+    ] = ["qwt"],  # noqa: B006
+    device: DeviceOption = "auto",
+    cores: CoresOption = None,
+    warmup_checkpoint: Annotated[
+        Path | None, typer.Option(help="Warmup file to use instead of calibrating.")
+    ] = None,
+    skip_baseline: Annotated[
+        bool, typer.Option("--skip-baseline", help="Do not evaluate the full-precision model.")
+    ] = False,
+    skip_quantized_eval: Annotated[
+        bool, typer.Option("--skip-quantized-eval", help="Do not evaluate without compensation.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
+) -> None:
+    """Quantize one model, compensate it, and measure what both did.
+
+    Writes the workflow's config into the output folder and runs the workflow there; what is already
+    computed is used again. For example:
+
+        qwt-mmdet run --config yolox/yolox_nano_8xb8-300e_coco.py --checkpoint yolox_nano.pth
+        --coco-root /data/coco --w-bit 4 --a-bit 8 --eval-samples all
+    """
+    with plain_errors():
+        skipped = {"evaluate_baseline": skip_baseline, "evaluate_quantized": skip_quantized_eval}
+        configuration = make_configuration(
+            values,
+            recipes=compensation,
+            warmup=warmup_checkpoint,
+            skip=tuple(step for step, wanted in skipped.items() if wanted),
+        )
+        run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
+
+
+def make_configuration(
+    values: Values,
+    *,
+    recipes: Sequence[str],
+    warmup: Path | None = None,
+    skip: tuple[str, ...] = (),
+) -> Configuration:
+    """The configuration of one model on one data set.
+
+    Args:
+        values: of the options in ``OPTIONS``.
+        recipes: of the compensation, by name.
+        warmup: file to use instead of calibrating, for one quantization alone.
+        skip: evaluations to leave out.
+
+    Raises:
+        QwtError: a value is outside of what is allowed, or two do not agree.
+    """
+    values = {section: dict(keys) for section, keys in values.items()}
+    general, model, data = values[Configuration], values[Model], values[Coco]
+    bits = values[QuantizationSettings]
+    pairs = _bit_pairs(bits.pop("weight_bits"), bits.pop("activation_bits"))
+    quantizations = [QuantizationSettings(*pair, **bits) for pair in pairs]
+    quantization = {quantization_name(settings): settings for settings in quantizations}
+    if warmup and len(quantization) > 1:
+        raise QwtError("--warmup-checkpoint is for one bit width; give --w-bit and --a-bit once.")
+    known = [*RECIPES, NO_COMPENSATION]
+    for recipe in recipes:
+        if recipe not in known:
+            hint = suggestion(recipe, known) or "."
+            raise QwtError(f"--compensation is {recipe!r}{hint} Known: {', '.join(known)}.")
+    for section in (CocoCalibration, CocoEvaluation):
+        values[section]["images"] = _count(values[section]["images"])
+    loading = Loading(**values[Loading])
+    return Configuration(
+        datasets={
+            "coco": Coco(
+                type="coco",
+                calibration=CocoCalibration(**values[CocoCalibration]),
+                evaluation=CocoEvaluation(**values[CocoEvaluation]),
+                **{**data, "root": str(Path(data["root"]).resolve())},
+            )
+        },
+        models={
+            re.sub(r"[^A-Za-z0-9_.-]", "_", Path(model["config"]).stem): Model(
+                config=_absolute(model["config"]),
+                checkpoint=_absolute(model["checkpoint"]),
+                dataset="coco",
+                config_options=config_options(model["config_options"]),
+                warmup=dict.fromkeys(quantization, str(warmup.resolve())) if warmup else {},
+            )
+        },
+        quantization=quantization,
+        compensation={name: RECIPES[name] for name in recipes if name != NO_COMPENSATION},
+        skip=skip,
+        calibration=loading,
+        evaluation=loading,
+        **general,
+    )
+
+
+def quantization_name(settings: QuantizationSettings) -> str:
+    """Name of a quantization: its bits, and what differs from the defaults."""
+    other = as_entry(settings)
+    bits = f"w{other.pop('weight_bits')}a{other.pop('activation_bits')}"
+    words = [
+        value if isinstance(value, str) else f"{'' if value else 'no-'}{key.replace('_', '-')}"
+        for key, value in other.items()
+    ]
+    return "-".join([bits, *words]).replace("+", "-")
+
+
+def _bit_pairs(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> list[tuple[int, int]]:
+    if len(activation_bits) not in (1, len(weight_bits)):
+        raise QwtError(
+            f"--w-bit is given {len(weight_bits)} times and --a-bit {len(activation_bits)} times; "
+            "give --a-bit once, or once for each --w-bit."
+        )
+    return list(zip_longest(weight_bits, activation_bits, fillvalue=activation_bits[0]))
+
+
+def _count(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same in the output folder; an address or a zoo name stays."""
+    return str(Path(path).resolve()) if not is_url(path) and Path(path).exists() else path
+
+
+def run_workflow(
+    configuration: Configuration,
+    folder: Path,
+    *,
+    device: Device,
+    cores: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Write a configuration into a folder, run the workflow there and print the table of results.
+
+    Raises:
+        QwtError: the configuration is wrong, or a step failed; says why.
+    """
+    if not (ROOT / "Snakefile").is_file():
+        raise QwtError(
+            f"There is no Snakefile in {ROOT}: the command runs the workflow of the clone that it was "
+            "installed from; install it with `make env` (pip install --editable) in a clone."
+        )
+    content = as_entry(configuration)
+    check_files(resolve(content))
+    if device == "cuda":
+        check_cuda()
+    if folder.exists() and not folder.is_dir():
+        raise QwtError(f"--output-dir is {str(folder)!r}, which is no folder; name another.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(
+        "# Written by `qwt-mmdet run`; `snakemake --configfile` takes it as well.\n"
+        + yaml.safe_dump(content, sort_keys=False),
+        encoding="utf-8",
+    )
+    command = [
+        *(sys.executable, "-m", "snakemake", "--nocolor"),
+        *("--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
+        *("--configfile", str(path), "--cores", str(cores or "all")),
+        *("--resources", f"gpu={0 if device == 'cpu' else 1}", "--rerun-incomplete"),
+        *(["--dry-run", "--quiet", "rules"] if dry_run else ["--logger", "qwt"]),
+    ]
+    environment = {**os.environ, "QWT_MMDET_COMMAND": " ".join(["qwt-mmdet", *sys.argv[1:]])}
+    if dry_run:
+        raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+    failures = folder / UNFINISHED
+    failures.unlink(missing_ok=True)  # of an earlier run
+    status = _follow(command, environment)
+    if status == 0 or failures.is_file():
+        typer.echo(f"\n{run_summary(folder)}")
+    if failures.is_file():
+        raise QwtError("A step failed; what it said stands above, more in its file under logs/.")
+    if status:
+        raise QwtError("The workflow could not run; what Snakemake said stands above.")
+
+
+def _follow(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run Snakemake, show what it and the steps say, and return its exit status.
+
+    At Ctrl-C, Snakemake stops its jobs, removes what is unfinished and unlocks the folder; we wait.
+    """
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            for line in process.stderr:
+                typer.echo(line, nl=False, err=True)
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.communicate()
+            raise
+        return process.wait()

@@ -1,0 +1,65 @@
+"""`qwt-mmdet show`: what is in a warmup or compensation file."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tabulate import tabulate
+
+from ..errors import QwtError
+from ..reporting.text import megabytes, number, percent
+from .common import plain_errors
+
+PROVENANCE_SHOWN = ("images", "seed", "device", "cpu_capability", "threads", "tf32")
+
+
+def show(
+    file: Annotated[Path, typer.Argument(help="A warmup.pth or compensation.pth.")],
+) -> None:
+    """Tell what is in a warmup or compensation file."""
+    with plain_errors():
+        from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, load_archive
+
+        kinds = {"warmup": WARMUP_FORMAT, "compensation": COMPENSATION_FORMAT}
+        for kind, expected in kinds.items():
+            try:
+                content = load_archive(file, expected, kind)
+                break
+            except QwtError as error:
+                problem = error
+        else:
+            raise problem
+        lines = [("file", f"{kind}, format {content['format']!r}")]
+        lines += [(f"fingerprint: {key}", value) for key, value in content["fingerprint"].items()]
+        lines += [(key, value) for key, value in content["settings"].items()]
+        source = content["provenance"]
+        lines += [(key, source[key]) for key in PROVENANCE_SHOWN if key in source]
+        lines += [
+            (key, value)
+            for key, value in content["summary"].items()
+            if not isinstance(value, list | dict)
+        ]
+        typer.echo(tabulate(lines, tablefmt="plain", disable_numparse=True))
+        if kind == "compensation":
+            rows = [
+                (
+                    block["name"],
+                    block["kind"],
+                    block["decision"],
+                    number(block["fit_r2"]),
+                    number(block["holdout_r2"]),
+                    megabytes(block["bytes"]),
+                    percent(block["multiply_adds_percent"] / 100),
+                )
+                for block in content["blocks"]
+            ]
+            headers = (
+                "block", "kind", "decision", "r² fit", "r² held out", "size", "multiply-adds",
+            )  # fmt: skip
+            typer.echo("\n" + tabulate(rows, headers, disable_numparse=True))
+        else:
+            skipped = content["summary"]["not_quantized"]
+            typer.echo(f"\n{len(skipped)} modules in full precision")
+            for entry in islice(skipped, 20):
+                typer.echo(f"  {entry['name']} ({entry['type']}): {entry['reason']}")

@@ -1,0 +1,51 @@
+"""`qwt-mmdet validate`: is a config sound?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tabulate import tabulate
+
+from ..config import combinations, read_file, resolve
+from ..errors import QwtError
+from ..files import is_url
+from .common import check_files, plain_errors
+
+
+def validate(
+    config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
+) -> None:
+    """Check a config of the workflow, its models and its local files; run nothing.
+
+    Each model is built, with the checkpoint if that is here, and its classes are compared with those
+    of the annotations.
+    """
+    with plain_errors():
+        from ..data.annotations import read_annotations
+        from ..detectors.build import load_detector, random_detector
+        from ..detectors.classes import category_ids
+
+        resolved = resolve(read_file(config))
+        check_files(resolved)
+        evaluated = {}
+        for name, dataset in resolved["datasets"].items():
+            if "root" in dataset:
+                for part in ("calibration", "evaluation"):
+                    path = Path(dataset["root"], dataset[part]["annotations"])
+                    evaluated[name] = read_annotations(path, labelled=part == "evaluation")
+        for name, model in resolved["models"].items():
+            options = model["config_options"]
+            try:
+                if is_url(model["checkpoint"]):
+                    built = random_detector(model["config"], options)
+                else:
+                    built = load_detector(
+                        model["config"], model["checkpoint"], config_options=options
+                    )
+                if model["dataset"] in evaluated:
+                    category_ids(built.dataset_meta["classes"], evaluated[model["dataset"]])
+            except QwtError as error:
+                raise QwtError(f"models.{name}: {error}") from error
+        rows = combinations(resolved)
+        typer.echo(tabulate(rows, ("model", "quantization", "compensation")))
+        typer.echo(f"\n{config} is sound: {len(rows)} combinations.")
