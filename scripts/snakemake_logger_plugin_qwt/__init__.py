@@ -25,9 +25,10 @@ class LogHandler(LogHandlerBase):
         self._step_failed = False
 
     def emit(self, record: LogRecord) -> None:
-        event = getattr(record, "event", None)
+        said = vars(record)
+        event = said.get("event")
         if event == LogEvent.PROGRESS:
-            self._say(f"{record.done} of {record.total} steps")
+            self._say(f"{said['done']} of {said['total']} steps")
         elif event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR):
             self._step_failed = True  # what follows tells of it again
         elif record.levelno >= ERROR and not self._step_failed:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from qwt_mmdet import config
-from qwt_mmdet.config import CompensationSettings
+from qwt_mmdet.config import RECIPES, CompensationSettings, read_file
 from qwt_mmdet.config.section import dotted
 from qwt_mmdet.errors import QwtError
 
@@ -343,3 +343,10 @@ def test_targets_choose_combinations_and_each_is_wanted_once():
         ("demo", "w4a8", "paper"),
         ("demo", "w8a8", "qwt"),
     ]
+
+
+@pytest.mark.parametrize("name", ["config/config.yaml", "config/coco.yaml"])
+def test_a_recipe_means_the_same_in_a_config_file_and_on_the_command_line(name):
+    written = read_file(ROOT / name)["compensation"]
+    named = {key: CompensationSettings.from_mapping(entry) for key, entry in written.items()}
+    assert named == {key: RECIPES[key] for key in written}

@@ -103,6 +103,17 @@ def test_a_failed_step_ends_with_its_cause(coco, tmp_path):
     assert "Traceback" not in failed.output
 
 
+def test_a_workflow_that_cannot_run_ends_with_what_snakemake_says(coco, tmp_path):
+    locks = tmp_path / "output" / ".snakemake" / "locks"
+    locks.mkdir(parents=True)
+    (locks / "0.output.lock").write_text("results/report.html\n")
+    options = ["--coco-root", coco, "--output-dir", tmp_path / "output"]
+    failed = command("run", *MODEL, *SPLITS, *options)
+    assert failed.exit_code == 1
+    assert "Directory cannot be locked" in failed.output
+    assert "what Snakemake said stands above" in failed.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tabulate import tabulate
@@ -27,10 +27,10 @@ def estimate(
 
         content = resolve(read_file(config))
         chosen = chosen_device(device)
-        cores = cores or os.cpu_count()
+        cores = cores or os.cpu_count() or 1
         threads = cores if chosen == "cuda" else 1
         found = estimate_run(content, device=chosen, threads=threads)
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (
                 entry.model,
                 entry.step,
@@ -44,7 +44,7 @@ def estimate(
             )
             for entry in found
         ]
-        headers = (
+        headers: tuple[str, ...] = (
             "model", "step", "jobs", "images", "an image", "once", "all jobs", "memory", "GPU memory",
         )  # fmt: skip
         if chosen == "cpu":

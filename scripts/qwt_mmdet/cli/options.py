@@ -7,6 +7,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from types import GenericAlias
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -60,13 +61,13 @@ def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
     if kind == list[str]:
         default = []
     elif isinstance(default, list):
-        kind = list[kind]
+        kind = GenericAlias(list, (kind,))
     meanings = [" ".join(_described(*pair)["description"].split()) for pair in keys]
     repeatable = " Repeatable." if isinstance(default, list) else ""
     info = typer.Option(
         help=" ".join(meanings) + limits(_described(section, key)) + repeatable,
         metavar=metavar,
-        rich_help_panel=section.__doc__.partition("\n")[0].rstrip("."),
+        rich_help_panel=(section.__doc__ or "").partition("\n")[0].rstrip("."),
     )
     return inspect.Parameter(
         option,
@@ -94,15 +95,15 @@ def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., 
                 options.setdefault(option, []).append((section, key))
         made = [_parameter(option, keys) for option, keys in options.items()]
 
-        @functools.wraps(command)
-        def wrapper(**given: Any) -> None:
+        def call(**given: Any) -> None:
             values: Values = {
                 section: {key.name: given[option] for option, key in keys.items()}
                 for section, keys in table.items()
             }
             command(values, **{name: given[name] for name in given if name not in options})
 
-        wrapper.__signature__ = signature.replace(parameters=[*made, *own])
+        wrapper: Any = functools.wraps(command)(call)
+        wrapper.__signature__ = signature.replace(parameters=[*made, *own])  # which typer reads
         return wrapper
 
     return decorate

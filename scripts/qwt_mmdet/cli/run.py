@@ -16,10 +16,11 @@ import yaml
 from ..config import RECIPES, QuantizationSettings, as_entry, resolve
 from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
 from ..config.models import Model
-from ..config.workflow import Configuration, Loading
+from ..config.workflow import Configuration, Evaluation, Loading
 from ..errors import QwtError, suggestion
 from ..files import is_url
 from ..reporting.text import UNFINISHED, run_summary
+from ..staleness import share_with_scripts
 from .common import (
     CoresOption,
     Device,
@@ -108,7 +109,10 @@ def run(
         --coco-root /data/coco --w-bit 4 --a-bit 8 --eval-samples all
     """
     with plain_errors():
-        skipped = {"evaluate_baseline": skip_baseline, "evaluate_quantized": skip_quantized_eval}
+        skipped: dict[Evaluation, bool] = {
+            "evaluate_baseline": skip_baseline,
+            "evaluate_quantized": skip_quantized_eval,
+        }
         configuration = make_configuration(
             values,
             recipes=compensation,
@@ -123,7 +127,7 @@ def make_configuration(
     *,
     recipes: Sequence[str],
     warmup: Path | None = None,
-    skip: tuple[str, ...] = (),
+    skip: tuple[Evaluation, ...] = (),
 ) -> Configuration:
     """The configuration of one model on one data set.
 
@@ -246,6 +250,7 @@ def run_workflow(
         *("--resources", f"gpu={0 if device == 'cpu' else 1}", "--rerun-incomplete"),
         *(["--dry-run", "--quiet", "rules"] if dry_run else ["--logger", "qwt"]),
     ]
+    share_with_scripts()
     environment = {**os.environ, "QWT_MMDET_COMMAND": " ".join(["qwt-mmdet", *sys.argv[1:]])}
     if dry_run:
         raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
@@ -269,7 +274,7 @@ def _follow(command: Sequence[str], environment: dict[str, str]) -> int:
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            for line in process.stderr:
+            for line in process.stderr or ():
                 typer.echo(line, nl=False, err=True)
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)

@@ -1,7 +1,7 @@
 """`qwt-mmdet validate`: is a config sound?"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tabulate import tabulate
@@ -43,7 +43,8 @@ def validate(
                         model["config"], model["checkpoint"], config_options=options
                     )
                 if model["dataset"] in evaluated:
-                    category_ids(built.dataset_meta["classes"], evaluated[model["dataset"]])
+                    meta: Any = built.dataset_meta
+                    category_ids(meta["classes"], evaluated[model["dataset"]])
             except QwtError as error:
                 raise QwtError(f"models.{name}: {error}") from error
         rows = combinations(resolved)

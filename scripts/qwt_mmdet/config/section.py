@@ -264,7 +264,7 @@ def as_plain(settings: Any) -> dict[str, Any]:
     }
 
 
-def default_of(section: type, name: str) -> Any:
+def default_of(section: Any, name: str) -> Any:
     """The default of a key; ``PydanticUndefined`` where there is none."""
     return section.__pydantic_fields__[name].get_default(call_default_factory=True)
 

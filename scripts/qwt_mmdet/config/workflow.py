@@ -33,6 +33,9 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Names that would collide with other files under results/, in small letters."""
 
+Evaluation = Literal["evaluate_baseline", "evaluate_quantized"]
+"""What can be left out."""
+
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -125,7 +128,7 @@ class Configuration:
     """Seed of everything random that a step does (not of the choice of images)."""
     targets: Annotated[tuple[Annotated[Targets, Nested], ...], Field(min_length=1)] | None = None
     """Combinations to compute. Omitted: every model with every quantization and every compensation."""
-    skip: tuple[Literal["evaluate_baseline", "evaluate_quantized"], ...] = ()
+    skip: tuple[Evaluation, ...] = ()
     """Evaluations to leave out; what compares with them is then missing in table and report."""
     keep_warmup: Flag = True
     """Keep warmup files; without them each change of a compensation calibrates anew."""

@@ -1,0 +1,39 @@
+"""What `snakemake --logger qwt` shows of a run."""
+
+import logging
+
+import pytest
+from snakemake.logging import LogEvent
+from snakemake.settings.types import OutputSettings
+from snakemake_logger_plugin_qwt import LogHandler
+
+
+@pytest.fixture
+def said(capsys):
+    """Log messages with level, text and event; what was shown then."""
+    handler = LogHandler(OutputSettings(), None)
+
+    def log(*messages: tuple[int, str | None, dict]) -> str:
+        for level, text, event in messages:
+            record = logging.LogRecord("snakemake", level, "", 0, text, (), None)
+            record.__dict__.update(event)
+            handler.emit(record)
+        return capsys.readouterr().err
+
+    return log
+
+
+def test_progress_is_told_and_what_goes_well_is_not(said):
+    progress = {"event": LogEvent.PROGRESS, "done": 2, "total": 7}
+    assert said((logging.INFO, None, progress)) == "2 of 7 steps\n"
+    assert said((logging.INFO, "Building DAG of jobs...", {})) == ""
+
+
+def test_a_workflow_that_cannot_run_says_why(said):
+    error = {"event": LogEvent.ERROR, "exception": "LockException"}
+    assert said((logging.ERROR, "the folder is locked", error)) == "the folder is locked\n"
+
+
+def test_what_follows_a_failed_step_adds_nothing_to_the_steps_own_words(said):
+    failed = (logging.ERROR, "Error in rule all", {"event": LogEvent.JOB_ERROR})
+    assert said(failed, (logging.ERROR, "Exiting because a job execution failed.", {})) == ""
