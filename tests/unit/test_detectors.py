@@ -230,13 +230,15 @@ def test_a_config_brings_modules_of_its_own(checkpoint, tmp_path, monkeypatch):
     assert type(load_detector(config, checkpoint).backbone).__name__ == "OwnDarknet"
 
 
-def test_nothing_is_downloaded_that_the_checkpoint_replaces():
+def test_what_training_alone_needs_is_dropped():
     model = {
+        "norm_cfg": {"type": "MMSyncBN", "requires_grad": True},
         "backbone": {"init_cfg": {"type": "Pretrained", "checkpoint": "torchvision://resnet50"}},
         "neck": {"rfp_backbone": {"pretrained": "torchvision://resnet50", "depth": 50}},
     }
     without_training(model)
     assert model == {
+        "norm_cfg": {"type": "BN", "requires_grad": True},
         "backbone": {"init_cfg": None},
         "neck": {"rfp_backbone": {"pretrained": None, "depth": 50}},
     }

@@ -170,7 +170,7 @@ def read_config(
 
 
 def without_training(node: Any) -> None:
-    """Drop entries that download weights, or need packages, which inference has no use for."""
+    """Drop entries that download weights, or need packages or processes, which inference has no use for."""
     if isinstance(node, dict):
         init = node.get("init_cfg")
         if isinstance(init, dict) and "checkpoint" in init:  # PVT's has no type
@@ -179,6 +179,8 @@ def without_training(node: Any) -> None:
             node["pretrained"] = None
         if "teacher_ckpt" in node:  # of distillation
             node["teacher_ckpt"] = None
+        if node.get("type") == "MMSyncBN":  # asks for several processes; the same in evaluation mode
+            node["type"] = "BN"
         if "num_cp" in node:  # recomputes in training, with the package fairscale
             node["num_cp"] = 0
         for value in node.values():
