@@ -179,7 +179,7 @@ def without_training(node: Any) -> None:
             node["pretrained"] = None
         if "teacher_ckpt" in node:  # of distillation
             node["teacher_ckpt"] = None
-        if node.get("type") == "MMSyncBN":  # asks for several processes; the same in evaluation mode
+        if node.get("type") == "MMSyncBN":  # it asks for several processes
             node["type"] = "BN"
         if "num_cp" in node:  # recomputes in training, with the package fairscale
             node["num_cp"] = 0
