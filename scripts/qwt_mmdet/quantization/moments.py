@@ -22,8 +22,8 @@ class InputMoments:
 
     def __init__(self) -> None:
         self.positions = 0
-        self._full: Tensor | float = 0.0
-        self._quantized: Tensor | float = 0.0
+        self._full = torch.zeros((), dtype=torch.float64)
+        self._quantized = torch.zeros((), dtype=torch.float64)
         self._rows = 0
         self._origin: Tensor
         self._sums: list[Tensor] = []
@@ -110,14 +110,14 @@ def measure_inputs(
     if isinstance(layer, nn.Conv2d):
         padded, padded_quantized = _pad(layer, x), _pad(layer, quantized)
         size = output.shape[2:]
-        sums = [_tap_sums(layer, t, size) for t in (padded, padded_quantized)]
-        moments.update_means(*sums, len(x) * output[0, 0].numel())
+        full, rounded = (_tap_sums(layer, t, size) for t in (padded, padded_quantized))
+        moments.update_means(full, rounded, len(x) * output[0, 0].numel())
         if second:
             moments.update_second(_convolution_rows(layer, padded_quantized, size))
     else:
         rows, quantized = (t.reshape(-1, t.shape[-1]) for t in (x, quantized))
-        sums = [t.sum(0, dtype=torch.float64) for t in (rows, quantized)]
-        moments.update_means(*sums, len(rows))
+        full, rounded = (t.sum(0, dtype=torch.float64) for t in (rows, quantized))
+        moments.update_means(full, rounded, len(rows))
         if second:
             moments.update_second(quantized[chosen_rows(len(rows), x.device)][None])
 

@@ -131,5 +131,5 @@ def fake_quantize_log_sqrt2(
     y.square_().clamp_(max=1.0)
     y.view(torch.int32).bitwise_and_(_EXPONENT_BITS)  # now a power of two
     smallest = max(2.0 ** -(2**bits - 2), torch.finfo(torch.float32).tiny)
-    torch.nn.functional.threshold_(y, smallest / 2, 0.0)
+    torch.threshold_(y, smallest / 2, 0.0)
     return y.sqrt_().mul_(scale).to(x.dtype)

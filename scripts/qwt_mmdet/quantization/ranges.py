@@ -87,15 +87,16 @@ class RangeObserver:
         self.name = name
         self.channel_axis = channel_axis
         self.bins = BINS if channel_axis is None else CHANNEL_BINS
-        self.counts: Tensor | None = None  # [channels, bins], int64
-        self.exponent: Tensor | None = None  # [channels], int64; bin width is 2^exponent
-        self.low: Tensor | None = None  # [channels]
-        self.high: Tensor | None = None
+        # There are no channels before the first tensor has come.
+        self.counts = torch.empty(0, self.bins, dtype=torch.int64)  # [channels, bins]
+        self.exponent = torch.empty(0, dtype=torch.int64)  # [channels]; bin width is 2^exponent
+        self.low = torch.empty(0)  # [channels]
+        self.high = torch.empty(0)
 
     @property
     def is_empty(self) -> bool:
         """True until a tensor with at least one element was seen."""
-        return self.counts is None
+        return len(self.counts) == 0
 
     def update(self, x: Tensor) -> None:
         """Add a tensor of any shape (empty ones change nothing).
@@ -125,7 +126,7 @@ class RangeObserver:
         _, exponent = torch.frexp(largest)
         exponent = exponent.long() - (self.bins // 2).bit_length() + 1
         exponent = torch.where(largest > 0, exponent, _SMALLEST_EXPONENT).clamp(_SMALLEST_EXPONENT)
-        if self.counts is None:
+        if self.is_empty:
             self.counts = torch.zeros(len(rows), self.bins, dtype=torch.int64, device=rows.device)
             self.exponent, self.low, self.high = exponent, low, high
         else:
@@ -211,7 +212,7 @@ class RangeObserver:
         Raises:
             QwtError: there is no such method.
         """
-        if self.counts is None:
+        if self.is_empty:
             raise AssertionError(f"{self.name} has seen no data")
         return range_by_name(method)(self, bits, percentile)
 
@@ -224,7 +225,7 @@ class RangeObserver:
 
         The candidates are fractions of the largest value.
         """
-        if self.counts is None:
+        if self.is_empty:
             raise AssertionError(f"{self.name} has seen no data")
         centers, counts = self._centers().clamp(min=0), self.counts.double()
         largest = self.high.clamp(min=torch.finfo(torch.float32).tiny)

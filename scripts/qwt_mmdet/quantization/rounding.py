@@ -134,6 +134,7 @@ def _inverse_factor(moments: Tensor) -> Tensor:
             break
         # Rounding has made the moments indefinite; a damping above their trace always helps.
         if not torch.isfinite(damped).all():
-            raise torch.linalg.LinAlgError("second moments are not finite")
+            # torch documents the error, but its types do not export it.
+            raise torch.linalg.LinAlgError("second moments are not finite")  # type: ignore[attr-defined]
         damping = damping * torch.where(failed[:, None] > 0, 10.0, 1.0)
     return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
