@@ -164,7 +164,7 @@ def _run(trial: Trial, step: str, count: int) -> float:
     elif step == "quantize_model":
         calibrate(model, loader, noise_images=1)
         save_warmup(model, trial.path("warmup.pth"))
-    else:
+    elif trial.compensation is not None:
         fitted = fit_compensation(model, reference, loader, trial.compensation)
         save_compensation(model, fitted, trial.path("compensation.pth"))
     if trial.device == "cuda":

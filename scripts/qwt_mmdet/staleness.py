@@ -152,7 +152,7 @@ def _used_files(path: Path) -> list[Path]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".py":
-            content = yaml.safe_load(text)  # JSON is YAML
+            content: Any = yaml.safe_load(text)  # JSON is YAML
             content = content if isinstance(content, dict) else {}
             bases, modules, imported = content.get("_base_"), content.get("custom_imports"), []
         else:
@@ -171,8 +171,8 @@ def _used_files(path: Path) -> list[Path]:
 
 def _is_installed(path: Path) -> bool:
     """Whether a file is Python's, an installed package's (provenance has versions) or our own."""
-    places = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    return any(path.resolve().is_relative_to(Path(p).resolve()) for p in (*places, PACKAGE))
+    places = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    return any(path.resolve().is_relative_to(p.resolve()) for p in (*places, PACKAGE))
 
 
 def config_files(location: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Streaming sums for a linear regression, centred so that large means lose no digits."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,9 +33,7 @@ class RegressionStatistics:
     yy: Tensor
 
     @classmethod
-    def zeros(
-        cls, inputs: int, outputs: int, device: torch.device | str = "cpu"
-    ) -> "RegressionStatistics":
+    def zeros(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Self:
         """Statistics of no rows at all."""
         x, y = (torch.zeros(1, n, dtype=torch.float64, device=device) for n in (inputs, outputs))
         return cls(0, x[0], y[0], cls._products(x, x), cls._products(x, y), y[0].clone())

@@ -86,7 +86,7 @@ def limits(described: Mapping[str, Any]) -> str:
     return ""
 
 
-def table(section: type) -> str:
+def table(section: Any) -> str:
     """The keys of a section as a table in Markdown."""
     described = TypeAdapter(section).json_schema()["properties"]
     rows = ["| key | default | meaning |", "|---|---|---|"]

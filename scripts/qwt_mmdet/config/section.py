@@ -12,7 +12,7 @@ import re
 import reprlib
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
@@ -60,8 +60,8 @@ def section(cls: type[T]) -> type[T]:
         except ValidationError as error:
             raise_problems(sentences(error, declared))
 
-    declared.__init__ = checked
-    return declared
+    declared.__init__ = checked  # type: ignore[method-assign]
+    return cast(type[T], declared)
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -87,7 +87,7 @@ def raise_problems(problems: Iterable[str]) -> None:
         raise QwtError("\n".join(first))
 
 
-def field_names(cls: type) -> list[str]:
+def field_names(cls: Any) -> list[str]:
     """The keys of a section."""
     return [field.name for field in dataclasses.fields(cls)]
 
@@ -116,7 +116,7 @@ def _descend(annotation: Any, part: str | int) -> Any | None:
     return None
 
 
-def _located(location: tuple[str | int, ...], root: type) -> tuple[list[str | int], Any]:
+def _located(location: tuple[str | int, ...], root: Any) -> tuple[list[str | int], Any]:
     """The key that an error of pydantic is about, and its type.
 
     pydantic's locations also name the members of unions.
@@ -129,8 +129,9 @@ def _located(location: tuple[str | int, ...], root: type) -> tuple[list[str | in
             tagged = [kind for kind in alternatives(annotation) if _tag(kind) == part]
             annotation = tagged[0] if tagged else annotation
             continue
-        positional = isinstance(part, int) and annotation is root
-        path.append(field_names(root)[part] if positional else part)
+        if isinstance(part, int) and annotation is root:  # a positional argument
+            part = field_names(root)[part]
+        path.append(part)
         annotation = below
     return path, annotation
 
@@ -142,7 +143,7 @@ def _tag(kind: Any) -> str | None:
     return next(iter(typing.get_args(typing.get_type_hints(kind).get("type"))), None)
 
 
-def _unknown_key(key: str, location: tuple[str | int, ...], root: type) -> str:
+def _unknown_key(key: str, location: tuple[str | int, ...], root: Any) -> str:
     path, kind = _located(location[:-1], root)
     known = [
         name
@@ -203,7 +204,7 @@ def _number_hint(value: Any) -> str:
     return f" (write {int(number) if number.is_integer() else number}: this was read as text)"
 
 
-def sentences(error: ValidationError, root: type) -> list[str]:
+def sentences(error: ValidationError, root: Any) -> list[str]:
     """What is wrong with a section: a sentence for each key, naming it, its value and the remedy."""
     found: dict[str, str] = {}
     wanted: dict[str, list[str]] = {}
