@@ -1,22 +1,16 @@
 """Fit the linear compensation of each block on the calibration images."""
 
-from qwt_mmdet.runtime import step, workers
+from qwt_mmdet.runtime import step
 
-with step(snakemake) as device:
+with step(snakemake) as job:
     from qwt_mmdet.steps.compensate import compensate
+    from qwt_mmdet.steps.inputs import Inputs
 
     compensate(
-        config=snakemake.params.config,
-        config_options=snakemake.params.config_options,
-        checkpoint=snakemake.input.checkpoint,
+        Inputs.of(snakemake, job, "calibration"),
         warmup=snakemake.input.warmup,
-        annotations=snakemake.input.annotations,
         settings=snakemake.params.settings,
         output=snakemake.output.compensation,
         blocks=snakemake.output.blocks,
-        device=device,
-        batch_size=snakemake.config["calibration"]["batch_size"],
-        workers=workers(snakemake, "calibration"),
-        seed=snakemake.params.seed,
         activation_cache=snakemake.config["activation_cache"],
     )

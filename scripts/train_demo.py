@@ -225,7 +225,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _run_rule(job: Any) -> None:
     from qwt_mmdet.runtime import step
 
-    with step(job) as device:
+    with step(job) as running:
         train(
             config=Path(job.input.config),
             output=Path(job.output.checkpoint),
@@ -234,7 +234,7 @@ def _run_rule(job: Any) -> None:
             epochs=None,
             labelling_epochs=job.params.labelling_epochs,
             seed=job.params.seed,
-            use_gpu=device != "cpu",
+            use_gpu=running.device != "cpu",
         )
 
 

@@ -106,6 +106,16 @@ def _write_summary(content: dict[str, Any], path: str | os.PathLike[str]) -> Non
     write_json(summary_path(path), {key: content[key] for key in SUMMARY_KEYS}, indent=1)
 
 
+def add_account(path: str | os.PathLike[str], account: Mapping[str, Any]) -> None:
+    """Add what it took to make an archive to the provenance in its summary.
+
+    The archive holds nothing of it: equal work gives equal archives.
+    """
+    content = read_json(summary_path(path), what="summary")
+    content["provenance"] |= account
+    write_json(summary_path(path), content, indent=1)
+
+
 def worst_layers(signal_noise: Mapping[str, float | None], most: int = 3) -> str:
     """``backbone.conv1 (-2.5 dB), …``: the layers with the lowest ratios in dB, the worst first."""
     measured = [(ratio, name) for name, ratio in signal_noise.items() if ratio is not None]

@@ -35,7 +35,7 @@ from .files import write_json
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model
 from .quantization.state import save_warmup
-from .steps.load import load_quantized
+from .steps.inputs import load_quantized
 
 IMAGES = (2, 5)
 """Least numbers of images of the two measurements."""

@@ -9,11 +9,14 @@ import errno
 import gc
 import logging
 import os
+import platform
 import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ logger = logging.getLogger(__name__)
 GARBAGE_THRESHOLD = 50_000
 """Objects between two collections of cycles. With Python's 700, a sixth of the time that importing
 mmdet takes goes into collecting."""
+
+COMMAND = "QWT_MMDET_COMMAND"
+"""Environment variable in which the workflow leaves the user's command line for its jobs."""
 
 EVALUATIONS = ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated")
 
@@ -160,24 +166,56 @@ def job_name(snakemake: Any) -> str:
     return " ".join([snakemake.rule, *map(str, snakemake.wildcards)])
 
 
-def workers(snakemake: Any, section: str) -> int:
-    """Return how many processes read images: as configured, but no more than threads granted."""
-    return min(snakemake.config[section]["workers"], snakemake.threads)
+def hardware() -> str:
+    """Processor, cores, memory and system of this machine."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = information.read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{processor}, {os.cpu_count()} logical cores, {memory:.0f} GiB memory, "
+        f"{platform.system()} {platform.release()}"
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a script.
+
+    Args:
+        device: to compute on, ``"cuda"`` or ``"cpu"``.
+        started: in seconds of ``time.monotonic``.
+    """
+
+    device: str
+    started: float
+
+    def account(self) -> dict[str, Any]:
+        """What it took: seconds since the start, the machine, and the command that the user gave."""
+        return {
+            "seconds": round(time.monotonic() - self.started, 1),
+            "hardware": hardware(),
+            "command": os.environ.get(COMMAND),
+        }
 
 
 @contextlib.contextmanager
-def step(snakemake: Any) -> Iterator[str]:
+def step(snakemake: Any) -> Iterator[Job]:
     """Run the body of a script: log to the rule's log and explain what fails.
 
     A step that asks for a GPU (``resources.gpu``, granted or not) also gets torch set up.
 
     Yields:
-        the device to compute on, ``"cuda"`` or ``"cpu"``.
+        the job, which knows the device to compute on.
 
     Raises:
-        SystemExit: with status 1 after any failure, 130 after Ctrl-C or SIGTERM. The terminal shows a sentence that says what to
-            do; the log ends with the same sentence and the traceback.
+        SystemExit: with status 1 after any failure, 130 after Ctrl-C or SIGTERM. The terminal shows a
+            sentence that says what to do; the log ends with the same sentence and the traceback.
     """
+    started = time.monotonic()
     gc.set_threshold(GARBAGE_THRESHOLD)
     with _logging_to(Path(snakemake.log[0]), job_name(snakemake)), termination_interrupts():
         try:
@@ -188,7 +226,7 @@ def step(snakemake: Any) -> Iterator[str]:
             if gpu is not None:
                 set_up_torch(snakemake.threads, seed)
                 device = choose_device(gpu)
-            yield device
+            yield Job(device, started)
         except (Exception, KeyboardInterrupt) as error:
             logger.error("%s", explain(error, snakemake.rule))
             logging.getLogger("traceback").info("", exc_info=error)

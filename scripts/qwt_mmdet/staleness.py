@@ -30,9 +30,9 @@ _DETECTOR = (
     "fingerprint",
     "data.loaders",
     "record",
-    "steps.provenance",
+    "steps.inputs",
 )
-_EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate", "steps.load")
+_EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate")
 _QUANTIZATION = ("archives", "quantization")
 _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
@@ -62,7 +62,6 @@ STEP_PARTS = {
         *_QUANTIZATION,
         "compensation",
         "steps.compensate",
-        "steps.load",
     ),
     "evaluate_compensated": (*_EVALUATION, *_QUANTIZATION, "compensation"),
     "summarize_results": (
@@ -72,7 +71,12 @@ STEP_PARTS = {
         "evaluation.coco",
         "reporting.tables",
     ),
-    "render_report": ("data.annotations", "evaluation.coco", "data.images", *_REPORT),
+    "render_report": (
+        "data.annotations",
+        "evaluation.coco",
+        "data.images",
+        *_REPORT,
+    ),
     "train_demo": ("detectors.torchvision", "demo.shapes"),
 }
 

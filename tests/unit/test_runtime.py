@@ -1,12 +1,14 @@
 """What scripts do around their library call: log, explain, choose the device."""
 
 import logging
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,10 @@ def job(tmp_path, *, gpu=None, seed=0, threads=1):
         params={"seed": seed},
         resources=resources,
         threads=threads,
-        config={"evaluation": {"workers": 4}, "calibration": {"workers": 0}},
+        config={
+            "evaluation": {"workers": 4, "batch_size": 5},
+            "calibration": {"workers": 0, "batch_size": 5},
+        },
     )
 
 
@@ -161,8 +166,8 @@ def test_the_same_seed_gives_the_same_random_numbers(tmp_path):
 
 def test_a_step_computes_where_it_is_granted(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with runtime.step(job(tmp_path, gpu=0)) as device:
-        assert device == "cpu"
+    with runtime.step(job(tmp_path, gpu=0)) as running:
+        assert running.device == "cpu"
 
 
 def test_a_step_fails_with_the_remedy_of_its_rule(tmp_path, capsys):
@@ -173,10 +178,28 @@ def test_a_step_fails_with_the_remedy_of_its_rule(tmp_path, capsys):
     assert "activation_cache.device_gb" in capsys.readouterr().err
 
 
-def test_readers_are_at_most_the_threads_granted(tmp_path):
-    assert runtime.workers(job(tmp_path, threads=2), "evaluation") == 2
-    assert runtime.workers(job(tmp_path, threads=8), "evaluation") == 4
-    assert runtime.workers(job(tmp_path, threads=8), "calibration") == 0
+@pytest.mark.parametrize(
+    ("section", "threads", "readers"),
+    [("evaluation", 2, 2), ("evaluation", 8, 4), ("calibration", 8, 0)],
+)
+def test_readers_are_at_most_the_threads_granted(tmp_path, section, threads, readers):
+    from qwt_mmdet.steps.inputs import Inputs
+
+    snakemake = job(tmp_path, threads=threads)
+    snakemake.params = SimpleNamespace(config="a.py", config_options={}, get={"seed": 3}.get)
+    snakemake.input = SimpleNamespace(checkpoint="a.pth", annotations="a.json")
+    inputs = Inputs.of(snakemake, runtime.Job("cpu", 0.0), section)
+    assert (inputs.workers, inputs.batch_size, inputs.seed) == (readers, 5, 3)
+
+
+def test_a_job_accounts_for_its_time_its_machine_and_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("QWT_MMDET_COMMAND", "snakemake --cores 4")
+    with runtime.step(job(tmp_path)) as running:
+        time.sleep(0.3)
+        account = running.account()
+    assert 0.3 <= account["seconds"] < 10
+    assert f"{os.cpu_count()} logical cores" in account["hardware"]
+    assert account["command"] == "snakemake --cores 4"
 
 
 def test_steps_without_a_detector_do_not_pay_for_torch(tmp_path):

@@ -5,6 +5,7 @@ import filecmp
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from qwt_mmdet.devices import has_gpu
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
 from qwt_mmdet.reporting.text import UNFINISHED, last_error, run_summary
+from qwt_mmdet.runtime import COMMAND
 from qwt_mmdet.staleness import (
     changed_images,
     config_files,
@@ -26,6 +28,10 @@ from qwt_mmdet.staleness import (
 )
 
 share_with_scripts()
+
+# Jobs record the command. They read the workflow again, with a command line of their own, so the first
+# one stays.
+os.environ.setdefault(COMMAND, shlex.join(["snakemake", *sys.argv[1:]]))
 
 STARTED = time.time()
 
@@ -179,6 +185,25 @@ def local_annotations(wildcards):
         os.path.join(dataset["root"], dataset[wildcards.part]["annotations"]),
         f"The annotation file of datasets.{wildcards.dataset}.{wildcards.part}",
     )
+
+
+def detector_input(part):
+    """Return the input files of a step that runs a model on a part of its dataset."""
+    return {
+        "checkpoint": "results/{model}/checkpoint.pth",
+        "annotations": images(part),
+        "config_files": local_config,
+    }
+
+
+def detector_params(step):
+    """Return the params that all steps have which run a model."""
+    return {
+        "config": model_setting("config"),
+        "config_options": model_setting("config_options"),
+        "seed": config["seed"],
+        "code": source_hash(step),
+    }
 
 
 def supplied_warmup(wildcards):

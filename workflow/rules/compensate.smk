@@ -1,10 +1,8 @@
 rule fit_compensation:
     """Fit the linear compensation of each block on the calibration images."""
     input:
-        checkpoint="results/{model}/checkpoint.pth",
+        **detector_input("calibration"),
         warmup="results/{model}/{quantization}/warmup.pth",
-        annotations=images("calibration"),
-        config_files=local_config,
     output:
         compensation="results/{model}/{quantization}/{compensation}/compensation.pth",
         summary="results/{model}/{quantization}/{compensation}/compensation.json",
@@ -28,10 +26,7 @@ rule fit_compensation:
     resources:
         gpu=detector_gpu,
     params:
-        config=model_setting("config"),
-        config_options=model_setting("config_options"),
+        **detector_params("fit_compensation"),
         settings=entry("compensation", "compensation"),
-        seed=config["seed"],
-        code=source_hash("fit_compensation"),
     script:
         "../../scripts/fit_compensation.py"

@@ -6,9 +6,7 @@ BATCHES = {"batch_size": config["evaluation"]["batch_size"]}
 rule evaluate_baseline:
     """Evaluate the full-precision detector."""
     input:
-        checkpoint="results/{model}/checkpoint.pth",
-        annotations=images("evaluation"),
-        config_files=local_config,
+        **detector_input("evaluation"),
     output:
         metrics="results/{model}/baseline/metrics.json",
         predictions="results/{model}/baseline/predictions.json",
@@ -24,22 +22,17 @@ rule evaluate_baseline:
     resources:
         gpu=detector_gpu,
     params:
-        config=model_setting("config"),
-        config_options=model_setting("config_options"),
-        seed=config["seed"],
+        **detector_params("evaluate_baseline"),
         loading=BATCHES,
-        code=source_hash("evaluate_baseline"),
     script:
-        "../../scripts/evaluate_baseline.py"
+        "../../scripts/evaluate_detector.py"
 
 
-rule evaluate_quantized:
+use rule evaluate_baseline as evaluate_quantized with:
     """Evaluate the quantized detector."""
     input:
-        checkpoint="results/{model}/checkpoint.pth",
+        **detector_input("evaluation"),
         warmup="results/{model}/{quantization}/warmup.pth",
-        annotations=images("evaluation"),
-        config_files=local_config,
     output:
         metrics="results/{model}/{quantization}/quantized/metrics.json",
         predictions="results/{model}/{quantization}/quantized/predictions.json",
@@ -47,29 +40,18 @@ rule evaluate_quantized:
         "logs/evaluate_quantized/{model}/{quantization}.log",
     benchmark:
         "benchmarks/evaluate_quantized/{model}/{quantization}.tsv"
-    conda:
-        "../../envs/qwt.yaml"
-    threads: detector_threads
-    resources:
-        gpu=detector_gpu,
+    priority: 0
     params:
-        config=model_setting("config"),
-        config_options=model_setting("config_options"),
-        seed=config["seed"],
+        **detector_params("evaluate_quantized"),
         loading=BATCHES,
-        code=source_hash("evaluate_quantized"),
-    script:
-        "../../scripts/evaluate_quantized.py"
 
 
-rule evaluate_compensated:
+use rule evaluate_quantized as evaluate_compensated with:
     """Evaluate the quantized detector with its compensation."""
     input:
-        checkpoint="results/{model}/checkpoint.pth",
+        **detector_input("evaluation"),
         warmup="results/{model}/{quantization}/warmup.pth",
         compensation="results/{model}/{quantization}/{compensation}/compensation.pth",
-        annotations=images("evaluation"),
-        config_files=local_config,
     output:
         metrics="results/{model}/{quantization}/{compensation}/metrics.json",
         predictions="results/{model}/{quantization}/{compensation}/predictions.json",
@@ -77,16 +59,6 @@ rule evaluate_compensated:
         "logs/evaluate_compensated/{model}/{quantization}/{compensation}.log",
     benchmark:
         "benchmarks/evaluate_compensated/{model}/{quantization}/{compensation}.tsv"
-    conda:
-        "../../envs/qwt.yaml"
-    threads: detector_threads
-    resources:
-        gpu=detector_gpu,
     params:
-        config=model_setting("config"),
-        config_options=model_setting("config_options"),
-        seed=config["seed"],
+        **detector_params("evaluate_compensated"),
         loading=BATCHES,
-        code=source_hash("evaluate_compensated"),
-    script:
-        "../../scripts/evaluate_compensated.py"

@@ -1,9 +1,7 @@
 rule quantize_model:
     """Calibrate a detector's quantizers, or take the warmup file that the config supplies."""
     input:
-        checkpoint="results/{model}/checkpoint.pth",
-        annotations=images("calibration"),
-        config_files=local_config,
+        **detector_input("calibration"),
         supplied=supplied_warmup,
     output:
         warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
@@ -18,10 +16,7 @@ rule quantize_model:
     resources:
         gpu=detector_gpu,
     params:
-        config=model_setting("config"),
-        config_options=model_setting("config_options"),
+        **detector_params("quantize_model"),
         settings=entry("quantization", "quantization"),
-        seed=config["seed"],
-        code=source_hash("quantize_model"),
     script:
         "../../scripts/quantize_model.py"

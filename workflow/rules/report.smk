@@ -1,10 +1,3 @@
-import shlex
-
-# The report names the command. Jobs read the workflow again, with a command line of their own, so the
-# first one stays.
-os.environ.setdefault("QWT_MMDET_COMMAND", shlex.join(["snakemake", *sys.argv[1:]]))
-
-
 rule summarize_results:
     """Put all results into one table, with intervals from the paired bootstrap."""
     input:

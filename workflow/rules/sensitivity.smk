@@ -4,9 +4,7 @@
 rule rank_layers:
     """Quantize each layer alone; rank them and suggest a mixed precision."""
     input:
-        checkpoint="results/{model}/checkpoint.pth",
-        annotations=images("calibration"),
-        config_files=local_config,
+        **detector_input("calibration"),
         warmup="results/{model}/{quantization}/warmup.pth",
     output:
         table="results/{model}/{quantization}/sensitivity.csv",
@@ -21,10 +19,8 @@ rule rank_layers:
     resources:
         gpu=detector_gpu,
     params:
-        config=model_setting("config"),
-        config_options=model_setting("config_options"),
+        **detector_params("rank_layers"),
         settings=config["sensitivity"],
-        code=source_hash("rank_layers"),
     script:
         "../../scripts/rank_layers.py"
 

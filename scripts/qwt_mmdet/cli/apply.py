@@ -31,7 +31,7 @@ def apply(
         if compensation is not None and warmup is None:
             raise QwtError("--compensation needs the --warmup that it was fitted for.")
         from ..inference import run_on_images
-        from ..steps.load import load_quantized
+        from ..steps.inputs import load_quantized
 
         model = load_quantized(
             values[Model]["config"],

@@ -20,6 +20,7 @@ from ..config.workflow import Configuration, Evaluation, Loading
 from ..errors import QwtError, suggestion
 from ..files import is_url
 from ..reporting.text import UNFINISHED, run_summary
+from ..runtime import COMMAND
 from ..staleness import share_with_scripts
 from .common import (
     CoresOption,
@@ -251,7 +252,7 @@ def run_workflow(
         *(["--dry-run", "--quiet", "rules"] if dry_run else ["--logger", "qwt"]),
     ]
     share_with_scripts()
-    environment = {**os.environ, "QWT_MMDET_COMMAND": " ".join(["qwt-mmdet", *sys.argv[1:]])}
+    environment = {**os.environ, COMMAND: " ".join(["qwt-mmdet", *sys.argv[1:]])}
     if dry_run:
         raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
     failures = folder / UNFINISHED

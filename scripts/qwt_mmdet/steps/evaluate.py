@@ -1,7 +1,6 @@
 """Evaluate a detector: baseline, quantized or compensated."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,8 +13,7 @@ from ..evaluation.coco import coco_metrics, load_ground_truth
 from ..evaluation.predict import predict
 from ..files import read_json, sha256_file, write_json
 from ..record import quantization_of, record_of
-from .load import load_quantized
-from .provenance import Pathlike, provenance
+from .inputs import Inputs, Pathlike
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +61,10 @@ def evaluate_detector(
 
 
 def evaluate(
+    inputs: Inputs,
     *,
-    config: str,
-    checkpoint: Pathlike,
-    config_options: Mapping[str, Any] | None,
-    annotations: Pathlike,
     metrics: Pathlike,
     predictions: Pathlike,
-    device: str,
-    batch_size: int,
-    workers: int,
-    seed: int,
     warmup: Pathlike | None = None,
     compensation: Pathlike | None = None,
 ) -> None:
@@ -81,25 +72,15 @@ def evaluate(
 
     Writes ``metrics`` and ``predictions``, both or neither.
     """
-    model = load_quantized(
-        config,
-        checkpoint,
-        warmup=warmup,
-        compensation=compensation,
-        device=device,
-        config_options=config_options,
+    model = inputs.load(warmup=warmup, compensation=compensation)
+    result, found = evaluate_detector(
+        model, inputs.annotations, batch_size=inputs.batch_size, workers=inputs.workers
     )
-    result, found = evaluate_detector(model, annotations, batch_size=batch_size, workers=workers)
-    result["provenance"] = provenance(
-        checkpoint=checkpoint,
-        annotations=annotations,
-        device=device,
-        seed=seed,
-        config=config,
-        config_options=dict(config_options or {}),
+    result["provenance"] = inputs.provenance(
         warmup=None if warmup is None else sha256_file(warmup),
         compensation=None if compensation is None else sha256_file(compensation),
     )
+    result["provenance"] |= inputs.job.account()
     write_json(predictions, found)
     write_json(metrics, result, indent=1)
     for kind in ("bbox", "segm"):

@@ -1,38 +1,30 @@
 """Rank the layers of a quantized detector by their harm."""
 
+import dataclasses
 import logging
-from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 import yaml
 
 from ..config import as_entry
-from ..data.loaders import make_loader
-from ..detectors.build import load_detector
 from ..files import write_atomically
 from ..quantization.state import load_warmup
 from ..record import quantization_of
 from ..search.sensitivity import choose_bits, mixed_precision, rank_layers
-from .provenance import Pathlike
+from .inputs import Inputs, Pathlike
 
 logger = logging.getLogger(__name__)
 
 
 def rank(
+    inputs: Inputs,
     *,
-    config: str,
-    checkpoint: Pathlike,
-    config_options: Mapping[str, Any] | None,
-    annotations: Pathlike,
     warmup: Pathlike,
     name: str,
     images: int,
     average_bits: float | None,
     table: Pathlike,
     suggestion: Pathlike,
-    device: str,
-    workers: int,
 ) -> None:
     """Rank a quantized detector's layers; write ``table`` (.csv) and ``suggestion`` (.yaml).
 
@@ -43,9 +35,9 @@ def rank(
     """
     import pandas as pd  # takes a while, and most steps write no table
 
-    model = load_detector(config, checkpoint, device=device, config_options=config_options)
+    model = inputs.load()
     load_warmup(model, warmup, round_weights=False)
-    loader = make_loader(model.cfg, annotations, batch_size=1, workers=workers)
+    loader = dataclasses.replace(inputs, batch_size=1).loader(model)
     images = min(images, len(loader))
     ranked = rank_layers(model, islice(loader, images))
     layers = [entry for entry in ranked if entry.weight_bits is not None and entry.relative_noise]

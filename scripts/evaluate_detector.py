@@ -1,0 +1,15 @@
+"""Evaluate a detector: in full precision, quantized, or quantized and compensated."""
+
+from qwt_mmdet.runtime import step
+
+with step(snakemake) as job:
+    from qwt_mmdet.steps.evaluate import evaluate
+    from qwt_mmdet.steps.inputs import Inputs
+
+    evaluate(
+        Inputs.of(snakemake, job, "evaluation"),
+        warmup=snakemake.input.get("warmup"),
+        compensation=snakemake.input.get("compensation"),
+        metrics=snakemake.output.metrics,
+        predictions=snakemake.output.predictions,
+    )

@@ -1,0 +1,139 @@
+"""What a step works on: a detector, images and how to run it; and the provenance of what it makes."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import mmcv
+import mmdet
+import mmengine
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import __version__
+from ..compensation.state import load_compensation
+from ..data.loaders import make_loader
+from ..detectors.build import load_detector
+from ..files import read_json, sha256_file
+from ..quantization.state import load_warmup
+from ..runtime import Job
+
+Pathlike = str | os.PathLike[str]
+
+
+def load_quantized(
+    config: str,
+    checkpoint: Pathlike,
+    *,
+    warmup: Pathlike | None = None,
+    compensation: Pathlike | None = None,
+    device: str = "cpu",
+    config_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Load a detector, quantize it with a warmup file and compensate it, as far as files are given.
+
+    Raises:
+        QwtError: a file cannot be read, or does not belong to the others.
+    """
+    model = load_detector(config, checkpoint, device=device, config_options=config_options)
+    if warmup is not None:
+        load_warmup(model, warmup)
+    if compensation is not None:
+        load_compensation(model, compensation)
+    return model
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The detector and the images of a step, and how it runs them.
+
+    Args:
+        annotations: COCO annotation file of the images.
+        job: that does the step; it knows the device.
+        batch_size: images that are run at a time.
+        workers: processes that read images.
+    """
+
+    config: str
+    config_options: Mapping[str, Any]
+    checkpoint: Pathlike
+    annotations: Pathlike
+    job: Job
+    seed: int
+    batch_size: int
+    workers: int
+
+    @classmethod
+    def of(cls, snakemake: Any, job: Job, section: str) -> "Inputs":
+        """The inputs of a script's rule.
+
+        Args:
+            section: of the config that has batch_size and workers: ``calibration`` or ``evaluation``.
+        """
+        loading = snakemake.config[section]
+        return cls(
+            config=snakemake.params.config,
+            config_options=snakemake.params.config_options,
+            checkpoint=snakemake.input.checkpoint,
+            annotations=snakemake.input.annotations,
+            job=job,
+            seed=snakemake.params.get("seed", 0),
+            batch_size=loading["batch_size"],
+            workers=min(loading["workers"], snakemake.threads),
+        )
+
+    def load(
+        self, *, warmup: Pathlike | None = None, compensation: Pathlike | None = None
+    ) -> nn.Module:
+        """Return the detector; see :func:`load_quantized`."""
+        return load_quantized(
+            self.config,
+            self.checkpoint,
+            warmup=warmup,
+            compensation=compensation,
+            device=self.job.device,
+            config_options=self.config_options,
+        )
+
+    def loader(self, model: nn.Module) -> DataLoader:
+        """Return what reads the images in batches, as the model wants them."""
+        return make_loader(
+            model.cfg, self.annotations, batch_size=self.batch_size, workers=self.workers
+        )
+
+    def provenance(self, **settings: Any) -> dict[str, Any]:
+        """Where a result comes from: settings, seed, versions, hashes, device and number of images.
+
+        It is the same for equal inputs on one machine; ``Job.account`` has what is not.
+
+        Args:
+            settings: what decides the result besides the detector's config.
+        """
+        cuda = self.job.device.startswith("cuda")
+        options = dict(self.config_options)
+        return {
+            "settings": {"config": self.config, "config_options": options, **settings},
+            "seed": self.seed,
+            "versions": {
+                "qwt_mmdet": __version__,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),  # a class of its own, which archives must not hold
+                "mmdet": mmdet.__version__,
+                "mmcv": mmcv.__version__,
+                "mmengine": mmengine.__version__,
+                "pycocotools": version("pycocotools"),
+                "numpy": np.__version__,
+            },
+            "checkpoint_sha256": sha256_file(self.checkpoint),
+            "annotations_sha256": sha256_file(self.annotations),
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+            "images": len(read_json(self.annotations, what="annotation file")["images"]),
+        }
