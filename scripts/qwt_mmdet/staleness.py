@@ -35,7 +35,7 @@ _DETECTOR = (
 _EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate")
 _QUANTIZATION = ("archives", "quantization")
 _REPORT = tuple(
-    f"reporting.{part}" for part in ("figures", "html", "pictures", "templates", "text")
+    f"reporting.{part}" for part in ("figures", "html", "pictures", "summary", "templates", "text")
 )
 STEP_PARTS = {
     "fetch_checkpoint": ("data.download", "detectors.unpickling", "detectors.weights"),
@@ -69,11 +69,14 @@ STEP_PARTS = {
         "archives",
         "evaluation.bootstrap",
         "evaluation.coco",
+        "evaluation.estimates",
+        "reporting.summary",
         "reporting.tables",
     ),
     "render_report": (
         "data.annotations",
         "evaluation.coco",
+        "evaluation.estimates",
         "data.images",
         *_REPORT,
     ),

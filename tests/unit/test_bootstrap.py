@@ -1,5 +1,6 @@
 """The bootstrap is COCOeval on resampled images, paired, seeded, and honest about what it knows."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.bootstrap import ApTable, Bootstrap, bootstrap, draw_weights, interval
 from qwt_mmdet.evaluation.coco import AP_METRICS, coco_metrics
+from qwt_mmdet.evaluation.estimates import Difference, Estimate
 from random_detections import compressed, detection, one_object, random_detections, write
 
 BOX = [20.0, 30.0, 60.0, 50.0]
@@ -171,8 +173,8 @@ def test_values_are_the_metrics(variants, result):
         for iou_type in ("bbox", "segm"):
             for metric in AP_METRICS:
                 estimate = result.estimate(name, iou_type, metric)
-                assert estimate["value"] == pytest.approx(metrics[iou_type][metric], abs=1e-9)
-                assert estimate["low"] < estimate["high"]
+                assert estimate.value == pytest.approx(metrics[iou_type][metric], abs=1e-9)
+                assert estimate.low < estimate.high
 
 
 def test_the_seed_decides(variants, result):
@@ -195,13 +197,14 @@ def test_processes_change_nothing(variants, result):
 
 def test_a_variant_does_not_differ_from_its_equal(result):
     difference = result.difference("w8/quantized", "baseline", "bbox", "AP")
-    assert difference == {"value": 0, "low": 0, "high": 0, "dropped": 0, "significant": False}
+    assert difference == Difference(0, 0, 0)
+    assert not difference.significant
 
 
 def test_pairing_narrows_a_difference(result):
     difference = result.difference("w4/quantized", "baseline", "bbox", "AP")
-    assert difference["high"] < 0
-    assert difference["significant"]
+    assert difference.high < 0
+    assert difference.significant
     a = result.samples["w4/qwt"]["bbox"]["AP"]
     b = result.samples["baseline"]["bbox"]["AP"]
     assert np.std(a - b) < 0.9 * np.hypot(np.std(a), np.std(b))
@@ -209,17 +212,17 @@ def test_pairing_narrows_a_difference(result):
 
 def test_recovered_fraction_has_its_fixed_points(result):
     whole = result.recovered("baseline", "w4/quantized", "baseline", "segm", "AP")
-    assert whole == {"value": 1, "low": 1, "high": 1, "dropped": 0, "reason": None}
+    assert whole == Estimate(1, 1, 1)
     nothing = result.recovered("baseline", "w4/quantized", "w4/quantized", "segm", "AP")
-    assert nothing == {"value": 0, "low": 0, "high": 0, "dropped": 0, "reason": None}
+    assert nothing == Estimate(0, 0, 0)
     part = result.recovered("baseline", "w4/quantized", "w4/qwt", "segm", "AP")
-    assert 0 < part["low"] < part["value"] < part["high"]
+    assert 0 < part.low < part.value < part.high
 
 
 def test_no_fraction_of_a_loss_that_is_not_significant(result):
+    assert not result.difference("w8/quantized", "baseline", "bbox", "AP").significant
     recovered = result.recovered("baseline", "w8/quantized", "w4/qwt", "bbox", "AP")
-    assert recovered["value"] is recovered["low"] is recovered["high"] is None
-    assert "not significantly above 0" in recovered["reason"]
+    assert recovered == Estimate(None, None, None)
 
 
 def from_samples(**samples):
@@ -231,8 +234,8 @@ def from_samples(**samples):
 
 def test_a_gain_by_quantization_is_no_loss_to_recover():
     result = from_samples(fp=[0.3] * 50, q=[0.4] * 50, c=[0.5] * 50)
-    assert result.difference("q", "fp", "bbox", "AP")["significant"]
-    assert result.recovered("fp", "q", "c", "bbox", "AP")["reason"] is not None
+    assert result.difference("q", "fp", "bbox", "AP").significant
+    assert result.recovered("fp", "q", "c", "bbox", "AP").value is None
 
 
 def test_a_resample_without_loss_widens_the_fraction_at_both_ends():
@@ -241,11 +244,11 @@ def test_a_resample_without_loss_widens_the_fraction_at_both_ends():
     lost = np.full(1000, 0.1)
     plain = from_samples(fp=lost, q=0 * lost, c=gained * lost)
     recovered = plain.recovered("fp", "q", "c", "bbox", "AP")
-    assert (recovered["low"], recovered["high"]) == pytest.approx((0.025, 0.974), abs=1e-3)
+    assert (recovered.low, recovered.high) == pytest.approx((0.025, 0.974), abs=1e-3)
     lost[490:510] = -0.1
     widened = from_samples(fp=lost, q=0 * lost, c=gained * lost)
     recovered = widened.recovered("fp", "q", "c", "bbox", "AP")
-    assert (recovered["low"], recovered["high"]) == pytest.approx((0.005, 0.994), abs=1e-3)
+    assert (recovered.low, recovered.high) == pytest.approx((0.005, 0.994), abs=1e-3)
 
 
 def test_an_interval_leaves_out_two_and_a_half_percent_at_each_end():
@@ -256,34 +259,53 @@ def test_an_interval_leaves_out_two_and_a_half_percent_at_each_end():
     assert interval(np.arange(100.0), beyond=5) == (None, None)
 
 
-def test_undefined_resamples_are_dropped_and_counted(tmp_path):
+def test_undefined_resamples_are_dropped(tmp_path):
     content, predictions = two_images()
     content["annotations"].pop()
     result = bootstrap(write(tmp_path, content), {"a": predictions}, masks=False, resamples=400)
     # Image 1, the only one with an object, is missing in a quarter of the draws.
     estimate = result.estimate("a", "bbox", "AP")
-    assert estimate["dropped"] == pytest.approx(100, abs=35)
-    assert estimate["low"] is not None
-    nothing = {"value": None, "low": None, "high": None, "dropped": 400}
-    assert result.estimate("a", "bbox", "APs") == {**nothing, "bias": None}
-    assert result.difference("a", "a", "bbox", "APs") == {**nothing, "significant": False}
-    reason = result.recovered("a", "a", "a", "bbox", "APs")["reason"]
-    assert reason == "the metric or its interval is undefined"
+    dropped = np.isnan(result.samples["a"]["bbox"]["AP"])
+    assert dropped.sum() == pytest.approx(100, abs=35)
+    assert estimate.low is not None
+    assert result.estimate("a", "bbox", "APs") == Estimate(None, None, None)
+    assert not result.difference("a", "a", "bbox", "APs").significant
+    assert result.recovered("a", "a", "a", "bbox", "APs") == Estimate(None, None, None)
 
 
 def test_one_image_has_no_interval(tmp_path):
     path = write(tmp_path, one_object(BOX))
     result = bootstrap(path, {"a": [detection(BOX, 0.5)]}, masks=False)
     estimate = result.estimate("a", "bbox", "AP")
-    assert estimate["value"] == pytest.approx(1)
-    assert estimate["low"] is estimate["high"] is None
+    assert estimate.value == pytest.approx(1)
+    assert estimate.low is estimate.high is None
 
 
-def test_estimates_fit_into_json(result):
-    estimate = result.estimate("w4/qwt", "segm", "AP75")
-    assert json.loads(json.dumps(estimate, allow_nan=False)) == estimate
-    difference = result.difference("w4/qwt", "baseline", "segm", "AP")
-    assert json.loads(json.dumps(difference, allow_nan=False)) == difference
+@pytest.mark.parametrize(
+    ("low", "high", "significant"),
+    [
+        (0.1, 0.3, True),
+        (-0.3, -0.1, True),
+        (-0.1, 0.3, False),
+        (0.0, 0.3, False),
+        (None, None, False),
+    ],
+)
+def test_a_difference_is_significant_where_its_interval_excludes_0(low, high, significant):
+    assert Difference(0.2, low, high).significant == significant
+    assert not Difference(0.2, low, high).without_interval().significant
+
+
+def test_a_comparison_leaves_out_what_was_not_evaluated(result):
+    whole = result.compare("baseline", "w4/quantized", "w4/qwt", "bbox", "AP")
+    assert whole.baseline == result.estimate("baseline", "bbox", "AP")
+    assert whole.compensated_minus_quantized == result.difference(
+        "w4/qwt", "w4/quantized", "bbox", "AP"
+    )
+    assert whole.recovered == result.recovered("baseline", "w4/quantized", "w4/qwt", "bbox", "AP")
+    part = result.compare(None, "w4/quantized", "w4/qwt", "bbox", "AP")
+    missing = dict.fromkeys(("baseline", "quantized_minus_baseline", "compensated_minus_baseline", "recovered"))  # fmt: skip
+    assert part == dataclasses.replace(whole, **missing)
 
 
 def test_bad_predictions_name_their_variant(tmp_path):
@@ -362,12 +384,12 @@ def test_a_detector_that_finds_nothing_has_the_interval_0_to_0(tmp_path, masks):
     for kind in ("bbox", "segm")[: 1 + masks]:
         for metric in ("AP", "AP50", 1):
             estimate = found.estimate("nothing", kind, metric)
-            assert (estimate["value"], estimate["low"], estimate["high"]) == (0, 0, 0)
+            assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
         loss = found.difference("nothing", "baseline", kind, "AP")
-        assert loss["value"] == -found.values["baseline"][kind]["AP"]
-        assert loss["significant"]
-        assert not found.difference("again", "nothing", kind, "AP")["significant"]
+        assert loss.value == -found.values["baseline"][kind]["AP"]
+        assert loss.significant
+        assert not found.difference("again", "nothing", kind, "AP").significant
         regained = found.recovered("baseline", "nothing", "again", kind, "AP")
-        assert (regained["value"], regained["low"], regained["high"]) == (0, 0, 0)
+        assert (regained.value, regained.low, regained.high) == (0, 0, 0)
         whole = found.recovered("baseline", "nothing", "baseline", kind, "AP")
-        assert (whole["value"], whole["low"], whole["high"]) == (1, 1, 1)
+        assert (whole.value, whole.low, whole.high) == (1, 1, 1)

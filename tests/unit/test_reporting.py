@@ -1,6 +1,7 @@
 """Tables and report: the numbers that people read are those that were computed."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -15,8 +16,10 @@ from PIL import Image
 from qwt_mmdet.archives import COMPENSATION_FORMAT, WARMUP_FORMAT
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.coco import coco_metrics
+from qwt_mmdet.evaluation.estimates import Comparison, Difference, Estimate
 from qwt_mmdet.files import write_json
 from qwt_mmdet.reporting import html, tables, text
+from qwt_mmdet.reporting.summary import ClassResult, Row, read_summary
 from random_detections import compressed, hexagon
 
 CLASSES = ("cat", "dog <b>", "bird")  # the second must be escaped
@@ -98,6 +101,9 @@ def make_results(
             "versions": {"torch": "2"},
             "device": "<cpu>",
             "settings": {"config": "m.py", "warmup": "cafe"},
+            "seconds": 45.6,
+            "hardware": "an old machine",
+            "command": "snakemake --cores <4>",
         }
         Path(folder, "predictions.json").write_text(json.dumps(found))
         Path(folder, "metrics.json").write_text(json.dumps(metrics))
@@ -115,7 +121,12 @@ def make_results(
         ],
         **warmup,
     }
-    write_json("results/m/w4/warmup.json", {"format": WARMUP_FORMAT, "summary": summary})
+    archive = {
+        "format": WARMUP_FORMAT,
+        "summary": summary,
+        "provenance": {"seconds": 123.4},
+    }
+    write_json("results/m/w4/warmup.json", archive)
     summary = {
         "blocks": 2,
         "kept": 1,
@@ -127,9 +138,6 @@ def make_results(
     archive = {"format": COMPENSATION_FORMAT, "summary": summary}
     write_json("results/m/w4/qwt/compensation.json", archive)
     Path("results/m/w4/qwt/blocks.csv").write_text(BLOCKS)
-    benchmark = Path("benchmarks/quantize_model/m/w4.tsv")
-    benchmark.parent.mkdir(parents=True)
-    benchmark.write_text("s\th:m:s\n123.4\t0:02:03\n")
     row = {
         "model": "m",
         "quantization": "w4",
@@ -278,9 +286,38 @@ def test_a_file_of_another_kind_is_not_taken_for_a_warmup(results):
 
 def test_the_document_has_the_rows_of_the_table(summary):
     (row,) = json.loads(Path("summary.json").read_text())["rows"]
-    assert list(row) == list(summary)
-    for column, value in row.items():
+    flat = {}
+    for key, value in row.items():
+        if key == "ap":
+            for metric, comparison in value.items():
+                for name, entry in comparison.items():
+                    ends = {f"_{end}": found for end, found in entry.items() if end != "value"}
+                    for end, found in {"": entry["value"], **ends}.items():
+                        flat[f"{metric}_{name}{end}"] = found
+        elif key not in ("seconds", "classes", "lost_most", "regained_most"):
+            flat[key] = value
+    assert list(flat) == list(summary)
+    for column, value in flat.items():
         assert ("" if value is None else str(value)) == summary[column]
+
+
+def test_the_document_is_read_as_it_was_written(boxes, tmp_path):
+    found = read_summary(boxes.folder / "summary.json")
+    found.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (boxes.folder / "summary.json").read_bytes()
+    assert found.rows[0].seconds == {
+        "evaluate_baseline": 45.6,
+        "evaluate_quantized": 45.6,
+        "evaluate_compensated": 45.6,
+        "quantize_model": 123.4,
+    }
+
+
+def test_a_document_of_another_version_is_told(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"confidence": 0.95, "seed": 0, "failed": [], "quantizations": []})
+    with pytest.raises(QwtError, match=r"no summary of this version \(rows\); delete it"):
+        read_summary(path)
 
 
 def test_every_estimate_has_an_interval(summary):
@@ -294,15 +331,15 @@ def test_every_estimate_has_an_interval(summary):
 
 def test_classes_have_their_ap_with_an_interval_and_the_number_of_objects(summary):
     metrics = json.loads(Path("results/m/w4/qwt/metrics.json").read_text())["per_class"]
-    classes = json.loads(Path("summary.json").read_text())["classes"]
-    assert [entry["class"] for entry in classes] == list(CLASSES)
-    for entry in classes:
-        assert entry["annotations"] == entry["images"] == IMAGES
-        expected = metrics[entry["class"]]["bbox"]
-        assert entry["AP_compensated"] == pytest.approx(expected, abs=1e-9)
-        assert entry["AP_compensated_low"] <= expected <= entry["AP_compensated_high"]
-        loss = entry["AP_quantized"] - entry["AP_baseline"]
-        assert entry["AP_quantized_minus_baseline"] == pytest.approx(loss)
+    (row,) = read_summary("summary.json").rows
+    assert [entry.name for entry in row.classes] == list(CLASSES)
+    for entry in row.classes:
+        assert entry.annotations == entry.images == IMAGES
+        expected, ap = metrics[entry.name]["bbox"], entry.ap
+        assert ap.compensated.value == pytest.approx(expected, abs=1e-9)
+        assert ap.compensated.low <= expected <= ap.compensated.high
+        loss = ap.quantized.value - ap.baseline.value
+        assert ap.quantized_minus_baseline.value == pytest.approx(loss)
 
 
 def test_a_class_on_few_images_has_no_interval(results):
@@ -317,41 +354,40 @@ def test_a_class_on_few_images_has_no_interval(results):
         metrics = coco_metrics("evaluation.json", found, masks=False)
         (folder / "metrics.json").write_text(json.dumps(metrics))
     summarize(results)
-    cat, _, bird = json.loads(Path("summary.json").read_text())["classes"]
-    assert (bird["annotations"], bird["images"]) == (1, 1)
-    assert bird["AP_baseline"] is not None
-    assert bird["AP_baseline_low"] is bird["AP_quantized_minus_baseline_high"] is None
-    assert not bird["AP_quantized_minus_baseline_significant"]
-    assert cat["AP_baseline_low"] is not None
+    cat, _, bird = read_summary("summary.json").rows[0].classes
+    assert (bird.annotations, bird.images) == (1, 1)
+    assert bird.ap.baseline.value is not None
+    assert bird.ap.baseline.low is bird.ap.quantized_minus_baseline.high is None
+    assert not bird.ap.quantized_minus_baseline.significant
+    assert cat.ap.baseline.low is not None
 
 
 def test_rankings_name_the_classes_that_changed_most_first(summary):
-    document = json.loads(Path("summary.json").read_text())
-    (ranking,) = document["rankings"]
-    losses = {e["class"]: e["AP_quantized_minus_baseline"] for e in document["classes"]}
-    lost = [name for name in sorted(losses, key=losses.get) if losses[name] < 0]
-    assert ranking["lost_most"] == lost
-    gains = {e["class"]: -e["AP_compensated_minus_quantized"] for e in document["classes"]}
-    gained = [name for name in sorted(gains, key=gains.get) if gains[name] < 0]
-    assert ranking["regained_most"] == gained
+    (row,) = read_summary("summary.json").rows
+    losses = {e.name: e.ap.quantized_minus_baseline.value for e in row.classes}
+    assert row.lost_most == [name for name in sorted(losses, key=losses.get) if losses[name] < 0]
+    gains = {e.name: -e.ap.compensated_minus_quantized.value for e in row.classes}
+    assert row.regained_most == [name for name in sorted(gains, key=gains.get) if gains[name] < 0]
+
+
+def comparison(**known) -> Comparison:
+    return Comparison(**{**dict.fromkeys(f.name for f in dataclasses.fields(Comparison)), **known})
 
 
 def test_only_ten_classes_are_ranked():
     classes = [
-        {
-            "class": f"class {number}",
-            "AP_quantized_minus_baseline": -number / 100,
-            "AP_compensated_minus_quantized": None,
-        }
+        ClassResult(
+            f"class {number}", 9, 9, comparison(quantized_minus_baseline=Difference(-number / 100))
+        )
         for number in range(15)
     ]
-    ranking = tables._ranking(classes)
-    assert ranking["lost_most"] == [f"class {number}" for number in range(14, 4, -1)]
-    assert ranking["regained_most"] == []
+    lost = tables._most_changed(classes, "quantized_minus_baseline", -1)
+    assert lost == [f"class {number}" for number in range(14, 4, -1)]
+    assert tables._most_changed(classes, "compensated_minus_quantized", 1) == []
 
 
 def test_the_terminal_table_shows_each_number_once(summary):
-    shown = text.summary_table("summary.csv")
+    shown = text.summary_table(read_summary("summary.json"))
     line = next(line for line in shown.splitlines() if line.startswith("m "))
     for variant in tables.VARIANTS:
         assert f"{float(summary[f'AP_{variant}']):.3f}" in line
@@ -360,9 +396,9 @@ def test_the_terminal_table_shows_each_number_once(summary):
 
 
 def test_a_name_that_looks_like_a_number_stays_a_name(tmp_path):
-    path = tmp_path / "summary.csv"
-    path.write_text("model,quantization,AP_baseline\n8,4e1,0.5\n")
-    assert text.read_table(path) == [{"model": "8", "quantization": "4e1", "AP_baseline": 0.5}]
+    path = tmp_path / "blocks.csv"
+    path.write_text("name,kept,ridge\n4e1,True,4e1\n")
+    assert text.read_blocks(path) == [{"name": "4e1", "kept": True, "ridge": 40.0}]
 
 
 class Outline(HTMLParser):
@@ -454,7 +490,7 @@ def test_a_table_without_compensation_has_empty_cells(tmp_path, monkeypatch):
         (row,) = csv.DictReader(stream)
     assert row["AP_compensated"] == row["compensation_bytes"] == row["compensation"] == ""
     assert row["AP_quantized_minus_baseline_significant"] == "True"
-    assert "–" in text.summary_table("summary.csv")
+    assert "–" in text.summary_table(read_summary("summary.json"))
 
 
 @pytest.mark.parametrize("skipped", ["baseline", "quantized"])
@@ -503,7 +539,8 @@ def test_the_table_tells_sizes_costs_and_times(page):
     assert "4.00 MB" in page.text
     assert "1.02 MB" in page.text  # with the compensation
     assert "5.0 M 1.2 % of backbone" in page.text
-    assert "2.1 min" in page.text  # from benchmarks/
+    assert page.text.count("2.1 min") == 1  # of the calibration
+    assert page.text.count("46 s") == 3  # of the evaluations
 
 
 def test_the_report_shows_blocks_exceptions_classes_and_provenance(page):
@@ -514,14 +551,11 @@ def test_the_report_shows_blocks_exceptions_classes_and_provenance(page):
     assert "torch: 2" in page.text
     assert "warmup: cafe" in page.text
     assert "of_train.png" in page.text
-    assert "logical cores" in page.text
 
 
-def test_the_command_is_shown_where_the_workflow_tells_it(results, page, monkeypatch):
-    assert "command snakemake" not in page.text
-    summarize(results, resamples=20)
-    monkeypatch.setenv("QWT_MMDET_COMMAND", "snakemake --cores 4")
-    assert "command snakemake --cores 4" in render(results).text
+def test_hardware_and_command_are_those_of_the_evaluations(page):
+    assert page.text.count("an old machine") == page.text.count("snakemake --cores <4>") == 1
+    assert "logical cores" not in page.text  # this machine, which may be another one
 
 
 def test_the_layers_that_hurt_are_on_top_with_the_entry_that_spares_them(case):
@@ -558,11 +592,12 @@ def edit_summary(**changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def edit_row(**changes) -> None:
+    (row,) = json.loads(Path("summary.json").read_text())["rows"]
+    edit_summary(rows=[{**row, **changes}])
+
+
 BLOCKS_CSV = Path("results/m/w4/qwt/blocks.csv")
-RANKING = {
-    "model": "m", "quantization": "w4", "compensation": "qwt", "metrics": "bbox",
-    "lost_most": [], "regained_most": [],
-}  # fmt: skip
 SPOILED = [
     {
         "cannot show the picture of 1.png. 1.png cannot be read": lambda: [
@@ -574,8 +609,7 @@ SPOILED = [
         "cannot show the provenance of m. The file": (
             lambda: Path("results/m/w4/qwt/metrics.json").write_text("{")
         ),
-        "cannot show the classes of m. Unexpected KeyError": lambda: edit_summary(classes=[]),
-        "W4 A8": lambda: Path("benchmarks/quantize_model/m/w4.tsv").write_bytes(b"s\n\xff\n"),
+        "cannot show the classes of m. Unexpected KeyError": lambda: edit_row(classes=[]),
     },
     {
         "cannot show the pictures of m. The file of predictions": (
@@ -588,7 +622,7 @@ SPOILED = [
             lambda: edit_summary(quantizations=[{"model": "m", "quantization": "w4"}])
         ),
         "No class has objects in the evaluation images.": (
-            lambda: edit_summary(classes=[], rankings=[RANKING])
+            lambda: edit_row(classes=[], lost_most=[], regained_most=[])
         ),
     },
     {
@@ -642,7 +676,7 @@ def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypa
         recovered = float(line["AP_compensated"]) / float(line["AP_baseline"])
         assert float(line["AP_recovered"]) == pytest.approx(recovered)
         assert line["worst_layers"] == worst
-    shown = text.summary_table("summary.csv")
+    shown = text.summary_table(read_summary("summary.json"))
     assert "0.000 collapsed" in shown
     assert (
         f"m: w4 collapsed (not one object is found). Lowest signal-to-noise ratios: {worst}."
@@ -777,16 +811,20 @@ def test_a_browser_shows_everything_without_an_error(run, case, tmp_path):
             assert found[fault] == 0, fault
 
 
-def row(**changes) -> dict:
-    gain, loss = "AP_compensated_minus_quantized", "AP_quantized_minus_baseline"
-    return {
-        "model": "m", "quantization": "w8a8", "compensation": "qwt", "metrics": "segm",
-        "AP_baseline": 0.4, "AP_quantized": 0.399, "AP_compensated": 0.401,
-        gain: 0.002, f"{gain}_low": -0.001, f"{gain}_high": 0.005, f"{gain}_significant": False,
-        loss: -0.001, f"{loss}_low": -0.004, f"{loss}_high": 0.002, f"{loss}_significant": False,
-        "compensation_bytes": 10.0, "quantized_bytes": 1000.0,
+def row(**changes) -> Row:
+    """A row in which a compensation changes nothing; ``changes`` are those of its AP."""
+    ap = {
+        "baseline": Estimate(0.4),
+        "quantized": Estimate(0.399),
+        "compensated": Estimate(0.401),
+        "compensated_minus_quantized": Difference(0.002, -0.001, 0.005),
+        "quantized_minus_baseline": Difference(-0.001, -0.004, 0.002),
         **changes,
-    }  # fmt: skip
+    }
+    names = {"model": "m", "quantization": "w8a8", "compensation": "qwt", "metrics": "segm"}
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(Row))
+    sizes = {"compensation_bytes": 10, "quantized_bytes": 1000}
+    return Row(**{**unknown, **names, **sizes, "ap": {"AP": comparison(**ap)}})
 
 
 def test_what_is_not_significant_is_said_to_be_so():
@@ -798,16 +836,12 @@ def test_what_is_not_significant_is_said_to_be_so():
 
 
 def test_harm_is_not_called_a_gain():
-    gain = "AP_compensated_minus_quantized"
-    harmful = {
-        "AP_compensated": 0.3, gain: -0.099, f"{gain}_low": -0.12, f"{gain}_high": -0.08,
-        f"{gain}_significant": True,
-    }  # fmt: skip
-    sentence = html.answer([row(**harmful)])
+    harm = Difference(-0.099, -0.12, -0.08)
+    sentence = html.answer([row(compensated=Estimate(0.3), compensated_minus_quantized=harm)])
     assert (
         "qwt lowers it to 75 % (0.300), a change of -0.099 (interval -0.120 to -0.080)" in sentence
     )
 
 
 def test_a_baseline_that_finds_nothing_does_not_divide_by_zero():
-    assert "w8a8 has mask AP 0.399" in html.answer([row(AP_baseline=0.0)])
+    assert "w8a8 has mask AP 0.399" in html.answer([row(baseline=Estimate(0.0))])

@@ -9,10 +9,10 @@ differences (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapt
 AP tends to be larger on fewer distinct images, since fewer false positives of other images rank above
 an image's hits, and a resample holds but 63 % of the images. The samples therefore lie above the
 observed AP, on 160 COCO images by about one standard error, and where AP is very small the percentile
-interval can even miss it; each estimate tells this shift as ``bias``. In a paired difference it nearly
-cancels. Simulated on 160 images with 80 classes of uneven frequency, the 95 % percentile interval covers
-the expected AP in about 90 %, and the expected difference in about 92 % of all cases; moving it by the
-bias covers no more, and mirroring it (the basic interval) covers less.
+interval can even miss it. In a paired difference this bias nearly cancels. Simulated on 160 images with 80
+classes of uneven frequency, the 95 % percentile interval covers the expected AP in about 90 %, and the
+expected difference in about 92 % of all cases; moving it by the bias covers no more, and mirroring it
+(the basic interval) covers less.
 
 A resample stands for a data set that holds an image drawn twice under two ids. COCOeval orders
 detections of equal score by image id; here every second copy has a larger id than all first copies,
@@ -21,9 +21,9 @@ every third copy than all second ones, and so on.
 
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -35,8 +35,11 @@ from scipy import sparse
 from ..errors import QwtError
 from ..progress import progress
 from .coco import AP_METRICS, check_predictions, iou_types, load_ground_truth, match_detections
+from .estimates import Comparison, Difference, Estimate
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CONFIDENCE = 0.95
 FEW_IMAGES = 30
@@ -331,17 +334,6 @@ def interval(
     return float(low), float(high)
 
 
-def _summary(
-    value: float, samples: NDArray[np.float64], ends: tuple[float, float] | tuple[None, None]
-) -> dict[str, Any]:
-    return {
-        "value": None if np.isnan(value) else float(value),
-        "low": ends[0],
-        "high": ends[1],
-        "dropped": int(np.count_nonzero(np.isnan(samples))),
-    }
-
-
 @dataclass(frozen=True)
 class Bootstrap:
     """AP of each variant and what it is under each resample.
@@ -366,44 +358,26 @@ class Bootstrap:
     ) -> tuple[float, NDArray[np.float64]]:
         return self.values[variant][iou_type][metric], self.samples[variant][iou_type][metric]
 
-    def estimate(self, variant: str, iou_type: str, metric: str | int) -> dict[str, Any]:
-        """AP of a variant.
-
-        Returns:
-            ``{"value", "low", "high", "dropped", "bias"}``, None where undefined; ``dropped`` counts
-            the resamples in which the metric is undefined, ``bias`` is the mean of the samples
-            minus the value.
-        """
+    def estimate(self, variant: str, iou_type: str, metric: str | int) -> Estimate:
+        """AP of a variant; resamples in which it is undefined are left out of its interval."""
         value, samples = self._get(variant, iou_type, metric)
-        summary = _summary(value, samples, interval(samples))
-        defined = samples[~np.isnan(samples)]
-        return {**summary, "bias": float(defined.mean() - value) if len(defined) else None}
+        return Estimate(None if np.isnan(value) else value, *interval(samples))
 
-    def difference(self, a: str, b: str, iou_type: str, metric: str | int) -> dict[str, Any]:
-        """AP of variant ``a`` minus AP of variant ``b``, paired.
-
-        Returns:
-            ``{"value", "low", "high", "dropped", "significant"}``; ``significant`` is False where
-            the interval contains 0 or there is none.
-        """
+    def difference(self, a: str, b: str, iou_type: str, metric: str | int) -> Difference:
+        """AP of variant ``a`` minus AP of variant ``b``, paired."""
         value_a, samples_a = self._get(a, iou_type, metric)
         value_b, samples_b = self._get(b, iou_type, metric)
-        samples = samples_a - samples_b
-        low, high = ends = interval(samples)
-        significant = low is not None and high is not None and not low <= 0 <= high
-        return {**_summary(value_a - value_b, samples, ends), "significant": significant}
+        value = value_a - value_b
+        return Difference(None if np.isnan(value) else value, *interval(samples_a - samples_b))
 
     def recovered(
-        self, baseline: str, quantized: str, compensated: str, iou_type: str, metric: str
-    ) -> dict[str, Any]:
+        self, baseline: str, quantized: str, compensated: str, iou_type: str, metric: str | int
+    ) -> Estimate:
         """Part of the AP lost by quantization that compensation brings back.
 
         (compensated - quantized) / (baseline - quantized): 1 is all of it, below 0 is harm. A
         resample without a loss tells nothing about the fraction, so it counts as beyond both ends.
-
-        Returns:
-            ``{"value", "low", "high", "dropped", "reason"}``: numbers and reason None; or, where the
-            loss is not significantly above 0, so that dividing by it means nothing, the reverse.
+        Where the loss is not significantly above 0, dividing by it means nothing, and all is None.
         """
         value_b, samples_b = self._get(baseline, iou_type, metric)
         value_q, samples_q = self._get(quantized, iou_type, metric)
@@ -411,19 +385,34 @@ class Bootstrap:
         lost = samples_b - samples_q
         fraction = np.full(lost.shape, np.nan)
         np.divide(samples_c - samples_q, lost, out=fraction, where=lost > 0)
-        loss_low, loss_high = interval(lost)
+        loss_low, _ = interval(lost)
         low, high = interval(fraction, beyond=int(np.count_nonzero(lost <= 0)))
-        nothing = _summary(float("nan"), lost, (None, None))
-        if loss_low is None:
-            return {**nothing, "reason": "the metric or its interval is undefined"}
-        if loss_low <= 0 or value_b <= value_q or low is None:
-            reason = (
-                "the loss by quantization is not significantly above 0: "
-                f"{value_b - value_q:.4f} ({loss_low:.4f} to {loss_high:.4f})"
-            )
-            return {**nothing, "reason": reason}
-        value = (value_c - value_q) / (value_b - value_q)
-        return {**_summary(value, lost, (low, high)), "reason": None}
+        if loss_low is None or loss_low <= 0 or value_b <= value_q or low is None:
+            return Estimate()
+        return Estimate((value_c - value_q) / (value_b - value_q), low, high)
+
+    def compare(
+        self,
+        baseline: str | None,
+        quantized: str | None,
+        compensated: str | None,
+        iou_type: str,
+        metric: str | int,
+    ) -> Comparison:
+        """Compare three variants, those None left out."""
+
+        def of(method: Callable[..., T], *variants: str | None) -> T | None:
+            return None if None in variants else method(*variants, iou_type, metric)
+
+        return Comparison(
+            of(self.estimate, baseline),
+            of(self.estimate, quantized),
+            of(self.estimate, compensated),
+            of(self.difference, quantized, baseline),
+            of(self.difference, compensated, baseline),
+            of(self.difference, compensated, quantized),
+            of(self.recovered, baseline, quantized, compensated),
+        )
 
 
 def _ap_under_weights(

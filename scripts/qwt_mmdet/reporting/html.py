@@ -1,9 +1,7 @@
 """The report of a run: one HTML file without external parts."""
 
-import csv
 import logging
 import os
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,23 @@ from markupsafe import Markup
 
 from ..errors import QwtError
 from ..evaluation.coco import AP_METRICS, has_masks
+from ..evaluation.estimates import Estimate
 from ..files import read_json, write_atomically
 from ..runtime import explain
 from . import figures, text
 from .pictures import RULES, SCORE, Picture, choose_pictures
+from .summary import Row, Summary, read_summary
 
 logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-LOSS, GAIN = "AP_quantized_minus_baseline", "AP_compensated_minus_quantized"
 MOST_IMAGES = sum(RULES.values())
 PICTURED_IMAGES = 24  # in the whole report, so that it stays below 5 MB
 WORST_LAYERS = 10
 
-Row = Mapping[str, Any]
+Combination = Mapping[str, Any]
+"""Names, settings and result folders; see ``rows`` of :func:`render`."""
 
 
 def part(what: str, caller: Callable[[], Markup]) -> Markup:
@@ -49,38 +49,35 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _select(rows: Iterable[Row], **names: Any) -> list[Row]:
-    """Rows whose columns have these values."""
-    return [row for row in rows if all(row[key] == value for key, value in names.items())]
+def _value(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate.value
 
 
-def _share_of_baseline(row: Row, column: str) -> str:
+def _share_of_baseline(row: Row, estimate: Estimate | None) -> str:
     """``95 % (0.589)``, or only the number where there is no baseline."""
-    value = text.number(row[column])
-    return (
-        f"{text.percent(row[column] / row['AP_baseline'])} ({value})"
-        if row["AP_baseline"]
-        else value
-    )
+    value, baseline = _value(estimate), _value(row.ap["AP"].baseline)
+    if value is None or not baseline:
+        return text.number(value)
+    return f"{text.percent(value / baseline)} ({text.number(value)})"
 
 
 def effect_sentence(row: Row) -> str:
-    """Say in words what one compensation did, from a row of the summary."""
-    ends = text.interval(row, GAIN)
-    name = row["compensation"]
-    if row.get("collapsed_compensated"):
+    """Say in words what one compensation did."""
+    name, ap = row.compensation, row.ap["AP"]
+    gain = ap.compensated_minus_quantized
+    if row.collapsed_compensated:
         return f"with {name} it finds not one object"
-    if row[GAIN] is None:
-        return f"with {name} it is {_share_of_baseline(row, 'AP_compensated')}"
-    if not row[f"{GAIN}_significant"]:
-        change = f"{name} changes it by {text.signed(row[GAIN])}, which is not significant"
-        return f"{change} ({ends})" if ends else change
-    verb = "brings" if row[GAIN] > 0 else "lowers"
-    reached = _share_of_baseline(row, "AP_compensated")
-    weights = row["compensation_bytes"] / row["quantized_bytes"]
+    if gain is None or gain.value is None:
+        return f"with {name} it is {_share_of_baseline(row, ap.compensated)}"
+    change, ends = text.signed(gain.value), text.interval(gain)
+    if not gain.significant:
+        sentence = f"{name} changes it by {change}, which is not significant"
+        return f"{sentence} ({ends})" if ends else sentence
+    verb = "brings" if gain.value > 0 else "lowers"
+    weights = row.compensation_bytes / row.quantized_bytes
     return (
-        f"{name} {verb} it to {reached}, a change of {text.signed(row[GAIN])} (interval {ends}), "
-        f"for {100 * weights:+.1f} % weights"
+        f"{name} {verb} it to {_share_of_baseline(row, ap.compensated)}, a change of {change} "
+        f"(interval {ends}), for {100 * weights:+.1f} % weights"
     )
 
 
@@ -91,81 +88,64 @@ def answer(rows: Sequence[Row]) -> str:
         rows: of one model, quantization and kind of AP.
     """
     row = rows[0]
-    kind = text.KINDS[row["metrics"]]
-    if row.get("collapsed_quantized"):
-        start = f"{row['quantization']} collapsed, it finds not one object ({kind} AP)"
-        if row["worst_layers"]:
-            start += f"; lowest signal-to-noise ratios of layers: {row['worst_layers']}"
-    elif row["AP_quantized"] is None and row.get("failed"):
-        start = f"{row['quantization']} has no {kind} AP"
-    elif row["AP_quantized"] is None:
-        start = f"{row['quantization']} was not evaluated without compensation ({kind} AP)"
-    elif row["AP_baseline"]:
+    kind, loss = text.KINDS[row.metrics], row.ap["AP"].quantized_minus_baseline
+    quantized, baseline = _value(row.ap["AP"].quantized), _value(row.ap["AP"].baseline)
+    if row.collapsed_quantized:
+        start = f"{row.quantization} collapsed, it finds not one object ({kind} AP)"
+        if row.worst_layers:
+            start += f"; lowest signal-to-noise ratios of layers: {row.worst_layers}"
+    elif quantized is None and row.failed:
+        start = f"{row.quantization} has no {kind} AP"
+    elif quantized is None:
+        start = f"{row.quantization} was not evaluated without compensation ({kind} AP)"
+    elif baseline:
         start = (
-            f"{row['quantization']} keeps {text.percent(row['AP_quantized'] / row['AP_baseline'])} of "
-            f"the baseline {kind} AP ({text.number(row['AP_quantized'])} of "
-            f"{text.number(row['AP_baseline'])})"
+            f"{row.quantization} keeps {text.percent(quantized / baseline)} of the baseline {kind} AP "
+            f"({text.number(quantized)} of {text.number(baseline)})"
         )
     else:
-        start = f"{row['quantization']} has {kind} AP {text.number(row['AP_quantized'])}"
-    if row[f"{LOSS}_significant"] is False:
+        start = f"{row.quantization} has {kind} AP {text.number(quantized)}"
+    if loss is not None and not loss.significant:
         start += ", a difference that is not significant"
     effects = [
-        f"{' + '.join(filter(None, names))} is not complete ({r['failed'].rstrip('.')})"
-        if (names := (r["quantization"], r["compensation"])) and r.get("failed")
+        f"{' + '.join(filter(None, (r.quantization, r.compensation)))} is not complete "
+        f"({r.failed.rstrip('.')})"
+        if r.failed
         else effect_sentence(r)
         for r in rows
-        if r["compensation"] is not None or r.get("failed")
+        if r.compensation is not None or r.failed
     ]
     return "; ".join([start, *effects]) + "."
 
 
 def featured(rows: Sequence[Row]) -> Row:
     """The row that the report shows first: the largest gain in box AP, else the largest loss."""
-    boxes = _select(rows, metrics="bbox")
-    return max(boxes, key=lambda row: (not row.get("failed"), row[GAIN] or 0, -(row[LOSS] or 0)))
+
+    def interest(row: Row) -> tuple[bool, float, float]:
+        ap = row.ap["AP"]
+        gain, loss = _value(ap.compensated_minus_quantized), _value(ap.quantized_minus_baseline)
+        return not row.failed, gain or 0, -(loss or 0)
+
+    return max((row for row in rows if row.metrics == "bbox"), key=interest)
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
     """Sentences about one model, by kind of AP and quantization, the featured one first."""
-    first = featured(rows)["quantization"]
-    names = sorted(_unique(row["quantization"] for row in rows), key=lambda name: name != first)
+    first = featured(rows).quantization
+    names = sorted(_unique(row.quantization for row in rows), key=lambda name: name != first)
     return [
         answer(chosen)
         for name in names
         for kind in text.KINDS
-        if (chosen := _select(rows, quantization=name, metrics=kind))
+        if (chosen := [row for row in rows if (row.quantization, row.metrics) == (name, kind)])
     ]
 
 
-def seconds(rule: str, *wildcards: str) -> float | None:
-    """Running time of a step, from what Snakemake measured; None where it did not."""
-    path = Path("benchmarks", rule, *wildcards[:-1], f"{wildcards[-1]}.tsv")
-    if not path.is_file():
-        return None
-    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
-    measured = text.parse(rows[-1].get("s") or "") if rows else None
-    return measured if isinstance(measured, float) else None
-
-
-def _estimate(row: Row, column: str) -> dict[str, Any]:
-    """A number, the ends of its interval, and whether it is a difference that is significant."""
-    return {
-        "value": row[column],
-        "low": row[f"{column}_low"],
-        "high": row[f"{column}_high"],
-        "significant": row.get(f"{column}_significant"),
-    }
-
-
-def _faults(row: Row, variant: str) -> list[str]:
+def _faults(collapsed: bool | None, not_finite: int | None) -> list[str]:
     """What is wrong with a variant's detections."""
-    faults = []
-    if row.get(f"collapsed_{variant}"):
-        faults.append("collapsed: finds not one object")
-    if lost := row.get(f"not_finite_{variant}"):
-        faults.append(f"{lost} detections are NaN or infinite and do not count")
+    faults = ["collapsed: finds not one object"] if collapsed else []
+    if not_finite:
+        faults.append(f"{not_finite} detections are NaN or infinite and do not count")
     return faults
 
 
@@ -175,65 +155,61 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Args:
         rows: of one model and kind of AP.
     """
-    model, first = rows[0]["model"], rows[0]
-    lines = [
+    first = rows[0]
+    lines: list[dict[str, Any]] = [
         {
             "variant": "baseline",
             "series": figures.BASELINE,
             "note": "full precision",
             "faults": [],
-            "ap": _estimate(first, "AP_baseline"),
+            "ap": first.ap["AP"].baseline,
             # not known from a quantization that failed
-            "bytes": next(filter(None, (row["baseline_bytes"] for row in rows)), None),
-            "evaluated": seconds("evaluate_baseline", model),
+            "bytes": next(filter(None, (row.baseline_bytes for row in rows)), None),
+            "evaluated": first.seconds.get("evaluate_baseline"),
         }
     ]
-    for name in _unique(row["quantization"] for row in rows):
-        chosen = _select(rows, quantization=name)
+    for name in _unique(row.quantization for row in rows):
+        chosen = [row for row in rows if row.quantization == name]
         row = chosen[0]
-        bits = f"W{row['weight_bits']} A{row['activation_bits']}, {row['scope']}"
+        about = {"quantization": name, "bits": (row.weight_bits, row.activation_bits)}
         lines.append(
             {
+                **about,
                 "variant": name,
                 "series": figures.QUANTIZED,
-                "quantization": name,
-                "bits": (row["weight_bits"], row["activation_bits"]),
-                "note": bits,
-                "ap": _estimate(row, "AP_quantized"),
-                "loss": _estimate(row, LOSS),
-                "faults": _faults(row, "quantized"),
-                "bytes": row["quantized_bytes"],
-                "made": seconds("quantize_model", model, name),
-                "evaluated": seconds("evaluate_quantized", model, name),
+                "note": f"W{row.weight_bits} A{row.activation_bits}, {row.scope}",
+                "ap": row.ap["AP"].quantized,
+                "loss": row.ap["AP"].quantized_minus_baseline,
+                "faults": _faults(row.collapsed_quantized, row.not_finite_quantized),
+                "bytes": row.quantized_bytes,
+                "made": row.seconds.get("quantize_model"),
+                "evaluated": row.seconds.get("evaluate_quantized"),
             }
         )
-        for row in chosen:
-            compensation = row["compensation"]
-            if compensation is None:
-                continue
-            lines.append(
-                {
-                    "variant": f"+ {compensation}",
-                    "series": compensation,
-                    "quantization": name,
-                    "bits": (row["weight_bits"], row["activation_bits"]),
-                    "note": f"{row['blocks_kept']:.0f} of {row['blocks']:.0f} blocks"
-                    if row["blocks"] is not None
-                    else "not fitted",
-                    "ap": _estimate(row, "AP_compensated"),
-                    "loss": _estimate(row, "AP_compensated_minus_baseline"),
-                    "faults": _faults(row, "compensated"),
-                    "gain": _estimate(row, GAIN),
-                    "recovered": _estimate(row, "AP_recovered"),
-                    "bytes": row["quantized_bytes"] + row["compensation_bytes"]
-                    if row["blocks"] is not None
-                    else None,
-                    "multiply_adds": row["compensation_multiply_adds"],
-                    "multiply_adds_percent": row["compensation_multiply_adds_percent"],
-                    "made": seconds("fit_compensation", model, name, compensation),
-                    "evaluated": seconds("evaluate_compensated", model, name, compensation),
-                }
-            )
+        lines += [
+            {
+                **about,
+                "variant": f"+ {row.compensation}",
+                "series": row.compensation,
+                "note": "not fitted"
+                if row.blocks is None
+                else f"{row.blocks_kept} of {row.blocks} blocks",
+                "ap": row.ap["AP"].compensated,
+                "loss": row.ap["AP"].compensated_minus_baseline,
+                "gain": row.ap["AP"].compensated_minus_quantized,
+                "recovered": row.ap["AP"].recovered,
+                "faults": _faults(row.collapsed_compensated, row.not_finite_compensated),
+                "bytes": None
+                if row.blocks is None
+                else row.quantized_bytes + row.compensation_bytes,
+                "multiply_adds": row.compensation_multiply_adds,
+                "multiply_adds_percent": row.compensation_multiply_adds_percent,
+                "made": row.seconds.get("fit_compensation"),
+                "evaluated": row.seconds.get("evaluate_compensated"),
+            }
+            for row in chosen
+            if row.compensation is not None
+        ]
     return lines
 
 
@@ -244,17 +220,15 @@ def _points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
             quantization=line.get("quantization", ""),
             bits=line.get("bits", (32, 32)),
             series=line["series"],
-            value=line["ap"]["value"],
-            low=line["ap"]["low"],
-            high=line["ap"]["high"],
+            ap=line["ap"],
             megabytes=line["bytes"] / 1e6,
         )
         for line in lines
-        if line["ap"]["value"] is not None and line["bytes"] is not None
+        if _value(line["ap"]) is not None and line["bytes"] is not None
     ]
 
 
-def block_section(combination: Row, name: str) -> dict[str, Any]:
+def block_section(combination: Combination, name: str) -> dict[str, Any]:
     """Errors of the blocks of one compensation, on held-out images where there are some.
 
     Args:
@@ -264,7 +238,7 @@ def block_section(combination: Row, name: str) -> dict[str, Any]:
         QwtError: blocks.csv has no blocks.
     """
     path = Path(combination["compensated"]) / "blocks.csv"
-    blocks = text.read_table(path)
+    blocks = text.read_blocks(path)
     if not blocks:
         raise QwtError(f"{path} has no blocks; delete it and let the workflow make it again.")
     held_out = all(block["holdout_error_after"] is not None for block in blocks)
@@ -315,7 +289,7 @@ def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _titles(combination: Row) -> dict[str, str]:
+def _titles(combination: Combination) -> dict[str, str]:
     """What each variant of a combination that was evaluated is called in the report."""
     quantization, compensation = combination["quantization"], combination["compensation"]
     titles = {
@@ -326,7 +300,7 @@ def _titles(combination: Row) -> dict[str, str]:
     return {variant: title for variant, title in titles.items() if combination[variant] is not None}
 
 
-def _pictures(combination: Row, seed: int, most: int) -> list[Picture]:
+def _pictures(combination: Combination, seed: int, most: int) -> list[Picture]:
     titles = _titles(combination)
     if not titles:
         raise QwtError("None of its variants was evaluated.")
@@ -344,33 +318,27 @@ def _pictures(combination: Row, seed: int, most: int) -> list[Picture]:
     )  # fmt: skip
 
 
-def _class_sections(
-    rows: Sequence[Row], summary: Mapping[str, Sequence[Row]]
-) -> list[dict[str, Any]]:
-    """AP by class of each combination, and the classes that lost and regained most."""
-    sections = []
-    for row in rows:
-        names = {key: row[key] for key in ("model", "quantization", "compensation", "metrics")}
-        classes = {entry["class"]: entry for entry in _select(summary["classes"], **names)}
-        (ranking,) = _select(summary["rankings"], **names)
-        title = " + ".join(filter(None, (row["quantization"], row["compensation"])))
-        sections.append(
+def _class_section(row: Row) -> dict[str, Any]:
+    """AP by class of a row, and the classes that lost and regained most."""
+    classes = {entry.name: entry for entry in row.classes}
+    rankings = [
+        ("lost most", "quantized_minus_baseline", row.lost_most),
+        ("regained most", "compensated_minus_quantized", row.regained_most),
+    ]
+    title = " + ".join(filter(None, (row.quantization, row.compensation)))
+    return {
+        "title": f"{title}, {text.KINDS[row.metrics]} AP",
+        "compensated": row.compensation is not None,
+        "classes": row.classes,
+        "rankings": [
             {
-                "title": f"{title}, {text.KINDS[row['metrics']]} AP",
-                "compensated": row["compensation"] is not None,
-                "classes": list(classes.values()),
-                "rankings": [
-                    {
-                        "title": f"{verb} most",
-                        "column": column,
-                        "classes": [classes[name] for name in ranking[f"{verb}_most"]],
-                    }
-                    for verb, column in (("lost", LOSS), ("regained", GAIN))
-                    if ranking[f"{verb}_most"]
-                ],
+                "title": title,
+                "changes": [(classes[name], getattr(classes[name].ap, change)) for name in names],
             }
-        )
-    return sections
+            for title, change, names in rankings
+            if names
+        ],
+    }
 
 
 def _images(annotations: Path) -> dict[str, Any] | None:
@@ -397,7 +365,7 @@ def _computed_on(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
+def _provenance(combinations: Sequence[Combination]) -> dict[str, Any]:
     """Settings, versions, seeds, hashes, hardware and image lists of one model."""
     variants = {
         title: row[variant] for row in combinations for variant, title in _titles(row).items()
@@ -423,7 +391,14 @@ def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
             }
             for title, provenance in by_variant.items()
         },
-        "devices": _unique(_computed_on(provenance) for provenance in by_variant.values()),
+        "jobs": {
+            "evaluated on": _unique(map(_computed_on, by_variant.values())),
+            **{
+                key: found
+                for key in ("hardware", "command")
+                if (found := _unique(filter(None, (p.get(key) for p in by_variant.values()))))
+            },
+        },
         "settings": {
             "quantization": {row["quantization"]: row["settings"] for row in combinations},
             "compensation": {
@@ -436,51 +411,37 @@ def _provenance(combinations: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def hardware() -> str:
-    """Processor, cores, memory and system of this machine."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{processor}, {os.cpu_count()} logical cores, {memory:.0f} GiB memory, "
-        f"{platform.system()} {platform.release()}"
-    )
-
-
 class Model:
     """What the templates show of one model. A part is made when it is asked for: it may fail."""
 
     def __init__(
-        self, index: int, combinations: Sequence[Row], summary: Mapping[str, Any], most_images: int
+        self,
+        index: int,
+        combinations: Sequence[Combination],
+        summary: Summary,
+        most_images: int,
     ) -> None:
         self.name: str = combinations[0]["model"]
         self._id = f"m{index}"  # keeps the ids of its figures apart
         self._summary = summary
         self._most_images = most_images
-        self._first = featured(_select(summary["rows"], model=self.name))
-        self._rows = sorted(
-            _select(summary["rows"], model=self.name), key=lambda row: not self._is_featured(row)
+        self._rows = [row for row in summary.rows if row.model == self.name]
+        self._first = featured(self._rows)
+        first = (self._first.quantization, self._first.compensation)
+        self._combinations = sorted(
+            combinations, key=lambda row: (row["quantization"], row["compensation"]) != first
         )
-        self._combinations = sorted(combinations, key=lambda row: not self._is_featured(row))
         self.compensated = [row for row in self._combinations if row["compensated"] is not None]
 
-    def _is_featured(self, row: Row) -> bool:
-        return all(row[key] == self._first[key] for key in ("quantization", "compensation"))
-
     def answers(self) -> list[str]:
-        return answers(_select(self._summary["rows"], model=self.name))
+        return answers(self._rows)
 
     def results(self) -> list[dict[str, Any]]:
         """Rows and lines of each kind of AP that the model has."""
-        rows = _select(self._summary["rows"], model=self.name)
         return [
             {"kind": kind, "rows": chosen, "lines": variant_lines(chosen)}
             for metrics, kind in text.KINDS.items()
-            if (chosen := _select(rows, metrics=metrics))
+            if (chosen := [row for row in self._rows if row.metrics == metrics])
         ]
 
     def tradeoffs(self) -> list[dict[str, Any]]:
@@ -511,24 +472,26 @@ class Model:
     def layers(self) -> list[dict[str, Any]]:
         """Quantizations of which a layer was measured or left out."""
         quantizations = sorted(
-            _select(self._summary["quantizations"], model=self.name),
-            key=lambda entry: entry["quantization"] != self._first["quantization"],
+            (entry for entry in self._summary.quantizations if entry["model"] == self.name),
+            key=lambda entry: entry["quantization"] != self._first.quantization,
         )
         sections = map(_layer_section, quantizations)
         return [section for section in sections if section["layers"] or section["not_quantized"]]
 
     def pictures(self) -> list[Picture]:
-        return _pictures(self._combinations[0], self._summary["seed"], self._most_images)
+        return _pictures(self._combinations[0], self._summary.seed, self._most_images)
 
     def classes(self) -> list[dict[str, Any]]:
-        return _class_sections(self._rows, self._summary)
+        first = (self._first.quantization, self._first.compensation)
+        rows = sorted(self._rows, key=lambda row: (row.quantization, row.compensation) != first)
+        return [_class_section(row) for row in rows]
 
     def provenance(self) -> dict[str, Any]:
         return _provenance(self._combinations)
 
 
 def render(
-    rows: Sequence[Row],
+    rows: Sequence[Combination],
     document: str | os.PathLike[str],
     output: str | os.PathLike[str],
 ) -> None:
@@ -543,7 +506,7 @@ def render(
         QwtError: the summary is missing or unreadable. Of all else a sentence tells, in its place, why
             it is not shown.
     """
-    summary = read_json(document, what="summary")
+    summary = read_summary(document)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -556,24 +519,22 @@ def render(
         text.duration, text.significant_digits,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
-    functions = (*forms, text.interval, part, hardware)
+    functions = (*forms, text.interval, part)
     environment.globals |= {function.__name__: function for function in functions}
     models = _unique(row["model"] for row in rows)
     most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)
     page = environment.get_template("report.html.j2").render(
         models=[
-            Model(index, _select(rows, model=model), summary, most_images)
+            Model(index, [row for row in rows if row["model"] == model], summary, most_images)
             for index, model in enumerate(models)
         ],
         metrics=AP_METRICS,
-        images=_unique(row["images"] for row in summary["rows"] if row["images"]),
-        resamples=max(row["resamples"] or 0 for row in summary["rows"]),
-        failed=summary.get("failed", []),
-        seed=summary["seed"],
+        images=_unique(row.images for row in summary.rows if row.images),
+        resamples=max(row.resamples or 0 for row in summary.rows),
+        failed=summary.failed,
+        seed=summary.seed,
         score=SCORE,
         worst_layers=WORST_LAYERS,
-        # the workflow leaves it there for its jobs
-        command=os.environ.get("QWT_MMDET_COMMAND"),
     )
     with write_atomically(output) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")

@@ -41,20 +41,8 @@ variant that was not evaluated).
 ``blocks``, ``blocks_kept``
     blocks that were fitted, and those whose compensation the gate kept.
 
-summary.json holds the same rows under ``rows``, the steps that failed in the run under ``failed``, and
-besides
-
-``classes``
-    one row for each row of the table and each class that has objects: its name (``class``), the
-    number of its objects (``annotations``) and of the images that hold them, and the columns of AP
-    above, without intervals where there are fewer than five such images.
-``rankings``
-    the ten classes of each row that lost most by quantization, and that regained most.
-``quantizations``
-    of each model and quantization: ``not_quantized`` (name, type, reason,
-    multiply_adds_percent: its share in the scope, null where it is not known) and, where it was measured,
-    ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer and each operand of
-    attention; null for bits of weights that there are not, and for the ratio of an exact layer).
+summary.json holds the same rows, in which ``ap`` has these numbers by metric, each as value, low and high
+(differences also ``significant``), and more: see ``reporting.summary``.
 """
 
 import csv
@@ -67,22 +55,15 @@ from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, read_summary, worst_l
 from ..errors import QwtError
 from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS, iou_types
-from ..files import read_json, write_atomically, write_json
+from ..evaluation.estimates import Comparison
+from ..files import read_json, write_atomically
+from .summary import ClassResult, Row, Summary
 
 VARIANTS = ("baseline", "quantized", "compensated")
-DIFFERENCES = (
-    ("quantized", "baseline"),
-    ("compensated", "baseline"),
-    ("compensated", "quantized"),
-)
-
-
 RANKED_CLASSES = 10
 
 IMAGES_OF_CLASS = 5
 """Fewer images with objects of a class tell nothing about how its AP varies (one image: not at all)."""
-
-NOTHING = {"value": None, "low": None, "high": None, "significant": None}
 
 
 def _folders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,42 +72,19 @@ def _folders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(folders))
 
 
-def _with_interval(column: str, estimate: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        column: estimate["value"],
-        f"{column}_low": estimate["low"],
-        f"{column}_high": estimate["high"],
-    }
+def _compare(
+    statistics: Bootstrap | None, row: Mapping[str, Any], kind: str, metric: str | int
+) -> Comparison:
+    """Compare the variants of a row, which go by their result folders."""
+    if statistics is None:
+        return Comparison(*[None] * 7)
+    return statistics.compare(*(row[variant] for variant in VARIANTS), kind, metric)
 
 
-def _ap_columns(
-    statistics: Bootstrap | None, row: Mapping[str, Any], kind: str, metric: str | int, name: str
-) -> dict[str, Any]:
-    """Columns of one metric (see ``Bootstrap.values``) of one row, under the name of the metric.
-
-    Variants go by their result folders; what was not evaluated has None.
-    """
-    columns: dict[str, Any] = {}
-    for variant in VARIANTS:
-        known = row[variant] is not None
-        estimate = statistics.estimate(row[variant], kind, metric) if known else NOTHING
-        columns |= _with_interval(f"{name}_{variant}", estimate)
-    for a, b in DIFFERENCES:
-        column = f"{name}_{a}_minus_{b}"
-        known = row[a] is not None and row[b] is not None
-        difference = statistics.difference(row[a], row[b], kind, metric) if known else NOTHING
-        columns |= _with_interval(column, difference)
-        columns[f"{column}_significant"] = difference["significant"]
-    folders = [row[variant] for variant in VARIANTS]
-    recovered = NOTHING if None in folders else statistics.recovered(*folders, kind, metric)
-    return columns | _with_interval(f"{name}_recovered", recovered)
-
-
-def _cost_columns(row: Mapping[str, Any], warmup: Mapping[str, Any]) -> dict[str, Any]:
-    compensation: Mapping[str, Any] = {}
-    if row["compensated"] is not None:
-        path = Path(row["compensated"]) / "compensation.pth"
-        compensation = read_summary(path, COMPENSATION_FORMAT, "compensation")["summary"]
+def _cost_fields(
+    warmup: Mapping[str, Any], compensation: Mapping[str, Any]
+) -> dict[str, int | float | None]:
+    """What a row says of sizes and costs, from the summaries of its archives."""
     return {
         "baseline_bytes": warmup.get("baseline_weight_bytes"),
         "quantized_bytes": warmup.get("weight_bytes"),
@@ -141,17 +99,30 @@ def _cost_columns(row: Mapping[str, Any], warmup: Mapping[str, Any]) -> dict[str
     }
 
 
-def _fault_columns(
+def _fault_fields(
     row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], warmup: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is wrong with the detections of a row's variants, and the layers to blame."""
-    columns: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key in ("collapsed", "not_finite"):
         for variant in ("quantized", "compensated"):
             content = metrics.get(row[variant], {})
-            columns[f"{key}_{variant}"] = content.get(key)
+            fields[f"{key}_{variant}"] = content.get(key)
     ratios = {layer["name"]: layer["sqnr_db"] for layer in warmup.get("layer_sqnr", [])}
-    return {**columns, "worst_layers": worst_layers(ratios) or None}
+    return {**fields, "worst_layers": worst_layers(ratios) or None}
+
+
+def _seconds(
+    row: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    warmup: Mapping[str, Any],
+    compensation: Mapping[str, Any],
+) -> dict[str, float]:
+    """Seconds of the steps behind a row, by rule, as far as they noted them."""
+    steps = {f"evaluate_{variant}": metrics.get(row[variant], {}) for variant in VARIANTS}
+    steps |= {"quantize_model": warmup, "fit_compensation": compensation}
+    found = {step: about.get("provenance", {}).get("seconds") for step, about in steps.items()}
+    return {step: seconds for step, seconds in found.items() if seconds is not None}
 
 
 def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootstrap) -> None:
@@ -166,40 +137,33 @@ def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootst
             )
 
 
-def _class_rows(
+def _class_results(
     statistics: Bootstrap, row: Mapping[str, Any], kind: str, categories: Mapping[int, Any]
-) -> list[dict[str, Any]]:
+) -> list[ClassResult]:
     """AP of each class that has objects; ``categories`` as from ``_categories``."""
-    rows: list[dict[str, Any]] = []
+    results = []
     folders = _folders([row])
-    if not folders:
-        return rows
     for category, about in categories.items():
-        if category not in statistics.values[folders[0]][kind]:
-            continue
-        columns = _ap_columns(statistics, row, kind, category, "AP")
-        if about["images"] < IMAGES_OF_CLASS:
-            for column in columns:
-                if column.endswith(("_low", "_high")):
-                    columns[column] = None
-                elif column.endswith("_significant"):
-                    columns[column] = False
-        rows.append(about | columns)
-    return rows
+        if folders and category in statistics.values[folders[0]][kind]:
+            ap = _compare(statistics, row, kind, category)
+            few = about["images"] < IMAGES_OF_CLASS
+            results.append(ClassResult(**about, ap=ap.without_intervals() if few else ap))
+    return results
 
 
-def _ranking(classes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Names of the classes that lost most by quantization and that regained most, most first."""
+def _most_changed(classes: Sequence[ClassResult], difference: str, sign: int) -> list[str]:
+    """Names of the classes whose AP rose most, or fell most with ``sign`` -1, the most first.
 
-    def most(column: str, sign: int) -> list[str]:
-        changes = [(sign * (entry[column] or 0), entry["class"]) for entry in classes]
-        changes.sort(key=lambda change: -change[0])
-        return [name for change, name in changes[:RANKED_CLASSES] if change > 0]
-
-    return {
-        "lost_most": most("AP_quantized_minus_baseline", -1),
-        "regained_most": most("AP_compensated_minus_quantized", 1),
-    }
+    Args:
+        difference: a field of Comparison.
+    """
+    changes = [
+        (sign * (change.value or 0), entry.name)
+        for entry in classes
+        if (change := getattr(entry.ap, difference)) is not None
+    ]
+    changes.sort(key=lambda change: -change[0])
+    return [name for change, name in changes[:RANKED_CLASSES] if change > 0]
 
 
 def _categories(
@@ -213,7 +177,7 @@ def _categories(
             images.setdefault(annotation["category_id"], set()).add(annotation["image_id"])
     return {
         category["id"]: {
-            "class": category["name"],
+            "name": category["name"],
             "annotations": metrics["per_class"][category["name"]]["annotations"],
             "images": len(images.get(category["id"], ())),
         }
@@ -224,8 +188,8 @@ def _categories(
 
 def _model_summary(
     rows: Sequence[Mapping[str, Any]], *, resamples: int, seed: int, processes: int
-) -> dict[str, list[dict[str, Any]]]:
-    """What summary.json says of one model; all its variants share the resamples."""
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows and quantizations of one model; all its variants share the resamples."""
     folders = _folders(rows)
     metrics = {
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
@@ -233,11 +197,15 @@ def _model_summary(
     masks = any("segm" in content for content in metrics.values())
     # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
     warmups = {
-        row["quantization"]: read_summary(row["warmup"], WARMUP_FORMAT, "warmup")["summary"]
+        row["quantization"]: read_summary(row["warmup"], WARMUP_FORMAT, "warmup")
         for row in rows
         if row["warmup"] is not None
     }
-    costs = [_cost_columns(row, warmups.get(row["quantization"], {})) for row in rows]
+    compensations = {
+        folder: read_summary(Path(folder) / "compensation.pth", COMPENSATION_FORMAT, "compensation")
+        for row in rows
+        if (folder := row["compensated"]) is not None
+    }
     statistics = None
     if folders:
         statistics = bootstrap(
@@ -254,43 +222,44 @@ def _model_summary(
         )
     for folder in folders:
         _check_agreement(folder, metrics[folder], statistics)
-    kinds = iou_types(masks)
     categories = _categories(rows[0]["annotations"], metrics[folders[0]]) if folders else {}
-    summary: dict[str, list[dict[str, Any]]] = {
-        "rows": [],
-        "classes": [],
-        "rankings": [],
-        "quantizations": [
-            {
-                "model": rows[0]["model"],
-                "quantization": name,
-                "not_quantized": warmup["not_quantized"],
-                "layer_sqnr": warmup.get("layer_sqnr", []),
-            }
-            for name, warmup in warmups.items()
-        ],
-    }
-    for row, cost in zip(rows, costs, strict=True):
-        for kind in kinds:
-            names = {key: row[key] for key in ("model", "quantization", "compensation")}
-            names["metrics"] = kind
-            columns = {
-                **names,
-                **{
-                    key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")
-                },
-                "failed": "; ".join(row.get("failed", ())) or None,
-                "images": statistics.images if statistics else None,
-                "resamples": statistics.resamples if statistics else None,
-                **_fault_columns(row, metrics, warmups.get(row["quantization"], {})),
-            }
-            for metric in AP_METRICS:
-                columns |= _ap_columns(statistics, row, kind, metric, metric)
-            summary["rows"].append(columns | cost)
-            classes = _class_rows(statistics, row, kind, categories)
-            summary["classes"] += [names | entry for entry in classes]
-            summary["rankings"].append(names | _ranking(classes))
-    return summary
+    found = []
+    for row in rows:
+        warmup = warmups.get(row["quantization"], {})
+        compensation = compensations.get(row["compensated"], {})
+        quantized = warmup.get("summary", {})
+        fields = {
+            **{key: row[key] for key in ("model", "quantization", "compensation")},
+            **{key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")},
+            "failed": "; ".join(row.get("failed", ())) or None,
+            "images": statistics.images if statistics else None,
+            "resamples": statistics.resamples if statistics else None,
+            **_fault_fields(row, metrics, quantized),
+            **_cost_fields(quantized, compensation.get("summary", {})),
+            "seconds": _seconds(row, metrics, warmup, compensation),
+        }
+        for kind in iou_types(masks):
+            classes = _class_results(statistics, row, kind, categories)
+            found.append(
+                Row(
+                    **fields,
+                    metrics=kind,
+                    ap={metric: _compare(statistics, row, kind, metric) for metric in AP_METRICS},
+                    classes=classes,
+                    lost_most=_most_changed(classes, "quantized_minus_baseline", -1),
+                    regained_most=_most_changed(classes, "compensated_minus_quantized", 1),
+                )
+            )
+    quantizations = [
+        {
+            "model": rows[0]["model"],
+            "quantization": name,
+            "not_quantized": warmup["summary"]["not_quantized"],
+            "layer_sqnr": warmup["summary"].get("layer_sqnr", []),
+        }
+        for name, warmup in warmups.items()
+    ]
+    return found, quantizations
 
 
 def summarize(
@@ -322,20 +291,18 @@ def summarize(
     by_model: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
-    summaries = [
-        _model_summary(group, resamples=resamples, seed=seed, processes=processes)
-        for group in by_model.values()
-    ]
-    merged = {key: [line for part in summaries for line in part[key]] for key in summaries[0]}
+    found: list[Row] = []
+    quantizations: list[dict[str, Any]] = []
+    for group in by_model.values():
+        of_model = _model_summary(group, resamples=resamples, seed=seed, processes=processes)
+        found += of_model[0]
+        quantizations += of_model[1]
+    lines = [row.columns() for row in found]
     with (
         write_atomically(table) as partial,
         open(partial, "w", newline="", encoding="utf-8") as stream,
     ):
-        writer = csv.DictWriter(stream, fieldnames=list(merged["rows"][0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, fieldnames=list(lines[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(merged["rows"])
-    write_json(
-        document,
-        {"confidence": CONFIDENCE, "seed": seed, "failed": list(failed), **merged},
-        indent=1,
-    )
+        writer.writerows(lines)
+    Summary(CONFIDENCE, seed, list(failed), found, quantizations).write(document)

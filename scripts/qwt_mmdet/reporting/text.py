@@ -7,11 +7,14 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from ..evaluation.estimates import Estimate
+from .summary import Row, Summary, read_summary
 
 KINDS = {"bbox": "box", "segm": "mask"}
 NOTHING = "–"
@@ -20,7 +23,7 @@ UNFINISHED = "results/unfinished.json"
 
 
 def parse(cell: str) -> float | bool | str | None:
-    """Turn a cell of the summary into what it was when it was written."""
+    """Turn a cell of a table into what it was when it was written."""
     if cell == "":
         return None
     if cell in ("True", "False"):
@@ -31,15 +34,11 @@ def parse(cell: str) -> float | bool | str | None:
         return cell
 
 
-NAMES = ("model", "quantization", "compensation", "metrics", "scope")
-
-
-def read_table(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read summary.csv or blocks.csv; empty cells are None, numbers are floats."""
+def read_blocks(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read blocks.csv; empty cells are None, numbers are floats."""
     with open(path, newline="", encoding="utf-8") as stream:
         return [
-            # a name may look like a number
-            {key: cell if key in (*NAMES, "name") else parse(cell) for key, cell in row.items()}
+            {key: cell if key == "name" else parse(cell) for key, cell in row.items()}
             for row in csv.DictReader(stream)
         ]
 
@@ -87,30 +86,24 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def interval(
-    row: Mapping[str, Any], column: str, form: Callable[[float | None], str] = signed
-) -> str:
+def interval(estimate: Estimate | None, form: Callable[[float | None], str] = signed) -> str:
     """``+0.170 to +0.200``; empty without an interval."""
-    low, high = row[f"{column}_low"], row[f"{column}_high"]
-    return "" if low is None else f"{form(low)} to {form(high)}"
+    if estimate is None or estimate.low is None:
+        return ""
+    return f"{form(estimate.low)} to {form(estimate.high)}"
 
 
-def _cell(row: Mapping[str, Any], variant: str) -> str:
-    collapsed = " collapsed" if row.get(f"collapsed_{variant}") else ""
-    return f"{number(row[f'AP_{variant}'])}{collapsed}"
-
-
-def collapses(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def collapses(rows: Iterable[Row]) -> list[str]:
     """A sentence about each quantization that collapsed, with the layers to blame."""
     collapsed: dict[tuple[str, str], list[str]] = {}
     worst = {}
     for row in rows:
-        variants = {"quantized": [], "compensated": ["+", row["compensation"]]}
-        for variant, name in variants.items():
-            if row.get(f"collapsed_{variant}"):
-                key = (row["model"], row["quantization"])
-                collapsed.setdefault(key, []).append(" ".join(filter(None, [key[1], *name])))
-                worst[key] = row["worst_layers"]
+        key = (row.model, row.quantization)
+        names = [row.quantization] if row.collapsed_quantized else []
+        names += [f"{row.quantization} + {row.compensation}"] if row.collapsed_compensated else []
+        if names:
+            collapsed.setdefault(key, []).extend(names)
+            worst[key] = row.worst_layers
     return [
         f"{key[0]}: {', '.join(dict.fromkeys(names))} collapsed (not one object is found). "
         + (f"Lowest signal-to-noise ratios: {worst[key]}. " if worst[key] else "")
@@ -119,27 +112,29 @@ def collapses(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def summary_table(path: str | os.PathLike[str]) -> str:
-    """Return the results of a run as a table for the terminal.
+def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
+    return number(estimate and estimate.value) + (" collapsed" if collapsed else "")
 
-    Args:
-        path: summary.csv.
-    """
-    rows = read_table(path)
+
+def summary_table(summary: Summary) -> str:
+    """Return the results of a run as a table for the terminal."""
     lines = []
-    for row in rows:
-        gain = "AP_compensated_minus_quantized"
-        mark = "*" if row[f"{gain}_significant"] else " "
-        ends = interval(row, gain)
+    for row in summary.rows:
+        ap = row.ap["AP"]
+        gain = ap.compensated_minus_quantized
+        ends = interval(gain)
         lines.append(
             [
-                row["model"],
-                row["quantization"],
-                row["compensation"] or NOTHING,
-                KINDS[row["metrics"]],
-                *(_cell(row, variant) for variant in ("baseline", "quantized", "compensated")),
-                f"{signed(row[gain])}{mark} {f'({ends})' if ends else ''}",
-                percent(row["AP_recovered"]),
+                row.model,
+                row.quantization,
+                row.compensation or NOTHING,
+                KINDS[row.metrics],
+                _cell(ap.baseline),
+                _cell(ap.quantized, row.collapsed_quantized),
+                _cell(ap.compensated, row.collapsed_compensated),
+                f"{signed(gain and gain.value)}{'*' if gain and gain.significant else ' '} "
+                + (f"({ends})" if ends else ""),
+                percent(ap.recovered and ap.recovered.value),
             ]
         )
     headers = [
@@ -147,11 +142,11 @@ def summary_table(path: str | os.PathLike[str]) -> str:
         "gain (interval)", "recovered",
     ]  # fmt: skip
     table = tabulate(lines, headers, disable_numparse=True)
-    images = ", ".join(sorted({f"{row['images']:.0f}" for row in rows if row["images"]}))
+    images = ", ".join(sorted({str(row.images) for row in summary.rows if row.images}))
     notes = [
         "gain: compensated minus quantized AP; * the interval excludes 0 "
         f"(paired bootstrap over {images} images)",
-        *collapses(rows),
+        *collapses(summary.rows),
     ]
     return "\n\n".join([table, "\n".join(notes)])
 
@@ -182,8 +177,9 @@ def run_summary(folder: str | os.PathLike[str] = ".") -> str:
         for name, file in (("Table", "summary.csv"), ("Report", "report.html"))
     }
     paragraphs = []
-    if results["Table"].is_file():
-        paragraphs.append(summary_table(results["Table"]))
+    document = Path(folder, "results", "summary.json")
+    if document.is_file():
+        paragraphs.append(summary_table(read_summary(document)))
     note = Path(folder, UNFINISHED)
     if note.is_file():
         failed = json.loads(note.read_text(encoding="utf-8"))["failed"]

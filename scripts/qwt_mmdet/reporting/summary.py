@@ -1,0 +1,142 @@
+"""What summary.json holds, typed, and how it is read.
+
+Imports nothing heavy: Snakemake's own process prints a table of it.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import QwtError
+from ..evaluation.estimates import Comparison, Estimate
+from ..files import MADE_BY_US, read_json, write_json
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """AP of a class that has objects.
+
+    Args:
+        annotations: number of its objects. images: number of the images that hold them.
+        ap: without intervals where there are few such images.
+    """
+
+    name: str
+    annotations: int
+    images: int
+    ap: Comparison
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model × quantization × compensation × kind of AP.
+
+    ``reporting.tables`` tells what the fields mean that are columns of summary.csv; so are those of
+    ``ap``, by metric. The fields from ``seconds`` on are none.
+
+    Args:
+        seconds: that the steps behind the row took, by rule; supplied warmup files took none.
+        classes: those that have objects.
+        lost_most, regained_most: names of the classes that changed most by quantization and by
+            compensation, the most first.
+    """
+
+    model: str
+    quantization: str
+    compensation: str | None
+    metrics: str
+    weight_bits: int
+    activation_bits: int
+    scope: str
+    failed: str | None
+    images: int | None
+    resamples: int | None
+    collapsed_quantized: bool | None
+    collapsed_compensated: bool | None
+    not_finite_quantized: int | None
+    not_finite_compensated: int | None
+    worst_layers: str | None
+    ap: dict[str, Comparison]
+    baseline_bytes: int | None
+    quantized_bytes: int | None
+    layers: int | None
+    not_quantized: int | None
+    compensation_bytes: int | None
+    compensation_parameters: int | None
+    compensation_multiply_adds: int | float | None
+    compensation_multiply_adds_percent: int | float | None
+    blocks: int | None
+    blocks_kept: int | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    classes: list[ClassResult] = field(default_factory=list)
+    lost_most: list[str] = field(default_factory=list)
+    regained_most: list[str] = field(default_factory=list)
+
+    def columns(self) -> dict[str, Any]:
+        """The row of summary.csv."""
+        columns: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name == "seconds":
+                break
+            columns |= self._ap_columns() if name == "ap" else {name: value}
+        return columns
+
+    def _ap_columns(self) -> dict[str, Any]:
+        columns = {}
+        for metric, comparison in self.ap.items():
+            for about in dataclasses.fields(Comparison):
+                column = f"{metric}_{about.name}"
+                entry = getattr(comparison, about.name)
+                known = entry or Estimate()
+                columns[column] = known.value
+                columns |= {f"{column}_low": known.low, f"{column}_high": known.high}
+                if "_minus_" in column:
+                    columns[f"{column}_significant"] = entry and entry.significant
+        return columns
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of a run.
+
+    Args:
+        confidence, seed: of the bootstrap.
+        failed: the steps that failed, each with step, sentence and log.
+        quantizations: of each model and quantization: ``not_quantized`` (name, type, reason,
+            multiply_adds_percent: its share in the scope, null where it is not known) and, where it
+            was measured, ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer and
+            each operand of attention). An operand has no weight_bits, an exact layer no ratio.
+    """
+
+    confidence: float
+    seed: int
+    failed: list[dict[str, Any]]
+    rows: list[Row]
+    quantizations: list[dict[str, Any]]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the summary as JSON; differences also say whether they are ``significant``."""
+        write_json(path, _adapter().dump_python(self, mode="json"), indent=1)
+
+
+@cache
+def _adapter() -> TypeAdapter[Summary]:
+    return TypeAdapter(Summary)
+
+
+def read_summary(path: str | os.PathLike[str]) -> Summary:
+    """Read summary.json.
+
+    Raises:
+        QwtError: it is missing, unreadable or of another version.
+    """
+    content = read_json(path, what="summary")
+    try:
+        return _adapter().validate_python(content)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise QwtError(f"{path} is no summary of this version ({where}); {MADE_BY_US}.") from error
