@@ -738,6 +738,13 @@ def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
     assert "Failed steps: 2\nquantize_model m w2: No layer <i> matches. (logs/a.log)" in shown
 
 
+def test_a_summary_that_is_cut_off_is_told_when_the_run_ends(boxes, tmp_path):
+    (tmp_path / "results").mkdir()
+    whole = (boxes.folder / "summary.json").read_text()
+    (tmp_path / "results/summary.json").write_text(whole[:1000])
+    assert "results/summary.json is not valid JSON" in text.run_summary(tmp_path)
+
+
 def test_the_sentence_of_a_failed_step_is_the_last_one_in_its_log(tmp_path):
     log = tmp_path / "a.log"
     stamp = "2025-01-01 10:00:00,000"

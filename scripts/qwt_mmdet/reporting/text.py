@@ -13,6 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from ..errors import QwtError
 from ..evaluation.estimates import Estimate
 from .summary import Row, Summary, read_summary
 
@@ -179,7 +180,10 @@ def run_summary(folder: str | os.PathLike[str] = ".") -> str:
     paragraphs = []
     document = Path(folder, "results", "summary.json")
     if document.is_file():
-        paragraphs.append(summary_table(read_summary(document)))
+        try:
+            paragraphs.append(summary_table(read_summary(document)))
+        except QwtError as error:
+            paragraphs.append(str(error))
     note = Path(folder, UNFINISHED)
     if note.is_file():
         failed = json.loads(note.read_text(encoding="utf-8"))["failed"]
