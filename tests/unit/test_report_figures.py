@@ -5,7 +5,6 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.evaluation.estimates import Estimate
 from qwt_mmdet.reporting.figures import (
     BASELINE,
     QUANTIZED,
@@ -21,11 +20,11 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def point(name: str, bits: int, series: str, value: float, megabytes: float) -> Point:
-    return Point(name, (bits, 8), series, Estimate(value, value - 0.02, value + 0.03), megabytes)
+    return Point(name, (bits, 8), series, value, value - 0.02, value + 0.03, megabytes)
 
 
 POINTS = [
-    Point("", (32, 32), BASELINE, Estimate(0.40, 0.37, 0.45), 40.0),
+    Point("", (32, 32), BASELINE, 0.40, 0.37, 0.45, 40.0),
     point("w8", 8, QUANTIZED, 0.39, 10.0),
     point("w8", 8, "qwt", 0.395, 10.5),
     point("w4", 4, QUANTIZED, 0.10, 5.0),
@@ -100,9 +99,7 @@ def test_more_bits_are_above_fewer():
 
 
 def test_without_intervals_and_without_compensation_there_is_a_figure_too():
-    plain = [
-        p._replace(ap=p.ap.without_interval()) for p in POINTS if p.series in (BASELINE, QUANTIZED)
-    ]
+    plain = [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)]
     for draw in (ap_by_bits, ap_by_size):
         assert ElementTree.fromstring(draw(plain, "box", "a")) is not None
 
@@ -113,22 +110,22 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("draw", [ap_by_bits, ap_by_size])
 def test_numbers_that_no_axis_holds_are_left_out(draw):
     spoiled = [
-        POINTS[0]._replace(ap=Estimate(0.4, NAN, INF)),
-        POINTS[1]._replace(ap=Estimate(NAN, 0.3, 0.5)),
+        POINTS[0]._replace(low=NAN, high=INF),
+        POINTS[1]._replace(value=NAN),
         POINTS[2]._replace(megabytes=INF),
-        POINTS[3]._replace(ap=Estimate(0.0, 0.1, 0.1)),
+        POINTS[3]._replace(low=0.1, high=0.1, value=0.0),
     ]
     shown = texts(draw(spoiled, "box", "a"))
     assert {"baseline", "quantized"} <= set(shown)
     assert "qwt" not in shown
-    for nothing in ([], [POINTS[1]._replace(ap=Estimate(NAN, 0.3, 0.5))]):
+    for nothing in ([], [POINTS[1]._replace(value=NAN)]):
         with pytest.raises(QwtError, match="No variant has an AP and a size to draw"):
             draw(nothing, "box", "a")
 
 
 @pytest.mark.parametrize("draw", [ap_by_bits, ap_by_size])
 def test_variants_that_do_not_differ_can_be_drawn(draw):
-    same = [p._replace(ap=Estimate(0.0, 0.0, 0.0), megabytes=0.0) for p in POINTS]
+    same = [p._replace(value=0.0, low=0.0, high=0.0, megabytes=0.0) for p in POINTS]
     assert "quantized" in texts(draw(same, "box", "a"))
     assert "quantized" in texts(draw([POINTS[1]._replace(quantization="$w_4")], "box", "a"))
 
@@ -149,11 +146,9 @@ def test_blocks_whose_error_no_logarithm_has_are_left_out():
 
 def test_nothing_beats_the_front_in_both_size_and_ap():
     front = pareto_front(POINTS)
-    assert [p.ap.value for p in front] == [0.10, 0.30, 0.39, 0.395, 0.40]
+    assert [p.value for p in front] == [0.10, 0.30, 0.39, 0.395, 0.40]
     for p in POINTS:
-        beaten = any(
-            o.ap.value >= p.ap.value and o.megabytes <= p.megabytes and o != p for o in POINTS
-        )
+        beaten = any(o.value >= p.value and o.megabytes <= p.megabytes and o != p for o in POINTS)
         assert (p not in front) == beaten
 
 

@@ -23,6 +23,11 @@ class Estimate:
         return dataclasses.replace(self, low=None, high=None)
 
 
+def value_of(estimate: Estimate | None) -> float | None:
+    """The number, None also where there is no estimate."""
+    return None if estimate is None else estimate.value
+
+
 @dataclass(frozen=True)
 class Difference(Estimate):
     """A difference of two numbers."""

@@ -19,7 +19,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..errors import QwtError
-from ..evaluation.estimates import Estimate
 
 WIDTH = 5.6  # inches of 72 units; text of 11 units is readable on a phone that is 390 pixels wide
 
@@ -58,7 +57,9 @@ class Point(NamedTuple):
     quantization: str
     bits: tuple[int, int]
     series: str
-    ap: Estimate
+    value: float
+    low: float | None
+    high: float | None
     megabytes: float
 
 
@@ -94,8 +95,9 @@ def _new_figure(height: float) -> tuple[Figure, Axes]:
 
 def _error(point: Point) -> list[list[float]] | None:
     """Length of the error bar at both ends; an interval may lie beside its value."""
-    value, low, high = point.ap.value, point.ap.low, point.ap.high
-    return None if low is None or high is None else [[max(value - low, 0)], [max(high - value, 0)]]
+    if point.low is None or point.high is None:
+        return None
+    return [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
 
 
 def _finite(value: float | None) -> bool:
@@ -109,11 +111,9 @@ def _drawable(points: Sequence[Point]) -> list[Point]:
         QwtError: there are none.
     """
     drawable = [
-        point
-        if _finite(point.ap.low) and _finite(point.ap.high)
-        else point._replace(ap=point.ap.without_interval())
+        point if _finite(point.low) and _finite(point.high) else point._replace(low=None, high=None)
         for point in points
-        if _finite(point.ap.value) and _finite(point.megabytes)
+        if _finite(point.value) and _finite(point.megabytes)
     ]
     if not drawable:
         raise QwtError("No variant has an AP and a size to draw.")
@@ -142,14 +142,14 @@ def ap_by_bits(points: Sequence[Point], kind: str, name: str) -> Markup:
         for point in points:
             colour, marker = styles[point.series]
             if point.series == BASELINE:
-                axes.axvline(point.ap.value, color=colour, linestyle="--", label=BASELINE)
-                if point.ap.low is not None and point.ap.high is not None:
-                    axes.axvspan(point.ap.low, point.ap.high, color=colour, alpha=0.1, linewidth=0)
+                axes.axvline(point.value, color=colour, linestyle="--", label=BASELINE)
+                if point.low is not None and point.high is not None:
+                    axes.axvspan(point.low, point.high, color=colour, alpha=0.1, linewidth=0)
                 continue
             middle = (len(shown) - 1) / 2 - shown.index(point.series)
             position = rows.index((point.bits, point.quantization)) + 0.7 * middle / len(shown)
             axes.errorbar(
-                point.ap.value, position, xerr=_error(point), color=colour, marker=marker,
+                point.value, position, xerr=_error(point), color=colour, marker=marker,
                 linestyle="none", capsize=3, label=point.series,
             )  # fmt: skip
         labels = [f"{quantization}\nW{bits[0]} A{bits[1]}" for bits, quantization in rows]
@@ -174,8 +174,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Points that no other one beats in both size and AP, by size."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.megabytes, -p.ap.value)):
-        if not front or point.ap.value > front[-1].ap.value:
+    for point in sorted(points, key=lambda p: (p.megabytes, -p.value)):
+        if not front or point.value > front[-1].value:
             front.append(point)
     return front
 
@@ -184,7 +184,7 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
     """Write the quantization's name above each error bar, higher where another name stands."""
     placed: list[Bbox] = []
     for point in points:
-        top = point.ap.value if point.ap.high is None else point.ap.high
+        top = point.value if point.high is None else point.high
         for rise in (4, 15, 26, 37):
             label = axes.annotate(
                 point.quantization, (point.megabytes, top), (0, rise),
@@ -209,7 +209,7 @@ def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
         figure, axes = _new_figure(4.2)
         front = pareto_front(points)
         axes.step(
-            [point.megabytes for point in front], [point.ap.value for point in front],
+            [point.megabytes for point in front], [point.value for point in front],
             where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front",
         )  # fmt: skip
         sizes = [point.megabytes for point in points]
@@ -218,7 +218,7 @@ def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
             colour, marker = styles[point.series]
             shift = beside * sizes[:number].count(point.megabytes)
             axes.errorbar(
-                point.megabytes + shift, point.ap.value, yerr=_error(point), color=colour, marker=marker,
+                point.megabytes + shift, point.value, yerr=_error(point), color=colour, marker=marker,
                 linestyle="none", capsize=3, label=point.series,
             )  # fmt: skip
         axes.margins(x=0.18, y=0.12)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from ..errors import QwtError
 from ..evaluation.coco import AP_METRICS, has_masks
-from ..evaluation.estimates import Estimate
+from ..evaluation.estimates import Estimate, value_of
 from ..files import read_json, write_atomically
 from ..runtime import explain
 from . import figures, text
@@ -49,13 +49,9 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _value(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else estimate.value
-
-
 def _share_of_baseline(row: Row, estimate: Estimate | None) -> str:
     """``95 % (0.589)``, or only the number where there is no baseline."""
-    value, baseline = _value(estimate), _value(row.ap["AP"].baseline)
+    value, baseline = value_of(estimate), value_of(row.ap["AP"].baseline)
     if value is None or not baseline:
         return text.number(value)
     return f"{text.percent(value / baseline)} ({text.number(value)})"
@@ -89,7 +85,7 @@ def answer(rows: Sequence[Row]) -> str:
     """
     row = rows[0]
     kind, loss = text.KINDS[row.metrics], row.ap["AP"].quantized_minus_baseline
-    quantized, baseline = _value(row.ap["AP"].quantized), _value(row.ap["AP"].baseline)
+    quantized, baseline = value_of(row.ap["AP"].quantized), value_of(row.ap["AP"].baseline)
     if row.collapsed_quantized:
         start = f"{row.quantization} collapsed, it finds not one object ({kind} AP)"
         if row.worst_layers:
@@ -123,7 +119,7 @@ def featured(rows: Sequence[Row]) -> Row:
 
     def interest(row: Row) -> tuple[bool, float, float]:
         ap = row.ap["AP"]
-        gain, loss = _value(ap.compensated_minus_quantized), _value(ap.quantized_minus_baseline)
+        gain, loss = value_of(ap.compensated_minus_quantized), value_of(ap.quantized_minus_baseline)
         return not row.failed, gain or 0, -(loss or 0)
 
     return max((row for row in rows if row.metrics == "bbox"), key=interest)
@@ -220,11 +216,13 @@ def _points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
             quantization=line.get("quantization", ""),
             bits=line.get("bits", (32, 32)),
             series=line["series"],
-            ap=line["ap"],
+            value=line["ap"].value,
+            low=line["ap"].low,
+            high=line["ap"].high,
             megabytes=line["bytes"] / 1e6,
         )
         for line in lines
-        if _value(line["ap"]) is not None and line["bytes"] is not None
+        if value_of(line["ap"]) is not None and line["bytes"] is not None
     ]
 
 

@@ -78,7 +78,7 @@ def _compare(
     """Compare the variants of a row, which go by their result folders."""
     if statistics is None:
         return Comparison(*[None] * 7)
-    return statistics.compare(*(row[variant] for variant in VARIANTS), kind, metric)
+    return statistics.compare(row["baseline"], row["quantized"], row["compensated"], kind, metric)
 
 
 def _cost_fields(
@@ -138,13 +138,16 @@ def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootst
 
 
 def _class_results(
-    statistics: Bootstrap, row: Mapping[str, Any], kind: str, categories: Mapping[int, Any]
+    statistics: Bootstrap | None,
+    row: Mapping[str, Any],
+    kind: str,
+    categories: Mapping[int, Any],
 ) -> list[ClassResult]:
     """AP of each class that has objects; ``categories`` as from ``_categories``."""
     results = []
     folders = _folders([row])
     for category, about in categories.items():
-        if folders and category in statistics.values[folders[0]][kind]:
+        if statistics and folders and category in statistics.values[folders[0]][kind]:
             ap = _compare(statistics, row, kind, category)
             few = about["images"] < IMAGES_OF_CLASS
             results.append(ClassResult(**about, ap=ap.without_intervals() if few else ap))
@@ -220,8 +223,8 @@ def _model_summary(
             seed=seed,
             processes=processes,
         )
-    for folder in folders:
-        _check_agreement(folder, metrics[folder], statistics)
+        for folder in folders:
+            _check_agreement(folder, metrics[folder], statistics)
     categories = _categories(rows[0]["annotations"], metrics[folders[0]]) if folders else {}
     found = []
     for row in rows:
@@ -270,7 +273,7 @@ def summarize(
     resamples: int = 1000,
     seed: int = 0,
     processes: int = 1,
-    failed: Sequence[Mapping[str, Any]] = (),
+    failed: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write all results as numbers; this module's docstring describes both files.
 

@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..errors import QwtError
-from ..evaluation.estimates import Estimate
+from ..evaluation.estimates import Estimate, value_of
 from .summary import Row, Summary, read_summary
 
 KINDS = {"bbox": "box", "segm": "mask"}
@@ -114,7 +114,7 @@ def collapses(rows: Iterable[Row]) -> list[str]:
 
 
 def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
-    return number(estimate and estimate.value) + (" collapsed" if collapsed else "")
+    return number(value_of(estimate)) + (" collapsed" if collapsed else "")
 
 
 def summary_table(summary: Summary) -> str:
@@ -133,9 +133,9 @@ def summary_table(summary: Summary) -> str:
                 _cell(ap.baseline),
                 _cell(ap.quantized, row.collapsed_quantized),
                 _cell(ap.compensated, row.collapsed_compensated),
-                f"{signed(gain and gain.value)}{'*' if gain and gain.significant else ' '} "
+                f"{signed(value_of(gain))}{'*' if gain and gain.significant else ' '} "
                 + (f"({ends})" if ends else ""),
-                percent(ap.recovered and ap.recovered.value),
+                percent(value_of(ap.recovered)),
             ]
         )
     headers = [
