@@ -67,7 +67,7 @@ QUANTIZATION = QuantizationSettings(
 COMPENSATION = CompensationSettings(kind="affine", ridge=0.01, gate="fit", holdout_fraction=0)
 
 SAME_MODEL = {
-    "anchor_generator", "batch_augments", "bbox_coder", "bbox_roi_extractor", "bgr_to_rgb",
+    "anchor_generator", "batch_augments", "bbox_coder", "bgr_to_rgb",
     "drop_path_rate", "frozen_stages", "init_cfg", "mean", "norm_eval", "num_classes", "pretrained",
     "reg_decoded_bbox", "requires_grad", "std", "target_stds", "test_cfg", "train_cfg",
 }  # fmt: skip
