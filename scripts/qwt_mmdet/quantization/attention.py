@@ -6,6 +6,7 @@ are switched off.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 
 from .quantizer import ActivationQuantizer
 
-ATTENTION: dict[type[nn.Module], type[nn.Module]] = {}
+ATTENTION: dict[type[nn.Module], type["QuantizedAttention"]] = {}
 """Quantized class by original class; extend it with :func:`register_attention`."""
 
+Quantized = TypeVar("Quantized", bound="type[QuantizedAttention]")
 
-def register_attention(original: type[nn.Module]) -> Callable[[type], type]:
+
+def register_attention(original: type[nn.Module]) -> Callable[[Quantized], Quantized]:
     """Class decorator: the decorated subclass of ``original`` is its quantized form.
 
     The subclass names its operands in ``operands``; each becomes an ActivationQuantizer submodule
     ``{operand}_quantizer``.
     """
 
-    def decorate(quantized: type[nn.Module]) -> type[nn.Module]:
+    def decorate(quantized: Quantized) -> Quantized:
         ATTENTION[original] = quantized
         return quantized
 
@@ -36,6 +39,12 @@ class QuantizedAttention(nn.Module):
     """Base of the quantized attention classes: query, key, probability and value quantizers."""
 
     operands = ("query", "key", "probability", "value")
+    weight_bits = None  # it has no weights of its own; those of its projections are layers
+
+    query_quantizer: ActivationQuantizer
+    key_quantizer: ActivationQuantizer
+    probability_quantizer: ActivationQuantizer
+    value_quantizer: ActivationQuantizer
 
     def _attach(
         self, name: str, activation_bits: int, *, logarithmic_probability: bool = False
@@ -47,6 +56,10 @@ class QuantizedAttention(nn.Module):
                 logarithmic=logarithmic_probability and operand == "probability",
             )
             self.add_module(f"{operand}_quantizer", quantizer)
+
+    @property
+    def activation_bits(self) -> int:
+        return self.quantizers()[0].bits
 
     @property
     def is_calibrated(self) -> bool:
@@ -92,6 +105,15 @@ class QuantizedAttention(nn.Module):
 class QuantizedWindowMSA(QuantizedAttention, WindowMSA):
     """mmdet's window attention (Swin) with both matrix products quantized."""
 
+    num_heads: int
+    scale: float
+    qkv: nn.Module
+    proj: nn.Module
+    attn_drop: nn.Dropout
+    proj_drop: nn.Module
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[windows · batch, tokens, channels] -> the same shape.
 
@@ -129,6 +151,10 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
     :func:`split_projections` has given its packed input projection the form of three layers.
     """
 
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+
     def forward(
         self,
         query: Tensor,
@@ -151,18 +177,19 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         queries, keys, values = (layer(x) for layer, x in zip(projections, inputs, strict=True))
         batch = len(queries)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             keys = torch.cat([keys, self.bias_k.expand(batch, -1, -1)], 1)
             values = torch.cat([values, self.bias_v.expand(batch, -1, -1)], 1)
         if self.add_zero_attn:
             keys, values = F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1))
         mask = _merged_mask(attn_mask, key_padding_mask, self.num_heads, keys.shape[1], keys.dtype)
-        heads = [
+        queries, keys, values = (
             x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (queries, keys, values)
-        ]
+        )
         attended, probability = self.attend(
-            heads[0] * self.head_dim**-0.5,
-            *heads[1:],
+            queries * self.head_dim**-0.5,
+            keys,
+            values,
             lambda scores: scores if mask is None else scores + mask,
             self.dropout,
         )

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,17 +18,18 @@ from ..errors import QwtError
 from ..progress import progress
 from ..record import NotQuantized, Quantization, quantization_of
 from .convert import (
-    UNITS,
     activation_quantizers,
     full_precision,
     matching_override,
     quantized_layers,
+    quantized_units,
 )
 from .folding import apply_fold, factors
+from .layers import QuantizedConv2d, QuantizedLayer, layer_by_name
 from .migration import migrate_scales
 from .moments import InputMoments, measure_inputs
 from .noise import count_multiply_adds, measure_noise
-from .quantizer import ActivationQuantizer
+from .quantizer import ActivationQuantizer, Watch
 from .ranges import RangeObserver
 from .recipe import range_method
 from .rounding import rounding_by_name
@@ -56,7 +58,7 @@ class Calibration:
     first: str | None = None
     observers: dict[ActivationQuantizer, RangeObserver] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
-    moments: dict[nn.Module, InputMoments] = field(default_factory=dict)
+    moments: dict[QuantizedLayer, InputMoments] = field(default_factory=dict)
 
     @property
     def about(self) -> Quantization:
@@ -80,9 +82,10 @@ def observe(run: Calibration) -> None:
         for name, quantizer in activation_quantizers(run.model).items()
     }
 
-    def see(quantizer: nn.Module, x: Tensor, output: Tensor) -> None:
-        run.observers[quantizer].update(x)
+    def see(observer: RangeObserver, x: Tensor, output: Tensor) -> None:
+        observer.update(x)
 
+    watch: dict[nn.Module, Watch] = {q: partial(see, seen) for q, seen in run.observers.items()}
     skipped = [entry.name for entry in run.about.not_quantized]
     order: list[str] = []
     handles = [
@@ -91,7 +94,7 @@ def observe(run: Calibration) -> None:
     ]
     images = 0
     try:
-        with full_precision(run.model, dict.fromkeys(run.observers, see)):
+        with full_precision(run.model, watch):
             for image in run.images("Calibrating"):
                 with contextlib.ExitStack() as stack:
                     if images == 0 and skipped:  # counting slows a pass
@@ -113,13 +116,17 @@ def set_input_bits(run: Calibration) -> None:
     settings = run.about.settings
     override = run.first and matching_override(run.first, settings.overrides)
     if run.first and (not override or override.activation_bits is None):
-        run.model.get_submodule(run.first).input_quantizer.bits = settings.input_bits
+        layer_by_name(run.model, run.first).input_quantizer.bits = settings.input_bits
 
 
 def choose_ranges(run: Calibration) -> None:
     """Turn histograms into grids; where scales migrate, together with the weights' grids."""
     settings = run.about.settings
-    migrating = {m.input_quantizer: m for m in quantized_layers(run.model).values() if m.migrates}
+    migrating = {
+        layer.input_quantizer: layer
+        for layer in quantized_layers(run.model).values()
+        if isinstance(layer, QuantizedConv2d) and layer.migrates
+    }
     for quantizer in progress(run.observers, "Choosing ranges", unit="quantizer"):
         observer = run.observers[quantizer]
         if observer.is_empty:
@@ -139,11 +146,10 @@ def choose_ranges(run: Calibration) -> None:
 def fold_norms(run: Calibration) -> None:
     """Turn ranges per channel after LayerNorms into ranges per tensor."""
     for fold in run.about.folds:
-        quantizers = [run.model.get_submodule(name).input_quantizer for name in fold.layers]
-        first = quantizers[0]
+        quantizers = [layer_by_name(run.model, name).input_quantizer for name in fold.layers]
         if not all(quantizer.is_calibrated for quantizer in quantizers):
             continue
-        scale, zero_point, factor, shift = factors(first.scale, first.zero_point)
+        scale, zero_point, factor, shift = factors(*quantizers[0].grid)
         for quantizer in quantizers:  # they have all seen the same values
             quantizer.set_parameters(scale, zero_point)
         apply_fold(run.model, fold, factor, shift)
@@ -158,10 +164,10 @@ def measure_moments(run: Calibration) -> None:
     layers = [layer for layer in quantized_layers(run.model).values() if layer.is_calibrated]
     run.moments = {layer: InputMoments() for layer in layers}
 
-    def measure(layer: nn.Module, x: Tensor, output: Tensor) -> None:
+    def measure(layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
         measure_inputs(layer, x, output, run.moments[layer], second=second)
 
-    with full_precision(run.model, dict.fromkeys(layers, measure)):
+    with full_precision(run.model, {layer: partial(measure, layer) for layer in layers}):
         for image in run.images("Measuring quantized inputs"):
             run.forward(image)
 
@@ -188,11 +194,11 @@ def round_weights(run: Calibration) -> None:
 
 def list_what_is_not_quantized(run: Calibration) -> None:
     """Add what never ran, and the shares of the multiply-adds."""
-    for name, module in run.model.named_modules():
-        if isinstance(module, UNITS) and not module.is_calibrated:
+    for name, unit in quantized_units(run.model).items():
+        if not unit.is_calibrated:
             reason = "never ran on a calibration image"
             logger.warning("%s %s and is not quantized; it raises if it runs later.", name, reason)
-            run.about.not_quantized.append(NotQuantized(name, type(module).__name__, reason))
+            run.about.not_quantized.append(NotQuantized(name, type(unit).__name__, reason))
     run.about.not_quantized = [
         dataclasses.replace(entry, multiply_adds_percent=run.shares.get(entry.name))
         for entry in run.about.not_quantized

@@ -2,7 +2,7 @@
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mmcv.cnn.bricks import wrappers
 from torch import nn
@@ -13,13 +13,13 @@ from ..errors import QwtError
 from ..record import NotQuantized, Quantization, record_of
 from .attention import ATTENTION, QuantizedAttention, split_projections
 from .folding import find_folds
-from .layers import QuantizedConv2d, QuantizedLinear
+from .layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, become, layer_by_name
 from .quantizer import ActivationQuantizer, Watch
 from .recipe import folds_norms, logarithmic_attention
 from .subclasses import quantized_form, reason_against
 
 # Exact classes only; subclasses with a forward of their own keep it (see subclasses.py).
-LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv2d: QuantizedConv2d,
     NonDynamicallyQuantizableLinear: QuantizedLinear,  # of nn.MultiheadAttention
@@ -29,8 +29,8 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 UNSUPPORTED = "layer type that cannot be quantized"
 
-UNITS = (QuantizedLinear, QuantizedConv2d, QuantizedAttention)
-"""What is quantized: layers, and the matrix products of attention."""
+Unit = QuantizedLayer | QuantizedAttention
+"""What is quantized: a layer, or the matrix products of attention."""
 
 
 def in_scope(name: str, scope: str) -> bool:
@@ -85,8 +85,9 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         kind = type(module).__name__
         if _is_opaque(module):
             opaque.append(name)
-            reason = "attention class without a registered quantized form"
-            not_quantized.append(NotQuantized(name, kind, reason))
+            not_quantized.append(
+                NotQuantized(name, kind, "attention class without a registered quantized form")
+            )
         elif type(module) in ATTENTION:
             candidates.append((name, module))
         elif isinstance(module, nn.Linear | nn.Conv2d):
@@ -110,11 +111,10 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
                 f"{settings.scope!r}; layer names look like {', '.join(names[:3])}."
             )
     for name, module in candidates:
+        original = type(module)
         override = matching_override(name, settings.overrides)
         if override is not None and override.skip:
-            not_quantized.append(
-                NotQuantized(name, type(module).__name__, "excluded by an override")
-            )
+            not_quantized.append(NotQuantized(name, original.__name__, "excluded by an override"))
             continue
         weight_bits = settings.weight_bits
         activation_bits = settings.activation_bits
@@ -122,17 +122,17 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             weight_bits = override.weight_bits or weight_bits
             activation_bits = override.activation_bits or activation_bits
         if isinstance(module, nn.Linear | nn.Conv2d):
-            module.__class__ = LAYERS.get(type(module)) or quantized_form(type(module))
-            module._attach(name, weight_bits, activation_bits)
+            # mypy takes no class for hashable.
+            form = LAYERS.get(original) or quantized_form(original)  # type: ignore[arg-type]
+            become(module, form)._attach(name, weight_bits, activation_bits)
         else:
-            module.__class__ = ATTENTION[type(module)]
-            module._attach(
+            become(module, ATTENTION[original])._attach(
                 name, activation_bits, logarithmic_probability=logarithmic_attention(settings)
             )
     folds = find_folds(model) if folds_norms(settings) else []
     for fold in folds:
         for name in fold.layers:
-            layer = model.get_submodule(name)
+            layer = layer_by_name(model, name)
             layer.input_quantizer.channel_axis = 1 if isinstance(layer, nn.Conv2d) else -1
     if settings.migrate_scales:
         for layer in quantized_layers(model).values():
@@ -143,10 +143,14 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
     return model
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized Linear and Conv2d layers by name."""
-    kinds = (QuantizedLinear, QuantizedConv2d)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def quantized_units(model: nn.Module) -> dict[str, Unit]:
+    """The quantized layers and attention modules by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Unit)}
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -155,13 +159,14 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 @contextlib.contextmanager
-def full_precision(model: nn.Module, watch: dict[nn.Module, Watch]) -> Iterator[None]:
+def full_precision(model: nn.Module, watch: Mapping[nn.Module, Watch]) -> Iterator[None]:
     """Let a model whose weights are not rounded yet compute in full precision.
 
     Args:
-        watch: what is called with a layer or activation quantizer, its input and its output whenever it
+        watch: by layer or activation quantizer what is called with its input and its output whenever it
             has run.
     """
+    switched: list[QuantizedLayer | ActivationQuantizer]
     switched = [*quantized_layers(model).values(), *activation_quantizers(model).values()]
     for module in switched:
         module.enabled = False

@@ -9,6 +9,7 @@ that y has channel by channel (RepQ-ViT, arXiv 2212.08254, section 3.2).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mmdet.models.backbones.pvt import PVTEncoderLayer
@@ -16,7 +17,7 @@ from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
 from mmdet.models.layers.transformer.utils import PatchMerging
 from torch import Tensor, nn
 
-from .layers import QuantizedConv2d, QuantizedLinear
+from .layers import QuantizedConv2d, QuantizedLinear, become, layer_by_name
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _pvt_folds(layer: PVTEncoderLayer) -> list[Fold]:
     ]
 
 
-FOLDS: dict[type[nn.Module], Callable[[nn.Module], list[Fold]]] = {
+FOLDS: dict[type[nn.Module], Callable[[Any], list[Fold]]] = {
     SwinBlock: _swin_folds,
     PatchMerging: _patch_merging_folds,
     PVTEncoderLayer: _pvt_folds,
@@ -135,19 +136,19 @@ def apply_fold(model: nn.Module, fold: Fold, factor: Tensor, shift: Tensor) -> N
         factor, shift: [channels].
     """
     norm = model.get_submodule(fold.norm)
+    assert isinstance(norm, nn.LayerNorm)  # find_folds takes nothing else
     norm.bias.copy_((norm.bias + shift) / factor)
     norm.weight.copy_(norm.weight / factor)
     for name in fold.layers:
-        layer = model.get_submodule(name)
+        layer = layer_by_name(model, name)
         weight = layer.weight.double()
         columns = [1, -1] + [1] * (weight.dim() - 2)
         shifted = (weight * shift.double().view(columns)).flatten(1).sum(1)
         bias = shifted.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
         layer.bias = nn.Parameter((bias - shifted).float(), requires_grad=False)
         layer.weight.copy_((weight * factor.double().view(columns)).float())
-    first = model.get_submodule(fold.layers[0])
+    first = layer_by_name(model, fold.layers[0])
     first.fold_factor, first.fold_shift = factor, shift
     if fold.padder is not None:
-        padder = model.get_submodule(fold.padder)
-        padder.__class__ = FoldedShiftWindowMSA
+        padder = become(model.get_submodule(fold.padder), FoldedShiftWindowMSA)
         padder.register_buffer("padding", shift / factor, persistent=False)

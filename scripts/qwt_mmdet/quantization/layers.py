@@ -5,6 +5,8 @@ subclass that quantizes its input and holds quantized weights. All that calibrat
 in buffers, so state_dict is the file format. How it is found stands elsewhere (:mod:`.calibrate`).
 """
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,17 @@ LAYER_BUFFERS = (
 """Buffers of a quantized layer beside those of its input quantizer."""
 
 
-class _QuantizedWeight:
+Form = TypeVar("Form", bound=nn.Module)
+
+
+def become(module: nn.Module, form: type[Form]) -> Form:
+    """Exchange the class of a module, in place, for a subclass of it; returns the module."""
+    module.__class__ = form
+    assert isinstance(module, form)
+    return module
+
+
+class QuantizedLayer(nn.Module):
     """What quantized Linear and Conv2d share: an input quantizer and weights with integer codes.
 
     ``weight`` holds the full-precision weights until :meth:`restore_weight` rounds them. With
@@ -31,14 +43,14 @@ class _QuantizedWeight:
     scales are chosen by scale migration.
     """
 
-    weight: nn.Parameter
-    input_quantizer: ActivationQuantizer
+    weight: Tensor
+    bias: Tensor | None
     weight_codes: Tensor | None
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     bias_correction: Tensor | None
-    weight_bits: int
-    bias: Tensor | None
+    fold_factor: Tensor | None
+    fold_shift: Tensor | None
 
     def _attach(self, name: str, weight_bits: int, activation_bits: int) -> None:
         self.weight_bits = weight_bits
@@ -55,6 +67,18 @@ class _QuantizedWeight:
         return None
 
     @property
+    def weight_groups(self) -> int:
+        """Parts of the output channels that see input channels of their own."""
+        return 1
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def activation_bits(self) -> int:
+        return self.input_quantizer.bits
+
+    @property
     def is_calibrated(self) -> bool:
         return self.input_quantizer.is_calibrated
 
@@ -63,7 +87,7 @@ class _QuantizedWeight:
         bias = self.effective_bias() if self.enabled else self.bias
         output = self._compute(self.input_quantizer(x), self.weight, bias)
         if self.watch is not None:
-            self.watch(self, x, output)
+            self.watch(x, output)
         return output
 
     @torch.no_grad()
@@ -81,11 +105,11 @@ class _QuantizedWeight:
 
     def rounded_weight(self) -> Tensor:
         """The weights on their grids, from the integer codes."""
-        shape = [-1] + [1] * (self.weight_codes.dim() - 1)
-        rounded = dequantize(
-            self.weight_codes, self.weight_scale.view(shape), self.weight_zero_point.view(shape)
-        )
-        return rounded / self.input_factor()
+        codes, scale, zero_point = self.weight_codes, self.weight_scale, self.weight_zero_point
+        if codes is None or scale is None or zero_point is None:
+            raise AssertionError(f"{self.input_quantizer.name} has no codes before calibration")
+        shape = [-1] + [1] * (codes.dim() - 1)
+        return dequantize(codes, scale.view(shape), zero_point.view(shape)) / self.input_factor()
 
     def input_factor(self) -> Tensor:
         """What the weights are multiplied with before they are rounded; broadcasts against them.
@@ -93,7 +117,7 @@ class _QuantizedWeight:
         Integer arithmetic has one scale per output channel. Where input channels have scales of their
         own, the weights take up how these differ.
         """
-        scale = self.input_quantizer.scale
+        scale, _ = self.input_quantizer.grid
         if self.input_quantizer.channel_axis is None:
             return torch.ones(1, device=scale.device)
         factor = (scale / scale.mean()).view(self.weight_groups, 1, -1)
@@ -107,6 +131,13 @@ class _QuantizedWeight:
         self.weight.copy_(self.rounded_weight())
 
 
+def layer_by_name(model: nn.Module, name: str) -> QuantizedLayer:
+    """The module ``name``, which is a quantized layer."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, QuantizedLayer), f"{name} is not quantized"
+    return layer
+
+
 LARGE_INPUT = 2**23
 """Elements beyond which a new tensor costs more than what is done with it: C libraries take fresh
 pages from the system for each (glibc: from 32 MiB)."""
@@ -115,10 +146,10 @@ PART = 2**19
 """Elements that are rounded at a time where the input is large: they stay in the cache."""
 
 
-class QuantizedLinear(_QuantizedWeight, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):
     """nn.Linear with quantized input (per tensor) and weight (per output channel)."""
 
-    weight_groups = 1
+    bias: Tensor | None  # type: ignore[assignment]  # torch forgets Linear(…, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] -> […, out]. A large input on the CPU is rounded and multiplied in parts."""
@@ -136,7 +167,7 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
         return F.linear(x, weight, bias)
 
 
-class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d with quantized input and weight (per output channel).
 
     The input of a depthwise convolution has a scale per channel: each output channel sees one input

@@ -35,12 +35,12 @@ def migrate_scales(
         observer: what the input's quantizer has seen, channel by channel.
     """
     quantizer = layer.input_quantizer
-    channel, tensor = (
+    each, tensor = (
         seen.estimate(range_method(settings), quantizer.bits, settings.percentile)
         for seen in (observer, observer.pooled())
     )
-    silent = (channel[0] == 0) & (channel[1] == 0)  # their scale would say nothing
-    channel = [torch.where(silent, t, c) for t, c in zip(tensor, channel, strict=True)]
+    silent = (each[0] == 0) & (each[1] == 0)  # their scale would say nothing
+    channel = [torch.where(silent, t, c) for t, c in zip(tensor, each, strict=True)]
     power = observer.mean_square(centred=settings.bias_correction)
     energy = _by_input_channel(layer, layer.weight.square())
     best = float("inf")
@@ -51,19 +51,20 @@ def migrate_scales(
             * (sign * own).clamp(min=0) ** strength
             for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
         )
-        quantizer.scale, quantizer.zero_point = quantization_parameters(low, high, quantizer.bits)
+        scale, zero_point = quantization_parameters(low, high, quantizer.bits)
+        quantizer.scale, quantizer.zero_point = scale, zero_point
         error = energy @ observer.mean_error(low, high, quantizer.bits)
         factor = layer.input_factor()
         weight = layer.weight * factor
         limits = weight_range(weight, settings.weight_range, layer.weight_bits, settings.percentile)
-        grid = [
+        scales, zero_points = (
             parameter[:, None, None, None]
             for parameter in quantization_parameters(*limits, layer.weight_bits)
-        ]
-        lost = (fake_quantize(weight, *grid, layer.weight_bits) - weight) / factor
+        )
+        lost = (fake_quantize(weight, scales, zero_points, layer.weight_bits) - weight) / factor
         error += _by_input_channel(layer, lost.square()) @ power
         if error < best:
-            best, found = error, (quantizer.scale, quantizer.zero_point, strength)
+            best, found = float(error), (scale, zero_point, strength)
     scale, zero_point, strength = found
     if strength == 0:
         scale, zero_point = scale[:1], zero_point[:1]

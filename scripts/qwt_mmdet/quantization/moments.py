@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import QuantizedConv2d, QuantizedLinear
+from .layers import QuantizedConv2d, QuantizedLayer
 
 MAX_COLUMNS = 4096
 """Inputs of a weight whose second moments are taken together. Larger weights are worked on in parts
@@ -93,7 +93,7 @@ def chosen_rows(count: int, device: torch.device) -> Tensor:
 
 
 def measure_inputs(
-    layer: QuantizedLinear | QuantizedConv2d,
+    layer: QuantizedLayer,
     x: Tensor,
     output: Tensor,
     moments: InputMoments,
@@ -107,7 +107,7 @@ def measure_inputs(
         second: also to the second moments.
     """
     quantized = layer.input_quantizer.quantized(x)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, QuantizedConv2d):
         padded, padded_quantized = _pad(layer, x), _pad(layer, quantized)
         size = output.shape[2:]
         full, rounded = (_tap_sums(layer, t, size) for t in (padded, padded_quantized))

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..detectors.forward import count_operations, forward_scope
 from .attention import QuantizedAttention
 from .convert import full_precision, quantized_layers
-from .quantizer import ActivationQuantizer
+from .quantizer import Watch
 
 
 class SignalNoise:
@@ -41,24 +41,24 @@ def measure_noise(
 
     Each is quantized alone: its input is what the full-precision model computes.
     """
-    names: dict[nn.Module, str] = {
-        layer: name for name, layer in quantized_layers(model).items() if layer.is_calibrated
-    }
+    noise: dict[str, SignalNoise] = {}
+    watch: dict[nn.Module, Watch] = {}
+
+    def measure(name: str, module: nn.Module, quantized: Callable[[Tensor], Tensor]) -> None:
+        total = noise[name] = SignalNoise()
+        watch[module] = lambda x, output: total.update(output, quantized(x))
+
+    for name, layer in quantized_layers(model).items():
+        if layer.is_calibrated:
+            measure(name, layer, layer.quantized_output)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedAttention) and module.is_calibrated:
             for operand, quantizer in zip(module.operands, module.quantizers(), strict=True):
-                names[quantizer] = f"{name} ({operand})"
-    noise = {module: SignalNoise() for module in names}
-
-    def measure(module: nn.Module, x: Tensor, output: Tensor) -> None:
-        operand = isinstance(module, ActivationQuantizer)
-        quantized = module.quantized(x) if operand else module.quantized_output(x)
-        noise[module].update(output, quantized)
-
-    with full_precision(model, dict.fromkeys(names, measure)):
+                measure(f"{name} ({operand})", quantizer, quantizer.quantized)
+    with full_precision(model, watch):
         for image in images:
             forward_scope(model, image, scope)
-    return {name: noise[module].decibels() for module, name in names.items()}
+    return {name: total.decibels() for name, total in noise.items()}
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from .primitives import fake_quantize, fake_quantize_log_sqrt2, quantization_parameters
 
-Watch = Callable[[nn.Module, Tensor, Tensor], None]
-"""Called with a layer or quantizer, its input and its output whenever it has run with ``enabled`` off."""
+Watch = Callable[[Tensor, Tensor], None]
+"""Called with input and output of a layer or quantizer whenever it has run with ``enabled`` off."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -20,6 +20,9 @@ class ActivationQuantizer(nn.Module):
         logarithmic: powers of √2 in place of a uniform grid, for values from 0 such as attention
             probabilities.
     """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
 
     def __init__(
         self,
@@ -43,6 +46,20 @@ class ActivationQuantizer(nn.Module):
     def is_calibrated(self) -> bool:
         return self.scale is not None
 
+    @property
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, [channels] or, for one grid of the whole tensor, [1].
+
+        Raises:
+            RuntimeError: calibration has found none.
+        """
+        if self.scale is None or self.zero_point is None:
+            raise RuntimeError(
+                f"{self.name} runs now but did not run on any calibration image, so it has no "
+                "range; use more calibration images or exclude it with an override (skip: true)."
+            )
+        return self.scale, self.zero_point
+
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set scale and zero point from a clipping range of shape [channels] or [1]."""
         self.set_parameters(*quantization_parameters(low, high, self.bits))
@@ -61,20 +78,15 @@ class ActivationQuantizer(nn.Module):
         """
         if not self.enabled:
             if self.watch is not None:
-                self.watch(self, x, x)
+                self.watch(x, x)
             return x
-        if self.scale is None:
-            raise RuntimeError(
-                f"{self.name} runs now but did not run on any calibration image, so it has no "
-                "range; use more calibration images or exclude it with an override (skip: true)."
-            )
         return self.quantized(x, overwrite=overwrite)
 
     def quantized(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """Return ``x`` on its grid, also when disabled."""
+        scale, zero_point = self.grid
         if self.logarithmic:
-            return fake_quantize_log_sqrt2(x, self.scale, self.bits, overwrite=overwrite)
-        scale, zero_point = self.scale, self.zero_point
+            return fake_quantize_log_sqrt2(x, scale, self.bits, overwrite=overwrite)
         if self.channel_axis is not None:
             shape = [1] * x.dim()
             shape[self.channel_axis] = -1

@@ -11,7 +11,7 @@ from ..config import QuantizationSettings, as_plain
 from ..errors import QwtError
 from ..record import NotQuantized, quantization_of, record_of
 from .attention import QuantizedAttention
-from .convert import activation_quantizers, quantize_model, quantized_layers
+from .convert import activation_quantizers, quantize_model, quantized_layers, quantized_units
 from .folding import apply_fold
 from .layers import LAYER_BUFFERS
 
@@ -25,8 +25,8 @@ def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
                 state[f"{name}.{key}"] = getattr(layer, key).cpu()
     for name, quantizer in activation_quantizers(model).items():
         if quantizer.is_calibrated:
-            state[f"{name}.scale"] = quantizer.scale.cpu()
-            state[f"{name}.zero_point"] = quantizer.zero_point.cpu()
+            scale, zero_point = quantizer.grid
+            state[f"{name}.scale"], state[f"{name}.zero_point"] = scale.cpu(), zero_point.cpu()
     return state
 
 
@@ -43,7 +43,7 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     for layer in layers.values():
         if layer.is_calibrated:
             count = layer.weight.numel()
-            scales = layer.weight_scale.numel() + layer.input_quantizer.scale.numel()
+            scales = len(layer.weight) + layer.input_quantizer.grid[0].numel()
             saved += count * 4 - (count * layer.weight_bits / 8 + scales * 5)
         if not layer.had_bias and layer.bias is not None:
             full -= layer.bias.numel() * 4
@@ -63,18 +63,14 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
 
 
 def _layer_noise(model: nn.Module) -> list[dict[str, Any]]:
-    layers, rows = quantized_layers(model), []
+    units, rows = quantized_units(model), []
     for name, decibels in quantization_of(model).signal_noise.items():
-        module = name.partition(" ")[0]
-        if module in layers:
-            bits = layers[module].weight_bits, layers[module].input_quantizer.bits
-        else:
-            bits = None, model.get_submodule(module).quantizers()[0].bits
+        unit = units[name.partition(" ")[0]]
         rows.append(
             {
                 "name": name,
-                "weight_bits": bits[0],
-                "activation_bits": bits[1],
+                "weight_bits": unit.weight_bits,
+                "activation_bits": unit.activation_bits,
                 "sqnr_db": decibels,
             }
         )

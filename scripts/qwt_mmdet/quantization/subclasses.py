@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .layers import QuantizedConv2d, QuantizedLinear
+from .layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 PRODUCTS = {
     F.linear: ("input", "weight", "bias"),
@@ -45,7 +45,9 @@ class _Products(TorchFunctionMode):
     """
 
     def __init__(
-        self, layer: nn.Linear | nn.Conv2d, product: Callable[[Tensor], Tensor] | None
+        self,
+        layer: nn.Linear | nn.Conv2d | QuantizedLayer,
+        product: Callable[[Tensor], Tensor] | None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -83,7 +85,7 @@ class _Products(TorchFunctionMode):
         )
 
 
-class _OwnForward:
+class _OwnForward(QuantizedLayer):
     """What quantized subclasses have before their quantized base: the forward of their original."""
 
     original: type[nn.Module]
@@ -95,7 +97,7 @@ class _OwnForward:
 
 
 @functools.cache
-def quantized_form(original: type[nn.Module]) -> type[nn.Module]:
+def quantized_form(original: type[nn.Module]) -> type[QuantizedLayer]:
     """The class that a module of the subclass ``original`` takes when it is quantized."""
     base = QuantizedConv2d if issubclass(original, nn.Conv2d) else QuantizedLinear
     parts = {"original": original, "base": base, "__module__": __name__}

@@ -1,10 +1,10 @@
 """From full-precision weights to integer codes: grid, rounding and bias correction of one layer."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import QuantizationSettings
-from .layers import QuantizedConv2d, QuantizedLinear
+from .layers import QuantizedConv2d, QuantizedLayer
 from .moments import MAX_COLUMNS, InputMoments
 from .primitives import quantization_parameters
 from .ranges import weight_range
@@ -13,7 +13,7 @@ from .rounding import rounding_by_name
 
 @torch.no_grad()
 def quantize_weight(
-    layer: QuantizedLinear | QuantizedConv2d,
+    layer: QuantizedLayer,
     settings: QuantizationSettings,
     moments: InputMoments | None,
 ) -> None:
@@ -42,14 +42,14 @@ def quantize_weight(
             m / (f[:, :, None] * f[:, None])
             for f, m in zip(parts, moments.second(centred=settings.bias_correction), strict=True)
         ]
-    grids = [parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point)]
-    codes = rounding.function(grouped, *grids, bits, second).view_as(weight)
+    scales, zero_points = (parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point))
+    codes = rounding.function(grouped, scales, zero_points, bits, second).view_as(weight)
     layer.weight_codes, layer.weight_scale, layer.weight_zero_point = codes, scale, zero_point
     if moments is not None and settings.bias_correction:
         layer.bias_correction = bias_shift(layer, moments)
 
 
-def bias_shift(layer: QuantizedLinear | QuantizedConv2d, moments: InputMoments) -> Tensor:
+def bias_shift(layer: QuantizedLayer, moments: InputMoments) -> Tensor:
     """The mean of what quantization takes from a layer's output, [out], float32.
 
     W E[x] − Wq E[xq] (after Nagel et al., arXiv 1906.04721, section 4.2).
@@ -60,9 +60,9 @@ def bias_shift(layer: QuantizedLinear | QuantizedConv2d, moments: InputMoments) 
     return (expected - found).float()
 
 
-def _mean_output(layer: QuantizedLinear | QuantizedConv2d, weight: Tensor, mean: Tensor) -> Tensor:
+def _mean_output(layer: QuantizedLayer, weight: Tensor, mean: Tensor) -> Tensor:
     """The mean output [out] for the mean of what the weights are multiplied with (see InputMoments)."""
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, QuantizedConv2d):
         return weight @ mean
     grouped = mean.view(layer.groups, -1, *mean.shape[1:])
     weight = weight.view(layer.groups, -1, *weight.shape[1:])

@@ -3,20 +3,22 @@
 import heapq
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmdet.models import BaseDetector
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import Override, QuantizationSettings
 from ..errors import QwtError
 from ..progress import progress
-from ..quantization.attention import QuantizedAttention
-from ..quantization.convert import UNITS, full_precision
+from ..quantization.convert import Unit, full_precision, quantized_units
+from ..quantization.layers import QuantizedLayer
 from ..quantization.noise import SignalNoise
+from ..quantization.quantizer import ActivationQuantizer
 
 LEAST_BITS, MOST_BITS = 2, 8
 
@@ -53,7 +55,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def head_tensors(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
     """The raw outputs of a detector's dense head (RPN or one-stage), for one collated batch.
 
     Where the head needs more than the features (DETR and its like), the features that enter it.
@@ -64,26 +66,24 @@ def head_tensors(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
 
 
 @contextmanager
-def _quantized_alone(unit: nn.Module) -> Iterator[None]:
+def _quantized_alone(unit: Unit) -> Iterator[None]:
     """Inside ``full_precision``: let one layer or attention module compute quantized."""
-    if isinstance(unit, QuantizedAttention):
-        switched, full = unit.quantizers(), None
-    else:
-        switched, full = [unit, unit.input_quantizer], unit.weight.data
-        unit.weight.data = unit.rounded_weight().to(full.dtype)
-    for module in switched:
-        module.enabled = True
-    try:
-        yield
-    finally:
+    switched: list[QuantizedLayer | ActivationQuantizer]
+    with ExitStack() as stack:
+        if isinstance(unit, QuantizedLayer):
+            switched = [unit, unit.input_quantizer]
+            stack.callback(setattr, unit.weight, "data", unit.weight.data)
+            unit.weight.data = unit.rounded_weight().to(unit.weight.dtype)
+        else:
+            switched = [*unit.quantizers()]
         for module in switched:
-            module.enabled = False
-        if full is not None:
-            unit.weight.data = full
+            stack.callback(setattr, module, "enabled", False)
+            module.enabled = True
+        yield
 
 
 @torch.no_grad()
-def rank_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> list[Sensitivity]:
+def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[Sensitivity]:
     """Quantize each layer alone and measure the noise at the heads; the most harmful one first.
 
     Args:
@@ -93,7 +93,7 @@ def rank_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> list[Sens
     Raises:
         QwtError: no image came.
     """
-    units = {n: m for n, m in model.named_modules() if isinstance(m, UNITS) and m.is_calibrated}
+    units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
     noise: dict[str, list[SignalNoise]] = {name: [] for name in units}
     images = 0
     with full_precision(model, {}):
@@ -112,13 +112,11 @@ def rank_layers(model: nn.Module, loader: Iterable[dict[str, Any]]) -> list[Sens
     return sorted(ranked, key=lambda entry: -(entry.relative_noise or 0))
 
 
-def _sensitivity(name: str, unit: nn.Module, noise: list[SignalNoise]) -> Sensitivity:
+def _sensitivity(name: str, unit: Unit, noise: list[SignalNoise]) -> Sensitivity:
     shares = [total.noise / total.signal for total in noise if total.signal > 0]
     mean = sum(shares) / len(shares) if shares else 0
-    if isinstance(unit, QuantizedAttention):
-        return Sensitivity(name, None, unit.quantizers()[0].bits, 0, mean or None)
-    bits = unit.weight_bits, unit.input_quantizer.bits
-    return Sensitivity(name, *bits, unit.weight.numel(), mean or None)
+    weights = unit.weight.numel() if isinstance(unit, QuantizedLayer) else 0
+    return Sensitivity(name, unit.weight_bits, unit.activation_bits, weights, mean or None)
 
 
 def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str, int]:
@@ -139,23 +137,26 @@ def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str,
         raise QwtError(
             f"average_bits is {average_bits}; it must be from {LEAST_BITS} to {MOST_BITS}."
         )
-    layers = {e.name: e for e in ranked if e.weight_bits is not None and e.relative_noise}
+    layers = {
+        entry.name: (entry.weights, entry.weight_bits, entry.relative_noise)
+        for entry in ranked
+        if entry.weight_bits is not None and entry.relative_noise
+    }
     chosen = dict.fromkeys(layers, LEAST_BITS)
-    left = (average_bits - LEAST_BITS) * sum(entry.weights for entry in layers.values())
+    left = (average_bits - LEAST_BITS) * sum(weights for weights, *_ in layers.values())
 
     def gain(name: str) -> float:
-        entry = layers[name]
-        return (
-            0.75 * entry.relative_noise * 4.0 ** (entry.weight_bits - chosen[name]) / entry.weights
-        )
+        weights, bits, noise = layers[name]
+        return 0.75 * noise * 4.0 ** (bits - chosen[name]) / weights
 
     queue = [(-gain(name), name) for name in layers]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
-        if layers[name].weights > left:
+        weights, *_ = layers[name]
+        if weights > left:
             continue
-        left -= layers[name].weights
+        left -= weights
         chosen[name] += 1
         if chosen[name] < MOST_BITS:
             heapq.heappush(queue, (-gain(name), name))
@@ -171,6 +172,8 @@ def mixed_precision(
     """
     overrides = []
     for entry in ranked:
+        if entry.weight_bits is None:  # of attention
+            continue
         bits = chosen.get(entry.name, entry.weight_bits)
         if bits == entry.weight_bits:
             continue
