@@ -5,7 +5,7 @@ import os
 from qwt_mmdet.runtime import step
 
 with step(snakemake):
-    from qwt_mmdet.data.datasets import prepare_dataset
+    from qwt_mmdet.steps.prepare import prepare_dataset
 
     prepare_dataset(
         snakemake.config["datasets"][snakemake.wildcards.dataset],

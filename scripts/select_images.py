@@ -5,7 +5,7 @@ import os
 from qwt_mmdet.runtime import step
 
 with step(snakemake):
-    from qwt_mmdet.data.datasets import select_images
+    from qwt_mmdet.steps.select import select_images
 
     select_images(
         snakemake.config["datasets"][snakemake.wildcards.dataset],
@@ -16,4 +16,5 @@ with step(snakemake):
         annotations=snakemake.output.annotations,
         files=snakemake.params.files,
         seen=snakemake.params.images,
+        most_bytes=int(snakemake.config["max_download_gb"] * 10**9),
     )

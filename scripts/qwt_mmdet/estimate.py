@@ -26,8 +26,9 @@ from mmengine.logging import MMLogger
 from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
 from .config import CompensationSettings, QuantizationSettings, combinations
-from .data.annotations import read_annotations
+from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
+from .data.sources import open_source
 from .detectors.build import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict
@@ -41,10 +42,6 @@ IMAGES = (2, 5)
 """Least numbers of images of the two measurements."""
 SIZE = (480, 640)
 """Height and width of the generated images, those of most images of COCO."""
-
-PARTS = ("calibration", "evaluation")
-COCO_IMAGES = {"train2017": 118287, "val2017": 5000}
-"""Images of COCO's splits, for those that are not here yet."""
 
 STEPS = (
     "evaluate_baseline",
@@ -144,7 +141,7 @@ def _load(trial: Trial, step: str) -> Any:
     )
 
 
-def part_of(step: str) -> str:
+def part_of(step: str) -> Part:
     """Which images a step reads."""
     return "evaluation" if step.startswith("evaluate") else "calibration"
 
@@ -207,7 +204,7 @@ def measure_model(trial: Trial, steps: Sequence[str] = STEPS) -> dict[str, Cost]
     return {step: _in_process(measure, trial, step) for step in steps}
 
 
-def number_of_images(dataset: Mapping[str, Any], part: str) -> int:
+def number_of_images(dataset: Mapping[str, Any], part: Part) -> int:
     """How many images the ``calibration`` or ``evaluation`` part of a resolved data set has.
 
     Raises:
@@ -216,15 +213,13 @@ def number_of_images(dataset: Mapping[str, Any], part: str) -> int:
     chosen = dataset[part]
     if chosen["images"] != "all":
         return chosen["images"]
-    if "root" in dataset:
-        path = Path(dataset["root"], chosen["annotations"])
-        return len(read_annotations(path, labelled=False)["images"])
-    if chosen["split"] in COCO_IMAGES:
-        return COCO_IMAGES[chosen["split"]]
-    raise QwtError(
-        f"The number of images of the split {chosen['split']} is not known before its annotations "
-        "are fetched; give a number in the place of all."
-    )
+    available = open_source(dataset, "").available(part)
+    if available is None:
+        raise QwtError(
+            f"The number of images of the split {chosen['split']} is not known before its annotations "
+            "are fetched; give a number in the place of all."
+        )
+    return available
 
 
 @dataclass(frozen=True)

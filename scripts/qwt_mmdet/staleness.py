@@ -34,25 +34,14 @@ _DETECTOR = (
 )
 _EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate")
 _QUANTIZATION = ("archives", "quantization")
+_SOURCES = ("data.annotations", "data.download", "data.images", "data.sources", "demo.shapes")
 _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "summary", "templates", "text")
 )
 STEP_PARTS = {
     "fetch_checkpoint": ("data.download", "detectors.unpickling", "detectors.weights"),
-    "prepare_dataset": (
-        "data.annotations",
-        "data.datasets",
-        "data.download",
-        "data.images",
-        "demo.shapes",
-    ),
-    "select_images": (
-        "data.annotations",
-        "data.datasets",
-        "data.download",
-        "data.images",
-        "demo.shapes",
-    ),
+    "prepare_dataset": (*_SOURCES, "steps.prepare"),
+    "select_images": (*_SOURCES, "data.sampling", "steps.select"),
     "evaluate_baseline": _EVALUATION,
     "quantize_model": (*_DETECTOR, *_QUANTIZATION, "steps.quantize"),
     "evaluate_quantized": (*_EVALUATION, *_QUANTIZATION),

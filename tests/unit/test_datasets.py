@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from flaky_server import FlakyServer, Status
 from PIL import Image
+from qwt_mmdet.config.datasets import PARTS
 from qwt_mmdet.data import download as download_module
 from qwt_mmdet.data.annotations import read_annotations
-from qwt_mmdet.data.datasets import PARTS, choose_ids, prepare_dataset, select_images
+from qwt_mmdet.data.sampling import choose_ids
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.steps.prepare import prepare_dataset
+from qwt_mmdet.steps.select import select_images
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 7, "name": "zebra"}]
 WIDTH, HEIGHT = 24, 16
@@ -175,7 +178,6 @@ def test_local_folder_end_to_end(root, tmp_path):
     assert source == {
         "annotations": str(root / "annotations/instances_val2017.json"),
         "image_root": str(root / "val2017"),
-        "image_url": None,
         "split": "val2017",
         "sha256": source["sha256"],
     }

@@ -60,10 +60,11 @@ def test_the_command_prints_a_table_and_the_sum(measured, config):
 
 
 def test_a_split_of_unknown_size_is_named():
+    dataset = {"type": "coco", "url": "http://localhost"}
     part = {"images": "all", "split": "test-dev2017", "annotations": "a.json"}
     with pytest.raises(QwtError, match=r"test-dev2017.*give a number"):
-        number_of_images({"evaluation": part, "url": "http://localhost"}, "evaluation")
-    assert number_of_images({"evaluation": {**part, "images": 7}}, "evaluation") == 7
+        number_of_images({**dataset, "evaluation": part}, "evaluation")
+    assert number_of_images({**dataset, "evaluation": {**part, "images": 7}}, "evaluation") == 7
 
 
 @pytest.mark.slow

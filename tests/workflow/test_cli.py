@@ -14,8 +14,9 @@ from pydantic import TypeAdapter
 from qwt_mmdet.cli import app
 from qwt_mmdet.cli.run import OPTIONS, quantization_name, run
 from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.config.datasets import PARTS
 from qwt_mmdet.config.section import default_of
-from qwt_mmdet.data.datasets import PARTS, prepare_dataset
+from qwt_mmdet.steps.prepare import prepare_dataset
 from typer.testing import CliRunner, Result
 
 DEMO = ROOT / "workflow" / "demo" / "mask-rcnn_swin-xxs-p4-w8_fpn_shapes"

@@ -17,8 +17,9 @@ import yaml
 from conftest import ROOT, Workflow
 from mmdet.datasets import CocoDataset
 from mmengine.logging import HistoryBuffer
-from qwt_mmdet.data.datasets import PARTS, prepare_dataset
+from qwt_mmdet.config.datasets import PARTS
 from qwt_mmdet.detectors.build import random_detector
+from qwt_mmdet.steps.prepare import prepare_dataset
 
 HEADLINE = (ROOT / "config" / "coco.yaml").read_text()
 COCO_URL, WEIGHTS_URL = "http://images.cocodataset.org", "https://download.openmmlab.com"

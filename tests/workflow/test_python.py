@@ -15,7 +15,9 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from qwt_mmdet import load_compensation, load_detector, load_warmup, make_loader
-from qwt_mmdet.data.datasets import PARTS, prepare_dataset, select_images
+from qwt_mmdet.config.datasets import PARTS
+from qwt_mmdet.steps.prepare import prepare_dataset
+from qwt_mmdet.steps.select import select_images
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """Everything that the rules share: the checked config, targets and helpers of rules."""
 
 import copy
-import filecmp
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import combinations, read_file, resolve
+from qwt_mmdet.data.sources import open_source
 from qwt_mmdet.devices import has_gpu
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
@@ -109,48 +109,20 @@ def model_setting(key):
     return lambda wildcards: config["models"][wildcards.model][key]
 
 
-def other_part(wildcards):
-    """Return the part of a dataset that a rule is not about."""
-    return "evaluation" if wildcards.part == "calibration" else "calibration"
+def data_source(wildcards):
+    """Return where the dataset of a rule comes from."""
+    name = wildcards.dataset
+    return open_source(config["datasets"][name], f"results/datasets/{name}")
 
 
 def part_settings(wildcards):
-    """Params function: what decides which images of a part are chosen.
-
-    That is nothing of the other part, unless both are shares of the same images.
-    """
-    dataset = config["datasets"][wildcards.dataset]
-    shares = shares_annotations(dataset)
-    left_out = [] if shares and dataset["type"] == "shapes" else [other_part(wildcards)]
-    settings = {key: dataset[key] for key in dataset if key not in left_out}
-    return {**settings, "shares_annotations": shares}
+    """Params function: what decides which images of a part are chosen."""
+    return data_source(wildcards).choice_settings(wildcards.part)
 
 
 def part_source(wildcards):
-    """Params function: where a part comes from before images are chosen.
-
-    Shapes are generated in the numbers that are wanted; other datasets exist without them.
-    """
-    dataset = config["datasets"][wildcards.dataset]
-    if dataset["type"] == "shapes":
-        return part_settings(wildcards)
-    images = {k: v for k, v in dataset[wildcards.part].items() if k != "images"}
-    return {
-        **{key: dataset[key] for key in ("type", "root", "url") if key in dataset},
-        wildcards.part: images,
-    }
-
-
-def shares_annotations(dataset):
-    """Whether both parts of a dataset are of the same annotation file, or of a copy."""
-    parts = [dataset["calibration"], dataset["evaluation"]]
-    if dataset["type"] == "shapes":
-        return parts[0]["split"] == parts[1]["split"]
-    names = [part["annotations"] for part in parts]
-    if names[0] == names[1] or "root" not in dataset:
-        return names[0] == names[1]
-    paths = [os.path.join(dataset["root"], name) for name in names]
-    return all(map(os.path.exists, paths)) and filecmp.cmp(*paths, shallow=False)
+    """Params function: what decides the annotations of a part, before images are chosen."""
+    return data_source(wildcards).annotation_settings(wildcards.part)
 
 
 def files_note(wildcards):
@@ -178,12 +150,11 @@ def local_config(wildcards):
 
 def local_annotations(wildcards):
     """Input function: the annotation file of a part of a dataset that is a folder here."""
-    dataset = config["datasets"][wildcards.dataset]
-    if "root" not in dataset:
+    path = data_source(wildcards).local_annotations(wildcards.part)
+    if path is None:
         return []
     return existing(
-        os.path.join(dataset["root"], dataset[wildcards.part]["annotations"]),
-        f"The annotation file of datasets.{wildcards.dataset}.{wildcards.part}",
+        path, f"The annotation file of datasets.{wildcards.dataset}.{wildcards.part}"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
+from ..data.sources import open_source
 from ..errors import QwtError
 from ..files import is_url
 
@@ -62,7 +63,7 @@ def check_files(content: Mapping[str, Any]) -> None:
                     f"models.{name}.{key} is {path!r}, but there is no such file; check the path."
                 )
     for name, dataset in content["datasets"].items():
-        root = dataset.get("root")
+        root = open_source(dataset, "").root
         if root is not None and not os.path.isdir(root):
             raise QwtError(f"datasets.{name}.root is {root!r}, but there is no such folder.")
 

@@ -7,6 +7,8 @@ import typer
 from tabulate import tabulate
 
 from ..config import combinations, read_file, resolve
+from ..config.datasets import PARTS
+from ..data.sources import open_source
 from ..errors import QwtError
 from ..files import is_url
 from .common import check_files, plain_errors
@@ -29,9 +31,10 @@ def validate(
         check_files(resolved)
         evaluated = {}
         for name, dataset in resolved["datasets"].items():
-            if "root" in dataset:
-                for part in ("calibration", "evaluation"):
-                    path = Path(dataset["root"], dataset[part]["annotations"])
+            source = open_source(dataset, "")
+            for part in PARTS:
+                path = source.local_annotations(part)
+                if path is not None:
                     evaluated[name] = read_annotations(path, labelled=part == "evaluation")
         for name, model in resolved["models"].items():
             options = model["config_options"]

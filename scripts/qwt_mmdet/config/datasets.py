@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError, model_validator
@@ -30,28 +30,48 @@ def check_address(text: str) -> str:
 
 
 Address = Annotated[Text, AfterValidator(check_address)]
+Exif = Literal["apply", "ignore"]
+Part = Literal["calibration", "evaluation"]
+PARTS: tuple[Part, ...] = get_args(Part)
 Images = Annotated[int, Strict(), Field(ge=1, le=10_000_000)]
 Count = Images | Literal["all"]
+
+# Keys that several sections share have their meaning in the type: the string below a key is not inherited.
+DrawnSplit = Annotated[Name, Field(description="Name of the split.")]
+Drawn = Annotated[Images, Field(description="How many images.")]
+CocoSplit = Annotated[
+    Name,
+    Field(
+        description="Name of the split. It also names the annotation file and the image folder where "
+        "these are not given."
+    ),
+]
+Chosen = Annotated[Count, Field(description="How many images, or `all`.")]
+AnnotationFile = Annotated[
+    Text | None,
+    Field(
+        description="Annotation file under the root. Default: `annotations/instances_{split}.json`."
+    ),
+]
+ImageFolder = Annotated[
+    Text | None, Field(description="Image folder under the root. Default: `{split}`.")
+]
 
 
 @section
 class ShapesCalibration:
     """Images for ranges and compensation."""
 
-    split: Name = "calibration"
-    """Name of the split."""
-    images: Images = 128
-    """How many images."""
+    split: DrawnSplit = "calibration"
+    images: Drawn = 128
 
 
 @section
 class ShapesEvaluation:
     """Images for AP."""
 
-    split: Name = "val"
-    """Name of the split."""
-    images: Images = 300
-    """How many images."""
+    split: DrawnSplit = "val"
+    images: Drawn = 300
 
 
 @section
@@ -68,50 +88,39 @@ class Shapes:
     """Images for AP."""
 
 
-def _fill_in(part: "CocoCalibration | CocoEvaluation") -> None:
-    """What follows from the split's name where it is not given."""
-    if part.annotations is None:
-        object.__setattr__(part, "annotations", f"annotations/instances_{part.split}.json")
-    if part.image_folder is None:
-        object.__setattr__(part, "image_folder", part.split)
+@section
+class CocoPart:
+    """Images of a split."""
+
+    split: CocoSplit
+    images: Chosen
+    annotations: AnnotationFile = None
+    image_folder: ImageFolder = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        """Fill in what follows from the split's name where it is not given."""
+        if self.annotations is None:
+            object.__setattr__(self, "annotations", f"annotations/instances_{self.split}.json")
+        if self.image_folder is None:
+            object.__setattr__(self, "image_folder", self.split)
+        return self
 
 
 @section
-class CocoCalibration:
+class CocoCalibration(CocoPart):
     """Images for ranges and compensation."""
 
-    split: Name = "train2017"
-    """Name of the split. It also names the annotation file and the image folder where these are not given."""
-    images: Count = 512
-    """How many images, or `all`."""
-    annotations: Text | None = None
-    """Annotation file under the root. Default: `annotations/instances_{split}.json`."""
-    image_folder: Text | None = None
-    """Image folder under the root. Default: `{split}`."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> "CocoCalibration":
-        _fill_in(self)
-        return self
+    split: CocoSplit = "train2017"
+    images: Chosen = 512
 
 
 @section
-class CocoEvaluation:
+class CocoEvaluation(CocoPart):
     """Images for AP."""
 
-    split: Name = "val2017"
-    """Name of the split. It also names the annotation file and the image folder where these are not given."""
-    images: Count = "all"
-    """How many images, or `all`."""
-    annotations: Text | None = None
-    """Annotation file under the root. Default: `annotations/instances_{split}.json`."""
-    image_folder: Text | None = None
-    """Image folder under the root. Default: `{split}`."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> "CocoEvaluation":
-        _fill_in(self)
-        return self
+    split: CocoSplit = "val2017"
+    images: Chosen = "all"
 
 
 @section
@@ -127,7 +136,7 @@ class Coco:
     url: Address | None = None
     """Address to download from in the place of a root. Annotations come from
     `{url}/annotations/annotations_trainval2017.zip`, chosen images from `{url}/{split}/`."""
-    exif: Literal["apply", "ignore"] = "apply"
+    exif: Exif = "apply"
     """Whether photos with an EXIF rotation are turned when they are read (`apply`, as MMDetection does), or
     sizes and boxes refer to the pixels as they are stored (`ignore`). It decides calibration, evaluation and
     pictures."""
@@ -154,14 +163,14 @@ Dataset = Annotated[Annotated[Shapes | Coco, Field(discriminator="type")], Neste
 _DATASET = TypeAdapter(Dataset)
 
 
-def resolve_dataset(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a data set's entry with all defaults filled in, as plain values.
+def parse_dataset(settings: Mapping[str, Any]) -> Shapes | Coco:
+    """Return the section of a data set's entry, with all defaults filled in.
 
     Raises:
         QwtError: a key or a value is not allowed.
     """
     try:
-        parsed = _DATASET.validate_python(settings)
+        return _DATASET.validate_python(settings)
     except ValidationError as error:
         raise_problems(sentences(error, Dataset))
-    return _DATASET.dump_python(parsed, mode="json", exclude_none=True)
+        raise  # not reached: there is at least one problem

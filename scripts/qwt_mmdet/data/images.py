@@ -5,15 +5,13 @@ The loader's default is ``mmcv.imfrombytes(content, flag="color", backend="cv2")
 """
 
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from ..config.datasets import Exif
 from ..errors import QwtError
-
-Exif = Literal["apply", "ignore"]
 
 UPRIGHT = 1
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height

@@ -1,0 +1,157 @@
+"""Which images of a data set are used for what."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..config.datasets import PARTS, Part
+from ..errors import QwtError
+from ..files import sha256_file
+from .annotations import few, read_annotations
+from .sources import Source
+
+logger = logging.getLogger(__name__)
+
+Count = int | Literal["all"]
+
+
+def choose_ids(
+    part: Part, ids: Iterable[int], images: Count, *, seed: int, same_images: bool, name: str
+) -> list[int]:
+    """Draw image ids for a part; the order in which they are given does not matter.
+
+    Args:
+        part: ``calibration`` or ``evaluation``.
+        ids: the ids to draw from.
+        images: how many to draw, or ``"all"``.
+        same_images: both parts are drawn from the same images, so they shall share none as long as
+            there are enough.
+        name: name of the dataset in the config, for messages.
+
+    Returns:
+        The ids in ascending order.
+
+    Raises:
+        QwtError: the number is not positive, or larger than the number of ids.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise QwtError(f"datasets.{name}.seed is {seed!r}; it must be a whole number from 0.")
+    ids = sorted(ids)
+    count = _count(images, len(ids), f"datasets.{name}.{part}.images")
+    stream = 0 if same_images else 1 + PARTS.index(part)
+    shuffled = [ids[index] for index in np.random.default_rng([seed, stream]).permutation(len(ids))]
+    if same_images and part == "calibration":
+        shuffled.reverse()
+    return sorted(shuffled[:count])
+
+
+def _count(wanted: Count, available: int, key: str) -> int:
+    if wanted == "all":
+        return available
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise QwtError(f"{key} is {wanted!r}; it must be a number from 1, or all.")
+    if wanted > available:
+        raise QwtError(
+            f"{key} is {wanted}, but there are only {available} images; ask for fewer, or all."
+        )
+    return wanted
+
+
+def choose(source: Source, part: Part, *, name: str) -> dict[str, Any]:
+    """Choose the images of a part.
+
+    Args:
+        source: has the annotation file of the part, and maybe that of the other part.
+        name: name of the dataset in the config, for messages.
+
+    Returns:
+        The annotation file of exactly these images, in order of their ids.
+
+    Raises:
+        QwtError: there are too few images, or both parts share one.
+    """
+    contents = _read_parts(source)
+    same_images = len({id(content) for content in contents.values()}) < len(contents)
+    chosen = {}
+    for key, content in contents.items():
+        ids = choose_ids(
+            key,
+            [image["id"] for image in content["images"]],
+            getattr(source.settings, key).images,
+            seed=source.settings.seed,
+            same_images=same_images,
+            name=name,
+        )
+        chosen[key] = _subset(content, ids)
+    if len(chosen) == len(PARTS):
+        _check_overlap(source, chosen, name)
+    return chosen[part]
+
+
+def _read_parts(source: Source) -> dict[Part, dict[str, Any]]:
+    """Read the annotation files that are there; one that serves both parts is read once."""
+    paths = {part: source.place(part).annotations for part in PARTS}
+    hashes = {part: sha256_file(path) for part, path in paths.items() if Path(path).is_file()}
+    by_hash: dict[str, dict[str, Any]] = {}
+    for part, found in hashes.items():
+        if found not in by_hash:
+            labelled = found == hashes.get("evaluation")
+            by_hash[found] = read_annotations(paths[part], labelled=labelled)
+    return {part: by_hash[found] for part, found in hashes.items()}
+
+
+def _subset(content: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+    wanted = set(ids)
+    return {
+        "info": {},
+        "images": sorted(
+            (image for image in content["images"] if image["id"] in wanted),
+            key=lambda image: image["id"],
+        ),
+        "annotations": sorted(
+            (found for found in content["annotations"] if found["image_id"] in wanted),
+            key=lambda found: found["id"],
+        ),
+        "categories": content["categories"],
+    }
+
+
+def _check_overlap(source: Source, chosen: Mapping[Part, Mapping[str, Any]], name: str) -> None:
+    """No image file may be in both parts, whatever its id in either annotation file."""
+    evaluated = {
+        source.identity("evaluation", image["file_name"])
+        for image in chosen["evaluation"]["images"]
+    }
+    shared = [
+        image["id"]
+        for image in chosen["calibration"]["images"]
+        if source.identity("calibration", image["file_name"]) in evaluated
+    ]
+    if shared:
+        raise QwtError(
+            f"Calibration and evaluation of {name} would share {len(shared)} images, with the ids "
+            f"{few(shared)}; ask for fewer images, or take them from different splits."
+        )
+
+
+def missing_classes(subset: Mapping[str, Any], what: str) -> list[str]:
+    """Names of the classes that have no object in the chosen images; the log says so.
+
+    Args:
+        what: what the log calls the chosen images.
+    """
+    there = {annotation["category_id"] for annotation in subset["annotations"]}
+    missing = [
+        category["name"]
+        for category in sorted(subset["categories"], key=lambda category: category["id"])
+        if category["id"] not in there
+    ]
+    if missing:
+        logger.warning(
+            "%s: %d of %d classes do not occur in the %d chosen images: %s",
+            what, len(missing), len(subset["categories"]), len(subset["images"]), few(missing),
+        )  # fmt: skip
+    return missing

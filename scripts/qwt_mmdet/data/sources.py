@@ -1,0 +1,469 @@
+"""Where images and annotations come from: one class for each kind of source, found by name.
+
+Snakemake asks sources whenever it reads the workflow, so what needs OpenCV or a network is imported
+where it is used.
+"""
+
+import contextlib
+import fcntl
+import filecmp
+import os
+import shutil
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from ..config.datasets import PARTS, Coco, Exif, Part, Shapes, parse_dataset
+from ..config.section import as_plain
+from ..errors import QwtError, unknown_name
+from ..files import read_json, write_atomically, write_json
+from ..progress import progress
+from .annotations import few, read_annotations
+
+ARCHIVE = "annotations/annotations_trainval2017.zip"
+COCO_IMAGES = {"train2017": 118287, "val2017": 5000}
+"""How many images a split of COCO has."""
+PROBLEMS_IN_MESSAGES = 5
+
+
+class Place(NamedTuple):
+    """Where the annotations and the images of a part are, once they are there."""
+
+    annotations: str
+    image_root: str
+    split: str
+
+
+class Source(ABC):
+    """Where a data set comes from.
+
+    Args:
+        settings: its section of the configuration.
+        folder: where generated and downloaded files go.
+    """
+
+    def __init__(self, settings: Any, folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.root: str | None = None
+        """The user's folder that all is in, if it is there already."""
+
+    @abstractmethod
+    def place(self, part: Part) -> Place:
+        """Where a part is, once it is there."""
+
+    @abstractmethod
+    def prepare(self, part: Part, most_bytes: int) -> None:
+        """Have the annotation file of a part at its place.
+
+        Args:
+            most_bytes: largest size of a download, and of an annotation file in it.
+
+        Raises:
+            QwtError: it cannot be had.
+        """
+
+    def fetch(
+        self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
+    ) -> list[int]:
+        """Have images of a part at their place, and check each.
+
+        Args:
+            images: entries of the annotation file.
+            name: name of the dataset in the config, for messages.
+            workers: images to fetch or to check at a time.
+
+        Returns:
+            The EXIF orientation of each image, 1 to 8.
+
+        Raises:
+            QwtError: an image is missing, unreadable or of another size than its entry says.
+        """
+        return _check_images(images, self.place(part).image_root, self.exif, name, workers)
+
+    @property
+    def exif(self) -> Exif:
+        """Whether images are turned by their EXIF orientation when they are read."""
+        return self.settings.exif
+
+    def identity(self, part: Part, file_name: str) -> str:
+        """What is the same for two image files only if they are the same image."""
+        return os.path.realpath(os.path.join(self.place(part).image_root, file_name))
+
+    def local_annotations(self, part: Part) -> str | None:
+        """The annotation file of a part if that is a file of the user's."""
+        return None
+
+    def available(self, part: Part) -> int | None:
+        """How many images a part has to choose from, where that is known before anything is fetched."""
+        return None
+
+    @property
+    def shared(self) -> bool:
+        """Whether both parts are chosen from the same images."""
+        return self.place("calibration").annotations == self.place("evaluation").annotations
+
+    def annotation_settings(self, part: Part) -> dict[str, Any]:
+        """The settings that decide the annotations of a part."""
+        plain = as_plain(self.settings)
+        plain[part] = {key: value for key, value in plain[part].items() if key != "images"}
+        return {
+            key: value
+            for key, value in plain.items()
+            if key not in ("seed", "exif", "allow_outside_root", _other(part))
+        }
+
+    def choice_settings(self, part: Part) -> dict[str, Any]:
+        """The settings that decide which images of a part are chosen, and how they are read."""
+        plain = as_plain(self.settings)
+        del plain[_other(part)]
+        return {**self.annotation_settings(part), **plain, "shares_annotations": self.shared}
+
+
+SOURCES: dict[str, Callable[[Any, Path], Source]] = {}
+"""What makes a source of its settings and its folder, by ``type`` of the data set."""
+
+
+def register_source(
+    name: str,
+) -> Callable[[Callable[[Any, Path], Source]], Callable[[Any, Path], Source]]:
+    """Decorator: the class, or function, makes the sources of data sets whose ``type`` is ``name``."""
+
+    def decorate(make: Callable[[Any, Path], Source]) -> Callable[[Any, Path], Source]:
+        SOURCES[name] = make
+        return make
+
+    return decorate
+
+
+def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
+    """The source of a data set.
+
+    Args:
+        settings: the config's entry.
+        folder: where generated and downloaded files go.
+
+    Raises:
+        QwtError: a setting is not allowed, or nothing is registered for its type.
+    """
+    section = parse_dataset(settings)
+    if section.type not in SOURCES:
+        raise unknown_name("The type of a data set", section.type, SOURCES)
+    return SOURCES[section.type](section, Path(folder))
+
+
+@register_source("shapes")
+class Generated(Source):
+    """Images that are drawn from a seed."""
+
+    settings: Shapes
+
+    def place(self, part: Part) -> Place:
+        split = getattr(self.settings, part).split
+        return Place(
+            str(self.folder / f"annotations/instances_{split}.json"),
+            str(self.folder / split),
+            split,
+        )
+
+    def prepare(self, part: Part, most_bytes: int) -> None:
+        """Draw the images of a part; those that are there stay."""
+        from ..demo.shapes import generate_shapes
+
+        split = self.place(part).split
+        parts = (getattr(self.settings, key) for key in PARTS)
+        count = sum(images.images for images in parts if images.split == split)  # shared out
+        with _alone(self.folder):
+            generate_shapes(self.folder, seed=self.settings.seed, images={split: count})
+
+    @property
+    def exif(self) -> Exif:
+        return "apply"  # drawn images have no orientation
+
+    def annotation_settings(self, part: Part) -> dict[str, Any]:
+        """All that decides what is drawn, which is the numbers of images too."""
+        plain = as_plain(self.settings)
+        if not self.shared:
+            del plain[_other(part)]
+        return plain
+
+
+@register_source("coco")
+def _coco(settings: Coco, folder: Path) -> Source:
+    if settings.root is not None:
+        return LocalFolder(settings, folder, settings.root)
+    return Download(settings, folder, str(settings.url).rstrip("/"))
+
+
+class LocalFolder(Source):
+    """A folder of the user's in COCO's format."""
+
+    settings: Coco
+    root: str
+
+    def __init__(self, settings: Coco, folder: Path, root: str) -> None:
+        super().__init__(settings, folder)
+        self.root = root
+
+    def place(self, part: Part) -> Place:
+        images = getattr(self.settings, part)
+        root = Path(self.root)
+        return Place(str(root / images.annotations), str(root / images.image_folder), images.split)
+
+    def prepare(self, part: Part, most_bytes: int) -> None:
+        """Check that the folders are there."""
+        if not os.path.isdir(self.root):
+            raise QwtError(f"The dataset root {self.root} is not a folder; check the path.")
+        image_root = self.place(part).image_root
+        if not os.path.isdir(image_root):
+            raise QwtError(
+                f"The {part} images should be in {image_root}, which is not a folder; check root and "
+                f"{part}.image_folder."
+            )
+
+    def fetch(
+        self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
+    ) -> list[int]:
+        """Check the images; see :meth:`Source.fetch`."""
+        outside = _outside(images, self.place(part).image_root, self.root)
+        if outside and not self.settings.allow_outside_root:
+            raise QwtError(
+                f"{len(outside)} of {len(images)} chosen images lie outside of the root {self.root}, "
+                f"where the annotation file or a link leads: {few(outside)}; if you trust that, set "
+                f"datasets.{name}.allow_outside_root: true."
+            )
+        return super().fetch(part, images, name=name, workers=workers)
+
+    def local_annotations(self, part: Part) -> str:
+        return self.place(part).annotations
+
+    def available(self, part: Part) -> int:
+        return len(read_annotations(self.place(part).annotations, labelled=False)["images"])
+
+    @property
+    def shared(self) -> bool:
+        """Also of a copy of the annotation file."""
+        first, second = (self.place(part).annotations for part in PARTS)
+        there = os.path.exists(first) and os.path.exists(second)
+        return super().shared or (there and filecmp.cmp(first, second, shallow=False))
+
+
+class Download(Source):
+    """COCO by download: the archive of all annotations, and the chosen images one by one."""
+
+    settings: Coco
+
+    def __init__(self, settings: Coco, folder: Path, url: str) -> None:
+        super().__init__(settings, folder)
+        self.url = url
+
+    def place(self, part: Part) -> Place:
+        images = getattr(self.settings, part)
+        return Place(
+            str(self.folder / images.annotations),
+            str(self.folder / "images" / images.split),
+            images.split,
+        )
+
+    def prepare(self, part: Part, most_bytes: int) -> None:
+        """Download the archive, and extract what is not there of both parts."""
+        from .download import download
+
+        names = {getattr(self.settings, key).annotations for key in PARTS}
+        for name in names:
+            if _leaves(name):
+                raise QwtError(
+                    f"The annotations {name!r} would be stored outside of the dataset's folder; name a "
+                    f"file of {self.url}/{ARCHIVE}."
+                )
+        with _alone(self.folder):
+            self._claim()
+            if os.path.isfile(self.place(part).annotations):
+                return
+            absent = sorted(name for name in names if not (self.folder / name).is_file())
+            archive = self.folder / PurePosixPath(ARCHIVE).name
+            download(f"{self.url}/{ARCHIVE}", archive, most_bytes=most_bytes)
+            try:
+                _extract(archive, absent, self.folder, f"{self.url}/{ARCHIVE}", most_bytes)
+            finally:
+                archive.unlink()
+
+    def _claim(self) -> None:
+        """Note which address the files in the folder are from; never mix two."""
+        origin = self.folder / "origin.json"
+        if origin.is_file():
+            noted = read_json(origin, what="note of a download's origin").get("url")
+        else:
+            there = [name for name in ("annotations", "images") if (self.folder / name).exists()]
+            noted = "elsewhere" if there else None
+        if noted is None:
+            write_json(origin, {"url": self.url})
+        elif noted != self.url:
+            raise QwtError(
+                f"{self.folder} holds files from {noted}, not from {self.url}; remove that folder, or "
+                "give the dataset another name."
+            )
+
+    def fetch(
+        self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
+    ) -> list[int]:
+        """Download the images that are not there and whole; see :meth:`Source.fetch`."""
+        from .download import download_many
+
+        place = self.place(part)
+        by_name = {image["file_name"]: image for image in images}
+        for file_name in filter(_leaves, by_name):
+            raise QwtError(
+                f"The annotation file {place.annotations} has an image {file_name!r}, which would be "
+                "stored outside of the dataset's folder; do not use this source."
+            )
+        orientations = {}
+
+        def check(file_name: str, path: Path) -> None:
+            found = _orientation(path, by_name[file_name], self.exif)
+            if isinstance(found, QwtError):
+                raise QwtError(f"{found}{_advice([found], name, self.exif)}") from found
+            orientations[file_name] = found
+
+        download_many(
+            [(self._image_url(part, file_name), file_name) for file_name in by_name],
+            place.image_root,
+            workers,
+            check=check,
+            most_bytes=lambda key: 10_000_000 + 16 * by_name[key]["width"] * by_name[key]["height"],
+            description=f"Fetching images of {place.split}",
+        )
+        return [orientations[image["file_name"]] for image in images]
+
+    def _image_url(self, part: Part, file_name: str) -> str:
+        return f"{self.url}/{getattr(self.settings, part).image_folder}/{quote(file_name)}"
+
+    def identity(self, part: Part, file_name: str) -> str:
+        return self._image_url(part, file_name)
+
+    def available(self, part: Part) -> int | None:
+        return COCO_IMAGES.get(self.place(part).split)
+
+
+def _other(part: Part) -> Part:
+    return "evaluation" if part == "calibration" else "calibration"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other process pass that prepares the other part in the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _leaves(name: str) -> bool:
+    """Whether a relative name leads out of its folder, or is not relative."""
+    return bool(PureWindowsPath(name).anchor) or ".." in PurePosixPath(name).parts
+
+
+def _extract(archive: Path, names: Sequence[str], folder: Path, url: str, most_bytes: int) -> None:
+    try:
+        with zipfile.ZipFile(archive) as content:
+            there = [name for name in content.namelist() if "instances_" in name]
+            for name in names:
+                if name not in there:
+                    raise QwtError(
+                        f"{url} holds no {name}; it holds {', '.join(there) or 'no instances'}. "
+                        "Correct the split or the annotations of the dataset."
+                    )
+                if content.getinfo(name).file_size > most_bytes:
+                    raise QwtError(
+                        f"{url} holds a {name} of more than {most_bytes / 1e9:g} GB; check the address, or "
+                        "raise max_download_gb in the configuration."
+                    )
+                with (
+                    write_atomically(folder / name) as target,
+                    content.open(name) as stream,
+                    open(target, "wb") as file,
+                ):
+                    shutil.copyfileobj(stream, file)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise QwtError(
+            f"{url} is not a whole zip file ({error}); check the address and run again."
+        ) from error
+
+
+# --- Image files -------------------------------------------------------------------------------
+
+
+def _outside(
+    images: Sequence[Mapping[str, Any]], image_root: str, root: str | os.PathLike[str]
+) -> list[str]:
+    """Names of images that the annotation file or a link looks for outside of the dataset's root.
+
+    An image folder that the config itself names outside of the root is a root of its own.
+    """
+    named = Path(os.path.abspath(image_root)).is_relative_to(os.path.abspath(root))
+    allowed = os.path.realpath(root if named else image_root)
+    names = [image["file_name"] for image in images]
+    return [
+        name
+        for name in names
+        if not Path(os.path.realpath(os.path.join(image_root, name))).is_relative_to(allowed)
+    ]
+
+
+def _orientation(path: str | Path, image: Mapping[str, Any], exif: Exif) -> int | QwtError:
+    """EXIF orientation of an image file, or what is wrong with it."""
+    from .images import check_image
+
+    try:
+        return check_image(path, image["width"], image["height"], exif=exif)
+    except QwtError as error:
+        return error
+
+
+def _advice(problems: Sequence[QwtError], name: str, exif: Exif) -> str:
+    """What to do where images would fit with the other ``exif``; nothing where that is not so."""
+    from .images import TurnedImageError
+
+    if not any(isinstance(problem, TurnedImageError) for problem in problems):
+        return ""
+    other = {"apply": "ignore", "ignore": "apply"}[exif]
+    pixels = {"apply": "pixels as they are stored", "ignore": "turned image"}[exif]
+    return (
+        f" If sizes and boxes refer to the {pixels}, set datasets.{name}.exif: {other}; if the boxes "
+        "do not, correct width and height in the annotation file."
+    )
+
+
+def _check_images(
+    images: Sequence[Mapping[str, Any]], image_root: str, exif: Exif, name: str, workers: int
+) -> list[int]:
+    """Check images that should be there; return their EXIF orientations."""
+
+    def path(image: Mapping[str, Any]) -> str:
+        return os.path.join(image_root, image["file_name"])
+
+    absent = [image["file_name"] for image in images if not os.path.isfile(path(image))]
+    if absent:
+        raise QwtError(
+            f"{len(absent)} of {len(images)} chosen images are missing in {image_root}: "
+            f"{few(absent)}; add them, or correct the image folder."
+        )
+    with ThreadPoolExecutor(max_workers=min(workers, os.cpu_count() or 1)) as executor:
+        results = executor.map(lambda image: _orientation(path(image), image, exif), images)
+        found = list(progress(results, f"Checking images in {image_root}", total=len(images)))
+    problems = [result for result in found if isinstance(result, QwtError)]
+    if problems:
+        raise QwtError(
+            f"{len(problems)} of {len(images)} chosen images in {image_root} are not usable: "
+            f"{' '.join(map(str, problems[:PROBLEMS_IN_MESSAGES]))}"
+            f"{_advice(problems, name, exif) or ' Replace them.'}"
+        )
+    return [result for result in found if not isinstance(result, QwtError)]
