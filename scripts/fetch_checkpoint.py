@@ -3,7 +3,7 @@
 from qwt_mmdet.runtime import step
 
 with step(snakemake):
-    from qwt_mmdet.detectors.weights import fetch_checkpoint
+    from qwt_mmdet.steps.fetch import fetch_checkpoint
 
     fetch_checkpoint(
         snakemake.params.source,

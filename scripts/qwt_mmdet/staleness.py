@@ -39,7 +39,13 @@ _REPORT = tuple(
     f"reporting.{part}" for part in ("figures", "html", "pictures", "summary", "templates", "text")
 )
 STEP_PARTS = {
-    "fetch_checkpoint": ("data.download", "detectors.unpickling", "detectors.weights"),
+    "fetch_checkpoint": (
+        "data.download",
+        "detectors.checkpoint",
+        "detectors.unpickling",
+        "detectors.weights",
+        "steps.fetch",
+    ),
     "prepare_dataset": (*_SOURCES, "steps.prepare"),
     "select_images": (*_SOURCES, "data.sampling", "steps.select"),
     "evaluate_baseline": _EVALUATION,
@@ -69,7 +75,7 @@ STEP_PARTS = {
         "data.images",
         *_REPORT,
     ),
-    "train_demo": ("detectors.torchvision", "demo.shapes"),
+    "train_demo": ("demo", "detectors.torchvision"),
 }
 
 

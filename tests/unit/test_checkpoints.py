@@ -21,8 +21,10 @@ import pytest
 import torch
 from flaky_server import Drop, FlakyServer, Status
 from qwt_mmdet.data import download as download_module
-from qwt_mmdet.detectors.weights import check_keys, fetch_checkpoint, load_checkpoint, load_weights
+from qwt_mmdet.detectors.checkpoint import load_checkpoint
+from qwt_mmdet.detectors.weights import check_keys, load_weights
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.steps.fetch import fetch_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 

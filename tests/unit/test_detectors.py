@@ -12,10 +12,10 @@ from qwt_mmdet.detectors.build import (
     without_training,
 )
 from qwt_mmdet.detectors.forward import count_operations
-from qwt_mmdet.detectors.weights import fetch_checkpoint
 from qwt_mmdet.errors import LONGEST_REASON, QwtError, reason
 from qwt_mmdet.inference import run_on_images
 from qwt_mmdet.record import record_of
+from qwt_mmdet.steps.fetch import fetch_checkpoint
 from torch import nn
 
 NANO = "yolox/yolox_nano_8xb8-300e_coco.py"

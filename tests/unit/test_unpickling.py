@@ -13,8 +13,8 @@ import zipfile
 import pytest
 import torch
 from qwt_mmdet.detectors import unpickling
+from qwt_mmdet.detectors.checkpoint import load_checkpoint
 from qwt_mmdet.detectors.unpickling import MAX_OPCODES, Damaged, Refused, StoredTensor, TorchFile
-from qwt_mmdet.detectors.weights import load_checkpoint
 from qwt_mmdet.errors import QwtError
 
 FLOATS = struct.pack("<4f", 1, 2, 3, 4)

@@ -1,6 +1,6 @@
 """Mask R-CNN with a very small Swin Transformer for the 256 px images of ``shapes``.
 
-An ordinary mmdet configuration. `scripts/train_demo.py` draws the images and trains it; what
+An ordinary mmdet configuration. `snakemake train_demo` draws the images and trains it; what
 matters for the result stands here.
 """
 

@@ -22,9 +22,10 @@ from ..devices import use_full_precision
 from ..errors import QwtError, reason
 from ..fingerprint import settings_fingerprint, weights_fingerprint
 from ..record import record_of
+from .checkpoint import read_checkpoint
 from .classes import class_names, head_outputs
 from .repairs import repair
-from .weights import load_weights, read_checkpoint
+from .weights import load_weights
 
 logger = logging.getLogger(__name__)
 
