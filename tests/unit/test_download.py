@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -215,13 +216,15 @@ def test_target_that_cannot_be_written(tmp_path):
         download(server.url("a.bin"), tmp_path / "file" / "a.bin")
 
 
-def test_log_lines_where_there_is_no_terminal(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(download_module.progress_module, "LOG_EVERY_SECONDS", 0.0)
+def test_the_log_tells_how_far_a_long_download_is(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(download_module, "GRACE_SECONDS", 0.1)
     caplog.set_level(logging.INFO)
-    with FlakyServer({"a.bin": CONTENT}) as server:
+    with FlakyServer() as server:
+        server.plan["a.bin"].append(
+            Raw(OK + b"Content-Length: 3000000\r\n\r\n", b"x" * 100_000, 0.02)
+        )
         download(server.url("a.bin"), tmp_path / "a.bin")
-    assert "Downloading a.bin (1.0 MB)" in caplog.messages
-    assert any("MB per second" in message for message in caplog.messages)
+    assert any(re.match(r"a\.bin: \d\.\d MB, .* MB per second", line) for line in caplog.messages)
 
 
 def many(count: int) -> dict[str, bytes]:

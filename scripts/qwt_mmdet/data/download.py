@@ -4,7 +4,6 @@ import json
 import logging
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +14,6 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 import requests
 import tenacity
 import urllib3
-from tqdm import tqdm
 
 from .. import progress as progress_module
 from ..errors import QwtError
@@ -27,7 +25,7 @@ ATTEMPTS_WITHOUT_PROGRESS = 6
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 120.0
 TIMEOUT_SECONDS = (15.0, 60.0)  # to connect, and between two pieces of data
-GRACE_SECONDS = 60.0  # an attempt that brought less than the lowest rate for so long is ended
+GRACE_SECONDS = 60.0  # an attempt that is slower than the lowest rate for so long is ended
 LOWEST_BYTES_PER_SECOND = 1000
 LARGEST_BYTES = 20 * 10**9  # of a file whose size nobody told
 CHUNK_BYTES = 1 << 14  # at most so much is lost when a connection breaks
@@ -68,7 +66,6 @@ def download(
     *,
     sha256: str | None = None,
     most_bytes: int = LARGEST_BYTES,
-    progress: bool = True,
 ) -> None:
     """Fetch ``url`` into the file ``path``.
 
@@ -82,16 +79,14 @@ def download(
     Args:
         sha256: the hash that the file must have, in hexadecimal.
         most_bytes: largest size that is taken.
-        progress: show a bar on a terminal, or log lines elsewhere.
 
     Raises:
         QwtError: the address is wrong, the server does not deliver, the file is too large or cannot
             be written, or its hash is another one (the bad file is removed).
     """
+    logger.info("Downloading %s", printable(url))
     with _session() as session:
-        _Transfer(
-            url, Path(path), session, sha256=sha256, most_bytes=most_bytes, show=progress
-        ).run()
+        _Transfer(url, Path(path), session, sha256=sha256, most_bytes=most_bytes).run()
 
 
 def download_many(
@@ -174,7 +169,6 @@ class _Transfer:
         *,
         most_bytes: int,
         sha256: str | None = None,
-        show: bool = False,
         check: Callable[[str, Path], None] | None = None,
         name: str | None = None,
         cancelled: threading.Event | None = None,
@@ -185,7 +179,6 @@ class _Transfer:
         self.session = session
         self.sha256 = sha256.lower() if sha256 else None
         self.most_bytes = most_bytes
-        self.show = show
         self.check = check
         self.name = name or path.name
         self.cancelled = cancelled or threading.Event()
@@ -246,6 +239,9 @@ class _Transfer:
                     rate = (self.received - seen) / (now - since)
                     if rate < LOWEST_BYTES_PER_SECOND:
                         raise _PassingError(f"the server sent {rate:.0f} bytes per second")
+                    logger.info(
+                        "%s: %.1f MB, %.2f MB per second", self.name, self.arrived / 1e6, rate / 1e6
+                    )
                     seen, since = self.received, now
             outcome.result()
         except _PassingError:
@@ -345,10 +341,7 @@ class _Transfer:
         total = _total_bytes(response)
         arrived = offset
         self._check_size(total or 0)
-        with (
-            open(self.part, "ab" if offset else "wb") as stream,
-            _ByteProgress(self.name, offset, total, show=self.show) as shown,
-        ):
+        with open(self.part, "ab" if offset else "wb") as stream:
             while chunk := response.raw.read1(CHUNK_BYTES):
                 arrived += len(chunk)
                 self._check_size(arrived)
@@ -358,7 +351,6 @@ class _Transfer:
                     stream.write(chunk)
                     self.received += len(chunk)
                     self.arrived = max(self.arrived, arrived)
-                shown.update(len(chunk))
         if total is not None and arrived != total:
             if arrived > total:
                 self._discard()
@@ -419,48 +411,6 @@ class _Transfer:
             state.outcome.exception(),
             state.next_action.sleep,
         )
-
-
-class _ByteProgress:
-    """How many bytes have arrived: a bar on a terminal, log lines elsewhere."""
-
-    def __init__(self, name: str, offset: int, total: int | None, *, show: bool) -> None:
-        self.name = name
-        self.done = self.start_bytes = offset
-        self.total = total
-        self.show = show
-        self.bar: tqdm | None = None
-
-    def __enter__(self) -> "_ByteProgress":
-        self.start = self.last = time.monotonic()
-        if self.show and sys.stderr.isatty():
-            self.bar = tqdm(
-                desc=self.name, total=self.total, initial=self.done,
-                unit="B", unit_scale=True, dynamic_ncols=True,
-            )  # fmt: skip
-        elif self.show:
-            resumed = f", resumed at {self.done / 1e6:.1f} MB" if self.done else ""
-            size = f"{self.total / 1e6:.1f} MB" if self.total is not None else "size unknown"
-            logger.info("Downloading %s (%s%s)", self.name, size, resumed)
-        return self
-
-    def update(self, count: int) -> None:
-        self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
-            return
-        now = time.monotonic()
-        if self.show and now - self.last >= progress_module.LOG_EVERY_SECONDS:
-            self.last = now
-            rate = (self.done - self.start_bytes) / (now - self.start)
-            left = f", {(self.total - self.done) / rate:.0f} s left" if self.total else ""
-            logger.info(
-                "%s: %.1f MB, %.2f MB per second%s", self.name, self.done / 1e6, rate / 1e6, left
-            )
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def _reason(error: Exception) -> str:
