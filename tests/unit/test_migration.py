@@ -136,3 +136,27 @@ def test_pooled_channels_are_the_tensor():
     torch.testing.assert_close(
         channels.mean_square(centred=False), rows.square().mean(1), rtol=1e-2, atol=0
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_grids_have_one_zero_point_and_negatable_weights(bits, groups):
+    torch.manual_seed(0)
+    model = Alone(nn.Conv2d(8, 8, 3, padding=1, groups=groups)).to(tiny.device)
+    data = images(30.0)
+    full = [model.backbone(batch["inputs"]) for batch in data]
+    quantize_model(model, QuantizationSettings(bits, bits, input_bits=bits, grids="integer"))
+    calibrate(model, data)
+    layer = model.backbone[0]
+    middle = 2 ** (bits - 1)
+    assert (layer.weight_zero_point == middle).all()
+    assert layer.weight_codes.min() >= 1
+    assert layer.weight_codes.max() <= 2 * middle - 1
+    assert layer.input_quantizer.scale.numel() == 8  # the channels differ too much for one scale
+    assert layer.input_quantizer.zero_point.unique().numel() == 1
+    error = sum(
+        float((model.backbone(batch["inputs"]) - y).square().mean() / y.square().mean())
+        for batch, y in zip(data, full, strict=True)
+    )
+    assert error / len(data) < {4: 0.02, 8: 1e-4}[bits]

@@ -1,12 +1,14 @@
 import pytest
 import torch
+from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.primitives import (
     fake_quantize,
     fake_quantize_log_sqrt2,
     quantization_parameters,
 )
-from qwt_mmdet.quantization.ranges import RangeObserver, mse_range, weight_range
+from qwt_mmdet.quantization.ranges import RangeObserver, mse_range
+from qwt_mmdet.quantization.recipe import weight_grid
 
 
 def observe(*tensors, channel_axis=None):
@@ -114,15 +116,37 @@ def test_values_that_are_not_finite_name_the_layer(bad):
         observe(torch.tensor([1.0, bad]))
 
 
+@pytest.mark.parametrize("grids", ["any", "integer"])
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
-def test_weight_ranges_are_per_output_channel(device, method):
+def test_weight_grids_are_per_output_channel(device, method, grids):
     weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(6)).to(device)
     weight *= torch.tensor([1.0, 10.0, 100.0, 0.0], device=device)[:, None, None, None]
-    low, high = weight_range(weight, method, 8, 100.0 - 1e-6)
-    assert low.shape == high.shape == (4,)
-    assert high[1] / high[0] > 2
-    assert high[2] / high[1] > 2
-    assert low[3] == high[3] == 0
+    settings = QuantizationSettings(8, 8, weight_range=method, percentile=100.0 - 1e-6, grids=grids)
+    scale, zero_point = weight_grid(weight, settings, 8)
+    assert scale.shape == zero_point.shape == (4,)
+    assert scale[1] / scale[0] > 2
+    assert scale[2] / scale[1] > 2
+    rounded = fake_quantize(weight, *(p.view(4, 1, 1, 1) for p in (scale, zero_point)), 8)
+    assert torch.allclose(rounded, weight, atol=scale.max().item())
+    assert not rounded[3].any()
+    if grids == "integer":
+        assert (zero_point == 128).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mse_of_a_symmetric_grid_is_the_smallest_of_all_symmetric_ranges(device, bits):
+    weight = torch.randn(3, 2000, generator=torch.Generator().manual_seed(8)).to(device)
+    weight[1] = weight[1].abs()
+    settings = QuantizationSettings(8, 8, grids="integer")
+
+    def error(scale):
+        grid = scale[:, None], torch.full_like(scale, 2 ** (bits - 1))[:, None]
+        return (fake_quantize(weight, *grid, bits) - weight).square().sum(1)
+
+    found = error(weight_grid(weight, settings, bits)[0])
+    largest = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
+    for fraction in torch.linspace(0.05, 1, 40):
+        assert (found <= error(largest * fraction) * 1.02).all()
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

@@ -14,6 +14,7 @@ Scope = Literal["backbone", "backbone+neck", "detector"]
 WeightRange = Literal["minmax", "percentile", "mse"] | Foreign
 ActivationRange = Literal["minmax", "percentile", "mse", "repq"] | Foreign
 Rounding = Literal["nearest", "gptq"] | Foreign
+Grids = Literal["any", "integer"]
 
 
 @section
@@ -73,6 +74,11 @@ class QuantizationSettings:
     Depthwise convolutions always have one."""
     bias_correction: Flag = True
     """Take back the shift of each layer's mean output that quantization causes."""
+    grids: Grids = "any"
+    """Grids to choose from. `integer`: those that integer kernels compute with, for an exported file that is
+    to be fast. Weights are symmetric around 0, a tensor of activations has one zero point, and attention
+    probabilities have a uniform grid. `any`: zero points for each channel, and what `activation_range`
+    says."""
     overrides: tuple[Annotated[Override, Nested], ...] = ()
     """Exceptions by module name; the last match wins. A pattern that matches nothing is an error."""
 

@@ -15,7 +15,7 @@ from .attention import ATTENTION, QuantizedAttention, split_projections
 from .folding import find_folds
 from .layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, become, layer_by_name
 from .quantizer import ActivationQuantizer, Watch
-from .recipe import folds_norms, logarithmic_attention
+from .recipe import folds_norms, integer_grids, logarithmic_attention
 from .subclasses import quantized_form, reason_against
 
 # Exact classes only; subclasses with a forward of their own keep it (see subclasses.py).
@@ -134,10 +134,12 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         for name in fold.layers:
             layer = layer_by_name(model, name)
             layer.input_quantizer.channel_axis = 1 if isinstance(layer, nn.Conv2d) else -1
-    if settings.migrate_scales:
-        for layer in quantized_layers(model).values():
-            quantizer = layer.input_quantizer
-            if isinstance(layer, nn.Conv2d) and quantizer.channel_axis is None:
+    for layer in quantized_layers(model).values():
+        quantizer = layer.input_quantizer
+        if isinstance(layer, nn.Conv2d):
+            if layer.is_depthwise:  # its channels need one zero point on integer grids
+                layer.migrates = integer_grids(settings)
+            elif settings.migrate_scales and quantizer.channel_axis is None:
                 layer.migrates, quantizer.channel_axis = True, 1
     record_of(model).quantization = Quantization(settings, folds, not_quantized)
     return model

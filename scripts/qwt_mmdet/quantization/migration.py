@@ -18,8 +18,8 @@ from torch import Tensor
 from ..config import QuantizationSettings
 from .layers import QuantizedConv2d
 from .primitives import fake_quantize, quantization_parameters
-from .ranges import RangeObserver, weight_range
-from .recipe import range_method
+from .ranges import RangeObserver
+from .recipe import integer_grids, range_method, weight_grid
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """From one scale for all input channels to one for each."""
@@ -51,15 +51,16 @@ def migrate_scales(
             * (sign * own).clamp(min=0) ** strength
             for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
         )
+        if integer_grids(settings):
+            low, high = common_zero(observer, low, high, quantizer.bits, energy)
         scale, zero_point = quantization_parameters(low, high, quantizer.bits)
         quantizer.scale, quantizer.zero_point = scale, zero_point
         error = energy @ observer.mean_error(low, high, quantizer.bits)
         factor = layer.input_factor()
         weight = layer.weight * factor
-        limits = weight_range(weight, settings.weight_range, layer.weight_bits, settings.percentile)
         scales, zero_points = (
             parameter[:, None, None, None]
-            for parameter in quantization_parameters(*limits, layer.weight_bits)
+            for parameter in weight_grid(weight, settings, layer.weight_bits)
         )
         lost = (fake_quantize(weight, scales, zero_points, layer.weight_bits) - weight) / factor
         error += _by_input_channel(layer, lost.square()) @ power
@@ -69,6 +70,45 @@ def migrate_scales(
     if strength == 0:
         scale, zero_point = scale[:1], zero_point[:1]
     quantizer.set_parameters(scale, zero_point)
+
+
+ZEROS = 8
+"""Zero points that are tried for all channels, from the smallest that one of them asks for to the largest."""
+
+
+def common_zero(
+    observer: RangeObserver, low: Tensor, high: Tensor, bits: int, energy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Change ranges of channels so that they have one zero point.
+
+    A channel keeps its whole range, or the larger side of it, whichever has the smaller error. The zero
+    point is the one with the smallest error of all channels together.
+
+    Args:
+        low, high: [channels].
+        energy: [channels] weights of the channels' squared errors.
+
+    Returns:
+        low, high: [channels].
+    """
+    levels = 2**bits - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    asked = quantization_parameters(low, high, bits)[1]
+    best = float("inf")
+    for zero in torch.linspace(asked.min(), asked.max(), ZEROS).round().unique().tolist():
+        below, above = zero / levels, 1 - zero / levels  # shares of a range's width
+        sides = [side / share for side, share in ((-low, below), (high, above)) if share > 0]
+        chosen, least = sides[0], None
+        for width in (sides[-1], torch.stack(sides).amax(0)):
+            error = observer.mean_error(-below * width, above * width, bits)
+            if least is None:
+                chosen, least = width, error
+            else:
+                chosen = torch.where(error < least, width, chosen)
+                least = torch.minimum(least, error)
+        if (total := float(energy @ least)) < best:
+            best, found = total, (-below * chosen, above * chosen)
+    return found
 
 
 def _by_input_channel(layer: QuantizedConv2d, weight: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from torch import Tensor
 from . import kernels
 
 
-def quantization_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantization_parameters(
+    low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """Turn clipping ranges into scales and zero points.
 
     The range is widened to contain zero, so that zero (padding, ReLU) has no error.
@@ -28,6 +30,8 @@ def quantization_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tenso
     Args:
         low, high: range limits, any (equal) shape, low ≤ high.
         bits: 2 to 8.
+        symmetric: widen the range to (−a, a), with zero at the code 2^(bits − 1) and a at the largest
+            code. Signed codes, the codes minus this, then have the zero point 0.
 
     Returns:
         scale (float32, > 0) and zero_point (float32 holding whole numbers from 0 to 2^bits − 1),
@@ -36,8 +40,14 @@ def quantization_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tenso
     levels = 2**bits - 1
     low = low.double().clamp(max=0.0)
     high = high.double().clamp(min=0.0)
-    scale = ((high - low) / levels).float()
+    if symmetric:
+        width, levels = torch.maximum(-low, high), 2 ** (bits - 1) - 1
+    else:
+        width = high - low
+    scale = (width / levels).float()
     scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    if symmetric:
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
     zero_point = (-low / scale.double()).round().clamp(0, levels).float()
     return scale, zero_point
 

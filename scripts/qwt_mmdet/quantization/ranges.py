@@ -26,7 +26,13 @@ _SMALLEST_EXPONENT = -120
 
 
 class Distribution(Protocol):
-    """What a range is estimated from, row by row: of an activation's channels, or of a weight's."""
+    """What a range is estimated from, row by row: of an activation's channels, or of a weight's.
+
+    Attributes:
+        symmetric: the grid will be (see :func:`.primitives.quantization_parameters`).
+    """
+
+    symmetric: bool
 
     @property
     def low(self) -> Tensor:
@@ -82,6 +88,8 @@ class RangeObserver:
         name: of the layer, for error messages.
         channel_axis: axis with ranges of its own, or None for one range per tensor.
     """
+
+    symmetric = False
 
     def __init__(self, name: str, channel_axis: int | None = None) -> None:
         self.name = name
@@ -266,7 +274,13 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mse_range(
-    values: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, bits: int
+    values: Tensor,
+    weights: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    *,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Clipping range with the smallest mean squared quantization error.
 
@@ -278,14 +292,16 @@ def mse_range(
         values: [rows, n] values, or centres of histogram bins.
         weights: [rows, n] counts of the values, or None for ones.
         low, high: [rows] smallest and largest value.
+        symmetric: of a symmetric grid.
 
     Returns:
         low, high of shape [rows], float32.
     """
     full_low, full_high = low.clamp(max=0), high.clamp(min=0)
     best_low, best_high = full_low.clone(), full_high.clone()
-    best = _range_error(values, weights, best_low, best_high, bits)
-    for shrink_low, shrink_high in ((True, True), (False, True), (True, False)):
+    best = _range_error(values, weights, best_low, best_high, bits, symmetric)
+    sides = ((True, True),) if symmetric else ((True, True), (False, True), (True, False))
+    for shrink_low, shrink_high in sides:
         start_low, start_high = best_low.clone(), best_high.clone()
         fraction = torch.ones_like(full_low)
         for steps in (COARSE_FRACTIONS, FINE_FRACTIONS):
@@ -295,7 +311,9 @@ def mse_range(
                 tried = (middle * step).clamp(max=1.0)
                 candidate_low = full_low * tried if shrink_low else start_low
                 candidate_high = full_high * tried if shrink_high else start_high
-                error = _range_error(values, weights, candidate_low, candidate_high, bits)
+                error = _range_error(
+                    values, weights, candidate_low, candidate_high, bits, symmetric
+                )
                 better = error < best
                 best = torch.where(better, error, best)
                 best_low = torch.where(better, candidate_low, best_low)
@@ -305,10 +323,17 @@ def mse_range(
 
 
 def _range_error(
-    values: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, bits: int
+    values: Tensor,
+    weights: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    symmetric: bool = False,
 ) -> Tensor:
     """Summed squared quantization error of each row, shape [rows], float64."""
-    scale, zero_point = (p[:, None] for p in quantization_parameters(low, high, bits))
+    scale, zero_point = (
+        p[:, None] for p in quantization_parameters(low, high, bits, symmetric=symmetric)
+    )
     levels = 2**bits - 1
     error = (values * scale.reciprocal()).round_()
     torch.clamp(error, -zero_point, levels - zero_point, out=error)
@@ -323,6 +348,7 @@ class Rows:
     """The weights of each output channel, [rows, n], as a distribution."""
 
     values: Tensor
+    symmetric: bool = False
 
     @property
     def low(self) -> Tensor:
@@ -342,17 +368,6 @@ class Rows:
         )
 
 
-def weight_range(
-    weight: Tensor, method: str, bits: int, percentile: float
-) -> tuple[Tensor, Tensor]:
-    """Clipping range of each output channel of a weight of shape [out, …]; returns [out], [out].
-
-    Raises:
-        QwtError: there is no such method.
-    """
-    return range_by_name(method)(Rows(weight.detach().float().flatten(1)), bits, percentile)
-
-
 @register_range("minmax")
 def minmax(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value."""
@@ -368,4 +383,4 @@ def percentiles(seen: Distribution, bits: int, percentile: float) -> tuple[Tenso
 @register_range("mse")
 def mse(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
     """The range with the smallest squared error of rounding."""
-    return mse_range(*seen.weighted_values(), seen.low, seen.high, bits)
+    return mse_range(*seen.weighted_values(), seen.low, seen.high, bits, symmetric=seen.symmetric)

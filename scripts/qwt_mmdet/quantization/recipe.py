@@ -1,6 +1,10 @@
 """What the settings of a quantization stand for."""
 
+from torch import Tensor
+
 from ..config import QuantizationSettings
+from .primitives import quantization_parameters
+from .ranges import Rows, range_by_name
 
 
 def range_method(settings: QuantizationSettings) -> str:
@@ -15,4 +19,21 @@ def folds_norms(settings: QuantizationSettings) -> bool:
 
 def logarithmic_attention(settings: QuantizationSettings) -> bool:
     """Whether attention probabilities get a log-√2 grid."""
-    return settings.activation_range == "repq"
+    return settings.activation_range == "repq" and not integer_grids(settings)
+
+
+def integer_grids(settings: QuantizationSettings) -> bool:
+    """Whether all grids are ones that integer kernels compute with."""
+    return settings.grids == "integer"
+
+
+def weight_grid(weight: Tensor, settings: QuantizationSettings, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each output channel of a weight [out, …]; [out] each.
+
+    Raises:
+        QwtError: there is no such range method.
+    """
+    symmetric = integer_grids(settings)
+    rows = Rows(weight.detach().float().flatten(1), symmetric)
+    limits = range_by_name(settings.weight_range)(rows, bits, settings.percentile)
+    return quantization_parameters(*limits, bits, symmetric=symmetric)

@@ -6,8 +6,7 @@ from torch import Tensor
 from ..config import QuantizationSettings
 from .layers import QuantizedConv2d, QuantizedLayer
 from .moments import MAX_COLUMNS, InputMoments
-from .primitives import quantization_parameters
-from .ranges import weight_range
+from .recipe import integer_grids, weight_grid
 from .rounding import rounding_by_name
 
 
@@ -27,8 +26,7 @@ def quantize_weight(
     """
     bits, factor = layer.weight_bits, layer.input_factor()
     weight = layer.weight * factor
-    limits = weight_range(weight, settings.weight_range, bits, settings.percentile)
-    scale, zero_point = quantization_parameters(*limits, bits)
+    scale, zero_point = weight_grid(weight, settings, bits)
     rounding = rounding_by_name(settings.rounding)
     grouped, factors = (
         w.flatten(1).unflatten(0, (layer.weight_groups, -1))
@@ -44,6 +42,8 @@ def quantize_weight(
         ]
     scales, zero_points = (parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point))
     codes = rounding.function(grouped, scales, zero_points, bits, second).view_as(weight)
+    if integer_grids(settings):
+        codes.clamp_(min=1)  # the negative of every code is a code
     layer.weight_codes, layer.weight_scale, layer.weight_zero_point = codes, scale, zero_point
     if moments is not None and settings.bias_correction:
         layer.bias_correction = bias_shift(layer, moments)
