@@ -51,7 +51,7 @@ def migrate_scales(
             * (sign * own).clamp(min=0) ** strength
             for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
         )
-        if integer_grids(settings):
+        if integer_grids(settings) and strength:  # without, they have one already
             low, high = common_zero(observer, low, high, quantizer.bits, energy)
         scale, zero_point = quantization_parameters(low, high, quantizer.bits)
         quantizer.scale, quantizer.zero_point = scale, zero_point
