@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,9 @@ from qwt_mmdet.config.datasets import PARTS
 from qwt_mmdet.data import download as download_module
 from qwt_mmdet.data.annotations import read_annotations
 from qwt_mmdet.data.sampling import choose_ids
+from qwt_mmdet.data.sources import SOURCES, open_source
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.staleness import changed_images
 from qwt_mmdet.steps.prepare import prepare_dataset
 from qwt_mmdet.steps.select import select_images
 
@@ -93,11 +96,11 @@ def run(config, folder: Path, name="tiny") -> tuple[dict, dict]:
     return tuple(select(config, part, folder, name) for part in PARTS)
 
 
-def select(config, part: str, folder: Path, name="tiny") -> dict:
+def select(config, part: str, folder: Path, name="tiny", seen="") -> dict:
     """The second step, for one part."""
     select_images(
         config, part, name=name, source=folder / f"{part}_source.json", folder=folder,
-        annotations=folder / f"{part}.json", files=folder / f"{part}_files.json",
+        annotations=folder / f"{part}.json", files=folder / f"{part}_files.json", seen=seen,
     )  # fmt: skip
     return json.loads((folder / f"{part}.json").read_text())
 
@@ -564,6 +567,77 @@ def test_settings_that_do_not_say_where_the_data_is(root, tmp_path, change, mess
         run(config, tmp_path)
 
 
+# --- A source of the user's own ------------------------------------------------------------------
+
+OWN_MODULE = """
+import json
+from pathlib import Path
+from qwt_mmdet.data.sources import Place, Source, register_source
+
+@register_source("mylab.list")
+class List(Source):
+    "Images whose names, width and height stand in a text file."
+
+    def place(self, part):
+        split = getattr(self.settings, part).split
+        root = Path(self.settings.options["folder"], split)
+        return Place(str(self.folder / f"{split}.json"), str(root), split)
+
+    def prepare(self, part, most_bytes):
+        place = self.place(part)
+        lines = Path(place.image_root, "list.txt").read_text().split()
+        images = [
+            {"id": int(name[:6]), "file_name": name, "width": int(width), "height": int(height)}
+            for name, width, height in (line.split(",") for line in lines)
+        ]
+        boxes = [
+            {"id": image["id"], "image_id": image["id"], "category_id": 1, "bbox": [0, 0, 9, 9],
+             "area": 81}
+            for image in images
+        ]
+        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+        self.folder.mkdir(exist_ok=True)
+        Path(place.annotations).write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwt_mmdet.data.sources.SOURCES", dict(SOURCES))
+    monkeypatch.setitem(sys.modules, "mylab", None)
+    monkeypatch.delitem(sys.modules, "mylab")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/mylab.py").write_text(OWN_MODULE)
+
+
+def test_a_source_from_outside_of_the_package(root, tmp_path, own_module):
+    for split in ("train2017", "val2017"):
+        names = sorted(path.name for path in (root / split).glob("*.jpg"))
+        text = "\n".join(f"{name},{WIDTH},{HEIGHT}" for name in names)
+        (root / split / "list.txt").write_text(text)
+    config = settings(8, 5)
+    own, usual = config | {"type": "mylab.list", "options": {"folder": str(root)}}, config
+    chosen = run(own, tmp_path / "own")
+    assert [ids(part) for part in chosen] == [
+        ids(part) for part in run(usual | {"root": str(root)}, tmp_path / "usual")
+    ]
+    assert open_source(own, tmp_path).choice_settings("evaluation")["options"] == own["options"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mylab.lsit", "is 'mylab.lsit', which is not registered; did you mean mylab.list"),
+        ("nolab.list", "the module nolab cannot be imported"),
+        ("list", "'shapes', 'coco', 'a name with a dot'"),
+    ],
+)
+def test_a_source_that_nobody_registered_is_named(tmp_path, own_module, kind, message):
+    with pytest.raises(QwtError, match=message):
+        run({"type": kind, "options": {}}, tmp_path / "out")
+
+
 # --- Download ----------------------------------------------------------------------------------
 
 ARCHIVE = "annotations/annotations_trainval2017.zip"
@@ -675,6 +749,34 @@ def test_interrupted_download_goes_on_with_what_is_missing(root, tmp_path, monke
         (out / "images" / last).write_bytes(b"rubbish")
         run(config, out)
         assert [path for path, _ in server.requests[before:]] == [last]
+
+
+def test_a_downloaded_image_that_is_gone_is_noticed_and_fetched_again(root, tmp_path):
+    out = tmp_path / "out"
+    note = out / "evaluation_files.json"
+    with FlakyServer({ARCHIVE: zipped(root)}, folder=root) as server:
+        config = settings(3, 4, url=server.base)
+        _, before = run(config, out)
+        assert changed_images(note) == ""
+        gone = before["images"][1]["file_name"]
+        (out / "images/val2017" / gone).unlink()
+        said = changed_images(note)  # a parameter of the rule: another value runs it again
+        assert said != ""
+        requests = len(server.requests)
+        assert select(config, "evaluation", out, seen=said) == before
+        assert [path for path, _ in server.requests[requests:]] == [f"val2017/{gone}"]
+    assert (out / "images/val2017" / gone).read_bytes() == (root / "val2017" / gone).read_bytes()
+    assert changed_images(note) == said  # so that nothing runs a third time
+
+
+def test_downloaded_annotations_that_are_gone_are_fetched_again(root, tmp_path):
+    out = tmp_path / "out"
+    with FlakyServer({ARCHIVE: zipped(root)}, folder=root) as server:
+        config = settings(3, 4, url=server.base)
+        _, before = run(config, out)
+        (out / "annotations/instances_val2017.json").unlink()
+        assert select(config, "evaluation", out) == before
+        assert server.requests[-1][0] == ARCHIVE
 
 
 def test_download_that_is_no_image(root, tmp_path):

@@ -5,10 +5,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from .names import Name
-from .section import Flag, Nested, Seed, Text, raise_problems, section, sentences
+from .section import OWN, Flag, Foreign, Nested, Seed, Text, raise_problems, section, sentences
 
 
 def check_address(text: str) -> str:
@@ -157,13 +167,46 @@ class Coco:
         return self
 
 
-Dataset = Annotated[Annotated[Shapes | Coco, Field(discriminator="type")], Nested]
+@section
+class OwnSource:
+    """A data set of which a module of the user's knows where it comes from."""
+
+    type: Annotated[Foreign, WithJsonSchema({"type": "string", "pattern": r".\..*"})]
+    """Name under which a module registers the source, after the module's own: `mylab.voc` is registered by
+    `mylab`, which must be importable."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the source asks for."""
+    seed: Seed = 0
+    """Seed of the choice of images."""
+    exif: Exif = "apply"
+    """As for `coco`."""
+    calibration: Annotated[CocoCalibration, Nested] = Field(default_factory=CocoCalibration)
+    """Images for ranges and compensation."""
+    evaluation: Annotated[CocoEvaluation, Nested] = Field(default_factory=CocoEvaluation)
+    """Images for AP."""
 
 
-_DATASET = TypeAdapter(Dataset)
+def _kind(value: Any) -> Any:
+    """Which section a data set is of: its type, or ``OWN``."""
+    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return OWN if isinstance(kind, str) and "." in kind else kind
 
 
-def parse_dataset(settings: Mapping[str, Any]) -> Shapes | Coco:
+Dataset = Annotated[
+    Annotated[
+        Annotated[Shapes, Tag("shapes")]
+        | Annotated[Coco, Tag("coco")]
+        | Annotated[OwnSource, Tag(OWN)],
+        Discriminator(_kind),
+    ],
+    Nested,
+]
+
+
+_DATASET: TypeAdapter[Shapes | Coco | OwnSource] = TypeAdapter(Dataset)
+
+
+def parse_dataset(settings: Mapping[str, Any]) -> Shapes | Coco | OwnSource:
     """Return the section of a data set's entry, with all defaults filled in.
 
     Raises:

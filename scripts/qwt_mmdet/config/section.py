@@ -140,7 +140,8 @@ def _tag(kind: Any) -> str | None:
     """The value of ``type`` by which a section is told from its siblings in a union."""
     if not dataclasses.is_dataclass(kind):
         return None
-    return next(iter(typing.get_args(typing.get_type_hints(kind).get("type"))), None)
+    hint = typing.get_type_hints(kind).get("type")
+    return next(iter(typing.get_args(hint)), OWN if hint is str else None)
 
 
 def _unknown_key(key: str, location: tuple[str | int, ...], root: Any) -> str:
@@ -255,6 +256,8 @@ def _has_dot(name: str) -> str:
 
 Foreign = Annotated[str, Strict(), AfterValidator(_has_dot)]
 """The name of an algorithm that a module of the user's registers, such as ``mylab.entropy``."""
+OWN = "a name with a dot"
+"""What messages call the names that a module of the user's may register."""
 
 
 def as_plain(settings: Any) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import requests
@@ -34,11 +36,11 @@ LOOK_SECONDS = 0.1  # between two looks at an attempt: is it too slow, is it sti
 PASSING_STATUS = (408, 425, 429)  # worth another attempt, as is every 5xx
 
 
-def _session() -> requests.Session:
+class _Session(requests.Session):
     """A session that follows no redirect: requests would read its body, however long that is."""
-    session = requests.Session()
-    session.get_redirect_target = lambda response: None
-    return session
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
 class _PassingError(Exception):
@@ -73,8 +75,9 @@ def download(
     download goes on where it stopped if the server still has the same file (by ETag or
     modification time), and starts anew otherwise. Connection errors, 5xx, 408, 425 and 429 are
     retried with growing pauses, as long as one of six attempts in a row brings more bytes at no less
-    than the lowest rate. An attempt that is slower for a minute is ended. The length and the hash are checked before the file gets its name. A file that is already there is
-    kept if it has the wanted hash, and replaced otherwise.
+    than the lowest rate. An attempt that is slower for a minute is ended. The length and the hash are
+    checked before the file gets its name. A file that is already there is kept if it has the wanted
+    hash, and replaced otherwise.
 
     Args:
         sha256: the hash that the file must have, in hexadecimal.
@@ -85,8 +88,8 @@ def download(
             be written, or its hash is another one (the bad file is removed).
     """
     logger.info("Downloading %s", printable(url))
-    with _session() as session:
-        _Transfer(url, Path(path), session, sha256=sha256, most_bytes=most_bytes).run()
+    with _Session() as session:
+        _Transfer(url, Path(path), session, most_bytes, sha256 and sha256.lower()).run()
 
 
 def download_many(
@@ -129,12 +132,17 @@ def download_many(
             except QwtError as error:
                 logger.warning("%s It is fetched again.", error)
         if not hasattr(local, "session"):
-            local.session = _session()
+            local.session = _Session()
             sessions.append(local.session)
         _Transfer(
-            url, target, local.session, check=check, name=name, most_bytes=most_bytes(name),
+            url,
+            target,
+            local.session,
+            most_bytes(name),
+            check=check,
+            name=name,
             cancelled=cancelled,
-        ).run()  # fmt: skip
+        ).run()
 
     done = 0
     with ThreadPoolExecutor(max_workers=max(1, workers)) as executor:
@@ -158,35 +166,26 @@ def download_many(
                 session.close()
 
 
+@dataclass
 class _Transfer:
     """One file on its way: what has arrived, and how often nothing did."""
 
-    def __init__(
-        self,
-        url: str,
-        path: Path,
-        session: requests.Session,
-        *,
-        most_bytes: int,
-        sha256: str | None = None,
-        check: Callable[[str, Path], None] | None = None,
-        name: str | None = None,
-        cancelled: threading.Event | None = None,
-    ) -> None:
-        self.url = url
-        self.shown_url = printable(url)
-        self.path = path
-        self.session = session
-        self.sha256 = sha256.lower() if sha256 else None
-        self.most_bytes = most_bytes
-        self.check = check
-        self.name = name or path.name
-        self.cancelled = cancelled or threading.Event()
-        self.part = path.with_name(path.name + ".part")
-        self.note = path.with_name(path.name + ".part.json")  # which remote file the bytes are of
-        self.failures = 0
-        self.arrived = 0  # the most bytes of the file that were there at a time
-        self.received = 0  # bytes that came in, those that came twice included
+    url: str
+    path: Path
+    session: requests.Session
+    most_bytes: int
+    sha256: str | None = None
+    check: Callable[[str, Path], None] | None = None
+    name: str = ""  # for ``check``
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    failures: int = 0
+    arrived: int = 0  # the most bytes of the file that were there at a time
+    received: int = 0  # bytes that came in, those that came twice included
+
+    def __post_init__(self) -> None:
+        self.shown_url = printable(self.url)
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.note = self.path.with_name(self.path.name + ".part.json")  # whose bytes these are
         self.writing = threading.Lock()
 
     def run(self) -> None:
@@ -195,13 +194,9 @@ class _Transfer:
             return
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_PassingError),
-            stop=tenacity.stop_any(
-                lambda state: self.failures >= ATTEMPTS_WITHOUT_PROGRESS,
-                tenacity.stop_when_event_set(self.cancelled),
-            ),
-            wait=self._wait,
+            stop=self._given_up,
+            wait=self._pause,
             sleep=tenacity.sleep_using_event(self.cancelled),
-            before_sleep=self._announce_retry,
             reraise=True,
         )
         try:
@@ -227,8 +222,17 @@ class _Transfer:
         No timeout of a socket ends a server that sends a byte now and then.
         """
         before, start = self.arrived, time.monotonic()
-        ended, outcome = threading.Event(), Future()
-        threading.Thread(target=self._settle, args=(ended, outcome), daemon=True).start()
+        ended = threading.Event()
+        outcome: Future[None] = Future()
+
+        def settle() -> None:
+            try:
+                self._fetch(ended)
+                outcome.set_result(None)
+            except Exception as error:  # whatever it is, it is raised where the outcome is awaited
+                outcome.set_exception(error)
+
+        threading.Thread(target=settle, daemon=True).start()
         seen, since = self.received, start
         try:
             while not wait([outcome], min(LOOK_SECONDS, GRACE_SECONDS)).done:
@@ -240,7 +244,10 @@ class _Transfer:
                     if rate < LOWEST_BYTES_PER_SECOND:
                         raise _PassingError(f"the server sent {rate:.0f} bytes per second")
                     logger.info(
-                        "%s: %.1f MB, %.2f MB per second", self.name, self.arrived / 1e6, rate / 1e6
+                        "%s: %.1f MB, %.2f MB per second",
+                        self.path.name,
+                        self.arrived / 1e6,
+                        rate / 1e6,
                     )
                     seen, since = self.received, now
             outcome.result()
@@ -253,17 +260,11 @@ class _Transfer:
             with self.writing:
                 ended.set()
 
-    def _settle(self, ended: threading.Event, outcome: Future) -> None:
-        try:
-            outcome.set_result(self._fetch(ended))
-        except Exception as error:  # whatever it is, it is raised where the outcome is awaited
-            outcome.set_exception(error)
-
     def _fetch(self, ended: threading.Event) -> None:
         validator = self._known_validator()
         offset = self._part_bytes() if validator else 0
         headers = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
-        if offset:
+        if validator and offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
         try:
             with self._response(headers) as response:
@@ -398,19 +399,18 @@ class _Transfer:
         self.part.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
 
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception()
-        wait = FIRST_WAIT_SECONDS * 2 ** max(0, self.failures - 1)
-        wait *= random.uniform(0.75, 1.25)  # not all workers should come back at the same moment
-        return min(max(wait, error.retry_after), LONGEST_WAIT_SECONDS)
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Seconds until the next attempt, which double with each failure."""
+        error: Any = state.outcome and state.outcome.exception()
+        seconds = FIRST_WAIT_SECONDS * 2 ** max(0, self.failures - 1)
+        seconds *= random.uniform(0.75, 1.25)  # not all workers should come back at the same moment
+        seconds = min(max(seconds, error.retry_after), LONGEST_WAIT_SECONDS)
+        if not self._given_up(state):
+            logger.warning("%s: %s; next attempt in %.1f s.", self.shown_url, error, seconds)
+        return seconds
 
-    def _announce_retry(self, state: tenacity.RetryCallState) -> None:
-        logger.warning(
-            "%s: %s; next attempt in %.1f s.",
-            self.shown_url,
-            state.outcome.exception(),
-            state.next_action.sleep,
-        )
+    def _given_up(self, state: tenacity.RetryCallState) -> bool:
+        return self.failures >= ATTEMPTS_WITHOUT_PROGRESS or self.cancelled.is_set()
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ where it is used.
 import contextlib
 import fcntl
 import filecmp
+import importlib
 import os
 import shutil
 import zipfile
@@ -152,6 +153,15 @@ def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
         QwtError: a setting is not allowed, or nothing is registered for its type.
     """
     section = parse_dataset(settings)
+    module = section.type.rpartition(".")[0]
+    if module and section.type not in SOURCES:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise QwtError(
+                f"The type of a data set is {section.type!r}, but the module {module} cannot be "
+                f"imported ({error}); put its folder into PYTHONPATH."
+            ) from error
     if section.type not in SOURCES:
         raise unknown_name("The type of a data set", section.type, SOURCES)
     return SOURCES[section.type](section, Path(folder))
