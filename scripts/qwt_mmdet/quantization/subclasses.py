@@ -33,7 +33,7 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value if value == "same" else tuple(value)
 
 
-class _Products(TorchFunctionMode):
+class Products(TorchFunctionMode):
     """Hands each product of an input with the layer's weight, computed inside, to ``product``.
 
     Args:
@@ -92,7 +92,7 @@ class _OwnForward(QuantizedLayer):
     base: type[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
-        with _Products(self, functools.partial(self.base.forward, self)):
+        with Products(self, functools.partial(self.base.forward, self)):
             return self.original.forward(self, x)
 
 
@@ -123,7 +123,7 @@ def reason_against(layer: nn.Linear | nn.Conv2d) -> str | None:
         ]
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     x = layer.weight.new_ones(1, channels, *sizes)
-    calls = _Products(layer, None)
+    calls = Products(layer, None)
     try:
         with calls:
             layer.forward(x)

@@ -1,0 +1,132 @@
+"""What a quantized detector computes, as nodes of an ONNX graph.
+
+Inside of :func:`onnx_nodes` the quantizers and layers of a model put QuantizeLinear and DequantizeLinear
+into the graph that torch traces, with the model's own scales, zero points and integer weights. Such a model
+can be traced and not run.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization.convert import activation_quantizers, quantized_layers
+from ..quantization.layers import QuantizedConv2d, QuantizedLinear
+from ..quantization.quantizer import ActivationQuantizer
+from ..quantization.subclasses import Products
+
+OPSET = 21
+"""The first with 4-bit integers, and the least that is written."""
+
+
+def _node(operator: str, *inputs: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:
+    """A node whose output has the shape of its first input."""
+    return torch.onnx.ops.symbolic(
+        operator, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=OPSET
+    )
+
+
+Grid = tuple[tuple[Tensor, ...], dict[str, int]]
+"""Scale and zero point, where it is not 0, as inputs of a node, and its attributes."""
+
+
+def _grid(scale: Tensor, zero_point: Tensor | None, axis: int | None) -> Grid:
+    values = [value for value in (scale, zero_point) if value is not None]
+    if axis is None:
+        return tuple(value.reshape(-1)[0].clone() for value in values), {}
+    return tuple(value.clone() for value in values), {"axis": axis}
+
+
+def _dequantized(codes: Tensor, grid: Grid) -> Tensor:
+    inputs, attributes = grid
+    return _node("DequantizeLinear", codes, *inputs, dtype=torch.float32, **attributes)
+
+
+class ActivationNodes:
+    """The nodes of an activation's quantizer: codes of 8 bits, and their values.
+
+    Args:
+        take_factors: values have the mean scale in the place of the channels' scales, for weights that have
+            taken up how these differ.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer, *, take_factors: bool = False) -> None:
+        scale, zero_point = quantizer.scale, quantizer.zero_point.to(torch.uint8)
+        axis = quantizer.channel_axis
+        self.largest = 2**quantizer.bits - 1
+        self.rounding = _grid(scale, zero_point, axis)
+        if axis is not None and take_factors:
+            scale = scale.mean().repeat(len(scale))
+            axis = None if bool((zero_point == zero_point[0]).all()) else axis
+        self.values = _grid(scale, zero_point, axis)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Values on their grid, of the shape of ``x``."""
+        inputs, attributes = self.rounding
+        codes = _node("QuantizeLinear", x, *inputs, dtype=torch.uint8, **attributes)
+        if self.largest < 255:
+            codes = codes.clamp(0, self.largest)
+        return _dequantized(codes, self.values)
+
+
+def integer_weight(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor | None]:
+    """Codes of a layer's weights, [out, …], and their zero points, [out].
+
+    Returns:
+        Signed codes (int8) without zero points where these lie in the middle of the codes of all channels,
+        else both as uint8.
+    """
+    middle = 2 ** (layer.weight_bits - 1)
+    codes, zero_point = layer.weight_codes, layer.weight_zero_point
+    assert codes is not None
+    assert zero_point is not None
+    if bool((zero_point == middle).all()):
+        return (codes.short() - middle).to(torch.int8), None
+    return codes, zero_point.to(torch.uint8)
+
+
+class LayerNodes:
+    """The nodes of a quantized layer."""
+
+    def __init__(self, layer: QuantizedConv2d | QuantizedLinear) -> None:
+        self.layer = layer
+        self.input = ActivationNodes(layer.input_quantizer, take_factors=True)
+        codes, zero_point = integer_weight(layer)
+        self.is_linear = isinstance(layer, nn.Linear)
+        self.codes = codes.T.contiguous() if self.is_linear else codes  # as MatMul takes them
+        self.grid = _grid(layer.weight_scale, zero_point, 1 if self.is_linear else 0)
+        bias = layer.effective_bias()
+        self.bias = None if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the layer returns for its input."""
+        original = getattr(type(self.layer), "original", None)
+        if original is None:
+            return self._product(x)
+        with Products(self.layer, self._product):
+            return original.forward(self.layer, x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        x, weight = self.input(x), _dequantized(self.codes, self.grid)
+        if not self.is_linear:
+            return self.layer._compute(x, weight, self.bias)
+        return x @ weight if self.bias is None else x @ weight + self.bias
+
+
+@contextlib.contextmanager
+def onnx_nodes(model: nn.Module) -> Iterator[None]:
+    """Let a quantized model put ONNX nodes into what is traced; it cannot run meanwhile."""
+    nodes: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+        layer: LayerNodes(layer) for layer in quantized_layers(model).values()
+    }
+    for quantizer in activation_quantizers(model).values():
+        nodes[quantizer] = ActivationNodes(quantizer)
+    for module, forward in nodes.items():
+        module.forward = lambda x, forward=forward, **_: forward(x)
+    try:
+        yield
+    finally:
+        for module in nodes:
+            del module.forward

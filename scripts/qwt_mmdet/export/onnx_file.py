@@ -1,0 +1,198 @@
+"""Write a detector as an ONNX graph, and beside it a JSON file with all that is needed to run it."""
+
+import contextlib
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmdet.models import BaseDetector
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from ..archives import summary_path
+from ..errors import QwtError, reason
+from ..files import sha256_file, write_atomically, write_json
+from ..record import record_of
+from .nodes import OPSET, onnx_nodes
+from .parts import OneStage, output_names, refuse_what_has_no_form
+from .runtimes import check_installed
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+logger = logging.getLogger(__name__)
+
+EXPORT_FORMAT = "qwt-mmdet export 1"
+NEWEST_OPSET = 23
+CONFIG_KEYS = ("model", "test_dataloader", "test_pipeline", "test_cfg", "default_scope")
+"""What of a detector's config :func:`.loading.load_exported` needs."""
+
+
+@torch.no_grad()
+def export_onnx(
+    model: BaseDetector,
+    path: str | os.PathLike[str],
+    *,
+    size: tuple[int, int],
+    dynamic: bool = False,
+    opset: int = OPSET,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a detector as ``path`` (.onnx), with its description beside it (.json).
+
+    The graph takes a normalised image [1, 3, height, width], as the model's data preprocessor makes it, and
+    returns what the head returns. Weights are integers, with 4 bits each where these are enough.
+
+    Args:
+        model: in full precision or quantized, compensated or not; it stays as it is.
+        size: height and width of the image.
+        dynamic: other sizes are allowed too.
+        details: of the description, such as an AP.
+
+    Raises:
+        QwtError: the detector cannot be exported (the message names the module), there is no such opset, or
+            a package is missing.
+    """
+    check_opset(opset)
+    refuse_what_has_no_form(model)
+    check_installed("onnxscript")
+    cut = OneStage(copy.deepcopy(model).cpu().eval())
+    image = torch.zeros(1, 3, *size)
+    cut(image)  # finds the names
+    graph = trace(cut, image, output_names(cut.names), opset=opset, dynamic=dynamic)
+    import onnx_ir
+
+    with write_atomically(path) as partial:
+        onnx_ir.save(graph, partial)
+    description = {
+        "format": EXPORT_FORMAT,
+        "sha256": sha256_file(path),
+        "fingerprint": record_of(model).fingerprint,
+        "input": {"name": "image", "size": list(size), "dynamic": dynamic},
+        "preprocessing": preprocessing(model),
+        "outputs": cut.names,
+        "classes": list(model.dataset_meta["classes"]),
+        "config": as_json({key: model.cfg[key] for key in CONFIG_KEYS if key in model.cfg}),
+        **(details or {}),
+    }
+    write_json(summary_path(path), description, indent=1)
+    logger.info("%s: %.2f MB", path, Path(path).stat().st_size / 1e6)
+
+
+def check_opset(opset: int) -> None:
+    """Check that graphs of an opset can be written.
+
+    Raises:
+        QwtError: they cannot.
+    """
+    if not OPSET <= opset <= NEWEST_OPSET:
+        raise QwtError(
+            f"There is no opset {opset} to export with; give one from {OPSET} to {NEWEST_OPSET}."
+        )
+
+
+def trace(
+    network: nn.Module,
+    image: Tensor,
+    outputs: Sequence[str],
+    *,
+    opset: int = OPSET,
+    dynamic: bool = False,
+) -> "onnx_ir.Model":
+    """The graph of a network with quantized layers, or without any.
+
+    Args:
+        network: takes an image and returns a tuple of tensors.
+        image: [1, channels, height, width].
+        outputs: names of the tensors.
+
+    Raises:
+        QwtError: torch cannot export it.
+    """
+    from . import passes
+
+    sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
+        warnings.simplefilter("ignore")  # what torch's exporter has to say of mmdet's code
+        program = torch.onnx.export(
+            network,
+            (image,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["image"],
+            output_names=list(outputs),
+            dynamic_shapes=(sizes,) if dynamic else None,
+            verbose=False,
+        )
+    graph = program.model
+    passes.fold_batch_norms(graph)
+    passes.pack_weights(graph)
+    passes.keep_what_runs(graph)
+    return graph
+
+
+def as_json(node: Any) -> Any:
+    """A part of an mmdet config for JSON, where tuples become ``{"tuple": […]}``."""
+    if isinstance(node, Mapping):
+        return {str(key): as_json(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        entries = [as_json(value) for value in node]
+        return {"tuple": entries} if isinstance(node, tuple) else entries
+    return node
+
+
+def from_json(node: Any) -> Any:
+    """The inverse of :func:`as_json`."""
+    if isinstance(node, list):
+        return [from_json(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if list(node) == ["tuple"]:
+        return tuple(from_json(node["tuple"]))
+    return {key: from_json(value) for key, value in node.items()}
+
+
+def preprocessing(model: BaseDetector) -> dict[str, Any]:
+    """Order of colours, mean, standard deviation and padding of the data preprocessor."""
+    given = model.data_preprocessor
+    normalises = getattr(given, "_enable_normalize", False)
+    return {
+        "layout": "NCHW",
+        "colors": "RGB" if getattr(given, "_channel_conversion", False) else "BGR",
+        "mean": given.mean.flatten().tolist() if normalises else [0.0, 0.0, 0.0],
+        "std": given.std.flatten().tolist() if normalises else [1.0, 1.0, 1.0],
+        "size_divisor": given.pad_size_divisor,
+        "pad_value": given.pad_value,
+    }
+
+
+@contextlib.contextmanager
+def _failures_name_the_module(model: nn.Module) -> Iterator[None]:
+    """Turn what torch's exporter raises into a sentence with the module that it was in."""
+    names = {module: name for name, module in model.named_modules()}
+    entered: list[str] = []
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            entered.append(names[module])
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            entered.pop()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        stack.callback(register_module_forward_hook(leave).remove)
+        try:
+            yield
+        except Exception as error:
+            where = f" at the module {entered[-1]}" if entered and entered[-1] else ""
+            raise QwtError(f"torch cannot export this detector{where}: {reason(error)}.") from error

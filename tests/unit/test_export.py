@@ -1,0 +1,130 @@
+"""The exported graph computes what the quantized network does, with integer weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model, quantized_layers
+from torch import Tensor, nn
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+from qwt_mmdet.export import loading, onnx_file, parts, runtimes  # noqa: E402
+
+
+class Network(nn.Module):
+    """A convolution, a batch norm with factors of both signs, a depthwise convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.SiLU(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            nn.Flatten(2),
+            nn.Linear(64, 5),
+        )
+        norm = self.backbone[1]
+        nn.init.uniform_(norm.weight, -2, 2)
+        nn.init.normal_(norm.bias)
+        norm.running_var.uniform_(0.2, 2)
+
+    def data_preprocessor(self, batch: dict, training: bool) -> dict:
+        return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        return (self.backbone(image),)
+
+
+@pytest.fixture
+def images() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"inputs": [torch.randn(3, 8, 8, generator=generator)]} for _ in range(4)]
+
+
+def quantized(images: list[dict], **settings: object) -> Network:
+    torch.manual_seed(1)
+    model = Network().eval()
+    quantize_model(model, QuantizationSettings.from_mapping(settings))
+    return calibrate(model, images)
+
+
+def graph_of(model: Network) -> "onnx_ir.Model":
+    return onnx_file.trace(model, torch.zeros(1, 3, 8, 8), ["output"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grids", ["any", "integer"])
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (3, 5)])
+def test_onnx_runtime_computes_what_the_quantized_network_does(
+    tmp_path, images, grids, weight_bits, activation_bits
+):
+    model = quantized(images, weight_bits=weight_bits, activation_bits=activation_bits, grids=grids)
+    expected = [model(batch["inputs"][0][None])[0].numpy() for batch in images]
+    graph = graph_of(model)
+    operators = {node.op_type for node in graph.graph}
+    assert "BatchNormalization" not in operators
+    weights = [t.dtype for t in graph.graph.initializers.values() if len(t.shape) > 1]
+    signed, bits = grids == "integer", 4 if weight_bits <= 4 else 8
+    assert weights == [getattr(onnx_ir.DataType, f"{'' if signed else 'U'}INT{bits}")] * 3
+    onnx_ir.save(graph, tmp_path / "model.onnx")
+    run = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")
+    for batch, output in zip(images, expected, strict=True):
+        found = run({"image": batch["inputs"][0][None].numpy()})["output"]
+        # A tie may be rounded the other way: then one code of an activation differs.
+        assert np.mean(np.abs(found - output)) < 4 * 2**-activation_bits * output.std()
+    model(images[0]["inputs"][0][None])  # it runs again after the export
+    assert all("forward" not in vars(layer) for layer in quantized_layers(model).values())
+
+
+def test_a_failure_names_the_module(images):
+    class Stubborn(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * int(x.sum() > 0)
+
+    model = quantized(images, weight_bits=8, activation_bits=8)
+    model.backbone[2] = Stubborn()
+    with pytest.raises(QwtError, match=r"backbone\.2"):
+        graph_of(model)
+
+
+def test_a_network_is_refused_before_it_runs(images):
+    with pytest.raises(QwtError, match="A Network cannot be exported"):
+        parts.refuse_what_has_no_form(Network())
+    with pytest.raises(QwtError, match="no opset 7"):
+        onnx_file.check_opset(7)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(QwtError, match="does not exist"):
+        loading.load_exported(path)
+    description = {"format": onnx_file.EXPORT_FORMAT, "sha256": "0" * 64}
+    path.with_suffix(".json").write_text(json.dumps(description))
+    with pytest.raises(QwtError, match="does not exist"):
+        loading.load_exported(path)
+    path.write_bytes(b"half of a graph")
+    with pytest.raises(QwtError, match="another sha256"):
+        loading.load_exported(path)
+    with pytest.raises(QwtError, match="truncated"):
+        runtimes.open_graph(path, "onnxruntime")
+
+
+def test_unknown_and_missing_runtimes(monkeypatch):
+    with pytest.raises(QwtError, match="did you mean onnxruntime"):
+        runtimes.check_runtime("onnxruntim")
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(QwtError, match="pip install openvino"):
+        runtimes.check_runtime("openvino")
+
+
+def test_configs_keep_their_tuples_in_json():
+    config = {"scale": (416, 416), "steps": [{"pad": (0, 1), "keep": True}], "none": None}
+    assert onnx_file.from_json(json.loads(json.dumps(onnx_file.as_json(config)))) == config
