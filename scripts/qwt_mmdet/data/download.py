@@ -36,11 +36,11 @@ LOOK_SECONDS = 0.1  # between two looks at an attempt: is it too slow, is it sti
 PASSING_STATUS = (408, 425, 429)  # worth another attempt, as is every 5xx
 
 
-class _Session(requests.Session):
+def _session() -> requests.Session:
     """A session that follows no redirect: requests would read its body, however long that is."""
-
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
+    session = requests.Session()
+    session.get_redirect_target = lambda resp: None  # type: ignore[assignment, method-assign]
+    return session
 
 
 class _PassingError(Exception):
@@ -88,7 +88,7 @@ def download(
             be written, or its hash is another one (the bad file is removed).
     """
     logger.info("Downloading %s", printable(url))
-    with _Session() as session:
+    with _session() as session:
         _Transfer(url, Path(path), session, most_bytes, sha256 and sha256.lower()).run()
 
 
@@ -132,7 +132,7 @@ def download_many(
             except QwtError as error:
                 logger.warning("%s It is fetched again.", error)
         if not hasattr(local, "session"):
-            local.session = _Session()
+            local.session = _session()
             sessions.append(local.session)
         _Transfer(
             url,
