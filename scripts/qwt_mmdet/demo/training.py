@@ -90,7 +90,7 @@ def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Pat
         torch.nn.Conv2d(settings.model.neck.out_channels, len(settings.classes) + 1, 1)
         for _ in range(settings.model.neck.num_outs)
     )
-    model = torch.nn.ModuleDict(
+    model: Any = torch.nn.ModuleDict(
         {"backbone": detector.backbone, "neck": detector.neck, "classifiers": classifiers}
     ).to(device)
     detector.data_preprocessor.to(device)
@@ -116,7 +116,8 @@ def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Pat
                 functional.interpolate(classify(level), target.shape[-2:], mode="bilinear")
                 for classify, level in zip(model["classifiers"], levels, strict=True)
             ]
-            loss = sum(functional.cross_entropy(score, target) for score in scores) / len(scores)
+            total = (functional.cross_entropy(score, target) for score in scores)
+            loss = sum(total, torch.zeros((), device=device)) / len(scores)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

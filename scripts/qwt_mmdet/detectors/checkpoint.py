@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def load_checkpoint(path: str | Path) -> OrderedDict[str, Tensor]:
 
 
 def read_checkpoint(
-    path: str | Path, name: str | None = None
+    path: str | os.PathLike[str], name: str | None = None
 ) -> tuple[OrderedDict[str, Tensor], list[str] | None]:
     """Read the weights and the class names of a checkpoint file; nothing that is in the file is run.
 
@@ -82,7 +83,7 @@ def read_checkpoint(
                 weights = OrderedDict(file.tensors(stored))
                 classes = _classes(file.content, name)
             if metadata is not None:
-                weights._metadata = metadata
+                weights._metadata = metadata  # type: ignore[attr-defined]
     except Refused as error:
         raise QwtError(
             f"The checkpoint {name} was refused: {error}; nothing of it was run. If you trust its "
@@ -195,7 +196,7 @@ def _unwrapped(state: Dictionary, name: str) -> tuple[dict[str, Any], OrderedDic
     weights: Mapping[str, Any] = OrderedDict(tensors)
     versions = state.metadata
     if versions is not None:
-        weights._metadata = OrderedDict(
+        weights._metadata = OrderedDict(  # type: ignore[attr-defined]
             (key, {"version": value["version"]})
             for key, value in versions.items()
             if type(value) is Dictionary and type(value.get("version")) is int

@@ -92,7 +92,7 @@ def below(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
     )
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
-        part._metadata = OrderedDict(
+        part._metadata = OrderedDict(  # type: ignore[attr-defined]
             (f"{key}.".removeprefix(prefix)[:-1], value)
             for key, value in metadata.items()
             if f"{key}.".startswith(prefix)

@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
 
 def _expand_ties(
-    ranking: Ranking, outcome: Outcome, most: NDArray[np.int64]
+    ranking: Ranking, outcome: Outcome, most: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Order in which the detections of a resample are counted.
 
@@ -422,7 +422,7 @@ def _ap_under_weights(
     weights: NDArray[np.int64],
 ) -> dict[str | int, NDArray[np.float64]]:
     metrics, classes = ApTable(match_detections(ground_truth, predictions, iou_type)).ap(weights)
-    return {**metrics, **classes}
+    return dict([*metrics.items(), *classes.items()])
 
 
 def bootstrap(

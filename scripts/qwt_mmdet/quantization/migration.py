@@ -98,14 +98,12 @@ def common_zero(
     for zero in torch.linspace(asked.min(), asked.max(), ZEROS).round().unique().tolist():
         below, above = zero / levels, 1 - zero / levels  # shares of a range's width
         sides = [side / share for side, share in ((-low, below), (high, above)) if share > 0]
-        chosen, least = sides[0], None
-        for width in (sides[-1], torch.stack(sides).amax(0)):
-            error = observer.mean_error(-below * width, above * width, bits)
-            if least is None:
-                chosen, least = width, error
-            else:
-                chosen = torch.where(error < least, width, chosen)
-                least = torch.minimum(least, error)
+        chosen = sides[-1]
+        least = observer.mean_error(-below * chosen, above * chosen, bits)
+        width = torch.stack(sides).amax(0)
+        error = observer.mean_error(-below * width, above * width, bits)
+        chosen = torch.where(error < least, width, chosen)
+        least = torch.minimum(least, error)
         if (total := float(energy @ least)) < best:
             best, found = total, (-below * chosen, above * chosen)
     return found

@@ -32,7 +32,8 @@ class Distribution(Protocol):
         symmetric: the grid will be (see :func:`.primitives.quantization_parameters`).
     """
 
-    symmetric: bool
+    @property
+    def symmetric(self) -> bool: ...
 
     @property
     def low(self) -> Tensor:

@@ -35,7 +35,7 @@ COMPENSATION_STYLES = (
     ("#56B4E9", "X"),
 )
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 11,
     "svg.fonttype": "none",
     "axes.spines.top": False,

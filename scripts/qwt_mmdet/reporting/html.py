@@ -70,6 +70,8 @@ def effect_sentence(row: Row) -> str:
         sentence = f"{name} changes it by {change}, which is not significant"
         return f"{sentence} ({ends})" if ends else sentence
     verb = "brings" if gain.value > 0 else "lowers"
+    assert row.compensation_bytes is not None, "what was compensated has a size"
+    assert row.quantized_bytes is not None
     weights = row.compensation_bytes / row.quantized_bytes
     return (
         f"{name} {verb} it to {_share_of_baseline(row, ap.compensated)}, a change of {change} "
@@ -195,9 +197,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "gain": row.ap["AP"].compensated_minus_quantized,
                 "recovered": row.ap["AP"].recovered,
                 "faults": _faults(row.collapsed_compensated, row.not_finite_compensated),
-                "bytes": None
-                if row.blocks is None
-                else row.quantized_bytes + row.compensation_bytes,
+                "bytes": row.compensated_bytes,
                 "multiply_adds": row.compensation_multiply_adds,
                 "multiply_adds_percent": row.compensation_multiply_adds_percent,
                 "made": row.seconds.get("fit_compensation"),

@@ -12,8 +12,9 @@ import os
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ LEAST = 7  # pixels of the shorter side of a drawn box, so that a tiny one can b
 QUALITY = 60  # of WebP: about 20 kB a picture
 RULES = {"largest loss": 3, "largest recovery": 3, "drawn at random": 2}
 
-FONT = ImageFont.load_default(size=18)
+FONT = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=18))  # with a size it is one
 
 # Okabe and Ito's colours; missed objects are dashed besides.
 COLOURS = {"object": "#009E73", "hit": "#56B4E9", "false": "#D55E00", "missed": "#F0E442"}
@@ -145,7 +146,9 @@ def _finite(record: Mapping[str, Any]) -> bool:
     return all(map(math.isfinite, (*record["bbox"], record.get("score", 0))))
 
 
-def visible_box(box: Sequence[float], size: tuple[int, int]) -> NDArray[np.float64]:
+def visible_box(
+    box: Sequence[float] | NDArray[np.float64], size: tuple[int, int]
+) -> NDArray[np.float64]:
     """What is drawn of a box: the part in the picture, at least ``LEAST`` pixels long and wide.
 
     A box beside the picture becomes a mark at its edge.
@@ -177,7 +180,7 @@ def draw_records(
         QwtError: a mask has another size than the image.
     """
     scale = SIDE / max(image.size)
-    size = tuple(max(round(length * scale), 1) for length in image.size)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     records = {what: [r for r in group if _finite(r)] for what, group in records.items()}
     picture = image.resize(size, Image.Resampling.LANCZOS)
     if masks:
@@ -253,7 +256,7 @@ def choose_pictures(
         Picture(
             truth.imgs[identifier]["file_name"],
             rule,
-            lambda identifier=identifier: _panels(identifier, truth, verdicts, titles, masks),
+            partial(_panels, identifier, truth, verdicts, titles, masks),
         )
         for rule in RULES
         for identifier in chosen

@@ -76,6 +76,13 @@ class Row:
     lost_most: list[str] = field(default_factory=list)
     regained_most: list[str] = field(default_factory=list)
 
+    @property
+    def compensated_bytes(self) -> int | None:
+        """Size of the weights with the compensation; None where one of both was not made."""
+        if self.quantized_bytes is None or self.compensation_bytes is None:
+            return None
+        return self.quantized_bytes + self.compensation_bytes
+
     def columns(self) -> dict[str, Any]:
         """The row of summary.csv."""
         columns: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from torch import nn
+from mmdet.models import BaseDetector
 
 from ..archives import worst_layers
 from ..data.loaders import make_loader
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_detector(
-    model: nn.Module, annotations: Pathlike, *, batch_size: int = 1, workers: int = 0
+    model: BaseDetector, annotations: Pathlike, *, batch_size: int = 1, workers: int = 0
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a detector on the images of an annotation file.
 

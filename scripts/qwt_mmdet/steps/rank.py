@@ -40,10 +40,11 @@ def rank(
     loader = dataclasses.replace(inputs, batch_size=1).loader(model)
     images = min(images, len(loader))
     ranked = rank_layers(model, islice(loader, images))
-    layers = [entry for entry in ranked if entry.weight_bits is not None and entry.relative_noise]
+    bits = {e.name: e.weight_bits for e in ranked if e.weight_bits is not None and e.relative_noise}
+    layers = [entry for entry in ranked if entry.name in bits]
     weights = sum(entry.weights for entry in layers)
     if average_bits is None:
-        average_bits = sum(entry.weights * entry.weight_bits for entry in layers) / weights
+        average_bits = sum(entry.weights * bits[entry.name] for entry in layers) / weights
     chosen = choose_bits(ranked, average_bits)
     rows = [
         {
@@ -67,8 +68,8 @@ def rank(
             {"suggested_weight_bits": "Int64", "weight_bits": "Int64"}
         ).to_csv(partial, index=False)
     with write_atomically(suggestion) as partial:
-        entry = {f"{name}-mixed": as_entry(settings)}
-        partial.write_text(note + yaml.safe_dump(entry, sort_keys=False), encoding="utf-8")
+        suggested = {f"{name}-mixed": as_entry(settings)}
+        partial.write_text(note + yaml.safe_dump(suggested, sort_keys=False), encoding="utf-8")
     logger.info("Most harmful layers, each quantized alone:")
     for entry in ranked[:5]:
         if entry.sqnr_db is not None:
