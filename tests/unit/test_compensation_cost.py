@@ -40,7 +40,7 @@ def test_multiply_adds_of_a_backbone_counted_by_hand():
 def test_bytes_of_a_quantized_backbone_counted_by_hand():
     settings = QuantizationSettings(weight_bits=4, activation_bits=8)
     model = calibrate(quantize_model(small_backbone(), settings), tiny.batches(1))
-    assert backbone_bytes(model) == (4 * 3 * 9 + 4 * 4) / 2 + 4 * 2
+    assert backbone_bytes(model) == (4 * 3 * 9 + 4 * 4) / 2 + 4 * 4
 
 
 def test_cost_of_a_block_counted_by_hand():
@@ -50,21 +50,27 @@ def test_cost_of_a_block_counted_by_hand():
     settings = dataclasses.replace(EVERYTHING, blocks=("backbone.0",))
     compensation = fit_compensation(model, full, tiny.batches(2), settings)
     block = compensation.blocks[0]
-    assert (block.parameters, block.bytes) == (3 * 4 + 4, 32)
+    assert (block.parameters, block.bytes) == (3 * 4 + 4, 64)
     assert (block.positions, block.multiply_adds) == (1024, 1024 * 12)
     assert block.multiply_adds_percent == pytest.approx(100 * 12 / 124)
-    assert block.bytes_percent == pytest.approx(100 * 32 / 70)
+    assert block.bytes_percent == pytest.approx(100 * 64 / 78)
     assert compensation.summary() == {
-        "blocks": 1, "kept": 1, "parameters": 16, "bytes": 32, "multiply_adds": 1024 * 12,
+        "blocks": 1, "kept": 1, "parameters": 16, "bytes": 64, "multiply_adds": 1024 * 12,
         "bytes_percent": block.bytes_percent, "multiply_adds_percent": block.multiply_adds_percent,
         "backbone_multiply_adds": 1024 * 124,
     }  # fmt: skip
 
 
+def test_bytes_of_a_compensation_are_those_of_its_tensors():
+    for entry in fitted(EVERYTHING).blocks:
+        tensors = entry.plain()["tensors"].values()
+        assert entry.bytes == sum(tensor.nbytes for tensor in tensors) > 0
+
+
 def block(name, reduction, percent, *, kept=True, power=1.0):
     return BlockFit(
         name=name, kind=Bias(torch.zeros(1)), kept=kept, decision="kept", ridge=0.0, solver="",
-        positions=1.0, parameters=1, bytes=2, bytes_percent=percent, multiply_adds=1.0,
+        positions=1.0, parameters=1, bytes=4, bytes_percent=percent, multiply_adds=1.0,
         multiply_adds_percent=percent, target_power=power, fit_error_before=1.0,
         fit_error_after=0.0, fit_r2=0.0, holdout_error_before=1.0,
         holdout_error_after=1.0 - reduction, holdout_r2=0.0,

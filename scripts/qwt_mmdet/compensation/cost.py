@@ -25,7 +25,7 @@ def backbone_multiply_adds(model: BaseDetector, batch: dict[str, Any]) -> int:
 
 
 def backbone_bytes(model: BaseDetector) -> float:
-    """Bytes of a quantized detector's backbone: quantized weights at their bits, others as float16."""
+    """Bytes of a quantized detector's backbone: quantized weights at their bits, others as float32."""
     count = sum(parameter.numel() for parameter in model.backbone.parameters())
     total: float = count * BYTES_PER_PARAMETER
     for layer in quantized_layers(model.backbone).values():

@@ -9,8 +9,8 @@ from typing import Any
 from ..config import CompensationSettings
 from .kinds import KINDS, Kind
 
-BYTES_PER_PARAMETER = 2
-"""Compensation is stored as float16."""
+BYTES_PER_PARAMETER = 4
+"""Compensation is stored and computed as float32, and so is what a quantized detector does not quantize."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BlockFit:
         decision: ``kept``; or what spoke against it: ``gate``, ``max_cost``, or ``not_finite`` where
             the quantized detector's values or the fit's are NaN or infinite.
         positions: output positions (tokens, pixels) of one image, on average.
-        parameters: numbers in the tensors. bytes: of these in float16.
+        parameters: numbers in the tensors. bytes: of these, as they are stored.
         bytes_percent: of the weights of the quantized backbone.
         multiply_adds: of the compensation for one image, on average.
         multiply_adds_percent: of the backbone's, both for the first calibration image.

@@ -19,8 +19,8 @@ class MaxCost:
     multiply_adds: Number | None = None
     """Of the full-precision backbone's multiply-adds."""
     bytes: Number | None = None
-    """Of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float16);
-    compensation counts as float16."""
+    """Of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float32);
+    compensation counts as float32, as it is stored."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> "MaxCost":
