@@ -38,9 +38,10 @@ demo: env ## run the default configuration from checkpoint to report
 estimate: env ## tell what a run would take (CONFIG=config/coco.yaml names another config)
 	@$(VENV)/bin/qwt-mmdet estimate $(or $(CONFIG),config/config.yaml)
 
-lint: env ## check code and workflow: ruff, import-linter, snakefmt, snakemake --lint
+lint: env ## check code and workflow: ruff, mypy, import-linter, snakefmt, snakemake --lint
 	@$(WITH_VENV) ruff check .
 	@$(WITH_VENV) ruff format --check .
+	@$(WITH_VENV) mypy
 	@$(WITH_VENV) lint-imports --no-cache --no-logo
 	@$(WITH_VENV) snakefmt --check Snakefile workflow
 	@$(WITH_VENV) snakemake --lint

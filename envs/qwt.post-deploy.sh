@@ -5,7 +5,7 @@
 #
 # Snakemake makes the environment anew when this file changes, and does not look into requirements.txt.
 # Hence the next line, which tests/unit/test_environment.py compares with it.
-# requirements.txt sha256: c8b838b943de8dfc24e5ae7c04490178c020fc5a2690e34c2fe96e4e13f6f511
+# requirements.txt sha256: df50530095bcb2e0a90ad5f07b4c11ca093ff8b893bb6bf984b709482c474ada
 set -euo pipefail
 
 envs="${QWT_ROOT:-$PWD}/envs"

@@ -39,7 +39,7 @@ PASSING_STATUS = (408, 425, 429)  # worth another attempt, as is every 5xx
 def _session() -> requests.Session:
     """A session that follows no redirect: requests would read its body, however long that is."""
     session = requests.Session()
-    session.get_redirect_target = lambda resp: None  # type: ignore[assignment, method-assign]
+    session.get_redirect_target = lambda resp: None  # type: ignore[method-assign]
     return session
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from mmdet.models import BaseDetector
 
 from ..archives import worst_layers
+from ..data.batches import count_images
 from ..data.loaders import make_loader
 from ..detectors.classes import category_ids
 from ..errors import QwtError
@@ -42,7 +43,7 @@ def evaluate_detector(
     category_ids(classes, read_json(annotations, what="annotation file"))
     load_ground_truth(annotations, masks=model.with_mask, classes=classes)
     loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
-    found = predict(model, loader, annotations, total=len(loader.dataset))
+    found = predict(model, loader, annotations, total=count_images(loader))
     quantized = record_of(model).quantization is not None
     if not quantized and found.not_finite:
         raise QwtError(
