@@ -71,7 +71,8 @@ def test_onnx_runtime_computes_what_the_quantized_network_does(
     graph = graph_of(model)
     operators = {node.op_type for node in graph.graph}
     assert "BatchNormalization" not in operators
-    weights = [t.dtype for t in graph.graph.initializers.values() if len(t.shape) > 1]
+    values = [value.const_value for value in graph.graph.initializers.values()]
+    weights = [tensor.dtype for tensor in values if len(tensor.shape) > 1]
     signed, bits = grids == "integer", 4 if weight_bits <= 4 else 8
     assert weights == [getattr(onnx_ir.DataType, f"{'' if signed else 'U'}INT{bits}")] * 3
     onnx_ir.save(graph, tmp_path / "model.onnx")

@@ -9,14 +9,21 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import apply, estimate, run, show, validate
+from . import apply, estimate, export, run, show, validate
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Quantize trained MMDetection detectors and recover accuracy with QwT.",
 )
-for command in (run.run, validate.validate, estimate.estimate, show.show, apply.apply):
+for command in (
+    run.run,
+    validate.validate,
+    estimate.estimate,
+    show.show,
+    apply.apply,
+    export.export,
+):
     app.command()(command)
 
 

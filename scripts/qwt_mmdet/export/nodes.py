@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization.convert import activation_quantizers, quantized_layers
-from ..quantization.layers import QuantizedConv2d, QuantizedLinear
+from ..quantization.layers import QuantizedLayer
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.subclasses import Products
 
@@ -53,6 +53,8 @@ class ActivationNodes:
     """
 
     def __init__(self, quantizer: ActivationQuantizer, *, take_factors: bool = False) -> None:
+        assert quantizer.scale is not None
+        assert quantizer.zero_point is not None
         scale, zero_point = quantizer.scale, quantizer.zero_point.to(torch.uint8)
         axis = quantizer.channel_axis
         self.largest = 2**quantizer.bits - 1
@@ -71,7 +73,7 @@ class ActivationNodes:
         return _dequantized(codes, self.values)
 
 
-def integer_weight(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Tensor | None]:
+def integer_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None]:
     """Codes of a layer's weights, [out, …], and their zero points, [out].
 
     Returns:
@@ -90,12 +92,13 @@ def integer_weight(layer: QuantizedConv2d | QuantizedLinear) -> tuple[Tensor, Te
 class LayerNodes:
     """The nodes of a quantized layer."""
 
-    def __init__(self, layer: QuantizedConv2d | QuantizedLinear) -> None:
+    def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer
         self.input = ActivationNodes(layer.input_quantizer, take_factors=True)
         codes, zero_point = integer_weight(layer)
         self.is_linear = isinstance(layer, nn.Linear)
         self.codes = codes.T.contiguous() if self.is_linear else codes  # as MatMul takes them
+        assert layer.weight_scale is not None
         self.grid = _grid(layer.weight_scale, zero_point, 1 if self.is_linear else 0)
         bias = layer.effective_bias()
         self.bias = None if bias is None else bias.detach()

@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from ..archives import summary_path
+from ..data.loaders import inference_pipeline, step_name
 from ..errors import QwtError, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
@@ -41,8 +42,8 @@ def export_onnx(
     model: BaseDetector,
     path: str | os.PathLike[str],
     *,
-    size: tuple[int, int],
-    dynamic: bool = False,
+    size: tuple[int, int] | None = None,
+    dynamic: bool | None = None,
     opset: int = OPSET,
     details: Mapping[str, Any] | None = None,
 ) -> None:
@@ -53,8 +54,8 @@ def export_onnx(
 
     Args:
         model: in full precision or quantized, compensated or not; it stays as it is.
-        size: height and width of the image.
-        dynamic: other sizes are allowed too.
+        size: height and width of the image; None: what the model's test pipeline makes.
+        dynamic: other sizes are allowed too; None: where the test pipeline makes others.
         details: of the description, such as an AP.
 
     Raises:
@@ -64,6 +65,9 @@ def export_onnx(
     check_opset(opset)
     refuse_what_has_no_form(model)
     check_installed("onnxscript")
+    if size is None or dynamic is None:
+        found, varies = image_size(model)
+        size, dynamic = size or found, varies if dynamic is None else dynamic
     cut = OneStage(copy.deepcopy(model).cpu().eval())
     image = torch.zeros(1, 3, *size)
     cut(image)  # finds the names
@@ -85,6 +89,28 @@ def export_onnx(
     }
     write_json(summary_path(path), description, indent=1)
     logger.info("%s: %.2f MB", path, Path(path).stat().st_size / 1e6)
+
+
+def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
+    """Height and width of the images that a detector's test pipeline makes, and whether others occur.
+
+    Where it keeps an image's proportions without padding it, they are those of the widest image.
+
+    Raises:
+        QwtError: the pipeline says no size.
+    """
+    steps = {step_name(step): step for step in inference_pipeline(model.cfg)}
+    divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
+    padded, scale = (
+        steps.get(name, {}).get(key) for name, key in (("Pad", "size"), ("Resize", "scale"))
+    )
+    ends = padded or scale
+    if ends is None:
+        raise QwtError(
+            "The test pipeline neither resizes nor pads images to a size; give the size to export for."
+        )
+    width, height = (-(-side // divisor) * divisor for side in ends)
+    return (height, width), padded is None and steps["Resize"].get("keep_ratio", False)
 
 
 def check_opset(opset: int) -> None:
@@ -132,6 +158,7 @@ def trace(
             dynamic_shapes=(sizes,) if dynamic else None,
             verbose=False,
         )
+    assert program is not None
     graph = program.model
     passes.fold_batch_norms(graph)
     passes.pack_weights(graph)

@@ -6,9 +6,11 @@ import numpy as np
 import onnx_ir as ir
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
+def constant(value: ir.Value | None) -> np.ndarray:
+    """A copy of a value that is known before the graph runs."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy().copy()
+    assert tensor is not None
+    return tensor.numpy().copy()
 
 
 def _set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, name: str) -> None:
@@ -37,22 +39,19 @@ def fold_batch_norms(model: ir.Model) -> None:
         if convolution is None or convolution.op_type != "Conv":
             continue
         weight = convolution.inputs[1].producer()
-        parameters = [_constant(value) for value in norm.inputs[1:]]
         single = len(convolution.outputs[0].uses()) == len(convolution.inputs[1].uses()) == 1
         if weight is None or weight.op_type != "DequantizeLinear" or not single:
             continue
-        if any(p is None for p in parameters):
-            continue
-        gamma, beta, mean, variance = parameters
+        gamma, beta, mean, variance = (constant(value) for value in norm.inputs[1:])
         factor = gamma / np.sqrt(variance + norm.attributes["epsilon"].as_float())
-        codes, scale, *zero_point = (_constant(value) for value in weight.inputs)
+        codes, scale, *zero_point = (constant(value) for value in weight.inputs)
         flipped = factor < 0
         if flipped.any():  # x becomes −x; where there are zero points, highest − x, and they too
             highest = max(values.max() for values in (codes, *zero_point)) if zero_point else 0
             for values in (codes, *zero_point):
                 values[flipped] = highest - values[flipped]
-        bias = _constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else None
-        shifted = ((0 if bias is None else bias) - mean) * factor + beta
+        bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else 0
+        shifted = (bias - mean) * factor + beta
         name = weight.outputs[0].name
         _set_input(model, weight, 0, codes, f"{name}.codes")
         _set_input(model, weight, 1, (scale * np.abs(factor)).astype(np.float32), f"{name}.scale")
@@ -65,7 +64,8 @@ def fold_batch_norms(model: ir.Model) -> None:
 
 def _weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
     for node in model.graph:
-        if node.op_type == "DequantizeLinear" and _constant(node.inputs[0]) is not None:
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is not None and ir.convenience.get_const_tensor(codes) is not None:
             yield node
 
 
@@ -96,7 +96,7 @@ def widen_weights(model: ir.Model) -> None:
     for node in list(_weight_nodes(model)):
         values = _codes(node)
         codes = values[0].astype(WIDE.get(node.inputs[0].dtype, values[0].dtype))
-        scales = _constant(node.inputs[1])
+        scales = constant(node.inputs[1])
         zero_points = values.get(2, np.zeros_like(scales)).astype(codes.dtype)
         _set_input(model, node, 0, codes, _fresh(node, 0, "wide"))
         _set_input(model, node, 2, zero_points, _fresh(node, 2, "wide"))
@@ -104,7 +104,7 @@ def widen_weights(model: ir.Model) -> None:
 
 def _codes(node: ir.Node) -> dict[int, np.ndarray]:
     """Codes and, where there are any, zero points, by the index of the input."""
-    return {index: _constant(node.inputs[index]) for index in (0, 2) if index < len(node.inputs)}
+    return {index: constant(node.inputs[index]) for index in (0, 2) if index < len(node.inputs)}
 
 
 def _fresh(node: ir.Node, index: int, mark: object) -> str:
@@ -117,11 +117,12 @@ def keep_what_runs(model: ir.Model) -> None:
     ir.passes.common.RemoveUnusedNodesPass()(model)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    ends = {*model.graph.inputs, *model.graph.outputs}
+    outputs = {*model.graph.outputs}
+    values = [*model.graph.initializers.values()]
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in ends:
-                value.shape = value.type = None
+        values += [value for value in node.outputs if value not in outputs]
+    for value in values:
+        value.metadata_props.clear()
+        value.shape = value.type = None
