@@ -110,7 +110,8 @@ def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
             "The test pipeline neither resizes nor pads images to a size; give the size to export for."
         )
     width, height = (-(-side // divisor) * divisor for side in ends)
-    return (height, width), padded is None and steps["Resize"].get("keep_ratio", False)
+    fixed = padded is not None or steps.get("Pad", {}).get("pad_to_square", False)
+    return (height, width), not fixed and steps["Resize"].get("keep_ratio", False)
 
 
 def check_opset(opset: int) -> None:
@@ -188,11 +189,13 @@ def from_json(node: Any) -> Any:
 
 
 def preprocessing(model: BaseDetector) -> dict[str, Any]:
-    """Order of colours, mean, standard deviation and padding of the data preprocessor."""
+    """What happens to an image before the graph: its size, colours, mean, standard deviation, padding."""
     given = model.data_preprocessor
+    steps = {step_name(step): step for step in inference_pipeline(model.cfg)}
     normalises = getattr(given, "_enable_normalize", False)
     return {
         "layout": "NCHW",
+        "steps": as_json({name: steps[name] for name in ("Resize", "Pad") if name in steps}),
         "colors": "RGB" if getattr(given, "_channel_conversion", False) else "BGR",
         "mean": given.mean.flatten().tolist() if normalises else [0.0, 0.0, 0.0],
         "std": given.std.flatten().tolist() if normalises else [1.0, 1.0, 1.0],
