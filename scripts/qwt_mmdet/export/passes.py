@@ -29,17 +29,24 @@ def _set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, n
         node.replace_input_with(index, value)
 
 
+def _input(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator must have."""
+    value = node.inputs[index]
+    assert value is not None, f"{node.op_type} without input {index}"
+    return value
+
+
 def fold_batch_norms(model: ir.Model) -> None:
     """Fold each BatchNormalization behind a convolution with integer weights into it, in place.
 
     The scale of an output channel takes up the factor. Where that is negative, the codes change sign.
     """
     for norm in [node for node in model.graph if node.op_type == "BatchNormalization"]:
-        convolution = norm.inputs[0].producer()
+        convolution = _input(norm, 0).producer()
         if convolution is None or convolution.op_type != "Conv":
             continue
-        weight = convolution.inputs[1].producer()
-        single = len(convolution.outputs[0].uses()) == len(convolution.inputs[1].uses()) == 1
+        weight = _input(convolution, 1).producer()
+        single = len(convolution.outputs[0].uses()) == len(_input(convolution, 1).uses()) == 1
         if weight is None or weight.op_type != "DequantizeLinear" or not single:
             continue
         gamma, beta, mean, variance = (constant(value) for value in norm.inputs[1:])
@@ -95,7 +102,8 @@ def widen_weights(model: ir.Model) -> None:
     """
     for node in list(_weight_nodes(model)):
         values = _codes(node)
-        codes = values[0].astype(WIDE.get(node.inputs[0].dtype, values[0].dtype))
+        stored = _input(node, 0).dtype
+        codes = values[0].astype(WIDE[stored] if stored in WIDE else values[0].dtype)
         scales = constant(node.inputs[1])
         zero_points = values.get(2, np.zeros_like(scales)).astype(codes.dtype)
         _set_input(model, node, 0, codes, _fresh(node, 0, "wide"))
