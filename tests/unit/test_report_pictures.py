@@ -135,7 +135,7 @@ def scene(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name)
         content["images"].append({**image, "id": number, "file_name": name})
         content["annotations"].append({**annotation, "id": number, "image_id": number})
-    content["info"] = {"image_root": str(tmp_path)}
+    content["info"] = {"image_root": str(tmp_path), "exif": "apply"}
     return write(tmp_path, content)
 
 

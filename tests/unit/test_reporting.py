@@ -45,7 +45,7 @@ def scene(rng: np.random.Generator) -> dict:
                 }
             )
     return {
-        "info": {"image_root": ".", "split": "val"},
+        "info": {"image_root": ".", "split": "val", "exif": "apply"},
         "images": [
             {"id": i, "file_name": f"{i}.png", "width": 100, "height": 100}
             for i in range(1, IMAGES + 1)

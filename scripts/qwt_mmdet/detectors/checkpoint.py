@@ -71,6 +71,7 @@ def read_checkpoint(
     if not path.is_file():
         raise QwtError(f"The checkpoint {path} does not exist; check the path.")
     name = name or str(path)
+    weights: Any  # with torch's attribute _metadata
     try:
         with open(path, "rb") as stream:
             head = stream.read(512)
@@ -83,7 +84,7 @@ def read_checkpoint(
                 weights = OrderedDict(file.tensors(stored))
                 classes = _classes(file.content, name)
             if metadata is not None:
-                weights._metadata = metadata  # type: ignore[attr-defined]
+                weights._metadata = metadata
     except Refused as error:
         raise QwtError(
             f"The checkpoint {name} was refused: {error}; nothing of it was run. If you trust its "
@@ -193,10 +194,10 @@ def _unwrapped(state: Dictionary, name: str) -> tuple[dict[str, Any], OrderedDic
     if len(tensors) < len(state):
         left_out = some(key for key in state if key not in tensors)
         logger.info("%s: left out what is no tensor: %s", name, left_out)
-    weights: Mapping[str, Any] = OrderedDict(tensors)
+    weights: Any = OrderedDict(tensors)  # with torch's attribute _metadata
     versions = state.metadata
     if versions is not None:
-        weights._metadata = OrderedDict(  # type: ignore[attr-defined]
+        weights._metadata = OrderedDict(
             (key, {"version": value["version"]})
             for key, value in versions.items()
             if type(value) is Dictionary and type(value.get("version")) is int

@@ -87,12 +87,12 @@ def _prefixes(needed: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
 
 def below(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
     """The tensors and the metadata whose names follow a prefix, without it."""
-    part = OrderedDict(
+    part: Any = OrderedDict(  # with torch's attribute _metadata
         (key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix)
     )
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
-        part._metadata = OrderedDict(  # type: ignore[attr-defined]
+        part._metadata = OrderedDict(
             (f"{key}.".removeprefix(prefix)[:-1], value)
             for key, value in metadata.items()
             if f"{key}.".startswith(prefix)

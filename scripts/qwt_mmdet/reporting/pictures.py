@@ -272,7 +272,7 @@ def _read(truth: COCO, identifier: int) -> Image.Image:
     """
     about, info = truth.imgs[identifier], truth.dataset["info"]
     path = Path(info["image_root"]) / about["file_name"]
-    pixels = read_image(path, exif=info.get("exif", "apply"))
+    pixels = read_image(path, exif=info["exif"])
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1]))
     size = (about["width"], about["height"])
     if image.size != size:
