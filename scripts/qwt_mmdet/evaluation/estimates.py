@@ -4,10 +4,10 @@ Imports nothing heavy: Snakemake's own process prints such numbers.
 """
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Self
 
 from pydantic import computed_field
-from pydantic.dataclasses import dataclass
 
 
 @dataclass(frozen=True)
