@@ -25,7 +25,7 @@ from .blocks import find_blocks
 from .cache import ActivationCache, release_free_memory
 from .cost import backbone_bytes, backbone_multiply_adds, too_expensive
 from .modules import aligned_input, as_rows, block_output, channel_axis
-from .replay import Path
+from .replay import Stream
 from .result import BYTES_PER_PARAMETER, BlockFit, Compensation
 from .resume import Resume
 from .solve import SOLVERS, Solution, solve_again
@@ -208,8 +208,8 @@ def _fit_pass(
     fits = record.finished(name)
     if fits:
         logger.info("Going on after %d finished blocks", len(fits))
-    quantized = Path(f"{name} quantized", model, fit.plan, fit.cache, lingers=1)
-    full = Path(f"{name} full", reference, fit.plan, fit.cache, lingers=0)
+    quantized = Stream(f"{name} quantized", model, fit.plan, fit.cache, lingers=1)
+    full = Stream(f"{name} full", reference, fit.plan, fit.cache, lingers=0)
     quantized.kinds = {block.name: block.kind if block.kept else None for block in fits}
     first = len(fits)
     for index in progress(range(first, len(fit.plan.blocks)), "Fitting", unit="block"):
@@ -233,13 +233,13 @@ def _image(fit: _Fit, image: int, is_first: bool) -> dict[str, Any] | None:
 def _fit_block(
     fit: _Fit,
     index: int,
-    quantized: Path,
-    full: Path,
+    quantized: Stream,
+    full: Stream,
     dropped: frozenset[str],
     *,
     is_first: bool,
 ) -> BlockFit:
-    """Fit one block on all images; both paths go on to its outputs."""
+    """Fit one block on all images; both streams go on to its outputs."""
     start = time.monotonic()
     settings, name = fit.settings, fit.plan.blocks[index]
     solver = SOLVERS[settings.kind]
@@ -337,12 +337,12 @@ def _left_alone(name: str, decision: str) -> BlockFit:
 def _run_block(
     settings: CompensationSettings,
     index: int,
-    quantized: Path,
-    full: Path,
+    quantized: Stream,
+    full: Stream,
     image: int,
     batch: dict[str, Any] | None,
 ) -> list[torch.Tensor]:
-    """Run one block on one image on both paths.
+    """Run one block on one image on both streams.
 
     Returns:
         The block's input, its quantized output and what that should be: [positions, channels] each.

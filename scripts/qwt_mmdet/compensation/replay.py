@@ -23,7 +23,7 @@ class _BlockReachedError(Exception):
         self.arguments = arguments
 
 
-class Path:
+class Stream:
     """One model's way over the blocks, for all calibration images.
 
     To reach a block, the model's own forward pass is replayed with everything that has run before
@@ -31,7 +31,7 @@ class Path:
     per image, and a way that was lost (a resumed fit) is walked again.
 
     Args:
-        tag: key of this path in the cache.
+        tag: key of this stream in the cache.
         lingers: how many blocks longer a block's input is needed than for the block itself.
 
     Attributes:
@@ -134,8 +134,8 @@ class Path:
 class _Replay:
     """One forward pass of one image up to one block."""
 
-    def __init__(self, path: Path, target: int, image: int) -> None:
-        self.path = path
+    def __init__(self, stream: Stream, target: int, image: int) -> None:
+        self.stream = stream
         self.target = target
         self.image = image
         self.calls: Counter[str] = Counter()
@@ -144,27 +144,27 @@ class _Replay:
     def stub(self, name: str, module: nn.Module) -> Forward:
         """What the module's forward does in this pass."""
         original = module.forward
-        path, target, image = self.path, self.target, self.image
+        stream, target, image = self.stream, self.target, self.image
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return original(*args, **kwargs)
-            if name == path.plan.blocks[target]:
+            if name == stream.plan.blocks[target]:
                 raise _BlockReachedError((args, kwargs))
             step = Step(name, self.calls[name])
             self.calls[name] += 1
-            known, output = path.recall(step, target, image)
+            known, output = stream.recall(step, target, image)
             if known:
-                return path.finish(step, target, image, (args, kwargs), output)
+                return stream.finish(step, target, image, (args, kwargs), output)
             self.inside = True
             try:
-                needs_input = path.kinds.get(name) is not None
+                needs_input = stream.kinds.get(name) is not None
                 run_args, run_kwargs = detached((args, kwargs)) if needs_input else (args, kwargs)
                 output = original(*run_args, **run_kwargs)
             finally:
                 self.inside = False
-            output = path.compensate(step, (args, kwargs), output)
-            cached = path.remember(step, target, image, output, raw=False)
+            output = stream.compensate(step, (args, kwargs), output)
+            cached = stream.remember(step, target, image, output, raw=False)
             # The code between modules may work in place.
             return detached(output) if cached else output
 
