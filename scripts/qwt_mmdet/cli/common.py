@@ -3,17 +3,25 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 
+from ..config.models import Model
 from ..data.sources import open_source
 from ..errors import QwtError
 from ..files import is_url
+from .options import Key, Table, Values
 
 Device = Literal["auto", "cpu", "cuda"]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+CheckpointOption = Annotated[Path, typer.Option(help="The weights that were quantized.")]
+WarmupOption = Annotated[Path | None, typer.Option(help="warmup.pth; none: full precision.")]
+CompensationOption = Annotated[Path | None, typer.Option(help="compensation.pth.")]
+MODEL: Table = {Model: {"config": Key("config"), "cfg_options": Key("config_options")}}
+"""The options that :func:`load_model` reads."""
 CoresOption = Annotated[int | None, typer.Option(min=1, help="CPU cores; default: all.")]
 
 
@@ -92,3 +100,32 @@ def chosen_device(wanted: Device) -> str:
     if wanted == "cuda":
         check_cuda()
     return choose_device(0 if wanted == "cpu" else 1)
+
+
+def load_model(
+    values: Values,
+    checkpoint: Path,
+    warmup: Path | None,
+    compensation: Path | None,
+    device: str = "cpu",
+) -> Any:
+    """Load the detector that the options of a command name, as far as it is finished.
+
+    Args:
+        values: with the keys of :data:`MODEL`.
+
+    Raises:
+        QwtError: a compensation without a warmup file, or files that cannot be read or do not fit.
+    """
+    if compensation is not None and warmup is None:
+        raise QwtError("--compensation needs the --warmup that it was fitted for.")
+    from ..steps.inputs import load_quantized
+
+    return load_quantized(
+        values[Model]["config"],
+        checkpoint,
+        warmup=warmup,
+        compensation=compensation,
+        device=device,
+        config_options=config_options(values[Model]["config_options"]),
+    )

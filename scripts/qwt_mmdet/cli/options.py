@@ -47,9 +47,14 @@ def _option_type(types: list[Any]) -> tuple[Any, str | None]:
     return str, "TEXT" if types == [str] else "|".join(words)
 
 
+@functools.cache
+def _schema(section: type) -> Mapping[str, Any]:
+    return TypeAdapter(section).json_schema()["properties"]
+
+
 def _described(section: type, key: Key) -> Mapping[str, Any]:
     """Meaning and limits of a key, in the words of JSON Schema."""
-    return TypeAdapter(section).json_schema()["properties"][key.name]
+    return _schema(section)[key.name]
 
 
 def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
