@@ -206,7 +206,7 @@ def _check_channels(config: str | os.PathLike[str], parsed: Config, model: nn.Mo
             )
 
 
-def _build(
+def build_detector(
     config: str | os.PathLike[str], parsed: Config, trained: Sequence[str] | None = None
 ) -> BaseDetector:
     """Build a detector whose weights are still to come.
@@ -248,7 +248,7 @@ def random_detector(
         QwtError: the config cannot be read or built.
     """
     register_all_modules(init_default_scope=True)
-    model = _build(config, read_config(config, config_options))
+    model = build_detector(config, read_config(config, config_options))
     with DefaultScope.overwrite_default_scope("mmdet"):
         model.init_weights()  # mmdet leaves some parameters of the DETR family unset before
     for module in model.modules():
@@ -286,7 +286,7 @@ def load_detector(
     register_all_modules(init_default_scope=True)
     parsed = read_config(config, config_options)
     state, classes = read_checkpoint(checkpoint)
-    model = _build(config, parsed, classes)
+    model = build_detector(config, parsed, classes)
     load_weights(model, state, f"The checkpoint {checkpoint} does not fit {config}")
     record_of(model).fingerprint = {
         "model": settings_fingerprint(parsed.model.to_dict()),

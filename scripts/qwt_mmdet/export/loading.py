@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from mmdet.apis import inference_detector
 from mmdet.models import BaseDetector
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from ..archives import read_summary, summary_path
-from ..detectors.build import without_training
+from ..detectors.build import build_detector
 from ..errors import QwtError
 from ..files import sha256_file
 from .onnx_file import EXPORT_FORMAT, from_json
@@ -80,10 +78,7 @@ def load_exported(
     run = open_graph(path, runtime, threads=threads)
     register_all_modules(init_default_scope=True)
     config = Config(from_json(description["config"]))
-    without_training(config.model)
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model = MODELS.build(config.model)
-    model.cfg = config
+    model = build_detector(path, config, description["classes"])
     model.dataset_meta = {"classes": tuple(description["classes"])}
     model.backbone = model.neck = nn.Identity()
     model.bbox_head.forward = _Graph(run, description["outputs"])

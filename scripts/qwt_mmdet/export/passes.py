@@ -22,11 +22,9 @@ def _set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, n
         type=ir.TensorType(ir.DataType.from_numpy(values.dtype)),
     )
     model.graph.register_initializer(value)
-    if index < len(node.inputs):
-        node.replace_input_with(index, value)
-    else:
+    if index >= len(node.inputs):
         node.resize_inputs(index + 1)
-        node.replace_input_with(index, value)
+    node.replace_input_with(index, value)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:
