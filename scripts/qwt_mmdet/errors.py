@@ -1,7 +1,10 @@
 """Exceptions that are meant for the user."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class QwtError(Exception):
@@ -17,13 +20,19 @@ def suggestion(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def unknown_name(key: str, name: str, table: Iterable[str]) -> QwtError:
-    """The error for a name that a table of algorithms does not hold."""
-    known = sorted(table)
-    return QwtError(
-        f"{key} is {name!r}, which is not registered{suggestion(name, known) or '.'} Known: "
-        f"{', '.join(known)}."
-    )
+def registered(key: str, name: str, table: Mapping[str, T]) -> T:
+    """Return what a table of algorithms holds under a name.
+
+    Raises:
+        QwtError: it holds nothing under it.
+    """
+    if name not in table:
+        known = sorted(table)
+        raise QwtError(
+            f"{key} is {name!r}, which is not registered{suggestion(name, known) or '.'} Known: "
+            f"{', '.join(known)}."
+        )
+    return table[name]
 
 
 LONGEST_REASON = 300

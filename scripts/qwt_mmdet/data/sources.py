@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from ..config.datasets import PARTS, Coco, Exif, Part, Shapes, parse_dataset
 from ..config.section import as_plain
-from ..errors import QwtError, unknown_name
+from ..errors import QwtError, registered
 from ..files import read_json, write_atomically, write_json
 from ..progress import progress
 from .annotations import few, read_annotations
@@ -162,9 +162,7 @@ def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
                 f"The type of a data set is {section.type!r}, but the module {module} cannot be "
                 f"imported ({error}); put its folder into PYTHONPATH."
             ) from error
-    if section.type not in SOURCES:
-        raise unknown_name("The type of a data set", section.type, SOURCES)
-    return SOURCES[section.type](section, Path(folder))
+    return registered("The type of a data set", section.type, SOURCES)(section, Path(folder))
 
 
 @register_source("shapes")

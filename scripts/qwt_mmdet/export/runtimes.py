@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import QwtError, unknown_name
+from ..errors import QwtError, registered
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 """Computes outputs by name from inputs by name."""
@@ -69,8 +69,7 @@ def check_runtime(name: str) -> None:
     Raises:
         QwtError: there is no such runtime, or it is not installed.
     """
-    if name not in RUNTIMES:
-        raise unknown_name("runtime", name, RUNTIMES)
+    registered("runtime", name, RUNTIMES)
     check_installed(name)
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import QwtError, unknown_name
+from ..errors import QwtError, registered
 from .primitives import fake_quantize_log_sqrt2, quantization_parameters
 
 BINS = 8192
@@ -73,9 +73,7 @@ def range_by_name(name: str) -> RangeMethod:
     Raises:
         QwtError: there is none of this name.
     """
-    if name not in RANGES:
-        raise unknown_name("The range method", name, RANGES)
-    return RANGES[name]
+    return registered("The range method", name, RANGES)
 
 
 class RangeObserver:

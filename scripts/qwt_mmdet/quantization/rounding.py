@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import unknown_name
+from ..errors import registered
 from .primitives import dequantize, quantize
 
 Round = Callable[[Tensor, Tensor, Tensor, int, Sequence[Tensor] | None], Tensor]
@@ -49,9 +49,7 @@ def rounding_by_name(name: str) -> Rounding:
     Raises:
         QwtError: there is none of this name.
     """
-    if name not in ROUNDINGS:
-        raise unknown_name("rounding", name, ROUNDINGS)
-    return ROUNDINGS[name]
+    return registered("rounding", name, ROUNDINGS)
 
 
 @register_rounding("nearest")
