@@ -254,7 +254,7 @@ def test_a_model_whose_eval_returns_nothing_is_returned(monkeypatch):
         def init_weights(self):
             pass
 
-    monkeypatch.setattr(build, "_build", lambda *arguments: Distilled(1, 1))
+    monkeypatch.setattr(build, "build_detector", lambda *arguments: Distilled(1, 1))
     model = build.random_detector(NANO)
     assert isinstance(model, Distilled)
     assert not model.training
