@@ -20,7 +20,7 @@ import yaml
 
 PACKAGE = Path(__file__).resolve().parent
 
-# Parts of the library (modules or packages) whose code decides the result of each step. Those of the
+# Modules and packages of the library whose code decides the result of each step. Those of the
 # configuration are none: what they decide is in the params of a rule.
 _DETECTOR = (
     "data.annotations",
@@ -36,9 +36,10 @@ _EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evalu
 _QUANTIZATION = ("archives", "quantization")
 _SOURCES = ("data.annotations", "data.download", "data.images", "data.sources", "demo.shapes")
 _REPORT = tuple(
-    f"reporting.{part}" for part in ("figures", "html", "pictures", "summary", "templates", "text")
+    f"reporting.{module}"
+    for module in ("figures", "html", "pictures", "summary", "templates", "text")
 )
-STEP_PARTS = {
+STEP_MODULES = {
     "fetch_checkpoint": (
         "data.download",
         "detectors.checkpoint",
@@ -201,12 +202,12 @@ def share_with_scripts() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
-def part_files(part: str, package: Path = PACKAGE) -> list[Path]:
+def module_files(module: str, package: Path = PACKAGE) -> list[Path]:
     """Return the source files of a module (``evaluation.coco``) or package of the library."""
-    base = package.joinpath(*part.split("."))
-    module = base.with_suffix(".py")
-    if module.is_file():
-        return [module]
+    base = package.joinpath(*module.split("."))
+    file = base.with_suffix(".py")
+    if file.is_file():
+        return [file]
     return sorted(path for path in base.rglob("*") if path.suffix in (".py", ".j2"))
 
 
@@ -219,8 +220,8 @@ def source_hash(step: str, package: Path = PACKAGE) -> str:
         step: name of a rule.
     """
     digest = hashlib.sha256()
-    for part in STEP_PARTS[step]:
-        for path in part_files(part, package):
+    for module in STEP_MODULES[step]:
+        for path in module_files(module, package):
             digest.update(json.dumps(str(path.relative_to(package).as_posix())).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

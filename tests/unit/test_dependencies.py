@@ -118,7 +118,7 @@ COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated"}
 def test_an_edit_makes_those_steps_stale_whose_result_it_decides(tmp_path, edited, stale):
     package = tmp_path / "qwt_mmdet"
     shutil.copytree(staleness.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    before = {step: staleness.source_hash(step, package) for step in staleness.STEP_PARTS}
+    before = {step: staleness.source_hash(step, package) for step in staleness.STEP_MODULES}
     with open(package / edited, "a") as stream:
         stream.write("# another way\n")
     found = {step for step in before if staleness.source_hash(step, package) != before[step]}
@@ -161,28 +161,28 @@ def imported_modules(path: Path) -> set[str]:
             if node.level > 0 and node.module:
                 base += node.module.split(".")
             found |= {".".join(base), *(".".join([*base, alias.name]) for alias in node.names)}
-    return {name for name in found - {""} if staleness.part_files(name)}
+    return {name for name in found - {""} if staleness.module_files(name)}
 
 
-@pytest.mark.parametrize("step", staleness.STEP_PARTS)
+@pytest.mark.parametrize("step", staleness.STEP_MODULES)
 def test_a_hash_covers_all_that_the_step_imports(step):
-    parts = staleness.STEP_PARTS[step]
+    modules = staleness.STEP_MODULES[step]
     files = [script(step)]
-    for part in parts:
-        assert staleness.part_files(part), f"{part} is no part of the library"
-        files += [path for path in staleness.part_files(part) if path.suffix == ".py"]
+    for name in modules:
+        assert staleness.module_files(name), f"{name} is not in the library"
+        files += [path for path in staleness.module_files(name) if path.suffix == ".py"]
     for path in files:
         for module in imported_modules(path):
             top = module.split(".")[0]
             covered = any(
                 module == p or module.startswith(f"{p}.") or p.startswith(f"{module}.")
-                for p in parts
+                for p in modules
             )
             ignored = top in NOT_HASHED or {module, top} & OTHER_STEPS.get(step, set())
             assert covered or ignored, f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("step", staleness.STEP_PARTS)
+@pytest.mark.parametrize("step", staleness.STEP_MODULES)
 def test_a_hash_covers_nothing_that_the_step_does_not_import(step):
     reached: set[Path] = set()
     pending = [script(step)]
@@ -191,16 +191,16 @@ def test_a_hash_covers_nothing_that_the_step_does_not_import(step):
         if path not in reached and path.suffix == ".py":
             reached.add(path)
             modules = imported_modules(path)
-            pending += [file for module in modules for file in staleness.part_files(module)]
-    for part in staleness.STEP_PARTS[step]:
-        if not part.endswith("templates"):
-            assert reached & set(staleness.part_files(part)), f"{step} never imports {part}"
+            pending += [file for module in modules for file in staleness.module_files(module)]
+    for name in staleness.STEP_MODULES[step]:
+        if not name.endswith("templates"):
+            assert reached & set(staleness.module_files(name)), f"{step} never imports {name}"
 
 
 def test_every_rule_has_a_script_and_a_list_of_code():
     scripts = set((ROOT / "scripts").glob("*.py"))
     assert scripts - {ROOT / "scripts" / "run_calibration.py"} == set(
-        map(script, staleness.STEP_PARTS)
+        map(script, staleness.STEP_MODULES)
     )
 
 

@@ -293,7 +293,7 @@ def test_forwards_come_back_after_an_exception():
 def block_sources(plan):
     """For each block the earlier blocks that its input comes from, through what lies between."""
     sources, found = {}, []
-    for index, step in enumerate(plan.steps):
+    for index, step in enumerate(plan.calls):
         sources[index] = set().union(*(sources[k] for k in plan.depends[index]))
         if step.module in plan.blocks:
             found.append(sources[index])

@@ -35,7 +35,7 @@ Values = dict[type, dict[str, Any]]
 
 def _option_type(types: list[Any]) -> tuple[Any, str | None]:
     """What typer is told of a key that has one of ``types``: a type, and a name if that is text."""
-    types = [kind for kind in types if kind is not type(None)]
+    types = [one for one in types if one is not type(None)]
     if len(types) == 1 and (types[0] is bool or typing.get_origin(types[0]) is Literal):
         return types[0], None
     if types == [int]:
@@ -43,7 +43,7 @@ def _option_type(types: list[Any]) -> tuple[Any, str | None]:
     if typing.get_origin(types[0]) is dict:
         return list[str], "KEY=VALUE"
     names = {int: ["NUMBER"], str: ["NAME"]}
-    words = [word for kind in types for word in names.get(kind) or typing.get_args(kind)]
+    words = [word for one in types for word in names.get(one) or typing.get_args(one)]
     return str, "TEXT" if types == [str] else "|".join(words)
 
 
@@ -61,12 +61,12 @@ def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
     """The parameter from which typer makes the option that sets these keys; the first decides its type."""
     section, key = keys[0]
     annotation = typing.get_type_hints(section, include_extras=True)[key.name]
-    kind, metavar = _option_type(alternatives(annotation))
+    option_type, metavar = _option_type(alternatives(annotation))
     default = key.default if key.default is not None else default_of(section, key.name)
-    if kind == list[str]:
+    if option_type == list[str]:
         default = []
     elif isinstance(default, list):
-        kind = GenericAlias(list, (kind,))
+        option_type = GenericAlias(list, (option_type,))
     meanings = [" ".join(_described(*pair)["description"].split()) for pair in keys]
     repeatable = " Repeatable." if isinstance(default, list) else ""
     info = typer.Option(
@@ -78,7 +78,7 @@ def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
         option,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default in (..., PydanticUndefined) else default,
-        annotation=Annotated[kind, info],
+        annotation=Annotated[option_type, info],
     )
 
 

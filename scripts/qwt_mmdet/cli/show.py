@@ -21,16 +21,16 @@ def show(
     with plain_errors():
         from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, load_archive
 
-        kinds = {"warmup": WARMUP_FORMAT, "compensation": COMPENSATION_FORMAT}
-        for kind, expected in kinds.items():
+        formats = {"warmup": WARMUP_FORMAT, "compensation": COMPENSATION_FORMAT}
+        for content_type, expected in formats.items():
             try:
-                content = load_archive(file, expected, kind)
+                content = load_archive(file, expected, content_type)
                 break
             except QwtError as error:
                 problem = error
         else:
             raise problem
-        lines = [("file", f"{kind}, format {content['format']!r}")]
+        lines = [("file", f"{content_type}, format {content['format']!r}")]
         lines += [(f"fingerprint: {key}", value) for key, value in content["fingerprint"].items()]
         lines += [(key, value) for key, value in content["settings"].items()]
         source = content["provenance"]
@@ -41,7 +41,7 @@ def show(
             if not isinstance(value, list | dict)
         ]
         typer.echo(tabulate(lines, tablefmt="plain", disable_numparse=True))
-        if kind == "compensation":
+        if content_type == "compensation":
             rows = [
                 (
                     block["name"],

@@ -44,8 +44,10 @@ def register_blocks(
 
 def _children(module: nn.Module, name: str) -> list[str]:
     """Names of the direct children of the submodule ``name``; none if there is no such module."""
-    part = getattr(module, name, None)
-    return [] if part is None else [f"{name}.{child}" for child, _ in part.named_children()]
+    component = getattr(module, name, None)
+    return (
+        [] if component is None else [f"{name}.{child}" for child, _ in component.named_children()]
+    )
 
 
 @register_blocks("SwinTransformer")
@@ -69,7 +71,7 @@ def resnet_blocks(backbone: Any, downsampling: bool) -> list[str]:
 
 @register_blocks("CSPDarknet", "CSPNeXt", "YOLOXCSPDarknet", "MobileNetV2")
 def staged_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """The parts of each stage: downsampling convolution, pyramid pooling, CSP layer, residuals."""
+    """The units of each stage: downsampling convolution, pyramid pooling, CSP layer, residuals."""
     return [
         name
         for layer in backbone.layers
@@ -133,21 +135,21 @@ def timm_blocks(backbone: Any, downsampling: bool) -> list[str]:
 @register_blocks("FPN", "PAFPN", registry=NECKS)
 def fpn_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
     """Lateral, top-down and bottom-up convolutions."""
-    parts = ("lateral_convs", "fpn_convs", "downsample_convs", "pafpn_convs")
-    return [name for part in parts for name in _children(neck, part)]
+    names = ("lateral_convs", "fpn_convs", "downsample_convs", "pafpn_convs")
+    return [name for group in names for name in _children(neck, group)]
 
 
 @register_blocks("YOLOXPAFPN", "CSPNeXtPAFPN", registry=NECKS)
 def csp_pafpn_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
     """Reducing convolutions, CSP layers on both ways, downsampling and output convolutions."""
-    parts = ("reduce_layers", "top_down_blocks", "downsamples", "bottom_up_blocks", "out_convs")
-    return [name for part in parts for name in _children(neck, part)]
+    names = ("reduce_layers", "top_down_blocks", "downsamples", "bottom_up_blocks", "out_convs")
+    return [name for group in names for name in _children(neck, group)]
 
 
 @register_blocks("ChannelMapper", registry=NECKS)
 def channel_mapper_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
     """The convolution of each level."""
-    return [name for part in ("convs", "extra_convs") for name in _children(neck, part)]
+    return [name for group in ("convs", "extra_convs") for name in _children(neck, group)]
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
@@ -158,31 +160,31 @@ def _weights(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for module in modules for m in _layers(module) for p in m.parameters())
 
 
-def _stacked(units: dict[str, nn.Module], part: nn.Module) -> list[str]:
+def _stacked(units: dict[str, nn.Module], component: nn.Module) -> list[str]:
     """Modules of classes that follow each other in a list; the innermost ones."""
-    kinds = {
-        kind
-        for name, parent in part.named_modules()
+    classes = {
+        class_name
+        for name, parent in component.named_modules()
         if isinstance(parent, nn.ModuleList | nn.Sequential)
-        for kind, times in Counter(
+        for class_name, times in Counter(
             type(child)
             for key, child in parent.named_children()
             if f"{name}.{key}".lstrip(".") in units
         ).items()
         if times > 1
     }
-    names = [name for name, module in units.items() if type(module) in kinds]
+    names = [name for name, module in units.items() if type(module) in classes]
     return [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
 
 
-def _repeated(units: dict[str, nn.Module], part: nn.Module) -> list[str]:
+def _repeated(units: dict[str, nn.Module], component: nn.Module) -> list[str]:
     """Modules of classes that there are several of, wherever they stand; the outermost ones."""
     times = Counter(type(module) for module in units.values())
     names = [name for name, module in units.items() if times[type(module)] > 1]
     return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
 
 
-def likely_blocks(part: nn.Module, fitting: set[str]) -> list[str]:
+def likely_blocks(component: nn.Module, fitting: set[str]) -> list[str]:
     """Blocks of a backbone or neck that nothing is registered for.
 
     These are the modules with several layers whose class is repeated in a list of modules (stages of
@@ -190,17 +192,17 @@ def likely_blocks(part: nn.Module, fitting: set[str]) -> list[str]:
     the first of these that hold at least a quarter of the weights, or those that hold most.
 
     Args:
-        fitting: names of modules that can be compensated, relative to ``part``.
+        fitting: names of modules that can be compensated, relative to ``component``.
     """
-    modules = {name: module for name, module in part.named_modules() if name in fitting}
+    modules = {name: module for name, module in component.named_modules() if name in fitting}
     units = {
         name: module
         for name, module in modules.items()
         if len(_layers(module)) > 1 and type(module) not in (nn.Sequential, nn.ModuleList)
     }
     single = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
-    choices = [_stacked(units, part), _repeated(units, part), single]
-    total = _weights([part])
+    choices = [_stacked(units, component), _repeated(units, component), single]
+    total = _weights([component])
     held = [_weights(modules[name] for name in names) for names in choices]
     enough = [names for names, share in zip(choices, held, strict=True) if 4 * share >= total]
     return enough[0] if enough else choices[held.index(max(held))]
@@ -224,13 +226,13 @@ def _misfit(module: nn.Module, arguments: Arguments, output: Any) -> str | None:
 
 @torch.no_grad()
 def _misfits(
-    model: nn.Module, batch: dict[str, Any], parts: Iterable[str]
+    model: nn.Module, batch: dict[str, Any], components: Iterable[str]
 ) -> dict[str, str | None]:
-    """By name of each module with layers in ``parts`` why it can be no block, or None where it can."""
+    """By name of each module with layers in ``components`` why it can be no block, or None where it can."""
     found: dict[str, str | None] = {}
     handles = []
-    for part in parts:
-        for name, module in model.get_submodule(part).named_modules(prefix=part):
+    for component in components:
+        for name, module in model.get_submodule(component).named_modules(prefix=component):
             if not _layers(module):
                 continue
             found[name] = "it does not run in the forward pass"
@@ -246,7 +248,7 @@ def _misfits(
             handles.append(module.register_forward_hook(look, with_kwargs=True))
     runs: Counter[str] = Counter()
     try:
-        forward_scope(model, batch, replay_scope(parts))
+        forward_scope(model, batch, replay_scope(components))
     finally:
         for handle in handles:
             handle.remove()
@@ -254,25 +256,27 @@ def _misfits(
 
 
 def _blocks_of(
-    part: str, module: nn.Module, misfits: dict[str, str | None], downsampling: bool
+    component: str, module: nn.Module, misfits: dict[str, str | None], downsampling: bool
 ) -> list[str]:
-    """Blocks of the backbone or neck called ``part``: registered ones, or else likely ones."""
-    kind = type(module).__name__
-    finder = (BACKBONES if part == "backbone" else NECKS).get(kind)
-    registered = [f"{part}.{name}" for name in (finder(module, downsampling) if finder else ())]
+    """Blocks of the backbone or neck called ``component``: registered ones, or else likely ones."""
+    class_name = type(module).__name__
+    finder = (BACKBONES if component == "backbone" else NECKS).get(class_name)
+    registered = [
+        f"{component}.{name}" for name in (finder(module, downsampling) if finder else ())
+    ]
     blocks = [name for name in registered if misfits[name] is None]
     for name in registered:
         if misfits[name]:
             logger.warning("The block %s stays without compensation: %s.", name, misfits[name])
     if blocks:
         return blocks
-    fitting = {n.removeprefix(f"{part}.") for n, reason in misfits.items() if reason is None}
-    blocks = [f"{part}.{name}" for name in likely_blocks(module, fitting)]
+    fitting = {n.removeprefix(f"{component}.") for n, reason in misfits.items() if reason is None}
+    blocks = [f"{component}.{name}" for name in likely_blocks(module, fitting)]
     if blocks:
         logger.info(
             "No blocks are registered for the class %s of the %s; compensated are %s. 'blocks' can name "
             "others, a list of module name patterns such as %s.",
-            kind, part, ", ".join(blocks), re.sub(r"\.\d+", ".*", blocks[0]),
+            class_name, component, ", ".join(blocks), re.sub(r"\.\d+", ".*", blocks[0]),
         )  # fmt: skip
     return blocks
 
@@ -292,7 +296,7 @@ def find_blocks(
         patterns: module name patterns (fnmatch); empty takes what is registered for the backbone
             and, where ``scope`` goes beyond it, for the neck, or else :func:`likely_blocks`. Of these,
             what cannot be compensated is left out; the log names it.
-        scope: which part of the detector is quantized.
+        scope: what of the detector is quantized.
         downsampling: registered blocks include the layers between stages.
 
     Raises:
@@ -300,25 +304,27 @@ def find_blocks(
     """
     if not patterns:
         neck = scope != "backbone" and getattr(model, "neck", None) is not None
-        parts = ["backbone", *["neck"] * neck]
-        misfits = _misfits(model, batch, parts)
+        components = ["backbone", *["neck"] * neck]
+        misfits = _misfits(model, batch, components)
         found = {
-            part: _blocks_of(part, model.get_submodule(part), misfits, downsampling)
-            for part in parts
+            component: _blocks_of(component, model.get_submodule(component), misfits, downsampling)
+            for component in components
         }
-        kinds = {part: type(model.get_submodule(part)).__name__ for part in parts}
+        classes = {
+            component: type(model.get_submodule(component)).__name__ for component in components
+        }
         if not found["backbone"]:
             raise QwtError(
-                f"No module of the backbone, of class {kinds['backbone']}, turns one tensor into one that "
+                f"No module of the backbone, of class {classes['backbone']}, turns one tensor into one that "
                 "keeps its positions, in one call; name the blocks with 'blocks', a list of module name "
                 "patterns such as backbone.layer*.*."
             )
-        for part in parts:
-            if not found[part]:
+        for component in components:
+            if not found[component]:
                 logger.warning(
                     "The %s, of class %s, stays without compensation: no module of it turns one tensor "
                     "into one that keeps its positions, in one call.",
-                    part, kinds[part],
+                    component, classes[component],
                 )  # fmt: skip
         return [name for names in found.values() for name in names]
     names = [name for name, _ in model.named_modules() if name]

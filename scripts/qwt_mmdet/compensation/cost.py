@@ -49,7 +49,7 @@ def _error_reduction(block: BlockFit) -> float:
 def too_expensive(blocks: Sequence[BlockFit], limits: MaxCost) -> set[str]:
     """Names of the kept blocks that exceed a budget, those with the least error reduction per cost.
 
-    Blocks are taken greedily by error reduction per part of the budget, as long as they fit.
+    Blocks are taken greedily by error reduction per share of the budget, as long as they fit.
     """
     budgets = [
         (limit, key)

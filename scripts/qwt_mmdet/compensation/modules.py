@@ -98,10 +98,10 @@ def aligned_input(arguments: Arguments, output: Tensor, axis: int) -> Tensor:
                 return strided
     if x.dim() == output.dim() == 4 and len(x) == len(output):
         rows, columns = (2, 3) if axis == 1 else (1, 2)
-        steps = [slice(None)] * 4
+        slices = [slice(None)] * 4
         for dim in (rows, columns):
-            steps[dim] = slice(None, None, max(1, round(x.shape[dim] / output.shape[dim])))
-        strided = x[tuple(steps)]
+            slices[dim] = slice(None, None, max(1, round(x.shape[dim] / output.shape[dim])))
+        strided = x[tuple(slices)]
         if all(strided.shape[dim] == output.shape[dim] for dim in (rows, columns)):
             return strided
     raise QwtError(

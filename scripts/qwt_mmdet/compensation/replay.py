@@ -12,7 +12,7 @@ from ..detectors.forward import forward_scope
 from .cache import ActivationCache
 from .kinds import Kind
 from .modules import Arguments, compensated
-from .trace import Forward, Plan, Step, detached, replaced_forwards
+from .trace import Call, Forward, Plan, detached, replaced_forwards
 
 
 class _BlockReachedError(Exception):
@@ -80,30 +80,30 @@ class Stream:
         name = self.plan.blocks[index]
         args, kwargs = detached(arguments) if keep else arguments
         output = self.model.get_submodule(name)(*args, **kwargs)
-        self.remember(Step(name, 0), index, image, output, raw=True)
+        self.remember(Call(name, 0), index, image, output, raw=True)
         return output
 
-    def remember(self, step: Step, target: int, image: int, output: Any, *, raw: bool) -> bool:
-        """Cache a step's output if a later block needs it; tell whether it was cached."""
-        key = (self.tag, image, step)
+    def remember(self, call: Call, target: int, image: int, output: Any, *, raw: bool) -> bool:
+        """Cache a call's output if a later block needs it; tell whether it was cached."""
+        key = (self.tag, image, call)
         self._outlines[key] = tree_map(
             lambda v: v.to("meta") if isinstance(v, Tensor) else v, output
         )
-        if self._last_use.get(step, len(self.plan.blocks)) <= target:
+        if self._last_use.get(call, len(self.plan.blocks)) <= target:
             return False
         self.cache[key] = output
         if raw:
             self._raw.add(key)
         return True
 
-    def recall(self, step: Step, target: int, image: int) -> tuple[bool, Any]:
-        """A step's output on the way to ``target``: whether it is known, and what it is.
+    def recall(self, call: Call, target: int, image: int) -> tuple[bool, Any]:
+        """A call's output on the way to ``target``: whether it is known, and what it is.
 
         What no later block needs comes as NaN; should it be needed after all, that is found at the
         block's input.
         """
-        key = (self.tag, image, step)
-        last = self._last_use.get(step, len(self.plan.blocks))
+        key = (self.tag, image, call)
+        last = self._last_use.get(call, len(self.plan.blocks))
         if key in self.cache:
             return True, self.cache.pop(key) if last <= target else self.cache[key]
         if key in self._outlines and last < target:
@@ -111,24 +111,24 @@ class Stream:
             return True, tree_map(lambda v: _placeholder(v, device), self._outlines[key])
         return False, None
 
-    def finish(self, step: Step, target: int, image: int, arguments: Arguments, output: Any) -> Any:
+    def finish(self, call: Call, target: int, image: int, arguments: Arguments, output: Any) -> Any:
         """Compensate a block's output that was cached before its compensation was fitted."""
-        key = (self.tag, image, step)
+        key = (self.tag, image, call)
         is_raw = key in self._raw
         self._raw.discard(key)
-        if not is_raw or self.kinds.get(step.module) is None:
+        if not is_raw or self.kinds.get(call.module) is None:
             return output
-        output = self.compensate(step, arguments, output)
+        output = self.compensate(call, arguments, output)
         if key in self.cache:
             self.cache[key] = detached(output)
         return output
 
-    def compensate(self, step: Step, arguments: Arguments, output: Any) -> Any:
+    def compensate(self, call: Call, arguments: Arguments, output: Any) -> Any:
         """The output of a fitted block with its compensation, of other modules as it is."""
-        kind = self.kinds.get(step.module)
+        kind = self.kinds.get(call.module)
         if kind is None:
             return output
-        return compensated(self.model.get_submodule(step.module), kind, arguments, output)
+        return compensated(self.model.get_submodule(call.module), kind, arguments, output)
 
 
 class _Replay:
@@ -138,7 +138,7 @@ class _Replay:
         self.stream = stream
         self.target = target
         self.image = image
-        self.calls: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.inside = False
 
     def stub(self, name: str, module: nn.Module) -> Forward:
@@ -151,11 +151,11 @@ class _Replay:
                 return original(*args, **kwargs)
             if name == stream.plan.blocks[target]:
                 raise _BlockReachedError((args, kwargs))
-            step = Step(name, self.calls[name])
-            self.calls[name] += 1
-            known, output = stream.recall(step, target, image)
+            call = Call(name, self.counts[name])
+            self.counts[name] += 1
+            known, output = stream.recall(call, target, image)
             if known:
-                return stream.finish(step, target, image, (args, kwargs), output)
+                return stream.finish(call, target, image, (args, kwargs), output)
             self.inside = True
             try:
                 needs_input = stream.kinds.get(name) is not None
@@ -163,8 +163,8 @@ class _Replay:
                 output = original(*run_args, **run_kwargs)
             finally:
                 self.inside = False
-            output = stream.compensate(step, (args, kwargs), output)
-            cached = stream.remember(step, target, image, output, raw=False)
+            output = stream.compensate(call, (args, kwargs), output)
+            cached = stream.remember(call, target, image, output, raw=False)
             # The code between modules may work in place.
             return detached(output) if cached else output
 

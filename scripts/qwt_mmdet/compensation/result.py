@@ -17,7 +17,7 @@ BYTES_PER_PARAMETER = 4
 class BlockFit:
     """The compensation of one block and what is known about it.
 
-    Errors are mean squared differences per output element to the target, r² is the part of the
+    Errors are mean squared differences per output element to the target, r² is the share of the
     variance of the quantization error that the compensation explains. With ``refit`` they are those of
     the fit that the held-out images judged; the tensors come from the fit to all images after it.
 

@@ -16,7 +16,7 @@ RIDGES = (0.0, *(10.0**e for e in range(-6, 4)), float("inf"))
 """Candidates of ``ridge: auto``; an infinite ridge leaves the bias alone."""
 
 RANK_TOLERANCE = 1e-12
-"""Directions with less than this part of the largest variance are rounding noise of float32 data
+"""Directions with less than this fraction of the largest variance are rounding noise of float32 data
 (singular values below 1e-6 of the largest): W must not amplify them."""
 
 

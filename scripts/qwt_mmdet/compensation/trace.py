@@ -17,51 +17,51 @@ from .modules import Arguments, aligned_input, block_output, channel_axis
 Forward = Callable[..., Any]
 
 
-class Step(NamedTuple):
+class Call(NamedTuple):
     """One call of a module in the forward pass: of a block, or of a module outside of all blocks."""
 
     module: str
-    call: int
+    number: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The forward pass as a sequence of steps, of which some are blocks.
+    """The forward pass as a sequence of calls, of which some are blocks.
 
     Attributes:
-        scope: the part of the detector that has to run.
+        scope: what of the detector has to run: ``backbone``, ``backbone+neck`` or ``detector``.
         blocks: names of the blocks in running order.
         positions: of each block's output, for the traced image.
-        steps: in running order up to the last block.
-        depends: for each step the earlier steps that its input is made of.
+        calls: in running order up to the last block.
+        depends: for each call the earlier calls that its input is made of.
     """
 
     scope: str
     blocks: tuple[str, ...]
     positions: tuple[int, ...]
-    steps: tuple[Step, ...]
+    calls: tuple[Call, ...]
     depends: tuple[tuple[int, ...], ...]
 
     @property
     def modules(self) -> list[str]:
-        """Names of the modules of all steps."""
-        return list(dict.fromkeys(step.module for step in self.steps))
+        """Names of the modules of all calls."""
+        return list(dict.fromkeys(call.module for call in self.calls))
 
-    def last_uses(self, blocks_linger: int = 0) -> dict[Step, int]:
-        """For each step the last block on whose way from the image its output is read.
+    def last_uses(self, blocks_linger: int = 0) -> dict[Call, int]:
+        """For each call the last block on whose way from the image its output is read.
 
-        Steps between two blocks run on the way to the later one.
+        Calls between two blocks run on the way to the later one.
 
         Args:
             blocks_linger: how many blocks longer a block's input is needed.
         """
-        last = dict.fromkeys(self.steps, -1)
+        last = dict.fromkeys(self.calls, -1)
         reached = 0
-        for step, sources in zip(self.steps, self.depends, strict=True):
-            is_block = step.module in self.blocks
+        for call, sources in zip(self.calls, self.depends, strict=True):
+            is_block = call.module in self.blocks
             until = min(reached + blocks_linger * is_block, len(self.blocks) - 1)
             for source in sources:
-                last[self.steps[source]] = max(last[self.steps[source]], until)
+                last[self.calls[source]] = max(last[self.calls[source]], until)
             reached += is_block
         return last
 
@@ -82,11 +82,11 @@ def replaced_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
 
 
 def replay_scope(blocks: Iterable[str]) -> str:
-    """The smallest part of a detector whose forward pass runs all these blocks."""
-    parts = {name.split(".")[0] for name in blocks}
-    if parts == {"backbone"}:
+    """The smallest scope whose forward pass runs all these blocks."""
+    components = {name.split(".")[0] for name in blocks}
+    if components == {"backbone"}:
         return "backbone"
-    return "backbone+neck" if parts <= {"backbone", "neck"} else "detector"
+    return "backbone+neck" if components <= {"backbone", "neck"} else "detector"
 
 
 def _traceable(model: nn.Module, blocks: list[str]) -> Iterator[str]:
@@ -99,22 +99,22 @@ def _traceable(model: nn.Module, blocks: list[str]) -> Iterator[str]:
 
 
 class _Tracer:
-    """Records steps. Every step's output is tied to a leaf of its own in the autograd graph; a step
+    """Records calls. Every call's output is tied to a leaf of its own in the autograd graph; a call
     depends on the leaves that its input has a gradient path to."""
 
     def __init__(self, model: nn.Module, blocks: list[str]) -> None:
         self.model = model
         self.blocks = blocks
-        self.steps: list[Step] = []
+        self.calls: list[Call] = []
         self.depends: list[tuple[int, ...]] = []
         self.leaves: list[Tensor] = []
         self.positions: dict[str, int] = {}
         self.opaque: set[int] = set()
-        self.calls: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.inside = False
 
     def forwards(self) -> dict[nn.Module, Forward]:
-        """The recording forward of every module that may be a step."""
+        """The recording forward of every module whose calls are recorded."""
         modules = {
             name: self.model.get_submodule(name) for name in _traceable(self.model, self.blocks)
         }
@@ -126,15 +126,15 @@ class _Tracer:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
                 return original(*args, **kwargs)
-            step = Step(name, self.calls[name])
-            self.calls[name] += 1
-            if name in self.blocks and step.call:
+            call = Call(name, self.counts[name])
+            self.counts[name] += 1
+            if name in self.blocks and call.number:
                 raise QwtError(
                     f"The block {name} runs twice in one forward pass and cannot be compensated; "
                     "leave it out of 'blocks'."
                 )
             self.depends.append(self._sources((args, kwargs)))
-            self.steps.append(step)
+            self.calls.append(call)
             args, kwargs = detached(args), detached(kwargs)
             self.inside = True
             try:
@@ -205,12 +205,12 @@ def trace_blocks(model: nn.Module, blocks: list[str], batch: dict[str, Any], sco
             f"The blocks {', '.join(missing)} do not run in the forward pass; leave them out of "
             "'blocks'."
         )
-    end = max(tracer.steps.index(Step(name, 0)) for name in blocks) + 1
-    order = tuple(step.module for step in tracer.steps if step.module in blocks)
+    end = max(tracer.calls.index(Call(name, 0)) for name in blocks) + 1
+    order = tuple(call.module for call in tracer.calls if call.module in blocks)
     return Plan(
         scope,
         order,
         tuple(tracer.positions[name] for name in order),
-        tuple(tracer.steps[:end]),
+        tuple(tracer.calls[:end]),
         tuple(tracer.depends[:end]),
     )

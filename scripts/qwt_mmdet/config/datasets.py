@@ -188,8 +188,8 @@ class OwnSource:
 
 def _kind(value: Any) -> Any:
     """Which section a data set is of: its type, or ``OWN``."""
-    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return OWN if isinstance(kind, str) and "." in kind else kind
+    type_ = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return OWN if isinstance(type_, str) and "." in type_ else type_
 
 
 Dataset = Annotated[

@@ -48,10 +48,10 @@ class _ConfigLoader(yaml.SafeLoader):
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             if not isinstance(node, yaml.ScalarNode):
                 raise
-            kind = node.tag.rpartition(":")[2]  # a date with month 13, 0x_, a number of 5000 digits
+            tag = node.tag.rpartition(":")[2]  # a date with month 13, 0x_, a number of 5000 digits
             raise QwtError(
                 f"{node.start_mark.name}: {shown(node.value)} on line {node.start_mark.line + 1} "
-                f"looks like YAML's {kind} but is none; correct it, or put text in quotes."
+                f"looks like YAML's {tag} but is none; correct it, or put text in quotes."
             ) from error
 
 

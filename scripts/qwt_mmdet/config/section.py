@@ -67,7 +67,7 @@ def section(cls: type[T]) -> type[T]:
 def dotted(path: Iterable[str | int]) -> str:
     """Write a path in the configuration as people do: ``targets[0].model``."""
     text = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{repr(part)[1:-1]:.100}" for part in path
+        f"[{key}]" if isinstance(key, int) else f".{repr(key)[1:-1]:.100}" for key in path
     )
     return text.removeprefix(".") or "the configuration"
 
@@ -97,22 +97,22 @@ def alternatives(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) is Annotated:
         return alternatives(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, type(int | str)):
-        return [part for member in typing.get_args(annotation) for part in alternatives(member)]
+        return [one for member in typing.get_args(annotation) for one in alternatives(member)]
     return [annotation]
 
 
-def _descend(annotation: Any, part: str | int) -> Any | None:
+def _descend(annotation: Any, key: str | int) -> Any | None:
     """The type of what stands under a key of a value, or None where the type has no keys."""
-    for kind in alternatives(annotation):
-        if dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind, include_extras=True)
-            name = list(hints)[part] if isinstance(part, int) else part
+    for type_ in alternatives(annotation):
+        if dataclasses.is_dataclass(type_):
+            hints = typing.get_type_hints(type_, include_extras=True)
+            name = list(hints)[key] if isinstance(key, int) else key
             if name in hints:
                 return hints[name]
-        elif typing.get_origin(kind) is dict:
-            return typing.get_args(kind)[1]
-        elif typing.get_origin(kind) is tuple:
-            return typing.get_args(kind)[0]
+        elif typing.get_origin(type_) is dict:
+            return typing.get_args(type_)[1]
+        elif typing.get_origin(type_) is tuple:
+            return typing.get_args(type_)[0]
     return None
 
 
@@ -123,34 +123,34 @@ def _located(location: tuple[str | int, ...], root: Any) -> tuple[list[str | int
     """
     path: list[str | int] = []
     annotation: Any = root
-    for part in location:
-        below = _descend(annotation, part)
+    for key in location:
+        below = _descend(annotation, key)
         if below is None:
-            tagged = [kind for kind in alternatives(annotation) if _tag(kind) == part]
+            tagged = [type_ for type_ in alternatives(annotation) if _tag(type_) == key]
             annotation = tagged[0] if tagged else annotation
             continue
-        if isinstance(part, int) and annotation is root:  # a positional argument
-            part = field_names(root)[part]
-        path.append(part)
+        if isinstance(key, int) and annotation is root:  # a positional argument
+            key = field_names(root)[key]
+        path.append(key)
         annotation = below
     return path, annotation
 
 
-def _tag(kind: Any) -> str | None:
+def _tag(type_: Any) -> str | None:
     """The value of ``type`` by which a section is told from its siblings in a union."""
-    if not dataclasses.is_dataclass(kind):
+    if not dataclasses.is_dataclass(type_):
         return None
-    hint = typing.get_type_hints(kind).get("type")
+    hint = typing.get_type_hints(type_).get("type")
     return next(iter(typing.get_args(hint)), OWN if hint is str else None)
 
 
 def _unknown_key(key: str, location: tuple[str | int, ...], root: Any) -> str:
-    path, kind = _located(location[:-1], root)
+    path, annotation = _located(location[:-1], root)
     known = [
         name
-        for part in alternatives(kind)
-        if dataclasses.is_dataclass(part)
-        for name in field_names(part)
+        for one in alternatives(annotation)
+        if dataclasses.is_dataclass(one)
+        for name in field_names(one)
     ]
     return (
         f"{dotted([*path, key])} is not a known key{suggestion(key, known) or '.'} Known here: "
@@ -210,28 +210,28 @@ def sentences(error: ValidationError, root: Any) -> list[str]:
     found: dict[str, str] = {}
     wanted: dict[str, list[str]] = {}
     for entry in error.errors():
-        location, kind, value = entry["loc"], entry["type"], entry["input"]
+        location, code, value = entry["loc"], entry["type"], entry["input"]
         message = _plainer(entry["msg"])
         path, annotation = _located(location, root)
-        if kind.startswith(("less_than", "greater_than")):
+        if code.startswith(("less_than", "greater_than")):
             message = f"it should be {_bounds(annotation)}"
-        if kind == "too_short" and value:  # what is in it is wrong, and is told
+        if code == "too_short" and value:  # what is in it is wrong, and is told
             continue
-        if kind == "union_tag_invalid":
+        if code == "union_tag_invalid":
             path, value = [*path, "type"], entry["ctx"]["tag"]
             message = f"it should be one of {entry['ctx']['expected_tags']}"
         key = dotted(path)
-        if kind == "unexpected_keyword_argument":
+        if code == "unexpected_keyword_argument":
             name = str(location[-1])
             found[f"{location}"] = _unknown_key(name, location, root)
-        elif kind == "missing":
+        elif code == "missing":
             found[key] = f"{dotted(path[:-1])} lacks the key {path[-1]!r}; add it."
-        elif kind == "union_tag_not_found":
+        elif code == "union_tag_not_found":
             found[key] = f"{key} lacks the key 'type'; add it."
         elif location and location[-1] == "[key]":
-            rest = "put it in quotes" if kind == "string_type" else message
+            rest = "put it in quotes" if code == "string_type" else message
             found[key] = f"{dotted(path[:-1])} has an entry named {shown(value)}; {rest}."
-        elif kind == "value_error" and not message.startswith("it should"):
+        elif code == "value_error" and not message.startswith("it should"):
             found[key] = "\n".join(
                 f"{key}: {line}" if path else line for line in message.splitlines()
             )

@@ -34,13 +34,13 @@ def test_datasets(config: Config) -> list[tuple[str, ConfigDict]]:
     return list(unwrapped("test_dataloader.dataset", config.test_dataloader.dataset))
 
 
-def step_name(step: Mapping[str, Any]) -> str:
+def transform_name(transform: Mapping[str, Any]) -> str:
     """Name of a transform's class, without its module or registry."""
-    return getattr(step["type"], "__name__", str(step["type"])).split(".")[-1]
+    return getattr(transform["type"], "__name__", str(transform["type"])).split(".")[-1]
 
 
 def inference_pipeline(config: Config) -> list[dict[str, Any]]:
-    """The config's test pipeline without the steps that load ground truth.
+    """The config's test pipeline without the transforms that load ground truth.
 
     Raises:
         QwtError: there is none, several data sets have different ones, or it needs more than an image.
@@ -55,7 +55,7 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
                 f"{place}.pipeline and {other}.pipeline differ, but all images go through one "
                 "pipeline; leave one data set in test_dataloader."
             )
-    names = [step_name(step) for step in pipeline]
+    names = [transform_name(transform) for transform in pipeline]
     for name in names:
         if name in AUGMENTATION:
             raise QwtError(
@@ -70,8 +70,8 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
             "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py."
         )
     return [
-        step
-        for step, name in zip(pipeline, names, strict=True)
+        transform
+        for transform, name in zip(pipeline, names, strict=True)
         if not name.endswith("LoadAnnotations")
     ]
 
@@ -79,23 +79,23 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
 def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The pipeline, with images turned by their EXIF orientation or not, as ``info.exif`` says."""
     suffix = "_ignore_orientation"
-    steps = []
-    for step in pipeline:
-        if step_name(step) == "LoadImageFromFile" and "exif" in info:
-            color = step.get("color_type", "color")
-            turns = color != "unchanged" and step.get("imdecode_backend") not in NEVER_TURN
+    transforms = []
+    for transform in pipeline:
+        if transform_name(transform) == "LoadImageFromFile" and "exif" in info:
+            color = transform.get("color_type", "color")
+            turns = color != "unchanged" and transform.get("imdecode_backend") not in NEVER_TURN
             if turns:
                 base = color.removesuffix(suffix)
                 color = base if info["exif"] == "apply" else base + suffix
-                step = {**step, "color_type": color}
+                transform = {**transform, "color_type": color}
             elif info["exif"] == "apply" and info.get("exif_rotated"):
                 raise QwtError(
-                    f"The test pipeline reads images with {dict(step)}, which turns none, but "
+                    f"The test pipeline reads images with {dict(transform)}, which turns none, but "
                     f"{info['exif_rotated']} images have an EXIF rotation; set exif: ignore for the "
                     "dataset, or color_type: color and imdecode_backend: cv2 in the model config."
                 )
-        steps.append(step)
-    return steps
+        transforms.append(transform)
+    return transforms
 
 
 class ImageDataset(Dataset):
@@ -144,7 +144,7 @@ def make_loader(
     """Loader over all images of an annotation file, in its order.
 
     Yields:
-        Batches as mmdet's test step takes them: {"inputs": [image tensors],
+        Batches as mmdet's test transform takes them: {"inputs": [image tensors],
         "data_samples": [DetDataSample]}.
 
     Raises:

@@ -35,7 +35,7 @@ IMAGE_SIZE = 256
 SPLITS = ("train", "calibration", "val")
 MIN_VISIBLE_FRACTION = 0.2
 MIN_VISIBLE_PIXELS = 16
-GENERATOR_VERSION = 1  # part of every annotation file: raise it when the pictures change
+GENERATOR_VERSION = 1  # in every annotation file: raise it when the pictures change
 
 _IDS_PER_SPLIT = 10_000_000
 _SUBPIXEL_BITS = 4
@@ -170,24 +170,24 @@ def _blend(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndar
     return (first * (255 - weight) + second * weight) // 255
 
 
-def _texture(rng: np.random.Generator, height: int, width: int, kind: int) -> np.ndarray:
+def _texture(rng: np.random.Generator, height: int, width: int, pattern: int) -> np.ndarray:
     """Pattern that mixes the two colours of a figure: int32 from 0 to 255, shape (height, width)."""
     y, x = np.ogrid[:height, :width]
     a, b = (int(v) for v in rng.integers(-16, 17, size=2))
     if abs(a) + abs(b) < 8:
         a = 12
     period = int(rng.integers(4, 13)) * 16  # of the projection a·x + b·y
-    if kind == 0:  # plain
+    if pattern == 0:  # plain
         return np.zeros((height, width), dtype=np.int32)
-    if kind == 1:  # stripes
+    if pattern == 1:  # stripes
         return 255 * (((a * x + b * y) // period) & 1).astype(np.int32)
-    if kind == 2:  # checks
+    if pattern == 2:  # checks
         return 255 * (((a * x + b * y) // period + (a * y - b * x) // period) & 1).astype(np.int32)
-    if kind == 3:  # dots
+    if pattern == 3:  # dots
         pitch = int(rng.integers(5, 13))
         distance = (x % pitch - pitch // 2) ** 2 + (y % pitch - pitch // 2) ** 2
         return 255 * (9 * distance < pitch**2).astype(np.int32)
-    if kind == 4:  # clouds
+    if pattern == 4:  # clouds
         return _noise(rng, int(rng.integers(3, 12)), height, width)
     ramp = a * x + b * y
     ramp = ramp - ramp.min()
@@ -261,11 +261,11 @@ def _paint(
         if np.abs(first - covered).sum() >= _MIN_CONTRAST:
             break
     if category is not None and rng.random() < 0.6:
-        kind = category % _PATTERNS
+        pattern = category % _PATTERNS
     else:
-        kind = int(rng.integers(0, _PATTERNS))
+        pattern = int(rng.integers(0, _PATTERNS))
     height, width = inside.shape
-    texture = _blend(first, second, _texture(rng, height, width, kind))
+    texture = _blend(first, second, _texture(rng, height, width, pattern))
     image = image.copy()
     image[window][inside] = texture[inside]
     return image
@@ -315,7 +315,7 @@ def draw_image(seed: int, split: str, index: int) -> tuple[np.ndarray, list[dict
 
     Returns:
         The image, uint8 BGR, shape (IMAGE_SIZE, IMAGE_SIZE, 3), and its COCO annotations without
-        their ids: category_id, bbox, area, segmentation (compressed RLE of the visible part), iscrowd.
+        their ids: category_id, bbox, area, segmentation (compressed RLE of what is visible), iscrowd.
 
     Raises:
         QwtError: the split is not one of ``SPLITS``.

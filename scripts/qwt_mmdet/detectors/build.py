@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from ..data.loaders import inference_pipeline, step_name
+from ..data.loaders import inference_pipeline, transform_name
 from ..devices import use_full_precision
 from ..errors import QwtError, reason
 from ..fingerprint import settings_fingerprint, weights_fingerprint
@@ -93,13 +93,13 @@ def _refuse_other_tasks(path: Path, config: Config) -> None:
             f"The model config {path} is for semi-supervised training, with two detectors in one; give "
             "the config of the detector alone and a checkpoint with its weights alone."
         )
-    kind = str(config.get("model", {}).get("type")).split(".")[-1]
-    if kind.endswith("TTAModel"):
+    class_name = str(config.get("model", {}).get("type")).split(".")[-1]
+    if class_name.endswith("TTAModel"):
         raise QwtError(
-            f"The model config {path} has a {kind}, which runs a detector on several images made of "
+            f"The model config {path} has a {class_name}, which runs a detector on several images made of "
             "one (test-time augmentation); give the config of the detector alone."
         )
-    if kind == "FastRCNN":
+    if class_name == "FastRCNN":
         raise QwtError(
             f"The model config {path} is for Fast R-CNN, which needs proposals that another model "
             "made; take a config that makes its own, such as "
@@ -107,12 +107,12 @@ def _refuse_other_tasks(path: Path, config: Config) -> None:
         )
     if "language_model" in config.get("model", {}):
         raise QwtError(
-            f"The model config {path} is for a {kind}, which reads a text with each image; this "
+            f"The model config {path} is for a {class_name}, which reads a text with each image; this "
             "workflow gives none. It would also need the package transformers below version 5, which "
             "cannot be installed beside this environment: it replaces the pinned huggingface_hub."
         )
-    kinds = [evaluator.get("metric") for evaluator in evaluators if "CocoMetric" in metrics]
-    if kinds and all(kind in ("proposal", "proposal_fast") for kind in kinds):
+    measured = [evaluator.get("metric") for evaluator in evaluators if "CocoMetric" in metrics]
+    if measured and all(metric in ("proposal", "proposal_fast") for metric in measured):
         raise QwtError(
             f"The model config {path} is for region proposals, which have no class and so no AP; give "
             "one for object detection or instance segmentation."
@@ -197,9 +197,9 @@ def _check_channels(config: str | os.PathLike[str], parsed: Config, model: nn.Mo
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if len(means) != 1 or first is None or first.in_channels != 1:
         return
-    for step in inference_pipeline(parsed):
-        color = step.get("color_type", "color")
-        if step_name(step) == "LoadImageFromFile" and color.startswith("color"):
+    for transform in inference_pipeline(parsed):
+        color = transform.get("color_type", "color")
+        if transform_name(transform) == "LoadImageFromFile" and color.startswith("color"):
             raise QwtError(
                 f"The detector of {config} takes images of one channel, but LoadImageFromFile in its "
                 "test pipeline reads three; set its color_type to 'grayscale' in the model config."

@@ -20,7 +20,7 @@ from .unpickling import (
     Refused,
     StoredTensor,
     TorchFile,
-    kind,
+    described,
     quoted,
 )
 from .weights import below, some
@@ -144,7 +144,7 @@ def _chosen(content: Any, name: str) -> tuple[dict[str, Any], OrderedDict[str, A
     """The tensors of a checkpoint's state dict, by name, and the versions of its modules."""
     candidates = _candidates(content, set()) if type(content) is Dictionary else []
     if not candidates:
-        found = kind(content)
+        found = described(content)
         if type(content) is Dictionary:
             found += f" of {some(content)}" if content else ""
             found += f" with {content.foreign_key} as a key" if content.foreign_key else ""

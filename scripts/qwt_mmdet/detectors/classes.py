@@ -25,7 +25,7 @@ HEADS = ("bbox_head", "mask_head", "roi_head", "panoptic_head")
 """Where mmdet's detectors keep what predicts classes. ``rpn_head`` tells objects from background."""
 
 OTHER_OUTPUTS = ("rpn_head", "semantic", "loss")
-"""Parts of names of modules in a head that count something else: regions, stuff, training."""
+"""Words in names of modules in a head that count something else: regions, stuff, training."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def head_outputs(model: nn.Module) -> dict[str, int]:
     """
     found = {}
     for head in HEADS:
-        part = getattr(model, head, None) or nn.Identity()  # SOLO's bbox_head is None
-        for name, module in part.named_modules(prefix=head):
+        component = getattr(model, head, None) or nn.Identity()  # SOLO's bbox_head is None
+        for name, module in component.named_modules(prefix=head):
             count = getattr(module, "num_classes", None)
             if isinstance(count, int) and not (
-                any(part in name for part in OTHER_OUTPUTS)
+                any(word in name for word in OTHER_OUTPUTS)
                 or getattr(module, "class_agnostic", False)
             ):
                 found[name] = count
@@ -97,9 +97,10 @@ def config_names(config: Config) -> ConfigNames:
     found = []
     for path, dataset in test_datasets(config):
         place, metainfo = f"{path}.metainfo.classes", dataset.get("metainfo") or {}
-        kind = dataset.get("type")
-        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-        default = (getattr(kind, "METAINFO", None) or {}).get("classes")
+        dataset_class = dataset.get("type")
+        if isinstance(dataset_class, str):
+            dataset_class = DATASETS.get(dataset_class)
+        default = (getattr(dataset_class, "METAINFO", None) or {}).get("classes")
         for source, where in (
             (metainfo, place),
             (config.get("metainfo") or {}, "metainfo.classes"),
@@ -109,8 +110,10 @@ def config_names(config: Config) -> ConfigNames:
                 found.append(ConfigNames(_as_names(given, where), place, None))
                 break
         else:
-            names = default and _as_names(default, f"METAINFO of {kind.__name__}")
-            found.append(ConfigNames(names, place, getattr(kind, "__name__", str(kind))))
+            names = default and _as_names(default, f"METAINFO of {dataset_class.__name__}")
+            found.append(
+                ConfigNames(names, place, getattr(dataset_class, "__name__", str(dataset_class)))
+            )
     first = found[0]
     for other in found[1:]:
         if other.names != first.names:
@@ -178,7 +181,7 @@ def class_names(
         what = f"{given.dataset} has {len(given.names)} classes, but {head}"
     raise QwtError(
         f"{what}. Give the names of all labels in the order of training: {wanted}; annotations may "
-        "hold a part of these classes only."
+        "hold some of these classes only."
     )
 
 
@@ -194,7 +197,7 @@ def _with_trained(given: ConfigNames, trained: tuple[str, ...], head: str) -> tu
     if len(given.names) != len(trained):
         raise QwtError(
             f"The model config names {_number(given.names)}, but {head}; {remove}. Annotations may "
-            "hold a part of these classes only."
+            "hold some of these classes only."
         )
     if set(given.names) == set(trained):
         logger.warning(
@@ -221,8 +224,8 @@ def _with_trained(given: ConfigNames, trained: tuple[str, ...], head: str) -> tu
 def category_ids(classes: Sequence[str], annotations: Mapping[str, Any]) -> list[int | None]:
     """COCO category id of each of the model's labels, matched by name.
 
-    Either side may have classes that the other lacks: the annotations of part of the model's classes
-    measure these, and a model of part of the categories is measured on those.
+    Either side may have classes that the other lacks: annotations of some of the model's classes
+    measure these, and a model of some of the categories is measured on those.
 
     Returns:
         For each label an id, or None for a class that the annotations lack.
@@ -240,7 +243,7 @@ def category_ids(classes: Sequence[str], annotations: Mapping[str, Any]) -> list
             f"{few(missing) or 'none'}. Only the annotations have: {few(unknown) or 'none'}. If "
             "names are spelled differently, set test_dataloader.dataset.metainfo.classes in the model "
             f"config to the {len(classes)} names of the model, in their order and with the annotations' "
-            "spelling; otherwise use annotations with the model's classes, or with a part of them."
+            "spelling; otherwise use annotations with the model's classes, or with some of them."
         )
     return [by_name.get(name) for name in classes]
 

@@ -1,4 +1,4 @@
-"""Run a part of a detector, and count its operations."""
+"""Run a scope of a detector, and count its operations."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def forward_scope(model: BaseDetector, inputs: dict[str, Any] | None, scope: str) -> Any:
-    """Run the part of the detector that ``scope`` names on one collated batch.
+    """Run what ``scope`` names of the detector on one collated batch.
 
     Args:
         inputs: what the loader yields: {"inputs": [images], "data_samples": […]}. None where the model's

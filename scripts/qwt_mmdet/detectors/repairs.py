@@ -16,10 +16,10 @@ def paste_masks(
         masks: [n, 1, mask height, mask width].
         boxes: [n, 4], x1, y1, x2, y2 in pixels of the image.
         height, width: of the image.
-        skip_empty: paste only into the part of the image that the boxes cover.
+        skip_empty: paste only into the region of the image that the boxes cover.
 
     Returns:
-        The pasted masks [n, h, w], and the part of the image that they are.
+        The pasted masks [n, h, w], and the region of the image that they are.
     """
     x1, y1, x2, y2 = boxes.unbind(1)
     reach = (

@@ -101,7 +101,7 @@ class _StorageType(NamedTuple):
     dtype: torch.dtype
 
 
-def kind(value: Any) -> str:
+def described(value: Any) -> str:
     """What a value is, in words."""
     names = {
         Dictionary: "a dictionary",
@@ -114,7 +114,7 @@ def kind(value: Any) -> str:
         StoredTensor: "a tensor",
         type(None): "nothing (None)",
     }
-    return names.get(type(value), "an object of another kind")
+    return names.get(type(value), "an object of another type")
 
 
 # --- What a pickle may refer to --------------------------------------------------------------
@@ -186,7 +186,7 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+def _rebuild_from_type(function: Any, type_: Any, arguments: Any, state: Any) -> Any:
     _require(
         function in (_rebuild_tensor, _rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter)
         and type(arguments) is tuple,
@@ -365,18 +365,18 @@ class _Machine:
     def append(self, items: Sequence[Any]) -> None:
         target = self.stack[-1]
         if target is not DISCARDED:
-            _require(type(target) is list, f"it appends to {kind(target)}")
+            _require(type(target) is list, f"it appends to {described(target)}")
             target.extend(items)
 
     def set_items(self, items: Sequence[Any]) -> None:
         target = self.stack[-1]
         if target is not DISCARDED:
-            _require(type(target) is Dictionary, f"it sets items of {kind(target)}")
+            _require(type(target) is Dictionary, f"it sets items of {described(target)}")
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if type(key) is str:
                     target[key] = value
                 elif target.foreign_key is None:
-                    target.foreign_key = kind(key)
+                    target.foreign_key = described(key)
 
     def dictionary(self, items: list[Any]) -> None:
         self.push(Dictionary())
@@ -388,7 +388,7 @@ class _Machine:
             return
         _require(
             isinstance(function, types.FunctionType) and type(arguments) is tuple,
-            f"it calls {kind(function)}",
+            f"it calls {described(function)}",
         )
         result = function(*arguments)
         if function is _ordered_dict:
@@ -423,7 +423,7 @@ class _Machine:
         else:
             _require(
                 target is DISCARDED or type(target) is StoredTensor,
-                f"it sets attributes of {kind(target)}",
+                f"it sets attributes of {described(target)}",
             )
         self.push(target)
 
@@ -456,9 +456,9 @@ class _Machine:
                 type(view[0]) is tuple and len(view[0]) == 3 and all(map(_is_count, view[0][1:])),
                 "a part of a storage is described wrongly",
             )
-            _, start, part = view[0]
-            _require(start + part <= count, "a part of a storage reaches beyond it")
-            count = part
+            _, start, length = view[0]
+            _require(start + length <= count, "a part of a storage reaches beyond it")
+            count = length
         self.push(Storage(key, dtype, count, start))
 
 

@@ -74,12 +74,12 @@ def _without(prefix: str) -> str:
 
 
 def _prefixes(needed: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """Prefixes of at most four parts that at least half of a model's names follow, best first."""
+    """Prefixes of at most four names that at least half of a model's names follow, best first."""
     found: Counter[str] = Counter()
     for key in state:
-        parts = key.split(".", 4)
-        for count in range(1, len(parts)):
-            prefix = ".".join(parts[:count]) + "."
+        names = key.split(".", 4)
+        for count in range(1, len(names)):
+            prefix = ".".join(names[:count]) + "."
             if key[len(prefix) :] in needed:
                 found[prefix] += 1
     return [prefix for prefix, count in found.most_common(4) if count >= len(needed) / 2]
@@ -87,17 +87,17 @@ def _prefixes(needed: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
 
 def below(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
     """The tensors and the metadata whose names follow a prefix, without it."""
-    part: Any = OrderedDict(  # with torch's attribute _metadata
+    chosen: Any = OrderedDict(  # with torch's attribute _metadata
         (key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix)
     )
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
-        part._metadata = OrderedDict(
+        chosen._metadata = OrderedDict(
             (f"{key}.".removeprefix(prefix)[:-1], value)
             for key, value in metadata.items()
             if f"{key}.".startswith(prefix)
         )
-    return part
+    return chosen
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -293,15 +293,15 @@ class ApTable:
             )
             hit_columns.append(column[hit_t])
         result = np.zeros((len(hit), len(objects)))
-        step = max(CHUNK_ELEMENTS // max(len(columns), *map(len, hit_columns), 1), 1)
-        for start in range(0, len(objects), step):
-            part = slice(start, start + step)
-            weights = _column_weights(images, copies, drawn[:, part])
+        size = max(CHUNK_ELEMENTS // max(len(columns), *map(len, hit_columns), 1), 1)
+        for start in range(0, len(objects), size):
+            chunk = slice(start, start + size)
+            weights = _column_weights(images, copies, drawn[:, chunk])
             for threshold, stretch in enumerate(stretches):
-                result[threshold, part] = _interpolated_precision(
+                result[threshold, chunk] = _interpolated_precision(
                     np.cumsum(weights[hit_columns[threshold]], axis=0),
                     np.cumsum(stretch @ weights, axis=0),
-                    objects[part],
+                    objects[chunk],
                     self.recall_thresholds,
                 )
         return result
@@ -461,17 +461,17 @@ def bootstrap(
             check_predictions(ground_truth, predictions, masks=masks)
         except QwtError as error:
             raise QwtError(f"Variant {name}: {error}") from error
-    parts = [(name, iou_type) for name in variants for iou_type in iou_types(masks)]
+    tables = [(name, iou_type) for name in variants for iou_type in iou_types(masks)]
     tasks = (
         delayed(_ap_under_weights)(ground_truth, variants[name], iou_type, weights)
-        for name, iou_type in parts
+        for name, iou_type in tables
     )
     results = Parallel(n_jobs=processes, return_as="generator")(tasks)
     values: dict[str, dict[str, dict[str | int, float]]] = {name: {} for name in variants}
     samples: dict[str, dict[str, dict[str | int, NDArray[np.float64]]]]
     samples = {name: {} for name in variants}
-    done = progress(results, "Bootstrap", total=len(parts), unit="table")
-    for (name, iou_type), under_weights in zip(parts, done, strict=True):
+    done = progress(results, "Bootstrap", total=len(tables), unit="table")
+    for (name, iou_type), under_weights in zip(tables, done, strict=True):
         values[name][iou_type] = {key: float(ap[0]) for key, ap in under_weights.items()}
         samples[name][iou_type] = {key: ap[1:] for key, ap in under_weights.items()}
     return Bootstrap(images, len(drawn), seed, values, samples)

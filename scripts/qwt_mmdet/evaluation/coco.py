@@ -28,11 +28,11 @@ AP_METRICS = METRICS[:6]
 """Those that average precision."""
 
 MATCHED_KEYS = {"bbox": "bbox", "segm": "segmentation"}
-"""The key of a prediction that each kind of IoU compares."""
+"""The key of a prediction that each IoU type compares."""
 
 
 def iou_types(masks: bool) -> tuple[str, ...]:
-    """Kinds of IoU that are evaluated: boxes always, masks where the model predicts them."""
+    """IoU types that are evaluated: boxes always, masks where the model predicts them."""
     return ("bbox", "segm") if masks else ("bbox",)
 
 

@@ -104,8 +104,8 @@ def predict(
         for batch in loader:
             found: list[Any] = [None] * len(batch["inputs"])
             for group in same_shapes(batch):
-                part = {key: [value[index] for index in group] for key, value in batch.items()}
-                for index, sample in zip(group, model.test_step(part), strict=True):
+                images = {key: [value[index] for index in group] for key, value in batch.items()}
+                for index, sample in zip(group, model.test_step(images), strict=True):
                     found[index] = sample
             yield from found
 

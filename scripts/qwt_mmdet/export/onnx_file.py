@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from ..archives import summary_path
-from ..data.loaders import inference_pipeline, step_name
+from ..data.loaders import inference_pipeline, transform_name
 from ..errors import QwtError, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
@@ -99,10 +99,12 @@ def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
     Raises:
         QwtError: the pipeline says no size.
     """
-    steps = {step_name(step): step for step in inference_pipeline(model.cfg)}
+    transforms = {
+        transform_name(transform): transform for transform in inference_pipeline(model.cfg)
+    }
     divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
     padded, scale = (
-        steps.get(name, {}).get(key) for name, key in (("Pad", "size"), ("Resize", "scale"))
+        transforms.get(name, {}).get(key) for name, key in (("Pad", "size"), ("Resize", "scale"))
     )
     ends = padded or scale
     if ends is None:
@@ -110,8 +112,8 @@ def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
             "The test pipeline neither resizes nor pads images to a size; give the size to export for."
         )
     width, height = (-(-side // divisor) * divisor for side in ends)
-    fixed = padded is not None or steps.get("Pad", {}).get("pad_to_square", False)
-    return (height, width), not fixed and steps["Resize"].get("keep_ratio", False)
+    fixed = padded is not None or transforms.get("Pad", {}).get("pad_to_square", False)
+    return (height, width), not fixed and transforms["Resize"].get("keep_ratio", False)
 
 
 def check_opset(opset: int) -> None:
@@ -191,11 +193,15 @@ def from_json(node: Any) -> Any:
 def preprocessing(model: BaseDetector) -> dict[str, Any]:
     """What happens to an image before the graph: its size, colours, mean, standard deviation, padding."""
     given = model.data_preprocessor
-    steps = {step_name(step): step for step in inference_pipeline(model.cfg)}
+    transforms = {
+        transform_name(transform): transform for transform in inference_pipeline(model.cfg)
+    }
     normalises = getattr(given, "_enable_normalize", False)
     return {
         "layout": "NCHW",
-        "steps": as_json({name: steps[name] for name in ("Resize", "Pad") if name in steps}),
+        "steps": as_json(
+            {name: transforms[name] for name in ("Resize", "Pad") if name in transforms}
+        ),
         "colors": "RGB" if getattr(given, "_channel_conversion", False) else "BGR",
         "mean": given.mean.flatten().tolist() if normalises else [0.0, 0.0, 0.0],
         "std": given.std.flatten().tolist() if normalises else [1.0, 1.0, 1.0],

@@ -69,14 +69,14 @@ def refuse_what_has_no_form(model: BaseDetector) -> None:
     Raises:
         QwtError: it cannot; the message names the module.
     """
-    kind = type(model).__name__
+    class_name = type(model).__name__
     if not (
         isinstance(model, SingleStageDetector)
         and type(model).predict is SingleStageDetector.predict
         and type(model.bbox_head).predict is BaseDenseHead.predict
     ):
         raise QwtError(
-            f"A {kind} cannot be exported: only one-stage detectors whose head mmdet runs apart from what "
+            f"A {class_name} cannot be exported: only one-stage detectors whose head mmdet runs apart from what "
             "makes boxes of its outputs (YOLOX, RetinaNet, FCOS, ATSS, RTMDet, … without masks) can."
         )
     for name, module in model.named_modules():

@@ -219,7 +219,7 @@ PASSES: tuple[Callable[[Calibration], None], ...] = (
     round_weights,
     list_what_is_not_quantized,
 )
-"""Calibration, step by step, in order."""
+"""The passes of calibration, in order."""
 
 
 @torch.no_grad()
@@ -243,14 +243,14 @@ def calibrate(
         QwtError: no image came, or an activation is not finite.
     """
     run = Calibration(model, loader, noise_images)
-    for step in PASSES:
-        step(run)
+    for run_pass in PASSES:
+        run_pass(run)
     return model
 
 
 @torch.no_grad()
 def find_ranges(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
-    """The first part of :func:`calibrate`: run all images in full precision and choose the ranges."""
+    """The first passes of :func:`calibrate`: run all images in full precision and choose the ranges."""
     run = Calibration(model, loader, 0)
-    for step in RANGE_PASSES:
-        step(run)
+    for run_pass in RANGE_PASSES:
+        run_pass(run)

@@ -92,8 +92,8 @@ def find_folds(model: nn.Module) -> list[Fold]:
     found = []
     for name, module in model.named_modules():
         for fold in FOLDS.get(type(module), lambda _: [])(module):
-            absolute = [f"{name}.{part}" for part in (fold.norm, *fold.layers)]
-            norm, *layers = [model.get_submodule(part) for part in absolute]
+            absolute = [f"{name}.{member}" for member in (fold.norm, *fold.layers)]
+            norm, *layers = [model.get_submodule(member) for member in absolute]
             padder = None if fold.padder is None else f"{name}.{fold.padder}"
             if _has_factors(norm) and all(map(_takes_factors, layers)):
                 found.append(Fold(absolute[0], tuple(absolute[1:]), padder))

@@ -68,7 +68,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight_groups(self) -> int:
-        """Parts of the output channels that see input channels of their own."""
+        """Groups of output channels that see input channels of their own."""
         return 1
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -142,7 +142,7 @@ LARGE_INPUT = 2**23
 """Elements beyond which a new tensor costs more than what is done with it: C libraries take fresh
 pages from the system for each (glibc: from 32 MiB)."""
 
-PART = 2**19
+CHUNK = 2**19
 """Elements that are rounded at a time where the input is large: they stay in the cache."""
 
 
@@ -152,15 +152,15 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     bias: Tensor | None  # type: ignore[assignment]  # torch forgets Linear(…, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, in] -> […, out]. A large input on the CPU is rounded and multiplied in parts."""
-        in_parts = self.enabled and x.numel() > LARGE_INPUT and x.device.type == "cpu"
-        if not in_parts or torch.is_grad_enabled():
+        """[…, in] -> […, out]. A large input on the CPU is rounded and multiplied in chunks."""
+        in_chunks = self.enabled and x.numel() > LARGE_INPUT and x.device.type == "cpu"
+        if not in_chunks or torch.is_grad_enabled():
             return super().forward(x)
         rows = x.flatten(0, -2)
         output = rows.new_empty(len(rows), self.out_features)
-        parts = (t.split(max(1, PART // self.in_features)) for t in (rows, output))
-        for part, place in zip(*parts, strict=True):
-            place.copy_(super().forward(part))
+        chunks = (t.split(max(1, CHUNK // self.in_features)) for t in (rows, output))
+        for chunk, place in zip(*chunks, strict=True):
+            place.copy_(super().forward(chunk))
         return output.unflatten(0, x.shape[:-1])
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from .layers import QuantizedConv2d, QuantizedLayer
 
 MAX_COLUMNS = 4096
-"""Inputs of a weight whose second moments are taken together. Larger weights are worked on in parts
-of this many columns, as if inputs of different parts were not correlated."""
+"""Inputs of a weight whose second moments are taken together. Larger weights are worked on in chunks
+of this many columns, as if inputs of different chunks were not correlated."""
 MAX_ROWS = 4096
 """Output positions of one forward pass that count towards second moments, chosen at random."""
 
@@ -44,7 +44,7 @@ class InputMoments:
         """Add quantized inputs, [groups, positions, columns]."""
         self._waiting.append(rows)
         # Adding up [columns, columns] costs more than multiplying a few rows.
-        if sum(part.shape[1] for part in self._waiting) >= rows.shape[2]:
+        if sum(chunk.shape[1] for chunk in self._waiting) >= rows.shape[2]:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
@@ -55,9 +55,9 @@ class InputMoments:
         if self._rows == 0:
             self._origin = rows.mean(1, keepdim=True)
         # Far from the origin, products in single precision would lose the deviations.
-        parts = (rows - self._origin).split(MAX_COLUMNS, dim=2)
-        sums = [part.sum(1, dtype=torch.float64) for part in parts]
-        products = [(part.transpose(1, 2) @ part).double() for part in parts]
+        chunks = (rows - self._origin).split(MAX_COLUMNS, dim=2)
+        sums = [chunk.sum(1, dtype=torch.float64) for chunk in chunks]
+        products = [(chunk.transpose(1, 2) @ chunk).double() for chunk in chunks]
         if self._rows == 0:
             self._sums, self._products = sums, products
         else:
@@ -66,7 +66,7 @@ class InputMoments:
         self._rows += rows.shape[1]
 
     def second(self, *, centred: bool) -> list[Tensor]:
-        """Second moments of each part of the columns, [groups, columns, columns], float64.
+        """Second moments of each chunk of the columns, [groups, columns, columns], float64.
 
         Args:
             centred: of the deviations from the mean.

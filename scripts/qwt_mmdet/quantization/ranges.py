@@ -141,11 +141,11 @@ class RangeObserver:
             self.low = torch.minimum(self.low, low)
             self.high = torch.maximum(self.high, high)
         inverse_width = _power_of_two(-self.exponent, torch.float32)[:, None]
-        # Every |x| is below half the bins, in units of a bin. Small parts stay in the processor's cache.
+        # Every |x| is below half the bins, in units of a bin. Small chunks stay in the processor's cache.
         channels, bins = self.counts.shape
         first = torch.arange(channels, device=rows.device, dtype=torch.int32)[:, None] * bins
-        for part in rows.split(max(CHUNK // channels, bins), dim=1):
-            index = (part * inverse_width).floor_().to(torch.int16).add_(bins // 2)
+        for chunk in rows.split(max(CHUNK // channels, bins), dim=1):
+            index = (chunk * inverse_width).floor_().to(torch.int16).add_(bins // 2)
             if channels > 1:
                 index = first + index
             # In the order in which they lie in memory: any order counts the same.
@@ -375,7 +375,7 @@ def minmax(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Te
 
 @register_range("percentile")
 def percentiles(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
-    """What a part of the values lies beyond, at both ends."""
+    """What a fraction of the values lies beyond, at both ends."""
     return seen.percentiles(percentile)
 
 

@@ -17,7 +17,7 @@ from .primitives import dequantize, quantize
 
 Round = Callable[[Tensor, Tensor, Tensor, int, Sequence[Tensor] | None], Tensor]
 """Takes weights [groups, out, in], scales and zero points [groups, out], bits, and the inputs' second
-moments in parts of columns, each [groups, columns, columns], or None. Returns codes, uint8, of the
+moments in chunks of columns, each [groups, columns, columns], or None. Returns codes, uint8, of the
 weights' shape."""
 
 
@@ -64,12 +64,12 @@ def nearest(
 def gptq(
     weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, moments: Sequence[Tensor] | None
 ) -> Tensor:
-    """Round with error feedback, each part of the columns for itself; without moments to the nearest."""
+    """Round with error feedback, each chunk of the columns for itself; without moments to the nearest."""
     if moments is None:
         return nearest(weight, scale, zero_point, bits, None)
-    parts = weight.split([moment.shape[-1] for moment in moments], dim=2)
+    chunks = weight.split([moment.shape[-1] for moment in moments], dim=2)
     return torch.cat(
-        [gptq_codes(w, m, scale, zero_point, bits) for w, m in zip(parts, moments, strict=True)],
+        [gptq_codes(w, m, scale, zero_point, bits) for w, m in zip(chunks, moments, strict=True)],
         dim=2,
     )
 

@@ -100,8 +100,8 @@ class _OwnForward(QuantizedLayer):
 def quantized_form(original: type[nn.Module]) -> type[QuantizedLayer]:
     """The class that a module of the subclass ``original`` takes when it is quantized."""
     base = QuantizedConv2d if issubclass(original, nn.Conv2d) else QuantizedLinear
-    parts = {"original": original, "base": base, "__module__": __name__}
-    return type(f"Quantized{original.__name__}", (_OwnForward, base, original), parts)
+    attributes = {"original": original, "base": base, "__module__": __name__}
+    return type(f"Quantized{original.__name__}", (_OwnForward, base, original), attributes)
 
 
 @torch.no_grad()

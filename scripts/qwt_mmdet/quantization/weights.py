@@ -35,10 +35,10 @@ def quantize_weight(
     second = None
     if rounding.needs_moments and moments is not None:
         # The weights have taken up the factors, so the inputs have lost them.
-        parts = factors[:, 0].double().split(MAX_COLUMNS, dim=1)
+        chunks = factors[:, 0].double().split(MAX_COLUMNS, dim=1)
         second = [
             m / (f[:, :, None] * f[:, None])
-            for f, m in zip(parts, moments.second(centred=settings.bias_correction), strict=True)
+            for f, m in zip(chunks, moments.second(centred=settings.bias_correction), strict=True)
         ]
     scales, zero_points = (parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point))
     codes = rounding.function(grouped, scales, zero_points, bits, second).view_as(weight)

@@ -1,7 +1,7 @@
 """Figures of the report: SVG for a page that may be light or dark, wide or narrow.
 
 Text and axes take the page's colours. The colours of the data are Okabe and Ito's, which people with
-any kind of colour vision can tell apart, in shades that show on white and on black; each series has a
+everyone, whatever their colour vision, can tell apart, in shades that show on white and on black; each series has a
 marker of its own as well.
 """
 
@@ -120,11 +120,11 @@ def _drawable(points: Sequence[Point]) -> list[Point]:
     return drawable
 
 
-def ap_by_bits(points: Sequence[Point], kind: str, name: str) -> Markup:
+def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
     """AP of each quantization and its compensations, most bits on top, beside the baseline's.
 
     Args:
-        kind: ``box`` or ``mask``. name: of the figure, for the ids of its parts.
+        ap_type: ``box`` or ``mask``. name: of the figure, for the ids within it.
 
     Raises:
         QwtError: there is no point that can be drawn.
@@ -156,7 +156,7 @@ def ap_by_bits(points: Sequence[Point], kind: str, name: str) -> Markup:
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{kind} AP (0 to 1)")
+        axes.set_xlabel(f"{ap_type} AP (0 to 1)")
         axes.set_ylabel("bits of weights (W), activations (A)")
         _legend(figure, axes)
         return _svg(figure, name)
@@ -197,7 +197,7 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
         placed.append(box)
 
 
-def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
+def ap_by_size(points: Sequence[Point], ap_type: str, name: str) -> Markup:
     """AP against the size of weights and compensation, with the Pareto front.
 
     Raises:
@@ -223,7 +223,7 @@ def ap_by_size(points: Sequence[Point], kind: str, name: str) -> Markup:
             )  # fmt: skip
         axes.margins(x=0.18, y=0.12)
         axes.set_xlabel("size of weights and compensation (MB)")
-        axes.set_ylabel(f"{kind} AP (0 to 1)")
+        axes.set_ylabel(f"{ap_type} AP (0 to 1)")
         _legend(figure, axes)
         figure.draw_without_rendering()
         _label_points(axes, [p for p in points if p.series == QUANTIZED])

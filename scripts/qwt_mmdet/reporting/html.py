@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file without external parts."""
+"""The report of a run: one HTML file that loads nothing."""
 
 import logging
 import os
@@ -30,11 +30,11 @@ Combination = Mapping[str, Any]
 """Names, settings and result folders; see ``rows`` of :func:`render`."""
 
 
-def part(what: str, caller: Callable[[], Markup]) -> Markup:
-    """Show a part of the report, or a sentence in its place where that fails.
+def guarded(what: str, caller: Callable[[], Markup]) -> Markup:
+    """Show a piece of the report, or a sentence in its place where that fails.
 
-    All that can fail stands in the templates within ``{% call part("what it is") %}``, so that no
-    picture, figure or table costs more than itself. Parts may hold parts.
+    All that can fail stands in the templates within ``{% call guarded("what it is") %}``, so that no
+    picture, figure or table costs more than itself. Guarded pieces may hold others.
     """
     try:
         return caller()
@@ -83,26 +83,26 @@ def answer(rows: Sequence[Row]) -> str:
     """Say in words what one quantization cost and what each compensation brought back.
 
     Args:
-        rows: of one model, quantization and kind of AP.
+        rows: of one model, quantization and type of AP.
     """
     row = rows[0]
-    kind, loss = text.KINDS[row.metrics], row.ap["AP"].quantized_minus_baseline
+    ap_type, loss = text.AP_TYPES[row.metrics], row.ap["AP"].quantized_minus_baseline
     quantized, baseline = value_of(row.ap["AP"].quantized), value_of(row.ap["AP"].baseline)
     if row.collapsed_quantized:
-        start = f"{row.quantization} collapsed, it finds not one object ({kind} AP)"
+        start = f"{row.quantization} collapsed, it finds not one object ({ap_type} AP)"
         if row.worst_layers:
             start += f"; lowest signal-to-noise ratios of layers: {row.worst_layers}"
     elif quantized is None and row.failed:
-        start = f"{row.quantization} has no {kind} AP"
+        start = f"{row.quantization} has no {ap_type} AP"
     elif quantized is None:
-        start = f"{row.quantization} was not evaluated without compensation ({kind} AP)"
+        start = f"{row.quantization} was not evaluated without compensation ({ap_type} AP)"
     elif baseline:
         start = (
-            f"{row.quantization} keeps {text.percent(quantized / baseline)} of the baseline {kind} AP "
+            f"{row.quantization} keeps {text.percent(quantized / baseline)} of the baseline {ap_type} AP "
             f"({text.number(quantized)} of {text.number(baseline)})"
         )
     else:
-        start = f"{row.quantization} has {kind} AP {text.number(quantized)}"
+        start = f"{row.quantization} has {ap_type} AP {text.number(quantized)}"
     if loss is not None and not loss.significant:
         start += ", a difference that is not significant"
     effects = [
@@ -128,14 +128,14 @@ def featured(rows: Sequence[Row]) -> Row:
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
-    """Sentences about one model, by kind of AP and quantization, the featured one first."""
+    """Sentences about one model, by type of AP and quantization, the featured one first."""
     first = featured(rows).quantization
     names = sorted(_unique(row.quantization for row in rows), key=lambda name: name != first)
     return [
         answer(chosen)
         for name in names
-        for kind in text.KINDS
-        if (chosen := [row for row in rows if (row.quantization, row.metrics) == (name, kind)])
+        for ap_type in text.AP_TYPES
+        if (chosen := [row for row in rows if (row.quantization, row.metrics) == (name, ap_type)])
     ]
 
 
@@ -151,7 +151,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The baseline, each quantization and each compensation, a line each.
 
     Args:
-        rows: of one model and kind of AP.
+        rows: of one model and type of AP.
     """
     first = rows[0]
     lines: list[dict[str, Any]] = [
@@ -325,7 +325,7 @@ def _class_section(row: Row) -> dict[str, Any]:
     ]
     title = " + ".join(filter(None, (row.quantization, row.compensation)))
     return {
-        "title": f"{title}, {text.KINDS[row.metrics]} AP",
+        "title": f"{title}, {text.AP_TYPES[row.metrics]} AP",
         "compensated": row.compensation is not None,
         "classes": row.classes,
         "rankings": [
@@ -410,7 +410,7 @@ def _provenance(combinations: Sequence[Combination]) -> dict[str, Any]:
 
 
 class Model:
-    """What the templates show of one model. A part is made when it is asked for: it may fail."""
+    """What the templates show of one model. Each piece is made when it is asked for: it may fail."""
 
     def __init__(
         self,
@@ -435,10 +435,10 @@ class Model:
         return answers(self._rows)
 
     def results(self) -> list[dict[str, Any]]:
-        """Rows and lines of each kind of AP that the model has."""
+        """Rows and lines of each type of AP that the model has."""
         return [
-            {"kind": kind, "rows": chosen, "lines": variant_lines(chosen)}
-            for metrics, kind in text.KINDS.items()
+            {"ap_type": ap_type, "rows": chosen, "lines": variant_lines(chosen)}
+            for metrics, ap_type in text.AP_TYPES.items()
             if (chosen := [row for row in self._rows if row.metrics == metrics])
         ]
 
@@ -446,9 +446,11 @@ class Model:
         """Figures of AP against bits and against size: their label, and what draws them."""
         return [
             {
-                "label": f"{result['kind']} AP against {cost}",
+                "label": f"{result['ap_type']} AP against {cost}",
                 "draw": lambda draw=draw, result=result, cost=cost: draw(
-                    _points(result["lines"]), result["kind"], f"{self._id}-{result['kind']}-{cost}"
+                    _points(result["lines"]),
+                    result["ap_type"],
+                    f"{self._id}-{result['ap_type']}-{cost}",
                 ),
             }
             for result in self.results()
@@ -517,7 +519,7 @@ def render(
         text.duration, text.significant_digits,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
-    functions = (*forms, text.interval, part)
+    functions = (*forms, text.interval, guarded)
     environment.globals |= {function.__name__: function for function in functions}
     models = _unique(row["model"] for row in rows)
     most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)

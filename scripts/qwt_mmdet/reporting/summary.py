@@ -33,7 +33,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Row:
-    """One model × quantization × compensation × kind of AP.
+    """One model × quantization × compensation × type of AP.
 
     ``reporting.tables`` tells what the fields mean that are columns of summary.csv; so are those of
     ``ap``, by metric. The fields from ``seconds`` on are none.

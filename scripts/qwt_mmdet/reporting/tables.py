@@ -1,6 +1,6 @@
 """The results of a run as numbers: ``summary.csv``, and ``summary.json`` which says more.
 
-The table has one row for each model × quantization × compensation × kind of AP. An empty cell means
+The table has one row for each model × quantization × compensation × type of AP. An empty cell means
 that the number is undefined (no objects of that size, nothing to recover, no compensation, or a
 variant that was not evaluated).
 
@@ -73,12 +73,14 @@ def _folders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _compare(
-    statistics: Bootstrap | None, row: Mapping[str, Any], kind: str, metric: str | int
+    statistics: Bootstrap | None, row: Mapping[str, Any], iou_type: str, metric: str | int
 ) -> Comparison:
     """Compare the variants of a row, which go by their result folders."""
     if statistics is None:
         return Comparison(*[None] * 7)
-    return statistics.compare(row["baseline"], row["quantized"], row["compensated"], kind, metric)
+    return statistics.compare(
+        row["baseline"], row["quantized"], row["compensated"], iou_type, metric
+    )
 
 
 def _cost_fields(
@@ -127,12 +129,12 @@ def _seconds(
 
 def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootstrap) -> None:
     """The bootstrap computes AP anew; that it finds the recorded AP proves that files belong together."""
-    for kind, by_metric in statistics.values[folder].items():
+    for iou_type, by_metric in statistics.values[folder].items():
         # a detector that finds nothing may not show that it has masks
-        recorded = metrics[kind]["AP"] if kind in metrics else 0.0
+        recorded = metrics[iou_type]["AP"] if iou_type in metrics else 0.0
         if recorded is not None and abs(recorded - by_metric["AP"]) > 1e-6:
             raise QwtError(
-                f"{folder}: metrics.json says {kind} AP {recorded:.6f}, but predictions.json gives "
+                f"{folder}: metrics.json says {iou_type} AP {recorded:.6f}, but predictions.json gives "
                 f"{by_metric['AP']:.6f}; delete the folder and run again."
             )
 
@@ -140,15 +142,15 @@ def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootst
 def _class_results(
     statistics: Bootstrap | None,
     row: Mapping[str, Any],
-    kind: str,
+    iou_type: str,
     categories: Mapping[int, Any],
 ) -> list[ClassResult]:
     """AP of each class that has objects; ``categories`` as from ``_categories``."""
     results = []
     folders = _folders([row])
     for category, about in categories.items():
-        if statistics and folders and category in statistics.values[folders[0]][kind]:
-            ap = _compare(statistics, row, kind, category)
+        if statistics and folders and category in statistics.values[folders[0]][iou_type]:
+            ap = _compare(statistics, row, iou_type, category)
             few = about["images"] < IMAGES_OF_CLASS
             results.append(ClassResult(**about, ap=ap.without_intervals() if few else ap))
     return results
@@ -241,13 +243,15 @@ def _model_summary(
             **_cost_fields(quantized, compensation.get("summary", {})),
             "seconds": _seconds(row, metrics, warmup, compensation),
         }
-        for kind in iou_types(masks):
-            classes = _class_results(statistics, row, kind, categories)
+        for iou_type in iou_types(masks):
+            classes = _class_results(statistics, row, iou_type, categories)
             found.append(
                 Row(
                     **fields,
-                    metrics=kind,
-                    ap={metric: _compare(statistics, row, kind, metric) for metric in AP_METRICS},
+                    metrics=iou_type,
+                    ap={
+                        metric: _compare(statistics, row, iou_type, metric) for metric in AP_METRICS
+                    },
                     classes=classes,
                     lost_most=_most_changed(classes, "quantized_minus_baseline", -1),
                     regained_most=_most_changed(classes, "compensated_minus_quantized", 1),

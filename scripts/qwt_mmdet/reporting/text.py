@@ -17,7 +17,7 @@ from ..errors import QwtError
 from ..evaluation.estimates import Estimate, value_of
 from .summary import Row, Summary, read_summary
 
-KINDS = {"bbox": "box", "segm": "mask"}
+AP_TYPES = {"bbox": "box", "segm": "mask"}
 NOTHING = "–"
 UNFINISHED = "results/unfinished.json"
 """Where a run that failed notes its ``failed`` steps and the ``pending`` files that it did not make."""
@@ -129,7 +129,7 @@ def summary_table(summary: Summary) -> str:
                 row.model,
                 row.quantization,
                 row.compensation or NOTHING,
-                KINDS[row.metrics],
+                AP_TYPES[row.metrics],
                 _cell(ap.baseline),
                 _cell(ap.quantized, row.collapsed_quantized),
                 _cell(ap.compensated, row.collapsed_compensated),
