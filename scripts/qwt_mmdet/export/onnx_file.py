@@ -5,7 +5,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ def export_onnx(
     size: tuple[int, int] | None = None,
     dynamic: bool | None = None,
     opset: int = OPSET,
+    calibration: Iterable[dict[str, Any]] = (),
     details: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a detector as ``path`` (.onnx), with its description beside it (.json).
@@ -56,6 +57,8 @@ def export_onnx(
         model: in full precision or quantized, compensated or not; it stays as it is.
         size: height and width of the image; None: what the model's test pipeline makes.
         dynamic: other sizes are allowed too; None: where the test pipeline makes others.
+        calibration: a few batches as mmdet's test step takes them. With them, outputs of convolutions
+            that are added to others are quantized too (8 bits), which integer kernels of ONNX Runtime need.
         details: of the description, such as an AP.
 
     Raises:
@@ -71,7 +74,8 @@ def export_onnx(
     cut = OneStage(copy.deepcopy(model).cpu().eval())
     image = torch.zeros(1, 3, *size)
     cut(image)  # finds the names
-    graph = trace(cut, image, output_names(cut.names), opset=opset, dynamic=dynamic)
+    images = (model.data_preprocessor(batch, False)["inputs"] for batch in calibration)
+    graph = trace(cut, image, output_names(cut.names), opset=opset, dynamic=dynamic, images=images)
     import onnx_ir
 
     with write_atomically(path) as partial:
@@ -135,6 +139,7 @@ def trace(
     *,
     opset: int = OPSET,
     dynamic: bool = False,
+    images: Iterable[Tensor] = (),
 ) -> "onnx_ir.Model":
     """The graph of a network with quantized layers, or without any.
 
@@ -142,11 +147,13 @@ def trace(
         network: takes an image and returns a tuple of tensors.
         image: [1, channels, height, width].
         outputs: names of the tensors.
+        images: from which the ranges of what only integer kernels quantize are estimated.
 
     Raises:
         QwtError: torch cannot export it.
     """
     from . import passes
+    from .outputs import quantize_sums
 
     sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
@@ -164,6 +171,11 @@ def trace(
     assert program is not None
     graph = program.model
     passes.fold_batch_norms(graph)
+    passes.move_channel_scales(graph)
+    passes.quantize_before_pools(graph)
+    passes.drop_relus(graph)
+    quantize_sums(graph, images)
+    passes.integer_biases(graph)
     passes.pack_weights(graph)
     passes.keep_what_runs(graph)
     return graph

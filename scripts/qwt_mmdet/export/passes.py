@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def constant(value: ir.Value | None) -> np.ndarray:
@@ -13,7 +14,7 @@ def constant(value: ir.Value | None) -> np.ndarray:
     return tensor.numpy().copy()
 
 
-def _set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, name: str) -> None:
+def set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, name: str) -> None:
     """Give a node a new initializer as input."""
     value = ir.Value(
         name=name,
@@ -27,7 +28,7 @@ def _set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, n
     node.replace_input_with(index, value)
 
 
-def _input(node: ir.Node, index: int) -> ir.Value:
+def input_of(node: ir.Node, index: int) -> ir.Value:
     """An input that the operator must have."""
     value = node.inputs[index]
     assert value is not None, f"{node.op_type} without input {index}"
@@ -40,11 +41,11 @@ def fold_batch_norms(model: ir.Model) -> None:
     The scale of an output channel takes up the factor. Where that is negative, the codes change sign.
     """
     for norm in [node for node in model.graph if node.op_type == "BatchNormalization"]:
-        convolution = _input(norm, 0).producer()
+        convolution = input_of(norm, 0).producer()
         if convolution is None or convolution.op_type != "Conv":
             continue
-        weight = _input(convolution, 1).producer()
-        single = len(convolution.outputs[0].uses()) == len(_input(convolution, 1).uses()) == 1
+        weight = input_of(convolution, 1).producer()
+        single = len(convolution.outputs[0].uses()) == len(input_of(convolution, 1).uses()) == 1
         if weight is None or weight.op_type != "DequantizeLinear" or not single:
             continue
         gamma, beta, mean, variance = (constant(value) for value in norm.inputs[1:])
@@ -58,16 +59,193 @@ def fold_batch_norms(model: ir.Model) -> None:
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else 0
         shifted = (bias - mean) * factor + beta
         name = weight.outputs[0].name
-        _set_input(model, weight, 0, codes, f"{name}.codes")
-        _set_input(model, weight, 1, (scale * np.abs(factor)).astype(np.float32), f"{name}.scale")
+        set_input(model, weight, 0, codes, f"{name}.codes")
+        set_input(model, weight, 1, (scale * np.abs(factor)).astype(np.float32), f"{name}.scale")
         for values in zero_point:
-            _set_input(model, weight, 2, values, f"{name}.zero_point")
-        _set_input(model, convolution, 2, shifted.astype(np.float32), f"{name}.bias")
+            set_input(model, weight, 2, values, f"{name}.zero_point")
+        set_input(model, convolution, 2, shifted.astype(np.float32), f"{name}.bias")
         norm.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
         model.graph.remove(norm, safe=True)
 
 
-def _weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
+def is_scalar(value: ir.Value | None) -> bool:
+    return value is not None and constant(value).size == 1
+
+
+def takes_integers(convolution: ir.Node) -> bool:
+    """Whether input and weights are as integer kernels take them: one scale, and zero points of 0."""
+    inputs, weight = (input_of(convolution, index).producer() for index in (0, 1))
+    if inputs is None or inputs.op_type != "DequantizeLinear" or not is_scalar(inputs.inputs[1]):
+        return False
+    if weight is None or weight.op_type != "DequantizeLinear":
+        return False
+    return not zero_points_of(weight).any()
+
+
+def runs_in_integers(convolution: ir.Node) -> bool:
+    """Whether ONNX Runtime has an integer kernel for a convolution: it has where the output is quantized with
+    one scale."""
+    users = [user for user, _ in convolution.outputs[0].uses()]
+    return (
+        takes_integers(convolution)
+        and bool(users)
+        and all(user.op_type == "QuantizeLinear" and is_scalar(user.inputs[1]) for user in users)
+    )
+
+
+def quantize_before_pools(model: ir.Model) -> None:
+    """Quantize before a max pooling behind a convolution what is quantized after it, in place: both commute."""
+    for node in [node for node in model.graph if node.op_type == "MaxPool"]:
+        before = input_of(node, 0)
+        source = before.producer()
+        if source is not None and source.op_type == "Relu":
+            source = input_of(source, 0).producer()
+        if source is None or source.op_type != "Conv" or not _is_read_once(before):
+            continue
+        grids = [_grid_of(user) for user, _ in node.outputs[0].uses()]
+        if grids and grids[0] is not None and all(grid == grids[0] for grid in grids):
+            quantize_value(model, before, *grids[0])
+
+
+def _grid_of(node: ir.Node) -> tuple[float, int] | None:
+    """The one scale of a quantizer and its zero point; None for other nodes."""
+    if node.op_type != "QuantizeLinear" or not is_scalar(node.inputs[1]):
+        return None
+    return constant(node.inputs[1]).item(), constant(node.inputs[2]).item()
+
+
+def sums(model: ir.Model) -> list[ir.Value]:
+    """Outputs of convolutions in integers that are added to others, and not quantized before."""
+    return [
+        node.outputs[0]
+        for node in model.graph
+        if node.op_type == "Conv"
+        and takes_integers(node)
+        and node.outputs[0].uses()
+        and all(user.op_type in ("Add", "Resize") for user, _ in node.outputs[0].uses())
+    ]
+
+
+def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: int) -> None:
+    """Put a value on a grid of 8 bits before all that reads it, in place."""
+    producer = value.producer()
+    assert producer is not None
+    nodes = [
+        ir.Node(
+            "", operator, [None, None, None], outputs=[ir.Value(name=f"{value.name}.{operator}")]
+        )
+        for operator in ("QuantizeLinear", "DequantizeLinear")
+    ]
+    value.replace_all_uses_with(nodes[1].outputs[0])
+    for node, given in zip(nodes, (value, nodes[0].outputs[0]), strict=True):
+        node.replace_input_with(0, given)
+        set_input(model, node, 1, np.asarray(scale, np.float32), f"{node.outputs[0].name}.scale")
+        set_input(
+            model, node, 2, np.asarray(zero_point, np.uint8), f"{node.outputs[0].name}.zero_point"
+        )
+    model.graph.insert_after(producer, nodes)
+
+
+def zero_points_of(node: ir.Node) -> np.ndarray:
+    return constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1, np.int8)
+
+
+def integer_biases(model: ir.Model) -> None:
+    """Make biases INT32 where ONNX Runtime computes in integers, in place.
+
+    The scale is that of the products: the input's times the weight's, for each output channel.
+    """
+    for node in [n for n in model.graph if n.op_type == "Conv" and len(n.inputs) > 2]:
+        if not runs_in_integers(node):
+            continue
+        inputs, weight = (input_of(node, index).producer() for index in (0, 1))
+        assert inputs is not None
+        assert weight is not None
+        scale = constant(inputs.inputs[1]).reshape(1) * constant(weight.inputs[1])
+        bias, name = input_of(node, 2), f"{node.outputs[0].name}.bias"
+        codes = np.rint(constant(bias).astype(np.float64) / scale)
+        if np.abs(codes).max() >= 2**31:
+            continue
+        values = ir.Value(name=f"{name}.values")
+        dequantize = ir.Node(
+            "",
+            "DequantizeLinear",
+            [None, None],
+            [ir.AttrInt64("axis", 0)],
+            outputs=[values],
+        )
+        set_input(model, dequantize, 0, codes.astype(np.int32), f"{name}.codes")
+        set_input(model, dequantize, 1, scale.astype(np.float32), f"{name}.scale")
+        model.graph.insert_before(node, dequantize)
+        node.replace_input_with(2, values)
+
+
+def move_channel_scales(model: ir.Model) -> None:
+    """Give quantizers with a scale per channel one scale, in place.
+
+    How the scales differ goes into the convolution before, also through a ReLU and a max pooling, which commute
+    with factors above 0; elsewhere one multiplication stands in front. Runtimes have slow kernels for several scales.
+    """
+    for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
+        scale, zero_point = (constant(quantize.inputs[index]) for index in (1, 2))
+        if scale.size == 1 or (zero_point != zero_point[0]).any():
+            continue
+        factor = scale.mean() / scale
+        name = quantize.outputs[0].name
+        if not _scale_channels(model, input_of(quantize, 0), factor):
+            multiply = ir.Node("", "Mul", [input_of(quantize, 0), None])
+            multiply.outputs[0].name = f"{name}.scaled"
+            shape = (-1, *[1] * (3 - quantize.attributes["axis"].as_int() % 4))
+            set_input(model, multiply, 1, factor.reshape(shape), f"{name}.factor")
+            model.graph.insert_before(quantize, multiply)
+            quantize.replace_input_with(0, multiply.outputs[0])
+        set_input(model, quantize, 1, np.asarray(scale.mean()), f"{name}.scale")
+        set_input(model, quantize, 2, np.asarray(zero_point[0]), f"{name}.zero_point")
+        quantize.attributes.pop("axis")
+
+
+def _scale_channels(model: ir.Model, value: ir.Value, factor: np.ndarray) -> bool:
+    """Multiply the channels of a convolution's output, if that is what a value is; tell whether it is."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Relu", "MaxPool") and _is_read_once(value):
+        value = input_of(producer, 0)
+        producer = value.producer()
+    if producer is None or producer.op_type != "Conv" or not _is_read_once(value):
+        return False
+    weight = input_of(producer, 1).producer()
+    if (
+        weight is None
+        or weight.op_type != "DequantizeLinear"
+        or not _is_read_once(weight.outputs[0])
+    ):
+        return False
+    for node, index in ((weight, 1), (producer, 2)):
+        if len(node.inputs) > index:
+            scaled = constant(node.inputs[index]) * factor
+            set_input(model, node, index, scaled, f"{producer.outputs[0].name}.scaled{index}")
+    return True
+
+
+def _is_read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def drop_relus(model: ir.Model) -> None:
+    """Remove each ReLU whose output is quantized alone, with 0 as the least value, in place.
+
+    The quantizer clips as it does. ONNX Runtime has no integer kernel for the two apart.
+    """
+    for node in [node for node in model.graph if node.op_type == "Relu"]:
+        users = [user for user, _ in node.outputs[0].uses()]
+        if users and all(
+            user.op_type == "QuantizeLinear" and not constant(user.inputs[2]).any()
+            for user in users
+        ):
+            node.outputs[0].replace_all_uses_with(input_of(node, 0))
+            model.graph.remove(node, safe=True)
+
+
+def weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
     for node in model.graph:
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if codes is not None and ir.convenience.get_const_tensor(codes) is not None:
@@ -76,51 +254,38 @@ def _weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
 
 INT4 = {np.dtype(np.int8): ir.DataType.INT4, np.dtype(np.uint8): ir.DataType.UINT4}
 LIMITS = {np.dtype(np.int8): (-8, 7), np.dtype(np.uint8): (0, 15)}
-WIDE = {ir.DataType.INT4: np.int8, ir.DataType.UINT4: np.uint8}
 
 
 def pack_weights(model: ir.Model) -> None:
     """Store weights whose codes and zero points fit into 4 bits as INT4 or UINT4, in place."""
-    for node in list(_weight_nodes(model)):
-        values = _codes(node)
+    for node in list(weight_nodes(model)):
+        values = codes_of(node)
         low, high = LIMITS.get(values[0].dtype, (1, 0))
         if all(v.min() >= low and v.max() <= high for v in values.values()):
             for index, value in values.items():
                 narrow = INT4[value.dtype]
-                _set_input(
-                    model, node, index, value.astype(narrow.numpy()), _fresh(node, index, narrow)
+                set_input(
+                    model,
+                    node,
+                    index,
+                    value.astype(narrow.numpy()),
+                    fresh_name(node, index, narrow),
                 )
 
 
-def widen_weights(model: ir.Model) -> None:
-    """Make 4-bit weights INT8 or UINT8, which the kernels of runtimes take, in place.
-
-    Each weight has zero points of its own afterwards: ONNX Runtime makes both unsigned where the processor
-    asks for it, and fails where zero points are missing or shared.
-    """
-    for node in list(_weight_nodes(model)):
-        values = _codes(node)
-        stored = _input(node, 0).dtype
-        codes = values[0].astype(WIDE[stored] if stored in WIDE else values[0].dtype)
-        scales = constant(node.inputs[1])
-        zero_points = values.get(2, np.zeros_like(scales)).astype(codes.dtype)
-        _set_input(model, node, 0, codes, _fresh(node, 0, "wide"))
-        _set_input(model, node, 2, zero_points, _fresh(node, 2, "wide"))
-
-
-def _codes(node: ir.Node) -> dict[int, np.ndarray]:
+def codes_of(node: ir.Node) -> dict[int, np.ndarray]:
     """Codes and, where there are any, zero points, by the index of the input."""
     return {index: constant(node.inputs[index]) for index in (0, 2) if index < len(node.inputs)}
 
 
-def _fresh(node: ir.Node, index: int, mark: object) -> str:
+def fresh_name(node: ir.Node, index: int, mark: object) -> str:
     return f"{node.outputs[0].name}.{index}.{mark}"
 
 
 def keep_what_runs(model: ir.Model) -> None:
     """Remove what nothing reads, where nodes come from in the Python code, and types that follow from
     others, in place."""
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     outputs = {*model.graph.outputs}

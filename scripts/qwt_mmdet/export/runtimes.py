@@ -4,11 +4,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import QwtError, registered
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 """Computes outputs by name from inputs by name."""
@@ -96,14 +99,22 @@ def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) 
     check_runtime(runtime)
     import onnx_ir
 
-    from .passes import widen_weights
-
     try:
-        graph = onnx_ir.load(path)
-        widen_weights(graph)
-        return RUNTIMES[runtime](onnx_ir.to_proto(graph).SerializeToString(), threads)
+        return open_model(onnx_ir.load(path), runtime, threads=threads)
     except Exception as error:
         raise QwtError(
             f"{runtime} cannot open {path} ({type(error).__name__}); it is "
             "truncated, no ONNX file, or needs another version of the runtime; export it again."
         ) from error
+
+
+def open_model(model: "onnx_ir.Model", runtime: str, *, threads: int = 1) -> Run:
+    """Open a graph with a runtime. It is changed to what the runtime computes fastest."""
+    import onnx_ir
+
+    from . import kernels
+
+    kernels.widen_weights(model)
+    if runtime == "onnxruntime":
+        kernels.compute_in_floats(model)
+    return RUNTIMES[runtime](onnx_ir.to_proto(model).SerializeToString(), threads)

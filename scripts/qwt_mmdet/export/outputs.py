@@ -1,0 +1,47 @@
+"""Quantize what integer kernels write.
+
+ONNX Runtime computes a convolution in integers only where its output is quantized too. Most outputs are, as
+the next layer's input. What is added to others, as in residual blocks, is not.
+"""
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ..quantization.primitives import quantization_parameters
+from ..quantization.ranges import RangeObserver
+from . import passes
+from .runtimes import open_model
+
+BITS = 8
+
+
+def quantize_sums(model: ir.Model, images: Iterable[Tensor]) -> None:
+    """Quantize the outputs of convolutions that are added to others, in place.
+
+    Args:
+        model: the graph of a quantized network.
+        images: inputs of the graph, [batch, 3, height, width], whose values give the ranges; without any,
+            nothing changes.
+    """
+    inputs = [image[None].numpy() for batch in images for image in batch]
+    values = {str(value.name): value for value in passes.sums(model)}
+    if not values or not inputs:
+        return
+    probe = model.clone()
+    probe.graph.outputs.clear()
+    for node in probe.graph:
+        for value in node.outputs:
+            if value.name in values:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+                probe.graph.outputs.append(value)
+    run = open_model(probe, "onnxruntime")
+    observers = {name: RangeObserver(name) for name in values}
+    for image in inputs:
+        for name, output in run({"image": image}).items():
+            observers[name].update(torch.from_numpy(output))
+    for name, observer in observers.items():
+        scale, zero_point = quantization_parameters(*observer.estimate("mse", BITS, 100.0), BITS)
+        passes.quantize_value(model, values[name], float(scale), int(zero_point))
