@@ -36,6 +36,17 @@ def widen_weights(model: ir.Model) -> None:
         set_input(model, node, 2, zero_points, fresh_name(node, 2, "wide"))
 
 
+def largest_weight(model: ir.Model) -> int:
+    """The largest magnitude of an 8-bit weight's code, seen from its zero point."""
+    largest = 0
+    for node in weight_nodes(model):
+        if input_of(node, 0).dtype != ir.DataType.INT32:
+            codes = np.moveaxis(constant(node.inputs[0]), node.attributes.get_int("axis", 1), -1)
+            steps = codes.astype(np.int32) - zero_points_of(node).astype(np.int32)
+            largest = max(largest, int(np.abs(steps).max()))
+    return largest
+
+
 def compute_in_floats(model: ir.Model) -> None:
     """Make float convolutions of those that ONNX Runtime has no integer kernel for, in place.
 

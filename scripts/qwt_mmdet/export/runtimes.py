@@ -17,7 +17,11 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 """Computes outputs by name from inputs by name."""
 
 
-def _sums_overflow() -> bool:
+LARGEST_SAFE_WEIGHT = 64
+"""Two products of a code up to 255 and a weight up to this fit into 16 bits."""
+
+
+def _adds_in_16_bits() -> bool:
     """Whether this processor's integer kernels add pairs of 8-bit products in 16 bits: x86 without VNNI."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
@@ -26,20 +30,20 @@ def _sums_overflow() -> bool:
     return "avx2" in flags and "vnni" not in flags
 
 
-def _onnxruntime(graph: bytes, threads: int) -> Run:
+def _onnxruntime(graph: bytes, threads: int, overflow: bool) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Other kernels where sums overflow.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if overflow:  # other kernels
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _openvino(graph: bytes, threads: int) -> Run:
+def _openvino(graph: bytes, threads: int, overflow: bool) -> Run:
     import openvino
 
     options: dict[str, Any] = {
@@ -47,7 +51,7 @@ def _openvino(graph: bytes, threads: int) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if _sums_overflow():
+    if overflow:
         options["LP_TRANSFORMS_MODE"] = "OFF"  # quantized values, computed in floating point
     core = openvino.Core()
     request = core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
@@ -59,11 +63,12 @@ def _openvino(graph: bytes, threads: int) -> Run:
     return run
 
 
-RUNTIMES: dict[str, Callable[[bytes, int], Run]] = {
+RUNTIMES: dict[str, Callable[[bytes, int, bool], Run]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
-"""What opens a graph for a number of threads, by the name of the runtime and of its package."""
+"""What opens a graph for a number of threads, by the name of the runtime and of its package. The last argument
+says whether sums of its products would overflow on this processor."""
 
 
 def check_runtime(name: str) -> None:
@@ -117,4 +122,5 @@ def open_model(model: "onnx_ir.Model", runtime: str, *, threads: int = 1) -> Run
     kernels.widen_weights(model)
     if runtime == "onnxruntime":
         kernels.compute_in_floats(model)
-    return RUNTIMES[runtime](onnx_ir.to_proto(model).SerializeToString(), threads)
+    overflow = _adds_in_16_bits() and kernels.largest_weight(model) > LARGEST_SAFE_WEIGHT
+    return RUNTIMES[runtime](onnx_ir.to_proto(model).SerializeToString(), threads, overflow)
