@@ -3,10 +3,12 @@
 Help, default, choices and limits of such an option stand with the key, in a section of ``config/``.
 """
 
+import contextlib
 import functools
 import inspect
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import GenericAlias
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from ..config.documentation import limits
 from ..config.section import alternatives, default_of
+from ..errors import QwtError
 
 
 class Key(NamedTuple):
@@ -112,3 +115,25 @@ def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., 
         return wrapper
 
     return decorate
+
+
+@contextlib.contextmanager
+def options_named(table: Table) -> Iterator[None]:
+    """Let a message about the value of a key name the option, or options, that set it.
+
+    Raises:
+        QwtError: as what runs inside, with another message.
+    """
+    options: dict[str, list[str]] = {}
+    for keys in table.values():
+        for option, key in keys.items():
+            options.setdefault(key.name, []).append(f"--{option.replace('_', '-')}")
+    try:
+        yield
+    except QwtError as error:
+        names = {key: " or ".join(dict.fromkeys(named)) for key, named in options.items()}
+        lines = [
+            re.sub(r"^\w+(?= is )", lambda found: names.get(found[0], found[0]), line)
+            for line in str(error).splitlines()
+        ]
+        raise QwtError("\n".join(lines)) from error

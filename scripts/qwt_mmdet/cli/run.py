@@ -31,7 +31,7 @@ from .common import (
     config_options,
     plain_errors,
 )
-from .options import Key, Table, Values, with_options
+from .options import Key, Table, Values, options_named, with_options
 
 ROOT = Path(__file__).resolve().parents[3]
 NO_COMPENSATION = "none"
@@ -114,12 +114,13 @@ def run(
             "evaluate_baseline": skip_baseline,
             "evaluate_quantized": skip_quantized_eval,
         }
-        configuration = make_configuration(
-            values,
-            recipes=compensation,
-            warmup=warmup_checkpoint,
-            skip=tuple(step for step, wanted in skipped.items() if wanted),
-        )
+        with options_named(OPTIONS):
+            configuration = make_configuration(
+                values,
+                recipes=compensation,
+                warmup=warmup_checkpoint,
+                skip=tuple(step for step, wanted in skipped.items() if wanted),
+            )
         run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
 
 
