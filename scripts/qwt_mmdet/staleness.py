@@ -33,7 +33,7 @@ _DETECTOR = (
     "steps.inputs",
 )
 _EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate")
-_QUANTIZATION = ("archives", "quantization")
+_QUANTIZATION = ("archives", "quantization", "replay")
 _SOURCES = ("data.annotations", "data.download", "data.images", "data.sources", "demo.shapes")
 _REPORT = tuple(
     f"reporting.{module}"

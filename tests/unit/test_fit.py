@@ -15,13 +15,14 @@ from qwt_mmdet.compensation.state import (
     load_compensation,
     save_compensation,
 )
-from qwt_mmdet.compensation.trace import replaced_forwards, trace_blocks
+from qwt_mmdet.compensation.trace import trace_blocks
 from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.record import record_of
+from qwt_mmdet.replay.forwards import replaced_forwards
 
 pytestmark = pytest.mark.usefixtures("device")
 

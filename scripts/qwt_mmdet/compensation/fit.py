@@ -21,8 +21,9 @@ from ..data.batches import single_images
 from ..errors import QwtError
 from ..progress import progress
 from ..record import record_of
+from ..replay.cache import ActivationCache, release_free_memory
+from ..replay.forwards import detached
 from .blocks import find_blocks
-from .cache import ActivationCache, release_free_memory
 from .cost import backbone_bytes, backbone_multiply_adds, too_expensive
 from .modules import aligned_input, as_rows, block_output, channel_axis
 from .replay import Stream
@@ -31,7 +32,7 @@ from .resume import Resume
 from .solve import SOLVERS, Solution, solve_again
 from .state import quantized_fingerprint
 from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics
-from .trace import Plan, detached, replay_scope, trace_blocks
+from .trace import Plan, replay_scope, trace_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def fit_compensation(
         loader: calibration batches as mmdet's test step takes them; their size changes nothing.
         settings: form, target, ridge and gate.
         device_gb, memory_gb: activations beyond this wait elsewhere, with the same result (see
-            :class:`.cache.ActivationCache`).
+            :class:`..replay.cache.ActivationCache`).
         resume: file that keeps the finished blocks. If it is there and belongs to the same model,
             settings and images, the fit goes on after them. Remove it when the result is saved.
         resume_inputs: further plain values that must be the same for that.

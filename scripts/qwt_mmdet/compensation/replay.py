@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..detectors.forward import forward_scope
-from .cache import ActivationCache
+from ..replay.cache import ActivationCache
+from ..replay.forwards import Forward, detached, replaced_forwards
 from .kinds import Kind
 from .modules import Arguments, compensated
-from .trace import Call, Forward, Plan, detached, replaced_forwards
+from .trace import Call, Plan
 
 
 class _BlockReachedError(Exception):

@@ -1,8 +1,7 @@
 """What runs between the blocks of a detector, in which order, and what depends on what."""
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,9 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
+from ..replay.forwards import Forward, detached, replaced_forwards
 from .modules import Arguments, aligned_input, block_output, channel_axis
-
-Forward = Callable[..., Any]
 
 
 class Call(NamedTuple):
@@ -64,21 +62,6 @@ class Plan:
                 last[self.calls[source]] = max(last[self.calls[source]], until)
             reached += is_block
         return last
-
-
-@contextlib.contextmanager
-def replaced_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
-    """Let modules run other functions in place of their forward, until the context ends."""
-    own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
-        for module, forward in own.items():
-            module.forward = forward
 
 
 def replay_scope(blocks: Iterable[str]) -> str:
@@ -180,11 +163,6 @@ class _Tracer:
         axis = channel_axis(module, tensor)
         aligned_input(arguments, tensor, axis)
         self.positions[name] = tensor.numel() // tensor.shape[axis]
-
-
-def detached(tree: Any) -> Any:
-    """A copy of all tensors in nested containers, outside of the autograd graph."""
-    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, tree)
 
 
 def trace_blocks(model: nn.Module, blocks: list[str], batch: dict[str, Any], scope: str) -> Plan:

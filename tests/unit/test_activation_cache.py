@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 from qwt_mmdet.compensation import fit as fit_module
-from qwt_mmdet.compensation.cache import ActivationCache, release_free_memory
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.config import CompensationSettings
+from qwt_mmdet.replay.cache import ActivationCache, release_free_memory
 
 pytestmark = pytest.mark.usefixtures("device")
 
