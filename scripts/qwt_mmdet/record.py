@@ -48,6 +48,11 @@ class Quantization:
     not_quantized: list[NotQuantized] = field(default_factory=list)
     signal_noise: dict[str, float | None] = field(default_factory=dict)
 
+    @property
+    def folded_layers(self) -> set[str]:
+        """Names of the layers that read a folded LayerNorm."""
+        return {name for fold in self.folds for name in fold.layers}
+
 
 @dataclass
 class Record:

@@ -14,6 +14,7 @@ Scope = Literal["backbone", "backbone+neck", "detector"]
 WeightRange = Literal["minmax", "percentile", "mse"] | Foreign
 ActivationRange = Literal["minmax", "percentile", "mse", "repq"] | Foreign
 Rounding = Literal["nearest", "gptq"] | Foreign
+Refit = Literal["none", "sequential"]
 Grids = Literal["any", "integer"]
 
 
@@ -74,6 +75,14 @@ class QuantizationSettings:
     Depthwise convolutions always have one."""
     bias_correction: Flag = True
     """Take back the shift of each layer's mean output that quantization causes."""
+    refit: Refit = "none"
+    """`none`: each layer is calibrated for itself, on full-precision activations. `sequential`: layer by layer,
+    in running order, on the activations of the layers that are quantized already. Weights and biases are
+    fitted to bring back the full-precision outputs before they are rounded, at no cost when the model runs."""
+    refit_weighting: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
+    """How much positions where the full-precision detector sees objects count more in a sequential refit. 0:
+    all count the same. 1: in proportion to the largest class score there (times objectness; of a two-stage
+    detector the score of its proposals)."""
     grids: Grids = "any"
     """Grids to choose from. `integer`: those that integer kernels compute with, for an exported file that is
     to be fast. Weights are symmetric around 0, a tensor of activations has one zero point, and attention

@@ -4,7 +4,7 @@ A detector pads the images of a batch to the largest, which changes what the net
 others.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -20,6 +20,8 @@ def single_images(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def count_images(loader: Iterable[dict[str, Any]]) -> int | None:
     """How many images a loader has, where it knows."""
+    if isinstance(loader, Sequence):
+        return sum(len(batch["inputs"]) for batch in loader)
     dataset = getattr(loader, "dataset", None)
     return None if dataset is None else len(dataset)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmdet.models import BaseDetector
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +23,15 @@ def forward_scope(model: BaseDetector, inputs: dict[str, Any] | None, scope: str
     if scope == "backbone+neck":
         return model.extract_feat(data["inputs"])
     return model.predict(data["inputs"], data["data_samples"])
+
+
+def dense_head(model: BaseDetector) -> BaseDenseHead | None:
+    """The head that works on all places of the features: of a one-stage detector, or of proposals.
+
+    None where the head needs more than the features (DETR and its like).
+    """
+    head = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
+    return head if isinstance(head, BaseDenseHead) else None
 
 
 @contextlib.contextmanager

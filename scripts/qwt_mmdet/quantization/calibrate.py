@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..detectors.forward import forward_scope
 from ..errors import QwtError
 from ..progress import progress
 from ..record import NotQuantized, Quantization, quantization_of
+from ..replay.cache import ActivationCache
 from .convert import (
     activation_quantizers,
     full_precision,
@@ -26,19 +28,21 @@ from .convert import (
 )
 from .folding import apply_fold, factors
 from .layers import QuantizedConv2d, QuantizedLayer, layer_by_name
-from .migration import migrate_scales
+from .migration import choose_grid
 from .moments import InputMoments, measure_inputs
 from .noise import count_multiply_adds, measure_noise
 from .quantizer import ActivationQuantizer, Watch
 from .ranges import RangeObserver
-from .recipe import range_method
 from .rounding import rounding_by_name
+from .sequential import FullPrecision, calibrate_sequentially, weigh_positions
 from .weights import quantize_weight
 
 logger = logging.getLogger(__name__)
 
 NOISE_IMAGES = 8
 """Calibration images that the signal-to-noise ratios of the report are measured on."""
+UNKNOWN_IMAGES = 128
+"""So many are expected of a loader that doesn't know."""
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Calibration:
         observers: what each activation quantizer has seen.
         shares: by name of a module that is not quantized its share of the multiply-adds, in percent.
         moments: of the inputs of each layer, as far as rounding and bias correction ask for them.
+        full: outputs of the layers in full precision, with ``refit: sequential``.
     """
 
     model: nn.Module
@@ -59,6 +64,7 @@ class Calibration:
     observers: dict[ActivationQuantizer, RangeObserver] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     moments: dict[QuantizedLayer, InputMoments] = field(default_factory=dict)
+    full: FullPrecision | None = None
 
     @property
     def about(self) -> Quantization:
@@ -76,16 +82,25 @@ class Calibration:
 
 
 def observe(run: Calibration) -> None:
-    """Collect histograms of all activations from all images, in full precision."""
+    """Collect histograms of all activations whose ranges come from full precision, from all images."""
+    quantizers = activation_quantizers(run.model)
+    if run.full is not None:  # ranges of other inputs are chosen in sequence
+        kept = {
+            f"{name}.input_quantizer"
+            for name in quantized_layers(run.model).keys() - run.about.folded_layers
+        }
+        quantizers = {name: quantizers[name] for name in quantizers.keys() - kept}
     run.observers = {
         quantizer: RangeObserver(name.rpartition(".")[0], quantizer.channel_axis)
-        for name, quantizer in activation_quantizers(run.model).items()
+        for name, quantizer in quantizers.items()
     }
 
     def see(observer: RangeObserver, x: Tensor, output: Tensor) -> None:
         observer.update(x)
 
     watch: dict[nn.Module, Watch] = {q: partial(see, seen) for q, seen in run.observers.items()}
+    if run.full is not None:
+        watch |= run.full.watches(run.model)
     skipped = [entry.name for entry in run.about.not_quantized]
     order: list[str] = []
     handles = [
@@ -100,6 +115,8 @@ def observe(run: Calibration) -> None:
                     if images == 0 and skipped:  # counting slows a pass
                         run.shares = stack.enter_context(count_multiply_adds(run.model, skipped))
                     run.forward(image)
+                if run.full is not None:
+                    run.full.add_image(image)
                 images += 1
                 while handles:
                     handles.pop().remove()
@@ -131,15 +148,7 @@ def choose_ranges(run: Calibration) -> None:
         observer = run.observers[quantizer]
         if observer.is_empty:
             continue
-        if quantizer in migrating:
-            migrate_scales(migrating[quantizer], observer, settings)
-        elif quantizer.logarithmic:
-            scale = observer.estimate_log_scale(quantizer.bits)
-            quantizer.set_parameters(scale, torch.zeros_like(scale))
-        else:
-            quantizer.set_range(
-                *observer.estimate(range_method(settings), quantizer.bits, settings.percentile)
-            )
+        choose_grid(quantizer, observer, migrating.get(quantizer), settings)
     run.observers = {}
 
 
@@ -179,6 +188,18 @@ def quantize_weights(run: Calibration) -> None:
         quantize_weight(layer, run.about.settings, run.moments.pop(layer, None))
 
 
+def weigh(run: Calibration) -> None:
+    """Ask the full-precision detector where it sees objects, if the refit weights positions."""
+    if run.full is not None and run.about.settings.refit_weighting:
+        weigh_positions(run.model, run.full)
+
+
+def refit(run: Calibration) -> None:
+    """Take all layers in sequence: range, weights and bias on what the layers before it hand over."""
+    if run.full is not None:
+        calibrate_sequentially(run.model, run.full, run.about.settings)
+
+
 def measure_layers(run: Calibration) -> None:
     """Measure the noise of every layer alone, on the first images, for the report."""
     images = islice(single_images(run.loader), run.noise_images)
@@ -211,20 +232,26 @@ RANGE_PASSES: tuple[Callable[[Calibration], None], ...] = (
     choose_ranges,
     fold_norms,  # changes weights, so it comes before all that looks at them
 )
-PASSES: tuple[Callable[[Calibration], None], ...] = (
-    *RANGE_PASSES,
-    measure_moments,  # of inputs on their grids
-    quantize_weights,
+WEIGHT_PASSES: dict[str, tuple[Callable[[Calibration], None], ...]] = {
+    "none": (measure_moments, quantize_weights),
+    "sequential": (weigh, refit),
+}
+"""What chooses codes and biases, by the setting ``refit``."""
+LAST_PASSES: tuple[Callable[[Calibration], None], ...] = (
     measure_layers,  # full-precision weights and codes side by side
     round_weights,
     list_what_is_not_quantized,
 )
-"""The passes of calibration, in order."""
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, loader: Iterable[dict[str, Any]], *, noise_images: int = NOISE_IMAGES
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    *,
+    noise_images: int = NOISE_IMAGES,
+    device_gb: float = 4.0,
+    memory_gb: float = 4.0,
 ) -> nn.Module:
     """Find all ranges on calibration images, in full precision, then quantize the weights.
 
@@ -232,9 +259,11 @@ def calibrate(
         model: from :func:`.convert.quantize_model`.
         loader: batches as mmdet's test step takes them; their size changes nothing, since each image runs
             alone. It is gone through once for the ranges and, where rounding or bias correction look at
-            the inputs, once more for their moments; its first images once more for the ratio of signal to
+            the inputs, once more for their moments (with ``refit: sequential`` they are kept instead); its first images once more for the ratio of signal to
             noise of every layer.
         noise_images: number of these.
+        device_gb, memory_gb: with ``refit: sequential``, activations beyond this wait elsewhere (see
+            :class:`..replay.cache.ActivationCache`).
 
     Returns:
         ``model``, ready to run quantized.
@@ -243,7 +272,15 @@ def calibrate(
         QwtError: no image came, or an activation is not finite.
     """
     run = Calibration(model, loader, noise_images)
-    for run_pass in PASSES:
+    refit_method = run.about.settings.refit
+    with ActivationCache(device_gb, memory_gb) as cache:
+        if refit_method == "sequential":
+            run.full = FullPrecision(
+                cache, count_images(loader) or length_hint(loader, UNKNOWN_IMAGES)
+            )
+        for run_pass in (*RANGE_PASSES, *WEIGHT_PASSES[refit_method]):
+            run_pass(run)
+    for run_pass in LAST_PASSES:
         run_pass(run)
     return model
 

@@ -18,11 +18,35 @@ from torch import Tensor
 from ..config import QuantizationSettings
 from .layers import QuantizedConv2d
 from .primitives import fake_quantize, quantization_parameters
+from .quantizer import ActivationQuantizer
 from .ranges import RangeObserver
 from .recipe import integer_grids, range_method, weight_grid
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """From one scale for all input channels to one for each."""
+
+
+@torch.no_grad()
+def choose_grid(
+    quantizer: ActivationQuantizer,
+    observer: RangeObserver,
+    migrating: QuantizedConv2d | None,
+    settings: QuantizationSettings,
+) -> None:
+    """Turn what an activation's quantizer has seen into its grid.
+
+    Args:
+        migrating: the layer that takes up the scales of this input, if one does.
+    """
+    if migrating is not None:
+        migrate_scales(migrating, observer, settings)
+    elif quantizer.logarithmic:
+        scale = observer.estimate_log_scale(quantizer.bits)
+        quantizer.set_parameters(scale, torch.zeros_like(scale))
+    else:
+        quantizer.set_range(
+            *observer.estimate(range_method(settings), quantizer.bits, settings.percentile)
+        )
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """Streaming moments of what a layer's weights are multiplied with, for bias correction and GPTQ."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import QuantizedConv2d, QuantizedLayer
+from .rows import convolution_rows, pad, taps
 
 MAX_COLUMNS = 4096
 """Inputs of a weight whose second moments are taken together. Larger weights are worked on in chunks
@@ -108,12 +108,13 @@ def measure_inputs(
     """
     quantized = layer.input_quantizer.quantized(x)
     if isinstance(layer, QuantizedConv2d):
-        padded, padded_quantized = _pad(layer, x), _pad(layer, quantized)
+        padded, padded_quantized = pad(layer, x), pad(layer, quantized)
         size = output.shape[2:]
         full, rounded = (_tap_sums(layer, t, size) for t in (padded, padded_quantized))
         moments.update_means(full, rounded, len(x) * output[0, 0].numel())
         if second:
-            moments.update_second(_convolution_rows(layer, padded_quantized, size))
+            chosen = chosen_rows(len(x) * size.numel(), x.device)
+            moments.update_second(convolution_rows(layer, padded_quantized, size, chosen))
     else:
         rows, quantized = (t.reshape(-1, t.shape[-1]) for t in (x, quantized))
         full, rounded = (t.sum(0, dtype=torch.float64) for t in (rows, quantized))
@@ -122,33 +123,7 @@ def measure_inputs(
             moments.update_second(quantized[chosen_rows(len(rows), x.device)][None])
 
 
-def _pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-
-
-def _taps(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
-    """View of the padded input under each kernel tap: [batch, in, h', w', kernel h, kernel w]."""
-    batch, channel, row, column = padded.stride()
-    (down, right), (spread_y, spread_x) = layer.stride, layer.dilation
-    return padded.as_strided(
-        (*padded.shape[:2], *size, *layer.kernel_size),
-        (batch, channel, row * down, column * right, row * spread_y, column * spread_x),
-        padded.storage_offset(),
-    )
-
-
 def _tap_sums(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
     """Sum of the padded input under each kernel tap: [in, kernel height, kernel width]."""
     total = padded.sum(0, keepdim=True)
-    return _taps(layer, total, size).sum((0, 2, 3), dtype=torch.float64)
-
-
-def _convolution_rows(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
-    """What the kernel is multiplied with at some output positions: [groups, positions, columns]."""
-    positions = len(padded) * size.numel()
-    chosen = chosen_rows(positions, padded.device)
-    image, place = chosen // size.numel(), chosen % size.numel()
-    taps = _taps(layer, padded, size).permute(0, 2, 3, 1, 4, 5)
-    rows = taps[image, place // size[1], place % size[1]]
-    return rows.reshape(len(chosen), layer.groups, -1).transpose(0, 1)
+    return taps(layer, total, size).sum((0, 2, 3), dtype=torch.float64)

@@ -1,11 +1,13 @@
 """From full-precision weights to integer codes: grid, rounding and bias correction of one layer."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..config import QuantizationSettings
 from .layers import QuantizedConv2d, QuantizedLayer
-from .moments import MAX_COLUMNS, InputMoments
+from .moments import InputMoments
 from .recipe import integer_grids, weight_grid
 from .rounding import rounding_by_name
 
@@ -24,29 +26,44 @@ def quantize_weight(
     Args:
         moments: of the inputs; None where neither rounding nor bias correction asks for them.
     """
+    second = None
+    if rounding_by_name(settings.rounding).needs_moments and moments is not None:
+        second = moments.second(centred=settings.bias_correction)
+    choose_codes(layer, layer.weight, settings, second)
+    if moments is not None and settings.bias_correction:
+        layer.bias_correction = bias_shift(layer, moments)
+
+
+def choose_codes(
+    layer: QuantizedLayer,
+    weight: Tensor,
+    settings: QuantizationSettings,
+    moments: Sequence[Tensor] | None,
+) -> None:
+    """Choose grids and codes of a layer whose weights are to be ``weight``.
+
+    Args:
+        moments: second moments of the quantized inputs in chunks of columns, [groups, columns, columns]
+            each; None for a rounding that does not need them.
+    """
     bits, factor = layer.weight_bits, layer.input_factor()
-    weight = layer.weight * factor
-    scale, zero_point = weight_grid(weight, settings, bits)
-    rounding = rounding_by_name(settings.rounding)
+    scaled = weight * factor
+    scale, zero_point = weight_grid(scaled, settings, bits)
     grouped, factors = (
         w.flatten(1).unflatten(0, (layer.weight_groups, -1))
-        for w in (weight, factor.expand_as(weight))
+        for w in (scaled, factor.expand_as(scaled))
     )
     second = None
-    if rounding.needs_moments and moments is not None:
+    if moments is not None:
         # The weights have taken up the factors, so the inputs have lost them.
-        chunks = factors[:, 0].double().split(MAX_COLUMNS, dim=1)
-        second = [
-            m / (f[:, :, None] * f[:, None])
-            for f, m in zip(chunks, moments.second(centred=settings.bias_correction), strict=True)
-        ]
+        chunks = factors[:, 0].double().split([m.shape[-1] for m in moments], dim=1)
+        second = [m / (f[:, :, None] * f[:, None]) for f, m in zip(chunks, moments, strict=True)]
     scales, zero_points = (parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point))
-    codes = rounding.function(grouped, scales, zero_points, bits, second).view_as(weight)
+    rounding = rounding_by_name(settings.rounding)
+    codes = rounding.function(grouped, scales, zero_points, bits, second).view_as(scaled)
     if integer_grids(settings):
         codes.clamp_(min=1)  # the negative of every code is a code
     layer.weight_codes, layer.weight_scale, layer.weight_zero_point = codes, scale, zero_point
-    if moments is not None and settings.bias_correction:
-        layer.bias_correction = bias_shift(layer, moments)
 
 
 def bias_shift(layer: QuantizedLayer, moments: InputMoments) -> Tensor:

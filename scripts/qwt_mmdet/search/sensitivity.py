@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from mmdet.models import BaseDetector
-from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor
 
 from ..config import Override, QuantizationSettings
+from ..detectors.forward import dense_head
 from ..errors import QwtError
 from ..progress import progress
 from ..quantization.convert import Unit, full_precision, quantized_units
@@ -61,8 +61,8 @@ def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
     Where the head needs more than the features (DETR and its like), the features that enter it.
     """
     features = model.extract_feat(model.data_preprocessor(batch, False)["inputs"])
-    head = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
-    return list(_tensors(head(features) if isinstance(head, BaseDenseHead) else features))
+    head = dense_head(model)
+    return list(_tensors(features if head is None else head(features)))
 
 
 @contextmanager

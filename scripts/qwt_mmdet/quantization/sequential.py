@@ -1,0 +1,294 @@
+"""Sequential calibration: each layer on what the quantized layers before it hand to it.
+
+First the full-precision network's outputs y of each layer are sampled. Then the layers are taken in the
+order in which they run. Each sees its inputs x as the quantized network has them by then. Its range is
+chosen on these, and its weights and bias are fitted to bring y back,
+
+    W̃, b̃ = argmin Σ p ‖y − W̃ x̂ − b̃‖² + λ ‖W̃ − W‖²,
+
+with x̂ = x on its grid and weights p of the positions; then W̃ is rounded, with the second moments of x̂.
+So each layer repairs what those before it have left, as QwT does (arXiv 2411.13918), but with the weights
+and biases that it has anyway. With error feedback this is close to GPTAQ (arXiv 2504.02692).
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QuantizationSettings
+from ..detectors.forward import forward_scope
+from ..errors import QwtError
+from ..progress import progress
+from ..replay.cache import ActivationCache
+from ..replay.walk import ReachedError, Walk, outermost_modules
+from .convert import activation_quantizers, full_precision, quantized_layers
+from .layers import QuantizedConv2d, QuantizedLayer
+from .migration import choose_grid
+from .moments import MAX_COLUMNS
+from .quantizer import ActivationQuantizer, Watch
+from .ranges import RangeObserver
+from .regression import RegressionSums, ridge_towards
+from .rounding import rounding_by_name
+from .rows import input_rows, output_rows, output_size, quantized_rows, sampled_positions
+from .scores import score_map, scores_at
+from .weights import choose_codes
+
+logger = logging.getLogger(__name__)
+
+ROWS = 2**15
+"""Output positions of each layer that are sampled, of all images together."""
+MAX_REFIT_COLUMNS = 8192
+"""A layer that multiplies more inputs keeps its weights up to rounding: a regression would take minutes."""
+RIDGE = 0.01
+"""Strength of the ridge, relative to the mean variance of a layer's inputs."""
+
+
+See = Callable[[int, int, Tensor], None]
+"""Takes the number of an image, the number of a layer's call for it, and the layer's input."""
+
+
+class FullPrecision:
+    """What the full-precision network computes: outputs of layers at some positions of each image.
+
+    Args:
+        cache: where images and outputs wait.
+        images: how many will come, as far as one knows.
+
+    Attributes:
+        images: how many have come.
+        order: the layers by name, in the order of their first calls.
+        calls: how often a layer has run, by number of the image and name.
+    """
+
+    def __init__(self, cache: ActivationCache, images: int) -> None:
+        self.cache = cache
+        self.images = 0
+        self.order: dict[str, QuantizedLayer] = {}
+        self.calls: Counter[tuple[int, str]] = Counter()
+        self._rows = math.ceil(ROWS / images)
+
+    def watches(self, model: nn.Module) -> dict[nn.Module, Watch]:
+        """What samples each layer's outputs in a full-precision pass of the next image."""
+        layers = quantized_layers(model).items()
+        return {layer: partial(self._sample, name, layer) for name, layer in layers}
+
+    def add_image(self, image: dict[str, Any]) -> None:
+        """Keep the image that has just run."""
+        self.cache["image", self.images] = image
+        self.images += 1
+
+    def _sample(self, name: str, layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
+        self.order.setdefault(name, layer)
+        image, call = self.images, self.calls[self.images, name]
+        self.calls[image, name] += 1
+        size = output_size(layer, x)
+        calls = self.calls[0, name] if image else 1  # those of one image share its positions
+        chosen = self.positions(image, call, size, math.ceil(self._rows / max(1, calls)), x.device)
+        rows = output_rows(layer, output, chosen)
+        if not torch.isfinite(rows).all():
+            raise QwtError(
+                f"The full-precision output of layer {name} holds NaN or infinite values during "
+                "calibration; check that the checkpoint is sound and that the model evaluates."
+            )
+        self.cache["output", image, name, call] = size, rows
+
+    def positions(
+        self, image: int, call: int, size: tuple[int, ...], limit: int, device: torch.device
+    ) -> Tensor:
+        """Which positions of a call are taken; the same ones whenever one asks."""
+        return sampled_positions(math.prod(size), limit, 1009 * image + call, device)
+
+    def outputs(self, image: int, name: str, call: int, size: tuple[int, ...]) -> Tensor | None:
+        """The outputs [positions, out] of a call, once; None if it had another number of positions.
+
+        Args:
+            size: shape of the output without its channels.
+        """
+        key = ("output", image, name, call)
+        found, rows = self.cache.pop(key) if key in self.cache else (None, None)
+        return rows if found == size else None
+
+    @property
+    def rows(self) -> int:
+        """Positions of an image."""
+        return self._rows
+
+
+def corresponds(full: Tensor, own: Tensor) -> bool:
+    """Tell whether outputs of a layer in two networks, [positions, out], belong to the same positions.
+
+    They do not where a network has chosen what it looks at (proposals, detections, queries) and the other
+    has chosen otherwise: then their deviations from the means correlate by less than a half.
+    """
+    full, own = full - full.mean(0), own - own.mean(0)
+    return bool((full * own).sum() >= full.norm() * own.norm() / 2)
+
+
+class LayerFit:
+    """The regression of one layer.
+
+    Args:
+        name: of the layer.
+        weighting: how much scores of positions count, 0 to 1.
+    """
+
+    def __init__(
+        self, name: str, layer: QuantizedLayer, full: FullPrecision, weighting: float
+    ) -> None:
+        self.name, self.layer, self.full, self.weighting = name, layer, full, weighting
+        self.weight = layer.weight.flatten(1).unflatten(0, (layer.weight_groups, -1))
+        columns = self.weight.shape[2]
+        widths = [columns]
+        if columns > MAX_REFIT_COLUMNS:
+            widths = [len(chunk) for chunk in torch.arange(columns).split(MAX_COLUMNS)]
+        self.sums = RegressionSums(widths)
+
+    def see(self, image: int, call: int, x: Tensor) -> None:
+        """Add one call on the quantized network's way.
+
+        Where the full-precision network has no output at the same positions, the layer's own
+        full-precision output takes its place.
+        """
+        layer, size = self.layer, output_size(self.layer, x)
+        if not math.prod(size):
+            return
+        expected = self.full.outputs(image, self.name, call, size)
+        limit = self.full.rows if expected is None else len(expected)
+        chosen = self.full.positions(image, call, size, limit, x.device)
+        rows = input_rows(layer, x, size, chosen)
+        own = (rows @ self.weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        if layer.bias is not None:
+            own += layer.bias
+        y = own if expected is None or not corresponds(expected, own) else expected
+        groups = len(self.weight)
+        self.sums.update(
+            quantized_rows(layer, rows),
+            y.unflatten(1, (groups, -1)).transpose(0, 1),
+            self._weights(image, size, chosen),
+        )
+
+    def _weights(self, image: int, size: tuple[int, ...], chosen: Tensor) -> Tensor | None:
+        if ("scores", image) not in self.full.cache:
+            return None
+        scores = scores_at(self.full.cache["scores", image], size)
+        if scores is None:
+            return None
+        return 1 - self.weighting + self.weighting * scores[chosen] / scores.mean().clamp(min=1e-12)
+
+    def finish(self, settings: QuantizationSettings) -> None:
+        """Give the layer its codes and its bias."""
+        layer, centred = self.layer, settings.bias_correction
+        if self.sums.is_empty:
+            choose_codes(layer, layer.weight, settings, None)
+            return
+        squares, cross = self.sums.moments(centred=centred)
+        mean_x, mean_y = self.sums.means()
+        bias = torch.zeros_like(mean_y)
+        if layer.bias is not None:
+            bias = layer.bias.double().view_as(mean_y)
+        weight = self.weight.double()
+        if cross is not None:
+            if not centred:
+                cross = cross - mean_x[:, :, None] * bias[:, None]
+            weight = ridge_towards(weight, squares[0], cross, RIDGE)
+        choose_codes(
+            layer,
+            weight.float().view_as(layer.weight),
+            settings,
+            squares if rounding_by_name(settings.rounding).needs_moments else None,
+        )
+        if centred:
+            rounded = layer.rounded_weight().double().view_as(weight)
+            shift = mean_y - torch.einsum("goi,gi->go", rounded, mean_x) - bias
+            layer.bias_correction = shift.flatten().float()
+
+
+def choose_range(
+    layer: QuantizedLayer,
+    visit: Callable[[See], None],
+    settings: QuantizationSettings,
+) -> None:
+    """Choose the grid of a layer's input from all that ``visit`` shows."""
+    quantizer = layer.input_quantizer
+    observer = RangeObserver(quantizer.name.removeprefix("Layer "), quantizer.channel_axis)
+    visit(lambda image, call, x: observer.update(x))
+    if not observer.is_empty:
+        migrating = layer if isinstance(layer, QuantizedConv2d) and layer.migrates else None
+        choose_grid(quantizer, observer, migrating, settings)
+
+
+def weigh_positions(model: nn.Module, full: FullPrecision) -> None:
+    """Keep a map of the full-precision detector's scores for each image."""
+    with full_precision(model, {}):
+        for image in range(full.images):
+            scores = score_map(model, full.cache["image", image])
+            if scores is None:
+                logger.info("This detector has no map of scores; all positions weigh the same.")
+                return
+            full.cache["scores", image] = scores
+
+
+def calibrate_sequentially(
+    model: nn.Module, full: FullPrecision, settings: QuantizationSettings
+) -> None:
+    """Choose ranges, codes and biases of all layers, in the order in which they run.
+
+    An input that has its range already keeps it. Weights keep their full-precision values.
+    """
+    layers = quantized_layers(model)
+    walk = Walk(outermost_modules(model, layers, ActivationQuantizer), full.order, full.cache)
+    started: set[int] = set()
+
+    def forward(image: int) -> None:
+        is_kept = image in started and isinstance(model.data_preprocessor, nn.Module)
+        started.add(image)
+        forward_scope(model, None if is_kept else full.cache["image", image], settings.scope)
+
+    def visit(name: str, see: See) -> None:
+        """Show all inputs of a layer on the quantized network's way."""
+        quantizer = full.order[name].input_quantizer
+        for image in range(full.images):
+            expected = full.calls[image, name]
+            calls = 0
+
+            def watch(x: Tensor, _: Tensor, image: int = image, expected: int = expected) -> None:
+                nonlocal calls
+                see(image, calls, x)
+                calls += 1
+                if calls == expected:
+                    raise ReachedError
+
+            quantizer.watch = watch
+            if expected:
+                walk.run(image, name, partial(forward, image))
+        quantizer.watch = None
+
+    weights = {layer: layer.weight.data for layer in layers.values()}
+    inputs = {layer.input_quantizer for layer in layers.values()}
+    with full_precision(model, {}), walk.active():
+        part = "backbone+neck" if settings.scope == "detector" else settings.scope
+        walk.record(lambda: forward_scope(model, full.cache["image", 0], part))
+        for quantizer in activation_quantizers(model).values():  # those of attention
+            quantizer.enabled = quantizer not in inputs and quantizer.is_calibrated
+        try:
+            for name, layer in progress(full.order.items(), "Calibrating layers", unit="layer"):
+                quantizer = layer.input_quantizer
+                if not quantizer.is_calibrated:
+                    choose_range(layer, partial(visit, name), settings)
+                if not quantizer.is_calibrated:  # it has seen empty tensors alone
+                    continue
+                fit = LayerFit(name, layer, full, settings.refit_weighting)
+                visit(name, fit.see)
+                fit.finish(settings)
+                layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
+                layer.enabled = quantizer.enabled = True
+                walk.unsettled.discard(name)
+        finally:
+            for layer, weight in weights.items():
+                layer.weight.data = weight

@@ -1,0 +1,143 @@
+"""Walking images from layer to layer: inputs are those of a whole pass, and nothing runs twice."""
+
+import copy
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from qwt_mmdet.detectors.forward import forward_scope
+from qwt_mmdet.replay.cache import ActivationCache
+from qwt_mmdet.replay.forwards import replaced_forwards
+from qwt_mmdet.replay.walk import ReachedError, Walk, outermost_modules
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def layers_of(model):
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def inputs_of_layers(model, image):
+    """What each layer is called with in a plain pass, in the order of calls."""
+    found = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: found.append((name, inputs[0].clone()))
+        )
+        for name in layers_of(model)
+    ]
+    with torch.no_grad():
+        forward_scope(model, image, "backbone")
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def reach(walk, model, name, number, image, calls=1):
+    """Inputs of the first ``calls`` calls of a layer, on a way that stops there."""
+    seen = []
+
+    def stop(module, inputs):
+        seen.append(inputs[0].clone())
+        if len(seen) == calls:
+            raise ReachedError
+
+    handle = model.get_submodule(name).register_forward_pre_hook(stop)
+    with torch.no_grad():
+        walk.run(number, name, lambda: forward_scope(model, image, "backbone"))
+    handle.remove()
+    return seen
+
+
+def counting(model, runs):
+    """Forwards of the modules that hold no others, which count how often they run."""
+
+    def count(name, forward):
+        def counted(*args):
+            runs[name] += 1
+            return forward(*args)
+
+        return counted
+
+    return {
+        module: count(name, module.forward)
+        for name, module in model.named_modules()
+        if not list(module.children())
+    }
+
+
+def walk_all(model, images, record=True, memory_gb=4.0):
+    """Inputs of every layer by name and image, and how often every module ran."""
+    runs, seen = Counter(), {}
+    order = list(dict.fromkeys(name for name, _ in inputs_of_layers(model, images[0])))
+    with ActivationCache(memory_gb=memory_gb) as cache, replaced_forwards(counting(model, runs)):
+        walk = Walk(outermost_modules(model, order, nn.Dropout), order, cache)
+        with walk.active():
+            if record:
+                with torch.no_grad():
+                    walk.record(lambda: forward_scope(model, images[0], "backbone"))
+            for name in order:
+                for number, image in enumerate(images):
+                    seen[name, number] = reach(walk, model, name, number, image)
+                walk.unsettled.discard(name)
+    return seen, runs
+
+
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("kind", ["swin", "resnet", "cspdarknet"])
+def test_each_layer_is_reached_with_the_input_of_a_whole_pass(kind, record):
+    model, images = tiny.detector(kind), tiny.batches(2)
+    seen, runs = walk_all(model, images, record)
+    for number, image in enumerate(images):
+        for name, x in inputs_of_layers(model, image):
+            assert torch.equal(seen[name, number][0], x), name
+    calls = Counter()
+    with replaced_forwards(counting(model, calls)):
+        inputs_of_layers(model, images[0])
+    recorded = calls if record else {}
+    for name in runs.keys() & set(layers_of(model)):
+        assert runs[name] <= len(images) * calls[name] + recorded.get(name, 0), name
+
+
+def test_what_waits_on_disk_comes_back_the_same():
+    model, images = tiny.detector("resnet"), tiny.batches(2)
+    seen, _ = walk_all(model, images, memory_gb=0.0)
+    for name, x in inputs_of_layers(model, images[1]):
+        assert torch.equal(seen[name, 1][0], x)
+
+
+class Shared(nn.Module):
+    """Two layers that run once for each of two levels, one of them in an order that the image decides."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x):
+        y = [self.second(self.first(level).relu_()) for level in (x, x[..., ::2, ::2])]
+        if x.mean() > 0:
+            return self.last(y[0]).mean() + y[1].mean()
+        return self.second(self.last(x)).mean() + y[0].mean()
+
+
+def test_layers_that_run_several_times_in_an_order_that_varies():
+    model = tiny.TinyDetector(Shared()).to(tiny.device)
+    images = [{"inputs": [torch.randn(3, 8, 8, device=tiny.device) + shift]} for shift in (5, -5)]
+    with ActivationCache() as cache:
+        order = [f"backbone.{name}" for name in ("first", "second", "last")]
+        walk = Walk(outermost_modules(model, order, nn.Dropout), order, cache)
+        with walk.active(), torch.no_grad():
+            walk.record(lambda: forward_scope(model, images[0], "backbone"))
+            for name in order:
+                for number, image in enumerate(images):
+                    plain = copy.deepcopy(model)
+                    for module in plain.modules():
+                        vars(module).pop("forward", None)
+                    expected = [x for n, x in inputs_of_layers(plain, image) if n == name]
+                    seen = reach(walk, model, name, number, image, calls=len(expected))
+                    assert len(seen) == len(expected)
+                    assert all(map(torch.equal, seen, expected))
+                walk.unsettled.discard(name)
