@@ -1,15 +1,22 @@
 """The exported graph computes what the quantized network does, with integer weights."""
 
+import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from mmdet.structures import DetDataSample
 from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.detectors.build import random_detector
+from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model, quantized_layers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
@@ -57,7 +64,7 @@ def quantized(images: list[dict], **settings: object) -> Network:
 
 
 def graph_of(model: Network) -> "onnx_ir.Model":
-    return onnx_file.trace(model, torch.zeros(1, 3, 8, 8), ["output"])
+    return onnx_file.trace(model, {"image": torch.zeros(1, 3, 8, 8)}, ["output"])
 
 
 @torch.no_grad()
@@ -152,11 +159,108 @@ def test_a_network_is_refused_before_it_runs(images):
         onnx_file.check_opset(7)
 
 
+SIZE = (64, 64)
+SMALL = {
+    "model.backbone": {
+        "_delete_": True, "type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8,
+        "num_stages": 2, "strides": (1, 2), "dilations": (1, 1), "out_indices": (0, 1),
+    },
+    "model.neck": {"in_channels": [8, 16], "out_channels": 8, "num_outs": 2},
+    "model.rpn_head": {
+        "in_channels": 8, "feat_channels": 8, "anchor_generator": {"strides": [4, 8]},
+    },
+    "model.roi_head": {
+        "bbox_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
+        "bbox_head": {"in_channels": 8, "fc_out_channels": 16},
+        "mask_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
+        "mask_head": {"in_channels": 8, "conv_out_channels": 8},
+    },
+    "model.test_cfg.rcnn.score_thr": 0.0,
+}  # fmt: skip
+"""Changes to the demo's config: a small ResNet, and weights that need no training to find something."""
+
+
+def two_stages() -> nn.Module:
+    """The demo's Mask R-CNN, small and with random weights, quantized."""
+    root = Path(__file__).parents[2]
+    config = root / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
+    torch.manual_seed(0)
+    model = random_detector(config, SMALL)
+    settings = {"weight_bits": 8, "activation_bits": 8, "scope": "detector", "grids": "integer"}
+    settings |= {"weight_range": "minmax", "activation_range": "minmax", "rounding": "nearest"}
+    quantize_model(model, QuantizationSettings.from_mapping(settings))
+    return calibrate(model, photos())
+
+
+def photos() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    keys = ("img_shape", "ori_shape", "batch_input_shape", "pad_shape")
+    meta = {**dict.fromkeys(keys, SIZE), "scale_factor": (1.0, 1.0)}
+    return [
+        {
+            "inputs": [torch.randint(0, 256, (3, *SIZE), generator=generator, dtype=torch.uint8)],
+            "data_samples": [DetDataSample(metainfo=meta)],
+        }
+        for _ in range(2)
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path):
+    model = two_stages()
+    path = tmp_path / "model.onnx"
+    onnx_file.export_onnx(model, path, size=SIZE)
+    files = onnx_file.graph_files(path)
+    assert [file.name for file in files] == [
+        "model.onnx", "model.roi_head.bbox_head.onnx", "model.roi_head.mask_head.onnx",
+    ]  # fmt: skip
+    assert onnx_file.exported_bytes(path) == sum(file.stat().st_size for file in files)
+    exported = loading.load_exported(path).model
+    batch = photos()[1]
+    found = forward_scope(exported, copy.deepcopy(batch), "detector")[0].pred_instances
+    assert len(found.masks) == len(found.bboxes) == len(found.labels) > 0
+
+    image = model.data_preprocessor(batch, False)["inputs"]
+    other = image[:, :, :, :32]  # the pipeline keeps proportions, so sizes vary
+    near(list(exported.extract_feat(other)), list(model.extract_feat(other)))
+    maps, features = model.extract_feat(image), exported.extract_feat(image)
+    near(list(features), list(maps))
+    for actual, expected in zip(exported.rpn_head(features), model.rpn_head(maps), strict=True):
+        near(actual, expected)
+    for head, count, side in (("bbox_head", 7, 7), ("mask_head", 1, 14)):
+        regions = torch.rand(count, 8, side, side) * maps[0].max()
+        actual, expected = (
+            part(regions)
+            for part in (getattr(exported.roi_head, head), getattr(model.roi_head, head))
+        )
+        assert isinstance(actual, type(expected))
+        near(actual, expected)
+
+    files[1].write_bytes(files[2].read_bytes())
+    with pytest.raises(QwtError, match=r"model.roi_head.bbox_head.onnx is not the file"):
+        loading.load_exported(path)
+
+
+def test_an_image_of_another_size_is_refused_where_the_graph_is_fixed():
+    first = loading._FirstPart(lambda inputs: {}, {"input": {"size": [64, 64], "dynamic": False}})
+    with pytest.raises(QwtError, match="height 96 and width 64"):
+        first(torch.zeros(1, 3, 96, 64))
+    assert parts.one_size_only(tiny.backbone("swin")) == "stages.0.blocks.0.attn"
+
+
+def near(actual: object, expected: object) -> None:
+    """Equal but for ties that are rounded the other way."""
+    for found, wanted in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        assert found.shape == wanted.shape
+        assert (found - wanted).abs().mean() < 0.02 * wanted.std()
+
+
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(QwtError, match="does not exist"):
         loading.load_exported(path)
-    description = {"format": onnx_file.EXPORT_FORMAT, "sha256": "0" * 64}
+    description = {"format": onnx_file.EXPORT_FORMAT, "sha256": "0" * 64, "region_heads": {}}
     path.with_suffix(".json").write_text(json.dumps(description))
     with pytest.raises(QwtError, match="does not exist"):
         loading.load_exported(path)

@@ -38,8 +38,8 @@ def export(
     """Write a detector, quantized and compensated or not, as an ONNX file."""
     with plain_errors():
         model = load_model(values, checkpoint, warmup, compensation)
-        from ..export.onnx_file import export_onnx
+        from ..export.onnx_file import export_onnx, exported_bytes
 
         export_onnx(model, output, size=size, dynamic=dynamic, opset=opset)
-        megabytes = output.stat().st_size / 1e6
+        megabytes = exported_bytes(output) / 1e6
         typer.echo(f"{output}: {megabytes:.2f} MB (description: {output.with_suffix('.json')})")

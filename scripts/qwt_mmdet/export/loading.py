@@ -16,25 +16,58 @@ from ..archives import read_summary, summary_path
 from ..detectors.build import build_detector
 from ..errors import QwtError
 from ..files import sha256_file
-from .onnx_file import EXPORT_FORMAT, from_json
-from .parts import Names, with_tensors
+from .onnx_file import EXPORT_FORMAT, from_json, graph_files
+from .parts import dense_head, with_tensors
 from .runtimes import Run, open_graph
 
 
-class _Graph:
-    """The head of an exported detector: it takes the image and runs the graph."""
+class _Features(tuple):
+    """The neck's maps, and with them what the dense head made of them in the same graph."""
 
-    def __init__(self, run: Run, names: dict[str, Names]) -> None:
-        self.run, self.names = run, names
+    head: tuple[Any, ...]
 
-    def __call__(self, image: Tensor) -> tuple[Any, ...]:
-        """[batch, 3, height, width] -> what the head returns; images run one by one."""
+
+class _FirstPart:
+    """The first graph in the place of backbone and neck."""
+
+    def __init__(self, run: Run, description: dict[str, Any]) -> None:
+        self.run, self.description = run, description
+
+    def __call__(self, image: Tensor) -> _Features:
+        """[batch, 3, height, width] -> the neck's maps; images run one by one.
+
+        Raises:
+            QwtError: images have another size than the graph was exported for.
+        """
+        expected = self.description["input"]
+        if not expected["dynamic"] and list(image.shape[2:]) != expected["size"]:
+            height, width = expected["size"]
+            raise QwtError(
+                f"An image has height {image.shape[2]} and width {image.shape[3]} behind the test pipeline, "
+                f"but this graph takes {height} and {width} alone; export it for that size, or as dynamic."
+            )
         found = [self.run({"image": one[None].numpy()}) for one in image]
         tensors = {
             name: torch.cat([torch.from_numpy(values[name]) for values in found])
             for name in found[0]
         }
-        return tuple(with_tensors(self.names, tensors).values())
+        features = _Features(with_tensors(self.description["features"], tensors))
+        features.head = with_tensors(self.description["outputs"], tensors)
+        return features
+
+
+class _RegionPart:
+    """A graph in the place of a head of the second stage."""
+
+    def __init__(self, run: Run, description: dict[str, Any]) -> None:
+        self.run, self.description = run, description
+
+    def __call__(self, *regions: Tensor) -> Any:
+        """What the head returns for maps of regions, [regions, channels, height, width]."""
+        names = self.description["inputs"]
+        found = self.run({name: x.numpy() for name, x in zip(names, regions, strict=True)})
+        tensors = {name: torch.from_numpy(values) for name, values in found.items()}
+        return with_tensors(self.description["outputs"], tensors)
 
 
 class ExportedDetector:
@@ -68,18 +101,24 @@ def load_exported(
             installed.
     """
     description = read_summary(path, EXPORT_FORMAT, "exported")
-    if not os.path.isfile(path):
-        raise QwtError(f"The exported file {path} does not exist; check the path.")
-    if sha256_file(path) != description["sha256"]:
-        raise QwtError(
-            f"{path} is not the file that {summary_path(path)} describes (another sha256); one of them is "
-            "truncated or from another export, so export both again."
-        )
-    run = open_graph(path, runtime, threads=threads)
+    entries = [description, *description["region_heads"].values()]
+    runs = []
+    for file, entry in zip(graph_files(path), entries, strict=True):
+        if not file.is_file():
+            raise QwtError(f"The exported file {file} does not exist; check the path.")
+        if sha256_file(file) != entry["sha256"]:
+            raise QwtError(
+                f"{file} is not the file that {summary_path(path)} describes (another sha256); one of them "
+                "is truncated or from another export, so export both again."
+            )
+        runs.append(open_graph(file, runtime, threads=threads))
     register_all_modules(init_default_scope=True)
     config = Config(from_json(description["config"]))
     model = build_detector(path, config, description["classes"])
     model.dataset_meta = {"classes": tuple(description["classes"])}
     model.backbone = model.neck = nn.Identity()
-    model.bbox_head.forward = _Graph(run, description["outputs"])
+    model.extract_feat = _FirstPart(runs[0], description)
+    model.get_submodule(dense_head(model)).forward = lambda features: features.head
+    for run, (name, entry) in zip(runs[1:], description["region_heads"].items(), strict=True):
+        model.get_submodule(name).forward = _RegionPart(run, entry)
     return ExportedDetector(model.eval(), description)

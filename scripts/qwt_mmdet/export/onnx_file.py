@@ -12,18 +12,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from mmdet.models import BaseDetector
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 
-from ..archives import summary_path
+from ..archives import read_summary, summary_path
 from ..data.loaders import inference_pipeline, transform_name
 from ..errors import QwtError, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
 from .nodes import OPSET, onnx_nodes
-from .parts import OneStage, output_names, refuse_what_has_no_form
+from .parts import (
+    FirstPart,
+    RegionPart,
+    flat_names,
+    one_size_only,
+    refuse_what_has_no_form,
+    region_inputs,
+)
 from .runtimes import check_installed
 
 if TYPE_CHECKING:
@@ -51,12 +59,14 @@ def export_onnx(
     """Write a detector as ``path`` (.onnx), with its description beside it (.json).
 
     The graph takes a normalised image [1, 3, height, width], as the model's data preprocessor makes it, and
-    returns what the head returns. Weights are integers, with 4 bits each where these are enough.
+    returns what the head returns. Heads of a second stage become graphs of their own beside it, which take
+    maps of regions. Weights are integers, with 4 bits each where these are enough.
 
     Args:
         model: in full precision or quantized, compensated or not; it stays as it is.
         size: height and width of the image; None: what the model's test pipeline makes.
-        dynamic: other sizes are allowed too; None: where the test pipeline makes others.
+        dynamic: other sizes are allowed too; None: where the test pipeline makes others and the graph can
+            take them.
         calibration: a few batches as mmdet's test step takes them. With them, outputs of convolutions
             that are added to others are quantized too (8 bits), which integer kernels of ONNX Runtime need.
         details: of the description, such as an AP.
@@ -68,31 +78,76 @@ def export_onnx(
     check_opset(opset)
     refuse_what_has_no_form(model)
     check_installed("onnxscript")
+    fixed = one_size_only(model)
+    if dynamic and fixed:
+        raise QwtError(
+            f"The module {fixed} cuts its map into windows, whose graph holds for images of one size; export "
+            "the detector for a fixed size."
+        )
     if size is None or dynamic is None:
         found, varies = image_size(model)
-        size, dynamic = size or found, varies if dynamic is None else dynamic
-    cut = OneStage(copy.deepcopy(model).cpu().eval())
-    image = torch.zeros(1, 3, *size)
-    cut(image)  # finds the names
+        size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
+    copied = copy.deepcopy(model).cpu().eval()
+    first, image = FirstPart(copied), torch.zeros(1, 3, *size)
+    first(image)  # finds the names
+    names = [*flat_names(first.outputs), *flat_names(first.features)]
+    sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
     images = (model.data_preprocessor(batch, False)["inputs"] for batch in calibration)
-    graph = trace(cut, image, output_names(cut.names), opset=opset, dynamic=dynamic, images=images)
-    import onnx_ir
-
-    with write_atomically(path) as partial:
-        onnx_ir.save(graph, partial)
+    graph = trace(
+        first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images
+    )
+    _save(graph, path)
+    regions = {}
+    for name, inputs in region_inputs(copied, image).items():
+        part = RegionPart(copied.get_submodule(name))
+        part(*inputs.values())
+        names = flat_names(part.outputs)
+        file = Path(path).with_suffix(f".{name}.onnx")
+        counts = (tuple({0: Dim.DYNAMIC} for _ in inputs),)
+        _save(trace(part, inputs, names, opset=opset, dynamic_shapes=counts), file)
+        regions[name] = {
+            "file": file.name,
+            "sha256": sha256_file(file),
+            "inputs": {key: list(value.shape[1:]) for key, value in inputs.items()},
+            "outputs": part.outputs,
+        }
     description = {
         "format": EXPORT_FORMAT,
         "sha256": sha256_file(path),
         "fingerprint": record_of(model).fingerprint,
         "input": {"name": "image", "size": list(size), "dynamic": dynamic},
         "preprocessing": preprocessing(model),
-        "outputs": cut.names,
+        "outputs": first.outputs,
+        "features": first.features,
+        "region_heads": regions,
         "classes": list(model.dataset_meta["classes"]),
         "config": as_json({key: model.cfg[key] for key in CONFIG_KEYS if key in model.cfg}),
         **(details or {}),
     }
     write_json(summary_path(path), description, indent=1)
-    logger.info("%s: %.2f MB", path, Path(path).stat().st_size / 1e6)
+    logger.info("%s: %.2f MB", path, exported_bytes(path) / 1e6)
+
+
+def _save(graph: "onnx_ir.Model", path: str | os.PathLike[str]) -> None:
+    import onnx_ir
+
+    with write_atomically(path) as partial:
+        onnx_ir.save(graph, partial)
+
+
+def graph_files(path: str | os.PathLike[str]) -> list[Path]:
+    """All graphs of the exported detector ``path``, that file first.
+
+    Raises:
+        QwtError: its description is missing or none.
+    """
+    regions = read_summary(path, EXPORT_FORMAT, "exported")["region_heads"]
+    return [Path(path), *(Path(path).with_name(entry["file"]) for entry in regions.values())]
+
+
+def exported_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of all graphs of an exported detector."""
+    return sum(file.stat().st_size for file in graph_files(path))
 
 
 def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
@@ -134,19 +189,21 @@ def check_opset(opset: int) -> None:
 
 def trace(
     network: nn.Module,
-    image: Tensor,
+    inputs: Mapping[str, Tensor],
     outputs: Sequence[str],
     *,
     opset: int = OPSET,
-    dynamic: bool = False,
+    dynamic_shapes: Any = None,
     images: Iterable[Tensor] = (),
 ) -> "onnx_ir.Model":
     """The graph of a network with quantized layers, or without any.
 
     Args:
-        network: takes an image and returns a tuple of tensors.
-        image: [1, channels, height, width].
+        network: takes the inputs and returns a tuple of tensors.
+        inputs: examples, by their names in the graph.
         outputs: names of the tensors.
+        dynamic_shapes: axes of the inputs whose size may be another when the graph runs, as torch.export
+            takes them.
         images: from which the ranges of what only integer kernels quantize are estimated.
 
     Raises:
@@ -155,17 +212,16 @@ def trace(
     from . import passes
     from .outputs import quantize_sums
 
-    sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
         warnings.simplefilter("ignore")  # what torch's exporter has to say of mmdet's code
         program = torch.onnx.export(
             network,
-            (image,),
+            tuple(inputs.values()),
             dynamo=True,
             opset_version=opset,
-            input_names=["image"],
+            input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=(sizes,) if dynamic else None,
+            dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
     assert program is not None

@@ -1,10 +1,28 @@
-"""Where a detector is cut: what of it becomes a graph, and what mmdet's own Python code does behind it."""
+"""Where a detector is cut: what of it becomes graphs, and what mmdet's own Python code does between them.
+
+The first graph holds backbone, neck and the dense head behind it. The heads of a second stage, which take
+regions, are graphs of their own.
+"""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from mmdet.models import BaseDetector, SingleStageDetector
+import torch
+from mmdet.models import (
+    BaseDetector,
+    CascadeRoIHead,
+    MaskScoringRoIHead,
+    SingleStageDetector,
+    StandardRoIHead,
+    TwoStageDetector,
+)
+from mmdet.models.backbones.swin import ShiftWindowMSA
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.dense_heads.base_mask_head import BaseMaskHead
+from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -12,54 +30,189 @@ from ..errors import QwtError
 from ..quantization.convert import activation_quantizers
 
 Names = str | None | list["Names"] | dict[str, "Names"]
-"""Names of outputs in the place of the tensors, in what a head returns."""
+"""Names of outputs in the place of the tensors, in what a part returns; a dictionary is a tuple there."""
+
+DENSE_HEADS: dict[type[BaseDetector], tuple[str, type[BaseDenseHead | BaseMaskHead]]] = {
+    SingleStageDetector: ("bbox_head", BaseDenseHead),
+    SingleStageInstanceSegmentor: ("mask_head", BaseMaskHead),
+    TwoStageDetector: ("rpn_head", BaseDenseHead),
+}
+"""The head behind the neck, and whose ``predict`` it has, by the class whose ``predict`` a detector has."""
+
+REGION_HEADS = ("shared_head", "bbox_head", "mask_head", "mask_iou_head")
+"""Modules of a second stage that take regions: [regions, channels, height, width]."""
 
 
-class OneStage(nn.Module):
+class FirstPart(nn.Module):
     """Backbone, neck and dense head: an image to the raw outputs of the head.
 
+    A call fills the attributes.
+
     Attributes:
-        names: of the outputs, by the argument of ``predict_by_feat`` that they become; filled by a call.
+        outputs: names of the head's outputs, by the argument of ``predict_by_feat`` that they become.
+        features: names of the neck's maps, which a second stage takes; none without one.
     """
 
-    def __init__(self, model: SingleStageDetector) -> None:
+    def __init__(self, model: BaseDetector) -> None:
         super().__init__()
         self.model = model
-        self.names: dict[str, Names] = {}
+        self.head = model.get_submodule(dense_head(model))
+        self.outputs: Names = None
+        self.features: list[Names] = []
         self.eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """[1, 3, height, width], normalised -> the outputs in the order of their names."""
-        outputs = self.model.bbox_head(self.model.extract_feat(image))
-        arguments = inspect.signature(self.model.bbox_head.predict_by_feat).parameters
-        self.names = {
-            name: _named(name, value) for name, value in zip(arguments, outputs, strict=False)
-        }
-        return tuple(leaf for leaf in tree_leaves(outputs) if leaf is not None)
+        """[1, 3, height, width], normalised -> the outputs in the order of their names, and the maps."""
+        features = self.model.extract_feat(image)
+        outputs = self.head(features)
+        kept = features if isinstance(self.model, TwoStageDetector) else ()
+        self.outputs = _output_names(self.head, outputs)
+        self.features = [f"feature_{level}" for level in range(len(kept))]
+        return *_tensors(outputs), *kept
 
 
-def _named(name: str, value: Any) -> Names:
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else name
-    if isinstance(value, list | tuple):
-        return [_named(f"{name}_{index}", entry) for index, entry in enumerate(value)]
-    raise QwtError(
-        f"The head returns a {type(value).__name__} for {name}, which has no place among the outputs of "
-        "a graph; this detector cannot be exported."
+class RegionPart(nn.Module):
+    """A head of the second stage.
+
+    Attributes:
+        outputs: names of its outputs, by the argument of ``predict_by_feat`` that they become; a call fills
+            it.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self.outputs: Names = None
+        self.eval()
+
+    def forward(self, *regions: Tensor) -> tuple[Tensor, ...]:
+        """Maps of regions, [regions, channels, height, width] -> the outputs in the order of their names."""
+        outputs = self.head(*regions)
+        self.outputs = _output_names(self.head, outputs)
+        return _tensors(outputs)
+
+
+def dense_head(model: BaseDetector) -> str:
+    """Name of the head behind the neck.
+
+    Raises:
+        QwtError: mmdet does not run it apart from what makes boxes of its outputs.
+    """
+    predict = getattr(type(model), "predict", None)
+    entries = [entry for kind, entry in DENSE_HEADS.items() if kind.predict is predict]
+    if not entries or (entries[0][0] == "mask_head" and model.with_bbox):
+        raise QwtError(
+            f"A {type(model).__name__} cannot be exported: only detectors can whose head mmdet runs apart "
+            "from what makes boxes or masks of its outputs (YOLOX, RetinaNet, FCOS, RTMDet, SOLO, Faster "
+            "R-CNN, …)."
+        )
+    name, base = entries[0]
+    head = getattr(model, name)
+    if type(head).predict is not base.predict:
+        raise QwtError(
+            f"The module {name} is a {type(head).__name__}, which mmdet does not run apart from what makes "
+            "boxes of its outputs; this detector cannot be exported."
+        )
+    return name
+
+
+def region_heads(model: BaseDetector) -> list[str]:
+    """Names of the modules of a second stage that become graphs; one for each stage of a cascade.
+
+    Raises:
+        QwtError: the second stage runs them in another way than mmdet's standard and cascade heads do.
+    """
+    roi_head = getattr(model, "roi_head", None)
+    if roi_head is None:
+        return []
+    known = (StandardRoIHead, CascadeRoIHead, MaskScoringRoIHead)
+    if type(roi_head).forward not in [cls.forward for cls in known]:
+        raise QwtError(
+            f"The module roi_head is a {type(roi_head).__name__}, whose parts need more than the maps of "
+            "regions; this detector cannot be exported."
+        )
+    found = []
+    for name, head in roi_head.named_children():
+        stages = [name]
+        if isinstance(head, nn.ModuleList):
+            stages = [f"{name}.{stage}" for stage in range(len(head))]
+        found += [f"roi_head.{stage}" for stage in stages if name in REGION_HEADS]
+    return found
+
+
+def region_inputs(model: BaseDetector, image: Tensor) -> dict[str, dict[str, Tensor]]:
+    """What each head of the second stage gets for three regions of an image, by the head's name.
+
+    Args:
+        image: [1, 3, height, width].
+    """
+    height, width = image.shape[2:]
+    boxes = torch.tensor([[0, 0, 1, 1], [0, 0, 0.5, 1], [0.5, 0.5, 1, 1]])
+    regions = InstanceData(bboxes=boxes * torch.tensor([width, height, width, height]))
+    sample = DetDataSample(metainfo={"img_shape": (height, width)})
+    found: dict[str, dict[str, Tensor]] = {}
+    hooks = []
+    for name in region_heads(model):
+
+        def keep(head: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            arguments = inspect.signature(head.forward).parameters
+            found[name] = dict(zip(arguments, inputs, strict=False))
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(keep))
+    try:
+        if hooks:
+            model.roi_head(model.extract_feat(image), [regions], [sample])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def one_size_only(model: nn.Module) -> str | None:
+    """Name of a module whose graph holds for images of one size, or None: the mask of shifted windows."""
+    return next(
+        (name for name, module in model.named_modules() if isinstance(module, ShiftWindowMSA)), None
     )
 
 
-def output_names(names: Names) -> list[str]:
+def _output_names(head: nn.Module, outputs: Any) -> Names:
+    """Names in the place of the tensors in what a head returns."""
+    predict = getattr(head, "predict_by_feat", None)
+    arguments = [] if predict is None else list(inspect.signature(predict).parameters)
+    arguments = [name for name in arguments if name != "rois"] or ["output"]
+    if isinstance(outputs, Tensor):
+        return arguments[0]
+    return {
+        name: _named(name, value, head) for name, value in zip(arguments, outputs, strict=False)
+    }
+
+
+def _named(name: str, value: Any, head: nn.Module) -> Names:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else name
+    if isinstance(value, list | tuple):
+        return [_named(f"{name}_{index}", entry, head) for index, entry in enumerate(value)]
+    raise QwtError(
+        f"A {type(head).__name__} returns a {type(value).__name__} for {name}, which has no place among the "
+        "outputs of a graph; this detector cannot be exported."
+    )
+
+
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return tuple(leaf for leaf in tree_leaves(outputs) if leaf is not None)
+
+
+def flat_names(names: Names) -> list[str]:
     """All names, in the order of the outputs."""
     return [name for name in tree_leaves(names) if name is not None]
 
 
-def with_tensors(names: Names, tensors: dict[str, Tensor]) -> Any:
-    """What a head returns, from the tensors by their names."""
+def with_tensors(names: Names, tensors: Mapping[str, Tensor]) -> Any:
+    """What a part returns, from the tensors by their names."""
     if isinstance(names, str):
         return tensors[names]
     if isinstance(names, dict):
-        return {key: with_tensors(entry, tensors) for key, entry in names.items()}
+        return tuple(with_tensors(entry, tensors) for entry in names.values())
     return None if names is None else [with_tensors(entry, tensors) for entry in names]
 
 
@@ -69,21 +222,19 @@ def refuse_what_has_no_form(model: BaseDetector) -> None:
     Raises:
         QwtError: it cannot; the message names the module.
     """
-    class_name = type(model).__name__
-    if not (
-        isinstance(model, SingleStageDetector)
-        and type(model).predict is SingleStageDetector.predict
-        and type(model.bbox_head).predict is BaseDenseHead.predict
-    ):
-        raise QwtError(
-            f"A {class_name} cannot be exported: only one-stage detectors whose head mmdet runs apart from what "
-            "makes boxes of its outputs (YOLOX, RetinaNet, FCOS, ATSS, RTMDet, … without masks) can."
-        )
+    parts = ("backbone", "neck", dense_head(model), *region_heads(model))
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("mmcv.ops"):
+        kind = type(module)
+        if not any(name == part or name.startswith(f"{part}.") for part in parts):
+            if any(True for _ in module.parameters(recurse=False)):
+                raise QwtError(
+                    f"The module {name} is a {kind.__name__} with weights, and lies between the parts that "
+                    f"become graphs ({', '.join(parts)}); this detector cannot be exported."
+                )
+        elif kind.__module__.startswith("mmcv.ops"):
             raise QwtError(
-                f"The module {name} is a {type(module).__name__}, an operator of mmcv's own that ONNX has "
-                "no form for; this detector cannot be exported."
+                f"The module {name} is a {kind.__name__}, an operator of mmcv's own that ONNX has no form "
+                "for; this detector cannot be exported."
             )
     for name, quantizer in activation_quantizers(model).items():
         if not quantizer.is_calibrated:

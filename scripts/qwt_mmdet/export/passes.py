@@ -72,6 +72,11 @@ def is_scalar(value: ir.Value | None) -> bool:
     return value is not None and constant(value).size == 1
 
 
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, or none where the graph returns it, too."""
+    return [] if value.is_graph_output() else [user for user, _ in value.uses()]
+
+
 def takes_integers(convolution: ir.Node) -> bool:
     """Whether input and weights are as integer kernels take them: one scale, and zero points of 0."""
     inputs, weight = (input_of(convolution, index).producer() for index in (0, 1))
@@ -85,7 +90,7 @@ def takes_integers(convolution: ir.Node) -> bool:
 def runs_in_integers(convolution: ir.Node) -> bool:
     """Whether ONNX Runtime has an integer kernel for a convolution: it has where the output is quantized with
     one scale."""
-    users = [user for user, _ in convolution.outputs[0].uses()]
+    users = _readers(convolution.outputs[0])
     return (
         takes_integers(convolution)
         and bool(users)
@@ -102,7 +107,7 @@ def quantize_before_pools(model: ir.Model) -> None:
             source = input_of(source, 0).producer()
         if source is None or source.op_type != "Conv" or not _is_read_once(before):
             continue
-        grids = [_grid_of(user) for user, _ in node.outputs[0].uses()]
+        grids = [_grid_of(user) for user in _readers(node.outputs[0])]
         if grids and grids[0] is not None and all(grid == grids[0] for grid in grids):
             quantize_value(model, before, *grids[0])
 
@@ -121,8 +126,8 @@ def sums(model: ir.Model) -> list[ir.Value]:
         for node in model.graph
         if node.op_type == "Conv"
         and takes_integers(node)
-        and node.outputs[0].uses()
-        and all(user.op_type in ("Add", "Resize") for user, _ in node.outputs[0].uses())
+        and _readers(node.outputs[0])
+        and all(user.op_type in ("Add", "Resize") for user in _readers(node.outputs[0]))
     ]
 
 
@@ -236,7 +241,7 @@ def drop_relus(model: ir.Model) -> None:
     The quantizer clips as it does. ONNX Runtime has no integer kernel for the two apart.
     """
     for node in [node for node in model.graph if node.op_type == "Relu"]:
-        users = [user for user, _ in node.outputs[0].uses()]
+        users = _readers(node.outputs[0])
         if users and all(
             user.op_type == "QuantizeLinear" and not constant(user.inputs[2]).any()
             for user in users
