@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def _outcome(config: str) -> dict[str, Any]:
     return outcome
 
 
-def _run(config: str, sender: Any) -> None:
+def _run(config: str, outcome: Callable[[str], dict[str, Any]], sender: Any) -> None:
     limit = MEMORY_GB * 2**30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
@@ -202,28 +202,28 @@ def _run(config: str, sender: Any) -> None:
     with open(os.devnull, "w") as silence:
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
-        sender.send(_outcome(config))
+        sender.send(outcome(config))
 
 
-def run_alone(config: str) -> dict[str, Any]:
+def run_alone(config: str, outcome: Callable[[str], dict[str, Any]] = _outcome) -> dict[str, Any]:
     """Walk one config in a process of its own, within the limits of memory and time."""
     context = multiprocessing.get_context("fork")  # imports take longer than a small model
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(config, sender))
+    process = context.Process(target=_run, args=(config, outcome, sender))
     start = time.monotonic()
     process.start()
     sender.close()
     try:
-        outcome = (
+        found = (
             receiver.recv()
             if receiver.poll(SECONDS)
             else {"result": "skipped", "sentence": f"over {SECONDS} seconds"}
         )
     except EOFError:
-        outcome = {"result": "skipped", "sentence": f"over {MEMORY_GB} GB (killed)"}
+        found = {"result": "skipped", "sentence": f"over {MEMORY_GB} GB (killed)"}
     process.kill()
     process.join()
-    return {**outcome, "seconds": round(time.monotonic() - start, 1)}
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
 def models() -> list[tuple[list[str], str | None]]:

@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from mmdet.structures import DetDataSample
+from qwt_mmdet.compensation.kinds import Linear, LowRank
+from qwt_mmdet.compensation.modules import attach_compensation
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.build import random_detector
 from qwt_mmdet.detectors.forward import forward_scope
@@ -125,7 +127,7 @@ def test_onnx_runtime_computes_a_residual_network_in_integers(tmp_path, images):
     quantize_model(model, QuantizationSettings(8, 8, grids="integer", migrate_scales=False))
     calibrate(model, images)
     inputs = [batch["inputs"][0][None] for batch in images]
-    graph = onnx_file.trace(model, inputs[0], ["output"], images=inputs)
+    graph = onnx_file.trace(model, {"image": inputs[0]}, ["output"], images=inputs)
     onnx_ir.save(graph, tmp_path / "model.onnx")
     run = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")
     for image in inputs:
@@ -139,6 +141,21 @@ def test_onnx_runtime_computes_a_residual_network_in_integers(tmp_path, images):
     assert (
         values.count(onnx_ir.DataType.INT32) == 3
     )  # biases of all but the last, whose output nobody quantizes
+
+
+@torch.no_grad()
+def test_a_compensation_is_part_of_the_graph(tmp_path, images):
+    model = quantized(images, weight_bits=8, activation_bits=8, grids="integer")
+    image = images[0]["inputs"][0][None]
+    plain = model(image)[0]
+    maps, tokens = model.backbone[3], model.backbone[5]
+    attach_compensation(maps, Linear(torch.randn(8, 8), torch.randn(8)))
+    attach_compensation(tokens, LowRank(torch.randn(64, 2), torch.randn(2, 5), torch.randn(5)))
+    expected = model(image)[0]
+    onnx_ir.save(graph_of(model), tmp_path / "model.onnx")
+    found = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")({"image": image.numpy()})
+    near(torch.from_numpy(found["output"]), expected)
+    assert (plain - expected).abs().mean() > 0.5 * expected.std()
 
 
 def test_a_failure_names_the_module(images):
@@ -229,7 +246,9 @@ def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path):
     for actual, expected in zip(exported.rpn_head(features), model.rpn_head(maps), strict=True):
         near(actual, expected)
     for head, count, side in (("bbox_head", 7, 7), ("mask_head", 1, 14)):
-        regions = torch.rand(count, 8, side, side) * maps[0].max()
+        regions = (
+            maps[0][:, :, :side, :side].repeat(count, 1, 1, 1) / 2
+        )  # within what calibration saw
         actual, expected = (
             part(regions)
             for part in (getattr(exported.roi_head, head), getattr(model.roi_head, head))

@@ -93,9 +93,7 @@ def export_onnx(
     names = [*flat_names(first.outputs), *flat_names(first.features)]
     sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
     images = (model.data_preprocessor(batch, False)["inputs"] for batch in calibration)
-    graph = trace(
-        first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images
-    )
+    graph = trace(first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images)
     _save(graph, path)
     regions = {}
     for name, inputs in region_inputs(copied, image).items():

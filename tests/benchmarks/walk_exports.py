@@ -1,0 +1,142 @@
+"""Export the architectures of the quantizer's tests, and compare ONNX Runtime with the simulation: docs/export.md.
+
+Weights are random and the image is a small generated one: this tells which detectors have a graph, and whether it
+computes the same. Each head gets the same input in both. Rounding to 8 bits makes a step of what is a tie, so the
+simulation is also compared with itself, computed with other convolution kernels of torch (without oneDNN).
+Results are appended to a file of JSON lines, and what stands there is not run again; remove a line to repeat it.
+
+    python tests/benchmarks/walk_exports.py --results exports.jsonl
+    python tests/benchmarks/walk_exports.py --results exports.jsonl --table
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.data.loaders import make_loader
+from qwt_mmdet.detectors.build import random_detector, read_config
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.export.loading import load_exported
+from qwt_mmdet.export.onnx_file import export_onnx, exported_bytes
+from qwt_mmdet.export.parts import dense_head, refuse_what_has_no_form, region_inputs
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from walk_zoo import SIZES, few_candidates, run_alone, small_pipeline, write_image
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from test_architectures import ALWAYS, FAMILIES
+
+QUANTIZATION = QuantizationSettings(
+    8, 8, scope="detector", grids="integer", weight_range="minmax", activation_range="minmax",
+    rounding="nearest", migrate_scales=False,
+)  # fmt: skip
+
+
+def difference(actual: Any, expected: Any) -> float:
+    """‖actual − expected‖ / ‖expected‖ of the worst tensor that the heads return."""
+    pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
+    tensors = [(found, wanted) for found, wanted in pairs if isinstance(wanted, Tensor)]
+    assert all(found.shape == wanted.shape for found, wanted in tensors)
+    return max(float((found - wanted).norm() / wanted.norm()) for found, wanted in tensors)
+
+
+def heads(model: nn.Module, image: Tensor, regions: Iterable[tuple[str, Any]]) -> list[Any]:
+    """What the heads return: the dense one for an image, the others for maps of regions."""
+    features = model.extract_feat(image)
+    first = model.get_submodule(dense_head(model))(features)
+    return [first, *(model.get_submodule(name)(*inputs.values()) for name, inputs in regions)]
+
+
+@torch.no_grad()
+def walk(config: str, size: tuple[int, int]) -> dict[str, Any]:
+    """Quantize, export and run a detector.
+
+    Raises:
+        QwtError: it is refused.
+    """
+    torch.manual_seed(0)
+    changes = few_candidates(read_config(config).model.get("test_cfg"))
+    model = random_detector(config, changes | (ALWAYS | FAMILIES)[config])
+    refuse_what_has_no_form(model)
+    with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
+        folder = Path(name)
+        annotations = write_image(folder, size, model.dataset_meta["classes"])
+        settings = copy.deepcopy(model.cfg)
+        small_pipeline(settings.test_dataloader, size)
+        batches = list(make_loader(settings, annotations))
+        calibrate(quantize_model(model, QUANTIZATION), copy.deepcopy(batches))
+        image = model.data_preprocessor(batches[0], False)["inputs"]
+        export_onnx(model, folder / "model.onnx", size=tuple(image.shape[2:]), dynamic=False)
+        exported = load_exported(folder / "model.onnx").model
+        megabytes = exported_bytes(folder / "model.onnx") / 1e6
+    regions = list(region_inputs(model, image).items())
+    expected = heads(model, image, regions)
+    with torch.backends.mkldnn.flags(enabled=False):
+        again = heads(model, image, regions)
+    return {
+        "graphs": 1 + len(regions),
+        "megabytes": megabytes,
+        "difference": difference(heads(exported, image, regions), expected),
+        "of_itself": difference(again, expected),
+    }
+
+
+def outcome(config: str) -> dict[str, Any]:
+    """What :func:`walk` finds, or why it finds nothing."""
+    for size in SIZES:
+        try:
+            return {"result": "exports", **walk(config, size)}
+        except QwtError as error:
+            return {"result": "refused", "sentence": str(error)}
+        except Exception:  # the image may be too small
+            failure = {"result": "fails", "sentence": traceback.format_exc()}
+    return failure
+
+
+def table(results: Path) -> str:
+    """One row per config, as Markdown."""
+    rows = []
+    for line in results.read_text().splitlines():
+        entry = json.loads(line)
+        found = entry.get("sentence")
+        if found is None:
+            found = f"{entry['difference']:.4f} ({entry['of_itself']:.4f})"
+        rows.append([entry["config"], entry["result"], entry.get("graphs", ""), found])
+    headers = ("config", "result", "graphs", "difference (of the simulation), or why not")
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--table", action="store_true", help="print what the file holds, and end")
+    parser.add_argument("--only", default="", help="run configs whose names contain this")
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.results))
+        return
+    done = set()
+    if options.results.exists():
+        lines = options.results.read_text().splitlines()
+        done = {json.loads(line)["config"] for line in lines}
+    for config in ALWAYS | FAMILIES:
+        if options.only in config and config not in done:
+            entry = {"config": config, **run_alone(config, outcome)}
+            with open(options.results, "a") as stream:
+                stream.write(json.dumps(entry) + "\n")
+            print(json.dumps(entry), flush=True)
+
+
+if __name__ == "__main__":
+    main()
