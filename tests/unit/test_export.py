@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from mmcv.ops import batched_nms
 from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation.kinds import Linear, LowRank
 from qwt_mmdet.compensation.modules import attach_compensation
@@ -24,7 +25,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
-from qwt_mmdet.export import kernels, loading, onnx_file, parts, runtimes  # noqa: E402
+from qwt_mmdet.export import detections, kernels, loading, onnx_file, parts, runtimes  # noqa: E402
 
 
 class Network(nn.Module):
@@ -176,6 +177,7 @@ def test_a_network_is_refused_before_it_runs(images):
         onnx_file.check_opset(7)
 
 
+DEMO = Path(__file__).parents[2] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
 SIZE = (64, 64)
 SMALL = {
     "model.backbone": {
@@ -199,10 +201,8 @@ SMALL = {
 
 def two_stages() -> nn.Module:
     """The demo's Mask R-CNN, small and with random weights, quantized."""
-    root = Path(__file__).parents[2]
-    config = root / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
     torch.manual_seed(0)
-    model = random_detector(config, SMALL)
+    model = random_detector(DEMO, SMALL)
     settings = {"weight_bits": 8, "activation_bits": 8, "scope": "detector", "grids": "integer"}
     settings |= {"weight_range": "minmax", "activation_range": "minmax", "rounding": "nearest"}
     quantize_model(model, QuantizationSettings.from_mapping(settings))
@@ -268,6 +268,79 @@ def test_an_image_of_another_size_is_refused_where_the_graph_is_fixed():
     assert parts.one_size_only(tiny.backbone("swin")) == "stages.0.blocks.0.attn"
 
 
+def one_stage(kind: str) -> nn.Module:
+    """A small detector in full precision whose scores and boxes are spread; mmdet counts the best 100."""
+    heads = {
+        "RetinaNet": {
+            "type": "RetinaHead", "stacked_convs": 1,
+            "anchor_generator": {"type": "AnchorGenerator", "octave_base_scale": 4, "scales_per_octave": 1,
+                                 "ratios": [1.0], "strides": [4, 8]},
+        },
+        "FCOS": {"type": "FCOSHead", "stacked_convs": 1, "strides": [4, 8],
+                 "norm_cfg": {"type": "BN"}, "conv_bias": True},
+        "YOLOX": {"type": "YOLOXHead", "stacked_convs": 1, "strides": [4, 8]},
+    }  # fmt: skip
+    config = {
+        "_delete_": True,
+        "type": kind,
+        "data_preprocessor": {"type": "DetDataPreprocessor"},
+        "backbone": {key: value for key, value in SMALL["model.backbone"].items() if key != "_delete_"},
+        "neck": {"type": "FPN", **SMALL["model.neck"]},
+        "bbox_head": {"num_classes": 10, "in_channels": 8, "feat_channels": 8, **heads[kind]},
+        "test_cfg": {
+            "nms_pre": 10000, "min_bbox_size": 0, "score_thr": 0.2, "max_per_img": 100,
+            "nms": {"type": "nms", "iou_threshold": 0.5},
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = random_detector(DEMO, {"model": config})
+    for parameter in model.bbox_head.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS", "YOLOX"])
+def test_candidates_are_the_boxes_and_scores_that_mmdet_chooses_from(kind):
+    model = one_stage(kind)
+    image = torch.randn(1, 3, *SIZE)
+    sample = DetDataSample(metainfo={"img_shape": SIZE, "scale_factor": (1.0, 1.0)})
+    expected = model.predict(image, [sample], rescale=False)[0].pred_instances
+    boxes, scores = detections.Candidates(model)(image)
+    kept = scores[0].nonzero()
+    labels, indices = kept.unbind(1)
+    values = scores[0][labels, indices]
+    _, chosen = batched_nms(boxes[0][indices], values, labels, model.test_cfg.nms)
+    chosen = chosen[: 100 if kind != "YOLOX" else None]  # mmdet keeps all of YOLOX
+    assert len(expected) == len(chosen) > 20
+    torch.testing.assert_close(values[chosen], expected.scores)
+    torch.testing.assert_close(boxes[0][indices][chosen], expected.bboxes)
+    assert torch.equal(labels[chosen], expected.labels)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_a_graph_with_suppression_returns_what_mmdet_does(tmp_path):
+    model, path = one_stage("FCOS"), tmp_path / "model.onnx"
+    onnx_file.export_onnx(model, path, size=SIZE, dynamic=False, nms=True)
+    image = torch.randn(1, 3, *SIZE)
+    sample = DetDataSample(metainfo={"img_shape": SIZE, "scale_factor": (1.0, 1.0)})
+    expected = model.predict(image, [sample], rescale=False)[0].pred_instances
+    found = runtimes.open_graph(path, "onnxruntime")({"image": image.numpy()})
+    assert np.array_equal(found["labels"], expected.labels)
+    np.testing.assert_allclose(found["scores"], expected.scores, rtol=1e-4)
+    np.testing.assert_allclose(found["boxes"], expected.bboxes, rtol=1e-4, atol=1e-3)
+    with pytest.raises(QwtError, match="without --nms"):
+        loading.load_exported(path)
+
+
+def test_suppression_is_refused_where_there_is_no_graph_for_it():
+    model = one_stage("FCOS")
+    model.bbox_head.test_cfg.nms.type = "soft_nms"
+    with pytest.raises(QwtError, match=r"bbox_head suppresses boxes with .*soft_nms"):
+        detections.check_suppression(model)
+
+
 def near(actual: object, expected: object) -> None:
     """Equal but for ties that are rounded the other way."""
     for found, wanted in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
@@ -279,7 +352,12 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(QwtError, match="does not exist"):
         loading.load_exported(path)
-    description = {"format": onnx_file.EXPORT_FORMAT, "sha256": "0" * 64, "region_heads": {}}
+    description = {
+        "format": onnx_file.EXPORT_FORMAT,
+        "sha256": "0" * 64,
+        "suppression": None,
+        "region_heads": {},
+    }
     path.with_suffix(".json").write_text(json.dumps(description))
     with pytest.raises(QwtError, match="does not exist"):
         loading.load_exported(path)

@@ -33,6 +33,9 @@ def export(
         bool | None,
         typer.Option(help="Whether images of other sizes can come; default: as the model config."),
     ] = None,
+    nms: Annotated[
+        bool, typer.Option("--nms", help="Let a one-stage detector's graph return boxes itself.")
+    ] = False,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 21,
 ) -> None:
     """Write a detector, quantized and compensated or not, as an ONNX file."""
@@ -40,6 +43,6 @@ def export(
         model = load_model(values, checkpoint, warmup, compensation)
         from ..export.onnx_file import export_onnx, exported_bytes
 
-        export_onnx(model, output, size=size, dynamic=dynamic, opset=opset)
+        export_onnx(model, output, size=size, dynamic=dynamic, nms=nms, opset=opset)
         megabytes = exported_bytes(output) / 1e6
         typer.echo(f"{output}: {megabytes:.2f} MB (description: {output.with_suffix('.json')})")

@@ -97,10 +97,15 @@ def load_exported(
         runtime: ``onnxruntime`` or ``openvino``.
 
     Raises:
-        QwtError: a file is missing, truncated or does not belong to the other, or the runtime is not
-            installed.
+        QwtError: a file is missing, truncated or does not belong to the other, the runtime is not installed,
+            or the graph returns boxes itself.
     """
     description = read_summary(path, EXPORT_FORMAT, "exported")
+    if description["suppression"]:
+        raise QwtError(
+            f"The graph {path} returns boxes, scores and labels itself; run it with onnxruntime (see "
+            "docs/export.md), or export the detector without --nms."
+        )
     entries = [description, *description["region_heads"].values()]
     runs = []
     for file, entry in zip(graph_files(path), entries, strict=True):

@@ -23,6 +23,7 @@ from ..data.loaders import inference_pipeline, transform_name
 from ..errors import QwtError, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
+from .detections import Candidates, append_suppression, check_suppression
 from .nodes import OPSET, onnx_nodes
 from .parts import (
     FirstPart,
@@ -52,6 +53,7 @@ def export_onnx(
     *,
     size: tuple[int, int] | None = None,
     dynamic: bool | None = None,
+    nms: bool = False,
     opset: int = OPSET,
     calibration: Iterable[dict[str, Any]] = (),
     details: Mapping[str, Any] | None = None,
@@ -67,6 +69,8 @@ def export_onnx(
         size: height and width of the image; None: what the model's test pipeline makes.
         dynamic: other sizes are allowed too; None: where the test pipeline makes others and the graph can
             take them.
+        nms: the graph of a one-stage detector returns detections: boxes [detections, 4] in pixels of the
+            graph's image, scores and labels [detections], the highest scores first.
         calibration: a few batches as mmdet's test step takes them. With them, outputs of convolutions
             that are added to others are quantized too (8 bits), which integer kernels of ONNX Runtime need.
         details: of the description, such as an AP.
@@ -77,6 +81,7 @@ def export_onnx(
     """
     check_opset(opset)
     refuse_what_has_no_form(model)
+    suppression = check_suppression(model) if nms else None
     check_installed("onnxscript")
     fixed = one_size_only(model)
     if dynamic and fixed:
@@ -88,15 +93,18 @@ def export_onnx(
         found, varies = image_size(model)
         size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
     copied = copy.deepcopy(model).cpu().eval()
-    first, image = FirstPart(copied), torch.zeros(1, 3, *size)
-    first(image)  # finds the names
+    first, image = (Candidates if nms else FirstPart)(copied), torch.zeros(1, 3, *size)
+    with _failures_name_the_module(copied):
+        first(image)  # finds the names
+        inputs_of_heads = region_inputs(copied, image)
     names = [*flat_names(first.outputs), *flat_names(first.features)]
     sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
     images = (model.data_preprocessor(batch, False)["inputs"] for batch in calibration)
     graph = trace(first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images)
+    outputs = append_suppression(graph, suppression) if suppression else first.outputs
     _save(graph, path)
     regions = {}
-    for name, inputs in region_inputs(copied, image).items():
+    for name, inputs in inputs_of_heads.items():
         part = RegionPart(copied.get_submodule(name))
         part(*inputs.values())
         names = flat_names(part.outputs)
@@ -115,7 +123,8 @@ def export_onnx(
         "fingerprint": record_of(model).fingerprint,
         "input": {"name": "image", "size": list(size), "dynamic": dynamic},
         "preprocessing": preprocessing(model),
-        "outputs": first.outputs,
+        "outputs": outputs,
+        "suppression": suppression,
         "features": first.features,
         "region_heads": regions,
         "classes": list(model.dataset_meta["classes"]),
@@ -295,6 +304,9 @@ def _failures_name_the_module(model: nn.Module) -> Iterator[None]:
         stack.callback(register_module_forward_hook(leave).remove)
         try:
             yield
+        except QwtError:
+            raise
         except Exception as error:
             where = f" at the module {entered[-1]}" if entered and entered[-1] else ""
-            raise QwtError(f"torch cannot export this detector{where}: {reason(error)}.") from error
+            why = reason(error.__cause__ or error)
+            raise QwtError(f"torch cannot export this detector{where}: {why}.") from error
