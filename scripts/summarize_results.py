@@ -13,4 +13,6 @@ with step(snakemake):
         seed=snakemake.params.seed,
         processes=snakemake.threads,
         failed=snakemake.params.failed,
+        exports=snakemake.params.exports,
+        exports_table=snakemake.output.get("exports"),
     )

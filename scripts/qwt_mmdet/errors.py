@@ -1,6 +1,7 @@
 """Exceptions that are meant for the user."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -33,6 +34,18 @@ def registered(key: str, name: str, table: Mapping[str, T]) -> T:
             f"{', '.join(known)}."
         )
     return table[name]
+
+
+def check_installed(package: str) -> None:
+    """Check that a package is there.
+
+    Raises:
+        QwtError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise QwtError(
+            f"The package {package} is not installed; `pip install {package}` installs it."
+        )
 
 
 LONGEST_REASON = 300

@@ -32,7 +32,12 @@ mmdet takes goes into collecting."""
 COMMAND = "QWT_MMDET_COMMAND"
 """Environment variable in which the workflow leaves the user's command line for its jobs."""
 
-EVALUATIONS = ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated")
+EVALUATIONS = (
+    "evaluate_baseline",
+    "evaluate_quantized",
+    "evaluate_compensated",
+    "evaluate_exported",
+)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -39,6 +39,13 @@ _REPORT = tuple(
     f"reporting.{module}"
     for module in ("figures", "html", "pictures", "summary", "templates", "text")
 )
+_RUNTIMES = (
+    "archives",
+    "export.description",
+    "export.kernels",
+    "export.passes",
+    "export.runtimes",
+)
 STEP_MODULES = {
     "fetch_checkpoint": (
         "data.download",
@@ -60,6 +67,27 @@ STEP_MODULES = {
         "steps.compensate",
     ),
     "evaluate_compensated": (*_EVALUATION, *_QUANTIZATION, "compensation"),
+    "export_model": (
+        *_DETECTOR,
+        *_QUANTIZATION,
+        "compensation",
+        *_RUNTIMES,
+        "export.detections",
+        "export.nodes",
+        "export.onnx_file",
+        "export.outputs",
+        "export.parts",
+        "export.processing",
+        "steps.export",
+    ),
+    "evaluate_exported": (
+        *_EVALUATION,
+        *_RUNTIMES,
+        "export.loading",
+        "export.parts",
+        "steps.exported",
+    ),
+    "benchmark_exported": (*_RUNTIMES, "export.benchmark", "export.profile", "steps.benchmark"),
     "summarize_results": (
         "data.annotations",
         "archives",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from qwt_mmdet import config
-from qwt_mmdet.config import RECIPES, CompensationSettings, read_file
+from qwt_mmdet import config, errors
+from qwt_mmdet.config import RECIPES, CompensationSettings, read_file, workflow
 from qwt_mmdet.config.section import dotted
 from qwt_mmdet.errors import QwtError
 
@@ -123,6 +123,11 @@ def test_the_order_of_keys_in_the_file_does_not_matter():
         ("datasets/shapes/calibration", {"images": "all"}, ["calibration.images is 'all'", "a whole number"]),
         ("datasets/shapes/root", "data", ["datasets.shapes.root", "not a known key"]),
         ("datasets/shapes/type", "voc", ["datasets.shapes.type is 'voc'", "'shapes', 'coco'"]),
+        ("export", [{"runtime": ["onnxruntim"]}], ["export[0].runtime[0] is 'onnxruntim'", "did you mean onnxruntime?"]),
+        ("export", [{"opset": 7}], ["export[0].opset is 7", "from 21 to 23"]),
+        ("export", [{"input": "static"}], ["export[0].input is 'static'", "'fixed' or 'dynamic'"]),
+        ("export", [{"quantization": ["w8"]}], ["export[0].quantization names 'w8'", "did you mean w8a8?"]),
+        ("export", [{}, {"opset": 22}], ["export[0] names no detector", "a later entry"]),
         ("datasets/coco", {"type": "coco"}, ["datasets.coco", "neither root nor url"]),
         (
             "datasets/coco",
@@ -331,6 +336,31 @@ def test_without_targets_all_combinations_are_wanted():
         ("demo", "w4a8", "qwt"),
         ("demo", "w4a8", "paper"),
     ]
+
+
+def test_exports_are_quantized_detectors_or_those_with_a_compensation_that_is_named():
+    entries = [{"quantization": ["w8a8"]}, {"quantization": ["w4a8"], "compensation": ["qwt"]}]
+    found = config.exports(config.resolve(changed("export", entries)))
+    assert [row[1:] for row in found] == [("w8a8", None), ("w4a8", "qwt")]
+    assert config.exports(config.resolve(MINIMAL)) == {}
+    again = [{}, {"quantization": ["w4a8"], "runtime": ["onnxruntime", "openvino"]}]
+    found = config.exports(config.Configuration(**changed("export", again)))
+    assert [about.runtime for about in found.values()] == [
+        ("onnxruntime",), ("onnxruntime", "openvino"),
+    ]  # fmt: skip
+
+
+def test_exports_of_one_model_have_one_opset():
+    entries = [{"quantization": ["w8a8"]}, {"quantization": ["w4a8"], "opset": 22}]
+    with pytest.raises(QwtError, match="of the model demo, opset is both 21 and 22"):
+        config.resolve(changed("export", entries))
+
+
+def test_a_runtime_that_is_not_installed_is_named_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(workflow, "zoo_folder", lambda: Path("configs"))
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(QwtError, match="openvino is not installed; `pip install openvino`"):
+        config.resolve(changed("export", [{"runtime": ["openvino"]}]))
 
 
 def test_targets_choose_combinations_and_each_is_wanted_once():

@@ -85,10 +85,10 @@ def test_config_files_follow_modules_of_ones_own(write, tmp_path, monkeypatch, l
     }  # fmt: skip
 
 
-BASELINE = {"evaluate_baseline"}
-FIT = {"fit_compensation", "evaluate_compensated"}
+FIT = {"fit_compensation", "evaluate_compensated", "export_model"}
 QUANTIZED = {"quantize_model", "rank_layers", "evaluate_quantized", *FIT}
-COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated"}
+COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated", "evaluate_exported"}
+EVERY_DETECTOR = QUANTIZED | COCO
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,17 @@ COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated"}
         ("steps/rank.py", {"rank_layers"}),
         ("steps/quantize.py", {"quantize_model"}),
         ("steps/compensate.py", {"fit_compensation"}),
+        ("export/nodes.py", {"export_model"}),
+        ("export/loading.py", {"evaluate_exported"}),
+        ("export/runtimes.py", {"export_model", "evaluate_exported", "benchmark_exported"}),
+        ("export/benchmark.py", {"benchmark_exported"}),
         ("steps/evaluate.py", COCO),
         ("evaluation/predict.py", COCO),
-        ("steps/inputs.py", BASELINE | QUANTIZED),
+        ("steps/inputs.py", EVERY_DETECTOR),
         ("evaluation/bootstrap.py", {"summarize_results"}),
         ("evaluation/estimates.py", {"summarize_results", "render_report"}),
-        ("devices.py", BASELINE | QUANTIZED),
-        ("data/loaders.py", BASELINE | QUANTIZED),
+        ("devices.py", EVERY_DETECTOR),
+        ("data/loaders.py", EVERY_DETECTOR),
         ("reporting/templates/report.html.j2", {"render_report"}),
         ("demo/shapes.py", {"prepare_dataset", "select_images", "train_demo"}),
         ("runtime.py", set()),  # logs and messages
@@ -135,13 +139,15 @@ OTHER_STEPS = {
     "rank_layers": {"compensation", "data.download", "evaluation"},
     "fit_compensation": {"data.download", "evaluation"},
     "evaluate_compensated": {"data.download"},
+    "export_model": {"data.download", "evaluation"},
+    "evaluate_exported": {"compensation", "data.download", "quantization"},
     "summarize_results": {"compensation"},
 }
 
 
 def script(step: str) -> Path:
-    """Of a step's rule; the three evaluations share one."""
-    name = "evaluate_detector" if step.startswith("evaluate_") else step
+    """Of a step's rule; three evaluations share one."""
+    name = "evaluate_detector" if step in COCO - {"evaluate_exported"} else step
     return ROOT / "scripts" / f"{name}.py"
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 from mmcv.ops import batched_nms
 from mmdet.structures import DetDataSample
+from qwt_mmdet import errors
 from qwt_mmdet.compensation.kinds import Linear, LowRank
 from qwt_mmdet.compensation.modules import attach_compensation
 from qwt_mmdet.config import QuantizationSettings
@@ -25,7 +26,16 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
-from qwt_mmdet.export import detections, kernels, loading, onnx_file, parts, runtimes  # noqa: E402
+from qwt_mmdet.export import (  # noqa: E402
+    description,
+    detections,
+    kernels,
+    loading,
+    onnx_file,
+    parts,
+    runtimes,
+)
+from qwt_mmdet.export.description import EXPORT_FORMAT  # noqa: E402
 
 
 class Network(nn.Module):
@@ -89,7 +99,8 @@ def test_onnx_runtime_computes_what_the_quantized_network_does(
     onnx_ir.save(graph, tmp_path / "model.onnx")
     opened = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")
     kernels.widen_weights(graph)
-    run = runtimes.RUNTIMES["onnxruntime"](onnx_ir.to_proto(graph).SerializeToString(), 1, False)
+    as_it_is = runtimes.Graph(onnx_ir.to_proto(graph).SerializeToString(), overflow=False)
+    run = runtimes.RUNTIMES["onnxruntime"](as_it_is, 1)
     for batch, output in zip(images, expected, strict=True):
         inputs = {"image": batch["inputs"][0][None].numpy()}
         error, spread = np.abs(run(inputs)["output"] - output), output.std()
@@ -228,11 +239,11 @@ def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path):
     model = two_stages()
     path = tmp_path / "model.onnx"
     onnx_file.export_onnx(model, path, size=SIZE)
-    files = onnx_file.graph_files(path)
+    files = description.graph_files(path)
     assert [file.name for file in files] == [
         "model.onnx", "model.roi_head.bbox_head.onnx", "model.roi_head.mask_head.onnx",
     ]  # fmt: skip
-    assert onnx_file.exported_bytes(path) == sum(file.stat().st_size for file in files)
+    assert description.exported_bytes(path) == sum(file.stat().st_size for file in files)
     exported = loading.load_exported(path).model
     batch = photos()[1]
     found = forward_scope(exported, copy.deepcopy(batch), "detector")[0].pred_instances
@@ -352,13 +363,8 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     path = tmp_path / "model.onnx"
     with pytest.raises(QwtError, match="does not exist"):
         loading.load_exported(path)
-    description = {
-        "format": onnx_file.EXPORT_FORMAT,
-        "sha256": "0" * 64,
-        "suppression": None,
-        "region_heads": {},
-    }
-    path.with_suffix(".json").write_text(json.dumps(description))
+    about = {"format": EXPORT_FORMAT, "sha256": "0" * 64, "suppression": None, "region_heads": {}}
+    path.with_suffix(".json").write_text(json.dumps(about))
     with pytest.raises(QwtError, match="does not exist"):
         loading.load_exported(path)
     path.write_bytes(b"half of a graph")
@@ -371,11 +377,11 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
 def test_unknown_and_missing_runtimes(monkeypatch):
     with pytest.raises(QwtError, match="did you mean onnxruntime"):
         runtimes.check_runtime("onnxruntim")
-    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(QwtError, match="pip install openvino"):
         runtimes.check_runtime("openvino")
 
 
 def test_configs_keep_their_tuples_in_json():
     config = {"scale": (416, 416), "steps": [{"pad": (0, 1), "keep": True}], "none": None}
-    assert onnx_file.from_json(json.loads(json.dumps(onnx_file.as_json(config)))) == config
+    assert description.from_json(json.loads(json.dumps(description.as_json(config)))) == config

@@ -129,6 +129,7 @@ def test_a_workflow_that_cannot_run_ends_with_what_snakemake_says(coco, tmp_path
         ),
         (["--rounding", "up"], "'gptq'"),
         (["--compensation", "papr"], "did you mean"),
+        (["--export", "onnxruntim"], "did you mean onnxruntime"),
         (["--cfg-options", "a.b"], "key=value"),
         (["--warmup-checkpoint", "missing.pth"], "no such file"),
         (["--output-dir", "/sys/results"], "/sys/results cannot be used"),

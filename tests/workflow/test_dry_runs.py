@@ -9,17 +9,23 @@ import pytest
 import yaml
 from conftest import REAL_COCO, ROOT, Workflow
 
-# {name of the configuration: (models, quantized, compensated)}
+# {name of the configuration: (models, quantized, compensated, exported)}
 RESULTS = {
-    "coco_download": (2, 3, 5),
-    "demo_tiny": (1, 1, 1),
-    "yolox_coco_real": (1, 5, 16),
-    "yolox_coco_real_tiny": (1, 1, 1),
+    "coco_download": (2, 3, 5, 0),
+    "demo_tiny": (1, 1, 1, 0),
+    "yolox_coco_real": (1, 5, 16, 0),
+    "yolox_coco_real_tiny": (1, 1, 1, 1),
 }
 real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}")
 
 
-def expected(models: int, quantized: int, compensated: int) -> dict[str, int]:
+def expected(models: int, quantized: int, compensated: int, exported: int = 0) -> dict[str, int]:
+    """Jobs by rule. Exported detectors of one model have one runtime each."""
+    exports = {
+        "export_model": exported + 1,  # in full precision, too
+        "evaluate_exported": exported,
+        "benchmark_exported": exported,
+    }
     return {
         "fetch_checkpoint": models,
         "prepare_dataset": 2,
@@ -31,6 +37,7 @@ def expected(models: int, quantized: int, compensated: int) -> dict[str, int]:
         "evaluate_compensated": compensated,
         "summarize_results": 1,
         "render_report": 1,
+        **(exports if exported else {}),
     }
 
 

@@ -29,6 +29,9 @@ RULES_PER_MODEL = {
     "evaluate_quantized": "yolox_nano/w4a8",
     "fit_compensation": "yolox_nano/w4a8/qwt",
     "evaluate_compensated": "yolox_nano/w4a8/qwt",
+    "export_model": "yolox_nano/w4a8/qwt",
+    "evaluate_exported": "yolox_nano/w4a8/qwt/onnxruntime",
+    "benchmark_exported": "yolox_nano/w4a8/qwt/onnxruntime",
 }
 
 
@@ -97,6 +100,13 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
     assert f"{float(row['AP_compensated']):.3f}" in table
     assert "Report: results/report.html" in table
     assert "yolox_nano" in (workflow.folder / "results" / "report.html").read_text()
+
+    with open(workflow.folder / "results" / "exports.csv", newline="") as stream:
+        (exported,) = csv.DictReader(stream)
+    assert float(exported["ap"]) == pytest.approx(float(row["AP_compensated"]), abs=0.02)
+    assert float(exported["file_bytes"]) < float(exported["full_precision_file_bytes"])
+    assert float(exported["latency_ratio"]) > 0
+    assert exported["failed"] == ""
 
     for rule, wildcards in RULES_PER_MODEL.items():
         assert (workflow.folder / "logs" / rule / f"{wildcards}.log").is_file()

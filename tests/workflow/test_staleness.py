@@ -98,6 +98,14 @@ def test_a_changed_quantization_runs_again_with_all_that_follows(finished, confi
     }
 
 
+def test_an_export_runs_only_what_is_new(finished, config):
+    entry = {"model": ["first"], "quantization": ["w4a8"], "compensation": ["qwt"]}
+    config["export"] = [entry]
+    finished.configure(config)
+    new = {"export_model": 2, "evaluate_exported": 1, "benchmark_exported": 1}
+    assert finished.jobs() == {**new, **TABLES}
+
+
 def test_a_changed_compensation_runs_again_alone(finished, config):
     config["compensation"]["paper"]["ridge"] = 0.5
     finished.configure(config)

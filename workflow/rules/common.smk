@@ -13,7 +13,7 @@ from pathlib import Path
 # The library beside this workflow, not one that happens to be installed.
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
-from qwt_mmdet.config import combinations, read_file, resolve
+from qwt_mmdet.config import combinations, exports, read_file, resolve
 from qwt_mmdet.data.sources import open_source
 from qwt_mmdet.devices import has_gpu
 from qwt_mmdet.errors import QwtError
@@ -60,14 +60,27 @@ if not workflow.overwrite_configfiles:
 GIVEN_CONFIG = copy.deepcopy(config)
 config = in_plain_words(resolve, config)
 COMBINATIONS = combinations(config)
+EXPORTS = exports(config)
+
+
+def any_of(names):
+    """Return a pattern of these names."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def export_variant(combination):
+    """Return the folder, in that of its model, of an exported combination: `w4a4/qwt`."""
+    return "/".join(filter(None, combination[1:]))
 
 
 wildcard_constraints:
     part="calibration|evaluation",
-    dataset="|".join(map(re.escape, config["datasets"])),
-    model="|".join(map(re.escape, config["models"])),
-    quantization="|".join(map(re.escape, config["quantization"])),
-    compensation="|".join(map(re.escape, config["compensation"])) or "(?!)",
+    dataset=any_of(config["datasets"]),
+    model=any_of(config["models"]),
+    quantization=any_of(config["quantization"]),
+    compensation=any_of(config["compensation"]),
+    variant=any_of(["baseline", *map(export_variant, EXPORTS)]),
+    runtime="onnxruntime|openvino",
 
 
 def detector_gpu(wildcards):
@@ -187,6 +200,47 @@ def supplied_warmup(wildcards):
     )
 
 
+def evaluated_folders(combination):
+    """Result folders of the variants of a combination; None for what is not evaluated."""
+    model, quantization, compensation = combination
+    folders = {
+        "baseline": f"results/{model}/baseline",
+        "quantized": f"results/{model}/{quantization}/quantized",
+        "compensated": compensation
+        and f"results/{model}/{quantization}/{compensation}",
+    }
+    for variant in ("baseline", "quantized"):
+        if f"evaluate_{variant}" in config["skip"]:
+            folders[variant] = None
+    return folders
+
+
+def export_input(wildcards):
+    """Input function: warmup, compensation and metrics of a variant that is exported, as far as it has them."""
+    quantization, _, compensation = wildcards.variant.partition("/")
+    folder = f"results/{wildcards.model}/{quantization}"
+    files = {"warmup": f"{folder}/warmup.pth"}
+    kind = "quantized"
+    if quantization == "baseline":
+        files, kind = {}, "baseline"
+    elif compensation:
+        files["compensation"] = f"{folder}/{compensation}/compensation.pth"
+        kind = "compensated"
+    evaluated = evaluated_folders((wildcards.model, quantization, compensation))[kind]
+    return files | ({"metrics": f"{evaluated}/metrics.json"} if evaluated else {})
+
+
+def export_settings(wildcards):
+    """Params function: how the files of a model are exported."""
+    entry = next(e for row, e in EXPORTS.items() if row.model == wildcards.model)
+    return {"opset": entry.opset, "input": entry.input}
+
+
+def all_cores(wildcards):
+    """Threads function: all cores, for a job that no other one may disturb."""
+    return min(workflow.resource_settings.cores or 1, os.cpu_count())
+
+
 def kept(path, keep):
     """Return an output file that stays, or that goes once nothing needs it any more."""
     return path if keep else temp(path)
@@ -226,24 +280,17 @@ def result_row(combination):
     """Names, settings and result folders of a combination: what summary and report read."""
     model, quantization, compensation = combination
     dataset = config["models"][model]["dataset"]
-    evaluated = {
-        "baseline": f"results/{model}/baseline",
-        "quantized": f"results/{model}/{quantization}/quantized",
-        "compensated": compensation
-        and f"results/{model}/{quantization}/{compensation}",
-    }
-    for variant in ("baseline", "quantized"):
-        if f"evaluate_{variant}" in config["skip"]:
-            evaluated[variant] = None
+    evaluated = evaluated_folders(combination)
     wanted = [folder for folder in evaluated.values() if folder is not None]
     evaluated = {
         variant: folder and finished(folder, "metrics.json")
         for variant, folder in evaluated.items()
     }
     missing = [folder for folder in wanted if folder not in evaluated.values()]
-    names = {**combination._asdict(), "dataset": dataset}
+    names = {**combination._asdict(), "dataset": dataset, "variant": None}
     return {
-        **names,
+        **combination._asdict(),
+        "dataset": dataset,
         "failed": missing and (causes(names) or ["the run stopped before it"]),
         "settings": config["quantization"][quantization],
         "compensation_settings": config["compensation"].get(compensation),
@@ -254,6 +301,38 @@ def result_row(combination):
 
 
 RESULT_ROWS = [result_row(combination) for combination in COMBINATIONS]
+
+
+def export_row(combination, runtime):
+    """Names and files of an exported detector in a runtime: what summary and report read."""
+    variant = export_variant(combination)
+    folder = f"results/{combination.model}/{variant}/{runtime}"
+    evaluated = evaluated_folders(combination)
+    simulated = evaluated["compensated" if combination.compensation else "quantized"]
+    names = {**combination._asdict(), "runtime": runtime}
+    files = {
+        "exported": finished(folder, "metrics.json"),
+        "benchmark": finished(f"{folder}/benchmark.json"),
+    }
+    about = {
+        **names,
+        "variant": variant,
+        "dataset": config["models"][combination.model]["dataset"],
+    }
+    return {
+        **names,
+        **files,
+        "simulated": simulated and finished(simulated, "metrics.json"),
+        "failed": None in files.values()
+        and (causes(about) or ["the run stopped before it"]),
+    }
+
+
+EXPORT_ROWS = [
+    export_row(combination, runtime)
+    for combination, about in EXPORTS.items()
+    for runtime in about.runtime
+]
 
 
 def result_files(*names, variants=("baseline", "quantized", "compensated")):
@@ -272,6 +351,30 @@ def result_files(*names, variants=("baseline", "quantized", "compensated")):
 def row_files(key):
     """Return the files that all result rows name under a key, each once."""
     return list(dict.fromkeys(row[key] for row in RESULT_ROWS if row[key] is not None))
+
+
+def export_files():
+    """Return what summary and report read of exported detectors."""
+    files = []
+    for row in EXPORT_ROWS:
+        if row["exported"] is not None:
+            files += [
+                f"{row['exported']}/{name}"
+                for name in ("metrics.json", "predictions.json")
+            ]
+        files += [row["benchmark"]] if row["benchmark"] is not None else []
+    return files
+
+
+def exported_models():
+    """Return the files of all exported detectors, with those in full precision that they are compared with."""
+    variants = {(row.model, export_variant(row)): None for row in EXPORTS}
+    variants |= {(row.model, "baseline"): None for row in EXPORTS}
+    return [
+        f"results/{model}/{variant}/model.{suffix}"
+        for model, variant in variants
+        for suffix in ("onnx", "json")
+    ]
 
 
 def annotation_files():
@@ -303,6 +406,9 @@ def all_results():
             "blocks.csv",
             variants=["compensated"],
         ),
+        *(["results/exports.csv"] if EXPORTS else []),
+        *exported_models(),
+        *export_files(),
         *warmup_summaries(),
         *(row_files("warmup") if config["keep_warmup"] else []),
     ]

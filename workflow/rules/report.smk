@@ -3,10 +3,12 @@ rule summarize_results:
     input:
         metrics=result_files("metrics.json"),
         predictions=result_files("predictions.json"),
+        exports=export_files(),
         annotations=row_files("annotations"),
         warmups=warmup_summaries(),
         compensations=result_files("compensation.json", variants=["compensated"]),
     output:
+        **({"exports": "results/exports.csv"} if EXPORTS else {}),
         table=report(
             "results/summary.csv",
             caption="../report/summary.rst",
@@ -28,6 +30,7 @@ rule summarize_results:
     threads: 8
     params:
         rows=RESULT_ROWS,
+        exports=EXPORT_ROWS,
         resamples=config["bootstrap"]["resamples"],
         seed=config["seed"],
         failed=STOPPED["failed"],

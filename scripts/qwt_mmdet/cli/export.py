@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..config.export import Export
 from .common import (
     MODEL,
     CheckpointOption,
@@ -13,10 +14,10 @@ from .common import (
     load_model,
     plain_errors,
 )
-from .options import Values, with_options
+from .options import Key, Values, with_options
 
 
-@with_options(MODEL)
+@with_options({**MODEL, Export: {"opset": Key("opset")}})
 def export(
     values: Values,
     checkpoint: CheckpointOption,
@@ -36,13 +37,13 @@ def export(
     nms: Annotated[
         bool, typer.Option("--nms", help="Let a one-stage detector's graph return boxes itself.")
     ] = False,
-    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 21,
 ) -> None:
     """Write a detector, quantized and compensated or not, as an ONNX file."""
     with plain_errors():
         model = load_model(values, checkpoint, warmup, compensation)
-        from ..export.onnx_file import export_onnx, exported_bytes
+        from ..export.description import exported_bytes
+        from ..export.onnx_file import export_onnx
 
-        export_onnx(model, output, size=size, dynamic=dynamic, nms=nms, opset=opset)
+        export_onnx(model, output, size=size, dynamic=dynamic, nms=nms, **values[Export])
         megabytes = exported_bytes(output) / 1e6
         typer.echo(f"{output}: {megabytes:.2f} MB (description: {output.with_suffix('.json')})")

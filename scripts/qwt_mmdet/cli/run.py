@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
 
 from ..config import RECIPES, QuantizationSettings, as_entry, resolve
 from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
+from ..config.export import Export, Runtime
 from ..config.models import Model
 from ..config.workflow import Configuration, Evaluation, Loading
 from ..errors import QwtError, suggestion
@@ -88,6 +89,14 @@ def run(
         list[str],
         typer.Option(metavar="|".join([*RECIPES, NO_COMPENSATION]), help="Recipe; repeatable."),
     ] = ["qwt"],  # noqa: B006
+    export: Annotated[
+        list[str],
+        typer.Option(
+            metavar="|".join(get_args(Runtime)),
+            help="Write the quantized detector as an ONNX file, with its compensation if it has one, and "
+            "evaluate and time it in this runtime; repeatable.",
+        ),
+    ] = [],  # noqa: B006
     device: DeviceOption = "auto",
     cores: CoresOption = None,
     warmup_checkpoint: Annotated[
@@ -118,6 +127,7 @@ def run(
             configuration = make_configuration(
                 values,
                 recipes=compensation,
+                runtimes=export,
                 warmup=warmup_checkpoint,
                 skip=tuple(step for step, wanted in skipped.items() if wanted),
             )
@@ -128,6 +138,7 @@ def make_configuration(
     values: Values,
     *,
     recipes: Sequence[str],
+    runtimes: Sequence[str] = (),
     warmup: Path | None = None,
     skip: tuple[Evaluation, ...] = (),
 ) -> Configuration:
@@ -136,6 +147,7 @@ def make_configuration(
     Args:
         values: of the options in ``OPTIONS``.
         recipes: of the compensation, by name.
+        runtimes: of exported files; without any, none are made.
         warmup: file to use instead of calibrating, for one quantization alone.
         skip: evaluations to leave out.
 
@@ -158,6 +170,11 @@ def make_configuration(
     for section in (CocoCalibration, CocoEvaluation):
         values[section]["images"] = _count(values[section]["images"])
     loading = Loading(**values[Loading])
+    compensations = {name: RECIPES[name] for name in recipes if name != NO_COMPENSATION}
+    exports: tuple[Export, ...] = ()
+    if runtimes:
+        named: dict[str, Any] = {"runtime": tuple(runtimes)}  # text, which the section checks
+        exports = (Export(compensation=tuple(compensations) or None, **named),)
     return Configuration(
         datasets={
             "coco": Coco(
@@ -177,7 +194,8 @@ def make_configuration(
             )
         },
         quantization=quantization,
-        compensation={name: RECIPES[name] for name in recipes if name != NO_COMPENSATION},
+        compensation=compensations,
+        export=exports,
         skip=skip,
         calibration=loading,
         evaluation=loading,

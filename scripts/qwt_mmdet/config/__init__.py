@@ -7,7 +7,7 @@ from .compensation import RECIPES, CompensationSettings, MaxCost
 from .quantization import Override, QuantizationSettings
 from .reading import read_file
 from .section import as_entry, as_plain
-from .workflow import Combination, Configuration, combinations, resolve
+from .workflow import Combination, Configuration, combinations, exports, resolve
 
 __all__ = [
     "RECIPES",
@@ -20,6 +20,7 @@ __all__ = [
     "as_entry",
     "as_plain",
     "combinations",
+    "exports",
     "read_file",
     "resolve",
 ]

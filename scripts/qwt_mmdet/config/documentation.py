@@ -13,8 +13,10 @@ from typing import Any
 
 import yaml
 from pydantic import TypeAdapter
+from pydantic_core import PydanticUndefined
 
-from . import compensation, datasets, models, quantization, workflow
+from . import compensation, datasets, export, models, quantization, workflow
+from .section import default_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
@@ -29,6 +31,7 @@ TABLES: dict[str, type] = {
     "compensation": compensation.CompensationSettings,
     "max_cost": compensation.MaxCost,
     "targets": workflow.Targets,
+    "export": export.Export,
     "configuration": workflow.Configuration,
     "loading": workflow.Loading,
     "activation_cache": workflow.ActivationCache,
@@ -63,14 +66,17 @@ def _without_titles(value: Any) -> Any:
     return [_without_titles(item) for item in value] if isinstance(value, list) else value
 
 
-def _default(field: dataclasses.Field) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        return "see below" if field.default_factory is not dict else "none"
-    if field.default is dataclasses.MISSING:
+def _default(section: Any, field: dataclasses.Field) -> str:
+    factory = section.__pydantic_fields__[field.name].default_factory
+    if factory is not None:
+        return "see below" if factory is not dict else "none"
+    value = default_of(section, field.name)
+    if value is PydanticUndefined:
         return "required"
-    if field.default is None or field.default == ():
+    if value is None or value == ():
         return "none"
-    value = field.default
+    if isinstance(value, tuple):
+        return f"`[{', '.join(value)}]`"
     return f"`{value}`" if isinstance(value, str) else str(value).lower()
 
 
@@ -93,7 +99,7 @@ def table(section: Any) -> str:
     for field in dataclasses.fields(section):
         meaning = section.__pydantic_fields__[field.name].description
         text = " ".join(meaning.split()).replace("|", "\\|") + limits(described[field.name])
-        rows.append(f"| `{field.name}` | {_default(field)} | {text} |")
+        rows.append(f"| `{field.name}` | {_default(section, field)} | {text} |")
     return "\n".join(rows)
 
 

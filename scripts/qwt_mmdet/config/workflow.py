@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError, model_validator
 
-from ..errors import suggestion
+from ..errors import check_installed, suggestion
 from .compensation import CompensationSettings
 from .datasets import Dataset
+from .export import Export
 from .models import Model
 from .names import Name
 from .quantization import LEAST_BITS, MOST_BITS, QuantizationSettings
@@ -21,7 +22,14 @@ from .section import Flag, Gigabytes, Nested, Seed, Text, raise_problems, sectio
 
 RESERVED_NAMES: dict[str, tuple[str, ...]] = {
     "datasets": (),
-    "models": ("datasets", "train_demo", "summary.csv", "summary.json", "report.html"),
+    "models": (
+        "datasets",
+        "train_demo",
+        "summary.csv",
+        "summary.json",
+        "exports.csv",
+        "report.html",
+    ),
     "quantization": ("baseline", "checkpoint.pth", "checkpoint.pth.download"),
     "compensation": (
         "quantized",
@@ -29,6 +37,10 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
         "warmup.json",
         "sensitivity.csv",
         "sensitivity.yaml",
+        "model.onnx",
+        "model.json",
+        "onnxruntime",
+        "openvino",
     ),
 }
 """Names that would collide with other files under results/, in small letters."""
@@ -128,6 +140,9 @@ class Configuration:
     """Seed of everything random that a step does (not of the choice of images)."""
     targets: Annotated[tuple[Annotated[Targets, Nested], ...], Field(min_length=1)] | None = None
     """Combinations to compute. Omitted: every model with every quantization and every compensation."""
+    export: tuple[Annotated[Export, Nested], ...] = ()
+    """Detectors that are written as ONNX files, and evaluated and timed as such; of entries that name the
+    same one the last counts."""
     skip: tuple[Evaluation, ...] = ()
     """Evaluations to leave out; what compares with them is then missing in table and report."""
     keep_warmup: Flag = True
@@ -149,6 +164,7 @@ class Configuration:
     @model_validator(mode="after")
     def _agree(self) -> "Configuration":
         problems = [*self._folders(), *self._references(), *self._nothing_evaluated()]
+        problems = problems or [*self._export_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -174,10 +190,11 @@ class Configuration:
         for name, model in self.models.items():
             yield from self._unknown(f"models.{name}.dataset", "datasets", [model.dataset])
             yield from self._unknown(f"models.{name}.warmup", "quantization", model.warmup)
-        for index, target in enumerate(self.targets or ()):
-            for key, section_name in zip(Combination._fields, SECTIONS, strict=True):
-                named = getattr(target, key) or ()
-                yield from self._unknown(f"targets[{index}].{key}", section_name, named)
+        for name in ("targets", "export"):
+            for index, target in enumerate(getattr(self, name) or ()):
+                for key, section_name in zip(Combination._fields, SECTIONS, strict=True):
+                    named = getattr(target, key) or ()
+                    yield from self._unknown(f"{name}[{index}].{key}", section_name, named)
 
     def _unknown(self, key: str, section_name: str, names: Iterable[str]) -> Iterator[str]:
         known = list(getattr(self, section_name))
@@ -195,6 +212,26 @@ class Configuration:
                 "would be evaluated; add a compensation or do not skip."
             )
 
+    def _export_problems(self) -> Iterator[str]:
+        """Entries that export nothing, and files of one model that differ in more than their bits."""
+        exported = self.exports()
+        for index, entry in enumerate(self.export):
+            if entry not in exported.values():
+                yield (
+                    f"export[{index}] names no detector that is computed, or none that a later entry does "
+                    "not name; add it to targets, or take the entry out."
+                )
+        first: dict[str, Export] = {}
+        for (model, *_), entry in exported.items():
+            other = first.setdefault(model, entry)
+            for key in ("opset", "input"):
+                values = [getattr(about, key) for about in (other, entry)]
+                if values[0] != values[1]:
+                    yield (
+                        f"export: of the model {model}, {key} is both {values[0]!r} and {values[1]!r}; give "
+                        "its files one value, as they are compared with one file in full precision."
+                    )
+
     def combinations(self) -> list[Combination]:
         """The combinations that are asked for, each once, in the configuration's order."""
         found: dict[Combination, None] = {}
@@ -205,6 +242,17 @@ class Configuration:
             ]
             found.update(dict.fromkeys(itertools.starmap(Combination, itertools.product(*choices))))
         return list(found)
+
+    def exports(self) -> dict[Combination, Export]:
+        """The combinations that are exported, in the configuration's order, and how."""
+        found: dict[Combination, Export] = {}
+        for row, entry in itertools.product(self.combinations(), self.export):
+            if all(
+                getattr(row, key) in (getattr(entry, key) or (getattr(row, key),))
+                for key in Combination._fields
+            ):
+                found[row if entry.compensation else row._replace(compensation=None)] = entry
+        return found
 
 
 _CONFIGURATION = TypeAdapter(Configuration)
@@ -226,6 +274,9 @@ def parse(config: Mapping[str, Any]) -> Configuration:
         for name, model in parsed.models.items()
         for problem in model_config_problems(f"models.{name}.config", model.config)
     )
+    if zoo_folder() is not None:  # the steps run in this environment
+        for runtime in sorted({name for entry in parsed.export for name in entry.runtime}):
+            check_installed(runtime)
     return parsed
 
 
@@ -241,6 +292,11 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 def combinations(config: Mapping[str, Any]) -> list[Combination]:
     """Return the combinations that a resolved config asks for, each once, in the config's order."""
     return _CONFIGURATION.validate_python(config).combinations()
+
+
+def exports(config: Mapping[str, Any]) -> dict[Combination, Export]:
+    """Return the combinations that a resolved config exports, in the config's order, and how."""
+    return _CONFIGURATION.validate_python(config).exports()
 
 
 def zoo_folder() -> Path | None:

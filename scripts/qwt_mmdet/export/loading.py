@@ -12,11 +12,11 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from ..archives import read_summary, summary_path
+from ..config import QuantizationSettings
 from ..detectors.build import build_detector
 from ..errors import QwtError
-from ..files import sha256_file
-from .onnx_file import EXPORT_FORMAT, from_json, graph_files
+from ..record import Quantization, record_of
+from .description import from_json, graph_files, read_description
 from .parts import dense_head, with_tensors
 from .runtimes import Run, open_graph
 
@@ -100,27 +100,20 @@ def load_exported(
         QwtError: a file is missing, truncated or does not belong to the other, the runtime is not installed,
             or the graph returns boxes itself.
     """
-    description = read_summary(path, EXPORT_FORMAT, "exported")
+    description = read_description(path)
     if description["suppression"]:
         raise QwtError(
             f"The graph {path} returns boxes, scores and labels itself; run it with onnxruntime (see "
             "docs/export.md), or export the detector without --nms."
         )
-    entries = [description, *description["region_heads"].values()]
-    runs = []
-    for file, entry in zip(graph_files(path), entries, strict=True):
-        if not file.is_file():
-            raise QwtError(f"The exported file {file} does not exist; check the path.")
-        if sha256_file(file) != entry["sha256"]:
-            raise QwtError(
-                f"{file} is not the file that {summary_path(path)} describes (another sha256); one of them "
-                "is truncated or from another export, so export both again."
-            )
-        runs.append(open_graph(file, runtime, threads=threads))
+    runs = [open_graph(file, runtime, threads=threads) for file in graph_files(path)]
     register_all_modules(init_default_scope=True)
     config = Config(from_json(description["config"]))
     model = build_detector(path, config, description["classes"])
     model.dataset_meta = {"classes": tuple(description["classes"])}
+    if description["quantization"] is not None:
+        settings = QuantizationSettings.from_mapping(description["quantization"])
+        record_of(model).quantization = Quantization(settings)
     model.backbone = model.neck = nn.Identity()
     model.extract_feat = _FirstPart(runs[0], description)
     model.get_submodule(dense_head(model)).forward = lambda features: features.head

@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.export import LEAST_OPSET
 from ..quantization.convert import activation_quantizers, quantized_layers
 from ..quantization.layers import QuantizedLayer
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.subclasses import Products
 
-OPSET = 21
-"""The first with 4-bit integers, and the least that is written."""
-
 
 def _node(operator: str, *inputs: Tensor, dtype: torch.dtype, **attributes: Any) -> Tensor:
     """A node whose output has the shape of its first input."""
     return torch.onnx.ops.symbolic(
-        operator, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=OPSET
+        operator, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=LEAST_OPSET
     )
 
 

@@ -18,30 +18,32 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from ..archives import read_summary, summary_path
+from ..archives import summary_path
+from ..config import as_plain
+from ..config.export import LEAST_OPSET, MOST_OPSET
 from ..data.loaders import inference_pipeline, transform_name
-from ..errors import QwtError, reason
+from ..errors import QwtError, check_installed, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
+from .description import EXPORT_FORMAT, as_json, exported_bytes
 from .detections import Candidates, append_suppression, check_suppression
-from .nodes import OPSET, onnx_nodes
+from .nodes import onnx_nodes
 from .parts import (
     FirstPart,
     RegionPart,
     flat_names,
+    most_regions,
     one_size_only,
     refuse_what_has_no_form,
     region_inputs,
 )
-from .runtimes import check_installed
+from .processing import postprocessing, preprocessing
 
 if TYPE_CHECKING:
     import onnx_ir
 
 logger = logging.getLogger(__name__)
 
-EXPORT_FORMAT = "qwt-mmdet export 1"
-NEWEST_OPSET = 23
 CONFIG_KEYS = ("model", "test_dataloader", "test_pipeline", "test_cfg", "default_scope")
 """What of a detector's config :func:`.loading.load_exported` needs."""
 
@@ -54,7 +56,7 @@ def export_onnx(
     size: tuple[int, int] | None = None,
     dynamic: bool | None = None,
     nms: bool = False,
-    opset: int = OPSET,
+    opset: int = LEAST_OPSET,
     calibration: Iterable[dict[str, Any]] = (),
     details: Mapping[str, Any] | None = None,
 ) -> None:
@@ -116,17 +118,21 @@ def export_onnx(
             "sha256": sha256_file(file),
             "inputs": {key: list(value.shape[1:]) for key, value in inputs.items()},
             "outputs": part.outputs,
+            "most_regions": most_regions(model, name),
         }
+    record = record_of(model)
     description = {
         "format": EXPORT_FORMAT,
         "sha256": sha256_file(path),
-        "fingerprint": record_of(model).fingerprint,
+        "fingerprint": record.fingerprint,
+        "quantization": record.quantization and as_plain(record.quantization.settings),
         "input": {"name": "image", "size": list(size), "dynamic": dynamic},
         "preprocessing": preprocessing(model),
         "outputs": outputs,
         "suppression": suppression,
         "features": first.features,
         "region_heads": regions,
+        "postprocessing": postprocessing(model),
         "classes": list(model.dataset_meta["classes"]),
         "config": as_json({key: model.cfg[key] for key in CONFIG_KEYS if key in model.cfg}),
         **(details or {}),
@@ -140,21 +146,6 @@ def _save(graph: "onnx_ir.Model", path: str | os.PathLike[str]) -> None:
 
     with write_atomically(path) as partial:
         onnx_ir.save(graph, partial)
-
-
-def graph_files(path: str | os.PathLike[str]) -> list[Path]:
-    """All graphs of the exported detector ``path``, that file first.
-
-    Raises:
-        QwtError: its description is missing or none.
-    """
-    regions = read_summary(path, EXPORT_FORMAT, "exported")["region_heads"]
-    return [Path(path), *(Path(path).with_name(entry["file"]) for entry in regions.values())]
-
-
-def exported_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of all graphs of an exported detector."""
-    return sum(file.stat().st_size for file in graph_files(path))
 
 
 def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
@@ -188,9 +179,9 @@ def check_opset(opset: int) -> None:
     Raises:
         QwtError: they cannot.
     """
-    if not OPSET <= opset <= NEWEST_OPSET:
+    if not LEAST_OPSET <= opset <= MOST_OPSET:
         raise QwtError(
-            f"There is no opset {opset} to export with; give one from {OPSET} to {NEWEST_OPSET}."
+            f"There is no opset {opset} to export with; give one from {LEAST_OPSET} to {MOST_OPSET}."
         )
 
 
@@ -199,7 +190,7 @@ def trace(
     inputs: Mapping[str, Tensor],
     outputs: Sequence[str],
     *,
-    opset: int = OPSET,
+    opset: int = LEAST_OPSET,
     dynamic_shapes: Any = None,
     images: Iterable[Tensor] = (),
 ) -> "onnx_ir.Model":
@@ -242,47 +233,6 @@ def trace(
     passes.pack_weights(graph)
     passes.keep_what_runs(graph)
     return graph
-
-
-def as_json(node: Any) -> Any:
-    """A part of an mmdet config for JSON, where tuples become ``{"tuple": […]}``."""
-    if isinstance(node, Mapping):
-        return {str(key): as_json(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        entries = [as_json(value) for value in node]
-        return {"tuple": entries} if isinstance(node, tuple) else entries
-    return node
-
-
-def from_json(node: Any) -> Any:
-    """The inverse of :func:`as_json`."""
-    if isinstance(node, list):
-        return [from_json(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    if list(node) == ["tuple"]:
-        return tuple(from_json(node["tuple"]))
-    return {key: from_json(value) for key, value in node.items()}
-
-
-def preprocessing(model: BaseDetector) -> dict[str, Any]:
-    """What happens to an image before the graph: its size, colours, mean, standard deviation, padding."""
-    given = model.data_preprocessor
-    transforms = {
-        transform_name(transform): transform for transform in inference_pipeline(model.cfg)
-    }
-    normalises = getattr(given, "_enable_normalize", False)
-    return {
-        "layout": "NCHW",
-        "steps": as_json(
-            {name: transforms[name] for name in ("Resize", "Pad") if name in transforms}
-        ),
-        "colors": "RGB" if getattr(given, "_channel_conversion", False) else "BGR",
-        "mean": given.mean.flatten().tolist() if normalises else [0.0, 0.0, 0.0],
-        "std": given.std.flatten().tolist() if normalises else [1.0, 1.0, 1.0],
-        "size_divisor": given.pad_size_divisor,
-        "pad_value": given.pad_value,
-    }
 
 
 @contextlib.contextmanager

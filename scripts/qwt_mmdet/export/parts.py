@@ -140,6 +140,12 @@ def region_heads(model: BaseDetector) -> list[str]:
     return found
 
 
+def most_regions(model: BaseDetector, head: str) -> int:
+    """Most regions of an image that a head of the second stage gets: proposals, or found objects for masks."""
+    before = model.test_cfg.rcnn if "mask" in head else model.test_cfg.rpn
+    return before.max_per_img
+
+
 def region_inputs(model: BaseDetector, image: Tensor) -> dict[str, dict[str, Tensor]]:
     """What each head of the second stage gets for three regions of an image, by the head's name.
 

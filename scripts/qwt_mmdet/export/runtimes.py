@@ -1,17 +1,19 @@
 """Runtimes that compute an ONNX graph, by name."""
 
-import importlib.util
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..errors import QwtError, registered
+from ..errors import QwtError, check_installed, reason, registered
 
 if TYPE_CHECKING:
     import onnx_ir
+
+logger = logging.getLogger(__name__)
 
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 """Computes outputs by name from inputs by name."""
@@ -19,6 +21,18 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 LARGEST_SAFE_WEIGHT = 64
 """Two products of a code up to 255 and a weight up to this fit into 16 bits."""
+
+
+class Graph(NamedTuple):
+    """A graph as a runtime gets it.
+
+    Attributes:
+        content: of an ONNX file.
+        overflow: whether sums of its products would overflow on this processor.
+    """
+
+    content: bytes
+    overflow: bool
 
 
 def _adds_in_16_bits() -> bool:
@@ -30,20 +44,30 @@ def _adds_in_16_bits() -> bool:
     return "avx2" in flags and "vnni" not in flags
 
 
-def _onnxruntime(graph: bytes, threads: int, overflow: bool) -> Run:
+def onnxruntime_session(graph: Graph, threads: int, profile: str | None = None) -> Any:
+    """A session of ONNX Runtime, which writes a profile to a file whose name starts with ``profile``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if overflow:  # other kernels
+    if graph.overflow:  # other kernels
         options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
+
+
+def _onnxruntime(graph: Graph, threads: int) -> Run:
+    session = onnxruntime_session(graph, threads)
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _openvino(graph: bytes, threads: int, overflow: bool) -> Run:
+def openvino_model(
+    graph: Graph, threads: int, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Any:
+    """A model that OpenVINO has compiled, for inputs of these shapes alone where they are given."""
     import openvino
 
     options: dict[str, Any] = {
@@ -51,10 +75,20 @@ def _openvino(graph: bytes, threads: int, overflow: bool) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if overflow:
-        options["LP_TRANSFORMS_MODE"] = "OFF"  # quantized values, computed in floating point
+    in_floats = {**options, "LP_TRANSFORMS_MODE": "OFF"}  # quantized values, in floating point
     core = openvino.Core()
-    request = core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
+    model = core.read_model(graph.content)
+    if shapes is not None:
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+    try:
+        return core.compile_model(model, "CPU", in_floats if graph.overflow else options)
+    except RuntimeError as error:  # as OpenVINO does for some grids per channel
+        logger.warning("OpenVINO computes this graph in floating point: %s", reason(error))
+        return core.compile_model(model, "CPU", in_floats)
+
+
+def _openvino(graph: Graph, threads: int) -> Run:
+    request = openvino_model(graph, threads).create_infer_request()
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = request.infer(inputs)
@@ -63,12 +97,11 @@ def _openvino(graph: bytes, threads: int, overflow: bool) -> Run:
     return run
 
 
-RUNTIMES: dict[str, Callable[[bytes, int, bool], Run]] = {
+RUNTIMES: dict[str, Callable[[Graph, int], Run]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
-"""What opens a graph for a number of threads, by the name of the runtime and of its package. The last argument
-says whether sums of its products would overflow on this processor."""
+"""What opens a graph for a number of threads, by the name of the runtime and of its package."""
 
 
 def check_runtime(name: str) -> None:
@@ -81,16 +114,22 @@ def check_runtime(name: str) -> None:
     check_installed(name)
 
 
-def check_installed(package: str) -> None:
-    """Check that a package is there.
+def prepared(model: "onnx_ir.Model", runtime: str) -> Graph:
+    """A graph for a runtime. It is changed to what this computes fastest."""
+    import onnx_ir
 
-    Raises:
-        QwtError: it is not.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise QwtError(
-            f"The package {package} is not installed; `pip install {package}` installs it."
-        )
+    from . import kernels
+
+    kernels.widen_weights(model)
+    if runtime == "onnxruntime":
+        kernels.compute_in_floats(model)
+    overflow = _adds_in_16_bits() and kernels.largest_weight(model) > LARGEST_SAFE_WEIGHT
+    return Graph(onnx_ir.to_proto(model).SerializeToString(), overflow)
+
+
+def open_model(model: "onnx_ir.Model", runtime: str, *, threads: int = 1) -> Run:
+    """Open a graph with a runtime; see :func:`prepared`."""
+    return RUNTIMES[runtime](prepared(model, runtime), threads)
 
 
 def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) -> Run:
@@ -111,16 +150,3 @@ def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) 
             f"{runtime} cannot open {path} ({type(error).__name__}); it is "
             "truncated, no ONNX file, or needs another version of the runtime; export it again."
         ) from error
-
-
-def open_model(model: "onnx_ir.Model", runtime: str, *, threads: int = 1) -> Run:
-    """Open a graph with a runtime. It is changed to what the runtime computes fastest."""
-    import onnx_ir
-
-    from . import kernels
-
-    kernels.widen_weights(model)
-    if runtime == "onnxruntime":
-        kernels.compute_in_floats(model)
-    overflow = _adds_in_16_bits() and kernels.largest_weight(model) > LARGEST_SAFE_WEIGHT
-    return RUNTIMES[runtime](onnx_ir.to_proto(model).SerializeToString(), threads, overflow)

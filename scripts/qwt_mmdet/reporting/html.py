@@ -424,6 +424,7 @@ class Model:
         self._summary = summary
         self._most_images = most_images
         self._rows = [row for row in summary.rows if row.model == self.name]
+        self.exported = [row for row in summary.exports if row.model == self.name]
         self._first = featured(self._rows)
         first = (self._first.quantization, self._first.compensation)
         self._combinations = sorted(
@@ -486,6 +487,14 @@ class Model:
         rows = sorted(self._rows, key=lambda row: (row.quantization, row.compensation) != first)
         return [_class_section(row) for row in rows]
 
+    def timed_on(self) -> list[str]:
+        """How latencies were measured, a sentence for each way."""
+        return _unique(
+            f"Latency with {row.threads} thread{'s' * (row.threads != 1)}, {row.rounds} rounds, on {row.hardware}."
+            for row in self.exported
+            if row.rounds
+        )
+
     def provenance(self) -> dict[str, Any]:
         return _provenance(self._combinations)
 
@@ -519,7 +528,7 @@ def render(
         text.duration, text.significant_digits,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
-    functions = (*forms, text.interval, guarded)
+    functions = (*forms, text.interval, text.equality, guarded)
     environment.globals |= {function.__name__: function for function in functions}
     models = _unique(row["model"] for row in rows)
     most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)
@@ -535,6 +544,8 @@ def render(
         seed=summary.seed,
         score=SCORE,
         worst_layers=WORST_LAYERS,
+        runtimes=text.RUNTIMES,
+        metric_names=text.AP_TYPES,
     )
     with write_atomically(output) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import QwtError
-from ..evaluation.estimates import Comparison, Estimate
+from ..evaluation.estimates import Comparison, Difference, Estimate
 from ..files import MADE_BY_US, read_json, write_json
 
 
@@ -93,17 +93,83 @@ class Row:
         return columns
 
     def _ap_columns(self) -> dict[str, Any]:
-        columns = {}
+        columns: dict[str, Any] = {}
         for metric, comparison in self.ap.items():
             for about in dataclasses.fields(Comparison):
-                column = f"{metric}_{about.name}"
-                entry = getattr(comparison, about.name)
-                known = entry or Estimate()
-                columns[column] = known.value
-                columns |= {f"{column}_low": known.low, f"{column}_high": known.high}
-                if "_minus_" in column:
-                    columns[f"{column}_significant"] = entry and entry.significant
+                name = f"{metric}_{about.name}"
+                columns |= _estimate_columns(name, getattr(comparison, about.name))
         return columns
+
+
+@dataclass(frozen=True)
+class ExportedRow:
+    """One exported detector × runtime × kind of AP, a row of exports.csv.
+
+    Args:
+        compensation: None for a detector without any.
+        failed: why numbers are missing, in a run that failed.
+        ap: of the file. simulated: of the same detector in PyTorch; None where it was not evaluated.
+        exported_minus_simulated: paired over the images; not significant where both are equal within noise.
+        computed_bytes: weights at their bits, with the compensation. file_bytes: on disk.
+        full_precision_file_bytes: of the same model's file in full precision.
+        milliseconds, full_precision_milliseconds: for an image, medians.
+        latency_ratio: of both, the median of the rounds' ratios.
+        integer_share: part of the multiply-adds that the runtime computes with integers, as it says itself.
+        version: of the runtime. rounds: of the measurement. threads, hardware: that it ran on.
+    """
+
+    model: str
+    quantization: str
+    compensation: str | None
+    runtime: str
+    metrics: str
+    failed: str | None
+    ap: Estimate | None
+    simulated: Estimate | None
+    exported_minus_simulated: Difference | None
+    computed_bytes: int | None
+    file_bytes: int | None
+    full_precision_file_bytes: int | None
+    milliseconds: float | None
+    full_precision_milliseconds: float | None
+    latency_ratio: float | None
+    integer_share: float | None
+    version: str | None
+    rounds: int | None
+    threads: int | None
+    hardware: str | None
+
+    @property
+    def variant(self) -> str:
+        """``w4a4 + qwt``."""
+        return " + ".join(filter(None, (self.quantization, self.compensation)))
+
+    @property
+    def file_share(self) -> float | None:
+        """Size of the file as a part of that in full precision."""
+        if self.file_bytes is None or self.full_precision_file_bytes is None:
+            return None
+        return self.file_bytes / self.full_precision_file_bytes
+
+    def columns(self) -> dict[str, Any]:
+        """The row of exports.csv."""
+        columns: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name in ("ap", "simulated", "exported_minus_simulated"):
+                columns |= _estimate_columns(name, value)
+            else:
+                columns[name] = value
+        return columns
+
+
+def _estimate_columns(name: str, estimate: Estimate | None) -> dict[str, Any]:
+    """Number, ends of its interval and, for a difference, whether it is significant."""
+    known = estimate or Estimate()
+    columns: dict[str, Any] = {name: known.value, f"{name}_low": known.low}
+    columns[f"{name}_high"] = known.high
+    if "_minus_" in name:
+        columns[f"{name}_significant"] = estimate and getattr(estimate, "significant", None)
+    return columns
 
 
 @dataclass(frozen=True)
@@ -117,6 +183,7 @@ class Summary:
             multiply_adds_percent: its share in the scope, null where it is not known) and, where it
             was measured, ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer and
             each operand of attention). An operand has no weight_bits, an exact layer no ratio.
+        exports: the exported detectors.
     """
 
     confidence: float
@@ -124,6 +191,7 @@ class Summary:
     failed: list[dict[str, Any]]
     rows: list[Row]
     quantizations: list[dict[str, Any]]
+    exports: list[ExportedRow] = field(default_factory=list)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the summary as JSON; differences also say whether they are ``significant``."""

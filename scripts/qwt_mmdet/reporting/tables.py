@@ -41,11 +41,14 @@ variant that was not evaluated).
 ``blocks``, ``blocks_kept``
     blocks that were fitted, and those whose compensation the gate kept.
 
+exports.csv, where detectors are exported, has the fields of ``reporting.summary.ExportedRow``.
+
 summary.json holds the same rows, in which ``ap`` has these numbers by metric, each as value, low and high
 (differences also ``significant``), and more: see ``reporting.summary``.
 """
 
 import csv
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +60,7 @@ from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS, iou_types
 from ..evaluation.estimates import Comparison
 from ..files import read_json, write_atomically
-from .summary import ClassResult, Row, Summary
+from .summary import ClassResult, ExportedRow, Row, Summary
 
 VARIANTS = ("baseline", "quantized", "compensated")
 RANKED_CLASSES = 10
@@ -191,11 +194,72 @@ def _categories(
     }
 
 
+BENCHMARK_FIELDS = (
+    "file_bytes", "full_precision_file_bytes", "milliseconds", "full_precision_milliseconds",
+    "latency_ratio", "integer_share", "version", "rounds", "threads", "hardware",
+)  # fmt: skip
+
+
+def _exported_rows(
+    exports: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    statistics: Bootstrap | None,
+    masks: bool,
+) -> list[ExportedRow]:
+    """Rows of the exported detectors of one model.
+
+    Args:
+        rows: of the same model, which know the sizes.
+    """
+    found = []
+    for export, kind in itertools.product(exports, iou_types(masks)):
+        names: dict[str, Any] = {
+            key: export[key] for key in ("model", "quantization", "compensation", "runtime")
+        }
+        exported, simulated = export["exported"], export["simulated"]
+        sizes = [
+            row.compensated_bytes if export["compensation"] else row.quantized_bytes
+            for row in rows
+            if row.quantization == export["quantization"]
+            and export["compensation"] in (None, row.compensation)
+        ]
+        timed: dict[str, Any] = (
+            read_json(path, what="benchmark") if (path := export["benchmark"]) else {}
+        )
+        ap: dict[str, Any] = dict.fromkeys(("ap", "simulated", "exported_minus_simulated"))
+        if statistics is not None:
+            of = (kind, "AP")
+            ap = {
+                "ap": exported and statistics.estimate(exported, *of),
+                "simulated": simulated and statistics.estimate(simulated, *of),
+                "exported_minus_simulated": exported
+                and simulated
+                and statistics.difference(exported, simulated, *of),
+            }
+        found.append(
+            ExportedRow(
+                **names,
+                metrics=kind,
+                failed="; ".join(export["failed"] or ()) or None,
+                **ap,
+                computed_bytes=sizes[0],
+                **dict[str, Any]((key, timed.get(key)) for key in BENCHMARK_FIELDS),
+            )
+        )
+    return found
+
+
 def _model_summary(
-    rows: Sequence[Mapping[str, Any]], *, resamples: int, seed: int, processes: int
-) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows and quantizations of one model; all its variants share the resamples."""
+    rows: Sequence[Mapping[str, Any]],
+    exports: Sequence[Mapping[str, Any]],
+    *,
+    resamples: int,
+    seed: int,
+    processes: int,
+) -> tuple[list[Row], list[dict[str, Any]], list[ExportedRow]]:
+    """Rows, quantizations and exports of one model; all its variants share the resamples."""
     folders = _folders(rows)
+    folders += [row["exported"] for row in exports if row["exported"] is not None]
     metrics = {
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
@@ -266,7 +330,7 @@ def _model_summary(
         }
         for name, warmup in warmups.items()
     ]
-    return found, quantizations
+    return found, quantizations, _exported_rows(exports, found, statistics, masks)
 
 
 def summarize(
@@ -278,6 +342,8 @@ def summarize(
     seed: int = 0,
     processes: int = 1,
     failed: Sequence[dict[str, Any]] = (),
+    exports: Sequence[Mapping[str, Any]] = (),
+    exports_table: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write all results as numbers; this module's docstring describes both files.
 
@@ -291,6 +357,10 @@ def summarize(
         document: the JSON file.
         resamples, seed, processes: of the bootstrap.
         failed: the steps of the run that failed, each with step, sentence and log.
+        exports: one dictionary per exported detector and runtime: model, quantization, compensation,
+            runtime (names), failed (as in a row), exported and simulated (folders with metrics.json and
+            predictions.json) and benchmark (file), None for what is missing.
+        exports_table: the CSV file of the exports, where there are some.
 
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.
@@ -300,16 +370,24 @@ def summarize(
         by_model.setdefault(row["model"], []).append(row)
     found: list[Row] = []
     quantizations: list[dict[str, Any]] = []
-    for group in by_model.values():
-        of_model = _model_summary(group, resamples=resamples, seed=seed, processes=processes)
+    exported: list[ExportedRow] = []
+    for model, group in by_model.items():
+        own = [row for row in exports if row["model"] == model]
+        of_model = _model_summary(group, own, resamples=resamples, seed=seed, processes=processes)
         found += of_model[0]
         quantizations += of_model[1]
-    lines = [row.columns() for row in found]
+        exported += of_model[2]
+    _write_csv(table, [row.columns() for row in found])
+    if exports_table is not None:
+        _write_csv(exports_table, [row.columns() for row in exported])
+    Summary(CONFIDENCE, seed, list(failed), found, quantizations, exported).write(document)
+
+
+def _write_csv(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> None:
     with (
-        write_atomically(table) as partial,
+        write_atomically(path) as partial,
         open(partial, "w", newline="", encoding="utf-8") as stream,
     ):
         writer = csv.DictWriter(stream, fieldnames=list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    Summary(CONFIDENCE, seed, list(failed), found, quantizations).write(document)

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from ..errors import QwtError
 from ..evaluation.estimates import Estimate, value_of
-from .summary import Row, Summary, read_summary
+from .summary import ExportedRow, Row, Summary, read_summary
 
 AP_TYPES = {"bbox": "box", "segm": "mask"}
 NOTHING = "–"
@@ -117,6 +117,43 @@ def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
     return number(value_of(estimate)) + (" collapsed" if collapsed else "")
 
 
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def equality(row: ExportedRow) -> str:
+    """Whether a file's AP is that of the simulation, in words; empty where that is not known."""
+    difference = row.exported_minus_simulated
+    if difference is None or difference.low is None:
+        return ""
+    return "differs" if difference.significant else "equal within noise"
+
+
+def exports_table(rows: Iterable[ExportedRow]) -> str:
+    """Return the exported detectors of a run as a table for the terminal."""
+    lines = [
+        [
+            row.model,
+            row.variant,
+            RUNTIMES[row.runtime],
+            AP_TYPES[row.metrics],
+            number(value_of(row.ap)),
+            number(value_of(row.simulated)),
+            equality(row) or NOTHING,
+            megabytes(row.file_bytes),
+            percent(row.file_share),
+            NOTHING if row.milliseconds is None else f"{row.milliseconds:.1f} ms",
+            percent(row.latency_ratio),
+            percent(row.integer_share),
+        ]
+        for row in rows
+    ]
+    headers = [
+        "model", "exported", "runtime", "AP", "file", "simulated", "", "size", "of full", "latency",
+        "of full", "in integers",
+    ]  # fmt: skip
+    return tabulate(lines, headers, disable_numparse=True)
+
+
 def summary_table(summary: Summary) -> str:
     """Return the results of a run as a table for the terminal."""
     lines = []
@@ -149,7 +186,14 @@ def summary_table(summary: Summary) -> str:
         f"(paired bootstrap over {images} images)",
         *collapses(summary.rows),
     ]
-    return "\n\n".join([table, "\n".join(notes)])
+    exported = []
+    if summary.exports:
+        exported = [
+            exports_table(summary.exports),
+            "of full: of the same model's file in full precision; in integers: multiply-adds that the runtime "
+            "computes with integers",
+        ]
+    return "\n\n".join([table, "\n".join(notes), *exported])
 
 
 def last_error(log: str | os.PathLike[str], *, since: float) -> str:

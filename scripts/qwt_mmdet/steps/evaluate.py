@@ -73,14 +73,33 @@ def evaluate(
 
     Writes ``metrics`` and ``predictions``, both or neither.
     """
-    model = inputs.load(warmup=warmup, compensation=compensation)
-    result, found = evaluate_detector(
-        model, inputs.annotations, batch_size=inputs.batch_size, workers=inputs.workers
-    )
-    result["provenance"] = inputs.provenance(
+    write_evaluation(
+        inputs,
+        inputs.load(warmup=warmup, compensation=compensation),
+        metrics=metrics,
+        predictions=predictions,
         warmup=None if warmup is None else sha256_file(warmup),
         compensation=None if compensation is None else sha256_file(compensation),
     )
+
+
+def write_evaluation(
+    inputs: Inputs,
+    model: BaseDetector,
+    *,
+    metrics: Pathlike,
+    predictions: Pathlike,
+    **settings: str | None,
+) -> None:
+    """Evaluate a detector and write ``metrics`` and ``predictions``, both or neither.
+
+    Args:
+        settings: what decides the result besides the inputs, for its provenance.
+    """
+    result, found = evaluate_detector(
+        model, inputs.annotations, batch_size=inputs.batch_size, workers=inputs.workers
+    )
+    result["provenance"] = inputs.provenance(**settings)
     result["provenance"] |= inputs.job.account()
     write_json(predictions, found)
     write_json(metrics, result, indent=1)

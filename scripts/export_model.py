@@ -1,0 +1,17 @@
+"""Write a detector, in full precision or quantized, as an ONNX file with its description."""
+
+from qwt_mmdet.runtime import step
+
+with step(snakemake) as job:
+    from qwt_mmdet.steps.export import export
+    from qwt_mmdet.steps.inputs import Inputs
+
+    export(
+        Inputs.of(snakemake, job, "calibration"),
+        output=snakemake.output.graph,
+        opset=snakemake.params.settings["opset"],
+        input_size=snakemake.params.settings["input"],
+        warmup=snakemake.input.get("warmup"),
+        compensation=snakemake.input.get("compensation"),
+        metrics=snakemake.input.get("metrics"),
+    )

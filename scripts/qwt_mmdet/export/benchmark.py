@@ -1,0 +1,120 @@
+"""How fast a runtime computes an exported detector, and how fast the same one in full precision."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+from ..errors import QwtError
+from .description import exported_bytes, graph_files, read_description
+from .profile import PROFILES, integer_share
+from .runtimes import open_graph, prepared
+
+WARM_UP = 3
+ROUNDS = (5, 30)
+"""Least and most."""
+SECONDS = 20.0
+"""After which no further round starts, once the least is done."""
+
+
+Feeds = list[dict[str, np.ndarray]]
+"""Inputs of each graph of a detector."""
+
+
+def feeds_of(description: dict[str, Any]) -> Feeds:
+    """An image, and as many regions as each head of a second stage gets at most, with random values."""
+    shapes = [{description["input"]["name"]: (1, 3, *description["input"]["size"])}]
+    shapes += [
+        {name: (head["most_regions"], *shape) for name, shape in head["inputs"].items()}
+        for head in description["region_heads"].values()
+    ]
+    random = np.random.default_rng(0)
+    return [
+        {name: random.normal(size=shape).astype(np.float32) for name, shape in entry.items()}
+        for entry in shapes
+    ]
+
+
+def open_detector(
+    path: str | os.PathLike[str], runtime: str, threads: int
+) -> Callable[[Feeds], None]:
+    """What runs all graphs of an exported detector, one after the other."""
+    runs = [open_graph(file, runtime, threads=threads) for file in graph_files(path)]
+
+    def run(feeds: Feeds) -> None:
+        for graph, feed in zip(runs, feeds, strict=True):
+            graph(feed)
+
+    return run
+
+
+def interleaved(runs: list[Callable[[Feeds], None]], feeds: Feeds) -> list[list[float]]:
+    """Seconds of each run, a list for each round; the order within a round changes from one to the next."""
+    for run in runs * WARM_UP:
+        run(feeds)
+    started = time.perf_counter()
+    rounds: list[list[float]] = []
+    while len(rounds) < ROUNDS[0] or (
+        len(rounds) < ROUNDS[1] and time.perf_counter() - started < SECONDS
+    ):
+        seconds = [0.0] * len(runs)
+        order = range(len(runs)) if len(rounds) % 2 else reversed(range(len(runs)))
+        for index in order:
+            begin = time.perf_counter()
+            runs[index](feeds)
+            seconds[index] = time.perf_counter() - begin
+        rounds.append(seconds)
+    return rounds
+
+
+def benchmark(
+    quantized: str | os.PathLike[str],
+    full_precision: str | os.PathLike[str],
+    runtime: str,
+    *,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Compare a quantized file with the file of the same model in full precision, in this process.
+
+    Returns:
+        bytes of both, and milliseconds for an image and all that a second stage may take of it (``file_bytes``, ``full_precision_file_bytes``,
+        ``milliseconds``, ``full_precision_milliseconds``: medians of the rounds), ``latency_ratio``
+        (median of the rounds' ratios), ``integer_share`` (part of the multiply-adds that the runtime
+        computes with integers), and how this was measured.
+
+    Raises:
+        QwtError: a file is missing or damaged, they are of different models, or the runtime fails.
+    """
+    files = [quantized, full_precision]
+    about = [read_description(path) for path in files]
+    if about[0]["fingerprint"] != about[1]["fingerprint"]:
+        raise QwtError(
+            f"{quantized} and {full_precision} were made from different models or weights, so their "
+            "latencies cannot be compared; export both again."
+        )
+    feeds = feeds_of(about[0])
+    rounds = interleaved([open_detector(path, runtime, threads) for path in files], feeds)
+    kernels = (
+        kernel
+        for file, feed in zip(graph_files(quantized), feeds, strict=True)
+        for kernel in PROFILES[runtime](prepared(onnx_ir.load(file), runtime), feed)
+    )
+    milliseconds = [1000 * statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+    return {
+        "runtime": runtime,
+        "version": version(runtime),
+        "threads": threads,
+        "image": about[0]["input"]["size"],
+        "rounds": len(rounds),
+        "file_bytes": exported_bytes(quantized),
+        "full_precision_file_bytes": exported_bytes(full_precision),
+        "milliseconds": milliseconds[0],
+        "full_precision_milliseconds": milliseconds[1],
+        "latency_ratio": statistics.median(mine / other for mine, other in rounds),
+        "integer_share": integer_share(kernels),
+    }

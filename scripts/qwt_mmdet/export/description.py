@@ -1,0 +1,70 @@
+"""The JSON file beside an exported detector, and whether both belong together."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..archives import read_summary, summary_path
+from ..errors import QwtError
+from ..files import sha256_file
+
+EXPORT_FORMAT = "qwt-mmdet export 1"
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the description of an exported detector, once it is known to be of its files.
+
+    Args:
+        path: of the .onnx file; its .json lies beside it.
+
+    Raises:
+        QwtError: a file is missing, truncated or does not belong to the others.
+    """
+    description = read_summary(path, EXPORT_FORMAT, "exported")
+    entries = [description, *description["region_heads"].values()]
+    for file, entry in zip(graph_files(path), entries, strict=True):
+        if not file.is_file():
+            raise QwtError(f"The exported file {file} does not exist; check the path.")
+        if sha256_file(file) != entry["sha256"]:
+            raise QwtError(
+                f"{file} is not the file that {summary_path(path)} describes (another sha256); one of them "
+                "is truncated or from another export, so export both again."
+            )
+    return description
+
+
+def graph_files(path: str | os.PathLike[str]) -> list[Path]:
+    """All graphs of the exported detector ``path``, that file first.
+
+    Raises:
+        QwtError: its description is missing or none.
+    """
+    regions = read_summary(path, EXPORT_FORMAT, "exported")["region_heads"]
+    return [Path(path), *(Path(path).with_name(entry["file"]) for entry in regions.values())]
+
+
+def exported_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of all graphs of an exported detector."""
+    return sum(file.stat().st_size for file in graph_files(path))
+
+
+def as_json(node: Any) -> Any:
+    """A part of an mmdet config for JSON, where tuples become ``{"tuple": […]}``."""
+    if isinstance(node, Mapping):
+        return {str(key): as_json(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        entries = [as_json(value) for value in node]
+        return {"tuple": entries} if isinstance(node, tuple) else entries
+    return node
+
+
+def from_json(node: Any) -> Any:
+    """The inverse of :func:`as_json`."""
+    if isinstance(node, list):
+        return [from_json(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if list(node) == ["tuple"]:
+        return tuple(from_json(node["tuple"]))
+    return {key: from_json(value) for key, value in node.items()}

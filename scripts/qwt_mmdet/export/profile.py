@@ -1,0 +1,95 @@
+"""Which multiply-adds of a graph a runtime computes with integers, as the runtime itself tells."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .runtimes import Graph, onnxruntime_session, openvino_model
+
+Inputs = dict[str, np.ndarray]
+
+
+class Kernel(NamedTuple):
+    """A convolution or matrix product that a runtime computed."""
+
+    integer: bool
+    multiply_adds: int
+
+
+def convolution(output: Sequence[int], weight: Sequence[int]) -> int:
+    """Multiply-adds of a convolution, from the shapes [batch, out, …] and [out, in / groups, …].
+
+    OpenVINO splits the first dimension of a grouped weight; their product stays.
+    """
+    return math.prod(output) * math.prod(weight) // output[1]
+
+
+def product(output: Sequence[int], left: Sequence[int]) -> int:
+    """Multiply-adds of a matrix product, from the shapes […, n, m] and [… n, k]."""
+    return math.prod(output) * left[-1]
+
+
+# Operators of ONNX and of ONNX Runtime's own, {name: computed with integers}.
+CONVOLUTIONS = {
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose"), False),
+    **dict.fromkeys(("QLinearConv", "ConvInteger"), True),
+}
+PRODUCTS = {
+    **dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits"), False),
+    **dict.fromkeys(("QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"), True),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "QGemm"), True),
+}
+
+
+def _onnxruntime(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
+    """From the profile of one run, which has the shapes of each node's inputs and outputs."""
+    with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
+        session = onnxruntime_session(graph, 1, profile=f"{folder}/profile")
+        session.run(None, inputs)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    for event in events:
+        about = event.get("args", {})
+        name = about.get("op_name")
+        if name not in CONVOLUTIONS | PRODUCTS or not event["name"].endswith("_kernel_time"):
+            continue
+        # scales and zero points have fewer dimensions
+        tensors = [s for entry in about["input_type_shape"] for s in entry.values() if len(s) > 1]
+        (output,) = about["output_type_shape"][0].values()
+        if name in CONVOLUTIONS:
+            yield Kernel(CONVOLUTIONS[name], convolution(output, tensors[1]))
+        else:
+            yield Kernel(PRODUCTS[name], product(output, tensors[0]))
+
+
+def _openvino(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
+    """From the graph that OpenVINO made of the model, once it knows all sizes."""
+    compiled = openvino_model(graph, 1, {name: x.shape for name, x in inputs.items()})
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        about = node.get_rt_info()
+        integer = about["runtimePrecision"].astype(str) in ("i8", "u8")
+        shapes = [list(entry.get_shape()) for entry in node.inputs()]
+        output = [list(entry.get_shape()) for entry in node.outputs()]
+        kind = about["layerType"].astype(str)
+        if kind in ("Convolution", "Deconvolution"):
+            yield Kernel(integer, convolution(output[0], shapes[1]))
+        elif kind in ("MatMul", "FullyConnected"):
+            yield Kernel(integer, product(output[0], shapes[0]))
+
+
+PROFILES: dict[str, Callable[[Graph, Inputs], Iterator[Kernel]]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+
+
+def integer_share(kernels: Iterator[Kernel]) -> float | None:
+    """Part of the multiply-adds, between 0 and 1, that are computed with integers; None without any."""
+    found = list(kernels)
+    total = sum(kernel.multiply_adds for kernel in found)
+    integer = sum(kernel.multiply_adds for kernel in found if kernel.integer)
+    return integer / total if total else None

@@ -1,0 +1,47 @@
+"""Export a detector."""
+
+import itertools
+from typing import Any
+
+from ..export.onnx_file import export_onnx
+from ..files import read_json, sha256_file
+from .inputs import Inputs, Pathlike
+
+IMAGES = 16
+"""Calibration images from which the ranges of what only integer kernels quantize are estimated."""
+
+
+def export(
+    inputs: Inputs,
+    *,
+    output: Pathlike,
+    opset: int,
+    input_size: str | None = None,
+    warmup: Pathlike | None = None,
+    compensation: Pathlike | None = None,
+    metrics: Pathlike | None = None,
+) -> None:
+    """Write a detector as ``output`` (.onnx) with its description beside it (.json).
+
+    Args:
+        input_size: ``fixed`` or ``dynamic``; None: as the model's test pipeline asks for.
+        metrics: of an evaluation of the same detector, whose AP the description tells.
+    """
+    model = inputs.load(warmup=warmup, compensation=compensation)
+    details: dict[str, Any] = {
+        "provenance": inputs.provenance(
+            warmup=None if warmup is None else sha256_file(warmup),
+            compensation=None if compensation is None else sha256_file(compensation),
+        )
+        | inputs.job.account()
+    }
+    if metrics is not None:
+        known = read_json(metrics, what="metrics file")
+        details["ap"] = {
+            "measured": "with PyTorch, where quantization is simulated, before the export",
+            "images": known["provenance"]["images"],
+            **{kind: known[kind]["AP"] for kind in ("bbox", "segm") if kind in known},
+        }
+    dynamic = None if input_size is None else input_size == "dynamic"
+    batches = () if warmup is None else itertools.islice(inputs.loader(model), IMAGES)
+    export_onnx(model, output, dynamic=dynamic, opset=opset, calibration=batches, details=details)

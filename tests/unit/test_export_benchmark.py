@@ -1,0 +1,130 @@
+"""Latencies of exported files, and the part of their multiply-adds that a runtime computes with integers."""
+
+import json
+
+import numpy as np
+import pytest
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.export import benchmark, profile
+from qwt_mmdet.export.description import EXPORT_FORMAT
+from qwt_mmdet.export.runtimes import Graph
+from qwt_mmdet.files import sha256_file
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+
+
+def test_multiply_adds_are_those_of_the_formula():
+    # 3×3 convolution of 8 channels in 2 groups to 4 channels at 5×6: each output sums 4 · 9 products
+    assert profile.convolution([1, 4, 5, 6], [4, 4, 3, 3]) == 4 * 5 * 6 * 4 * 9
+    assert profile.convolution([1, 4, 5, 6], [2, 2, 4, 3, 3]) == 4 * 5 * 6 * 4 * 9
+    assert profile.product([2, 3, 5], [2, 3, 7]) == 2 * 3 * 5 * 7
+
+
+def network(*, integer: bool) -> "onnx.ModelProto":
+    """A product with a weight [48, 16] (integers, if asked for) and one with a weight [16, 16], of one image."""
+    helper, random = onnx.helper, np.random.default_rng(0)
+    weights = {
+        "first": random.integers(-9, 9, (48, 16)).astype(np.int8 if integer else np.float32),
+        "second": random.normal(size=(16, 16)).astype(np.float32),
+        "rows": np.array([4, 48]),
+    }
+    nodes = [("Reshape", ["image", "rows"], ["x"])]
+    if integer:
+        nodes += [
+            ("DynamicQuantizeLinear", ["x"], ["codes", "scale", "zero"]),
+            ("MatMulInteger", ["codes", "first", "zero"], ["sums"]),
+            ("Cast", ["sums"], ["y"]),
+        ]
+    else:
+        nodes += [("MatMul", ["x", "first"], ["y"])]
+    nodes += [("Relu", ["y"], ["positive"]), ("MatMul", ["positive", "second"], ["output"])]
+    made = [
+        helper.make_node(*node, **({"to": onnx.TensorProto.FLOAT} if node[0] == "Cast" else {}))
+        for node in nodes
+    ]
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        made,
+        "network",
+        [helper.make_tensor_value_info("image", kind, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("output", kind, [4, 16])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_the_integer_share_is_that_of_the_kernels_which_onnx_runtime_ran():
+    image = {"image": np.ones((1, 3, 8, 8), np.float32)}
+    shares = [
+        profile.integer_share(
+            profile.PROFILES["onnxruntime"](
+                Graph(network(integer=integer).SerializeToString(), False), image
+            )
+        )
+        for integer in (False, True)
+    ]
+    assert shares == [0, 48 / (48 + 16)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """An exported file with integer weights, and one in full precision."""
+    paths = []
+    for name, integer in (("integer", True), ("full", False)):
+        path = tmp_path / f"{name}.onnx"
+        onnx.save(network(integer=integer), path)
+        about = {
+            "format": EXPORT_FORMAT,
+            "sha256": sha256_file(path),
+            "fingerprint": {"weights": "cafe"},
+            "input": {"name": "image", "size": [8, 8]},
+            "region_heads": {},
+        }
+        path.with_suffix(".json").write_text(json.dumps(about))
+        paths.append(path)
+    return paths
+
+
+def test_both_files_are_measured_in_the_same_rounds(files):
+    found = benchmark.benchmark(*files, "onnxruntime")
+    assert found["file_bytes"] == files[0].stat().st_size
+    assert found["full_precision_file_bytes"] == files[1].stat().st_size
+    assert found["rounds"] == benchmark.ROUNDS[1]
+    assert found["integer_share"] == 0.75
+    assert min(found["milliseconds"], found["full_precision_milliseconds"]) > 0
+
+
+def test_the_ratio_is_the_median_of_the_rounds(monkeypatch, files):
+    rounds = [[1.0, 2.0], [9.0, 3.0], [0.5, 2.0]]
+    monkeypatch.setattr(benchmark, "interleaved", lambda runs, feeds: rounds)
+    found = benchmark.benchmark(*files, "onnxruntime")
+    assert found["latency_ratio"] == 0.5
+    assert (found["milliseconds"], found["full_precision_milliseconds"]) == (1000, 2000)
+
+
+def test_runs_take_turns_in_either_order():
+    order = []
+    rounds = benchmark.interleaved([lambda x: order.append("a"), lambda x: order.append("b")], [])
+    measured = "".join(order[2 * benchmark.WARM_UP :])
+    assert measured.startswith("baab")
+    assert len(rounds) == len(measured) // 2 == benchmark.ROUNDS[1]
+
+
+def test_a_second_stage_is_timed_with_as_many_regions_as_it_gets_at_most():
+    head = {"inputs": {"x": [8, 7, 7]}, "most_regions": 50}
+    about = {
+        "input": {"name": "image", "size": [32, 64]},
+        "region_heads": {"roi_head.bbox_head": head},
+    }
+    image, regions = benchmark.feeds_of(about)
+    assert image["image"].shape == (1, 3, 32, 64)
+    assert regions["x"].shape == (50, 8, 7, 7)
+
+
+def test_files_of_different_weights_are_not_compared(files):
+    path = files[1].with_suffix(".json")
+    about = json.loads(path.read_text()) | {"fingerprint": {"weights": "beef"}}
+    path.write_text(json.dumps(about))
+    with pytest.raises(QwtError, match="different models or weights"):
+        benchmark.benchmark(*files, "onnxruntime")

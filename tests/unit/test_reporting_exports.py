@@ -1,0 +1,119 @@
+"""What table and report say of exported detectors."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from qwt_mmdet.reporting import html, tables, text
+from qwt_mmdet.reporting.summary import read_summary
+from test_reporting import make_results
+
+BENCHMARK = {
+    "file_bytes": 500_000,
+    "full_precision_file_bytes": 2_000_000,
+    "milliseconds": 12.34,
+    "full_precision_milliseconds": 10.0,
+    "latency_ratio": 1.2,
+    "integer_share": 0.75,
+    "version": "1.2.3",
+    "rounds": 30,
+    "threads": 1,
+    "hardware": "an old machine",
+}
+
+
+def export(runtime: str, compensation: str | None, detections_of: str) -> dict:
+    """Files of an exported detector in a runtime, which finds the same as a simulated one."""
+    simulated = f"results/m/w4/{compensation or 'quantized'}"
+    folder = Path("results/m/w4", compensation or "", runtime)
+    folder.mkdir(parents=True)
+    for name in ("metrics.json", "predictions.json"):
+        shutil.copy(f"results/m/w4/{detections_of}/{name}", folder)
+    (folder / "benchmark.json").write_text(json.dumps(BENCHMARK))
+    return {
+        "model": "m",
+        "quantization": "w4",
+        "compensation": compensation,
+        "runtime": runtime,
+        "exported": str(folder),
+        "simulated": simulated,
+        "benchmark": str(folder / "benchmark.json"),
+        "failed": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run in which one file equals the simulation, one does not, and one could not be made."""
+    folder = tmp_path_factory.mktemp("exports")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        rows = make_results(masks=False, compensated=True)
+        exports = [
+            export("onnxruntime", "qwt", "qwt"),
+            export("onnxruntime", None, "qwt"),
+            {
+                **export("openvino", "qwt", "qwt"),
+                "exported": None,
+                "benchmark": None,
+                "failed": ["export_model m w4/qwt: no operator."],
+            },
+        ]
+        tables.summarize(
+            rows, "summary.csv", "summary.json", resamples=100, exports=exports,
+            exports_table="exports.csv",
+        )  # fmt: skip
+        html.render(rows, "summary.json", "report.html")
+    return folder
+
+
+@pytest.fixture
+def rows(folder) -> list[dict[str, str]]:
+    with open(folder / "exports.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_file_with_the_detections_of_the_simulation_equals_it(rows):
+    equal, other, _ = rows
+    assert equal["ap"] == equal["simulated"]
+    assert float(equal["exported_minus_simulated"]) == 0
+    assert equal["exported_minus_simulated_significant"] == "False"
+    assert float(other["exported_minus_simulated"]) > 0.1
+    assert other["exported_minus_simulated_significant"] == "True"
+    assert other["compensation"] == ""
+
+
+def test_sizes_are_those_of_the_files_and_of_what_was_computed(rows):
+    assert [row["computed_bytes"] for row in rows] == ["1020000", "1000000", "1020000"]
+    assert [row["file_bytes"] for row in rows] == ["500000", "500000", ""]
+    assert rows[0]["latency_ratio"] == "1.2"
+    assert rows[0]["integer_share"] == "0.75"
+
+
+def test_a_file_that_was_not_made_has_its_reason_and_no_numbers(rows):
+    assert rows[2]["failed"] == "export_model m w4/qwt: no operator."
+    assert rows[2]["ap"] == rows[2]["exported_minus_simulated"] == ""
+
+
+def test_the_table_of_the_terminal_has_a_line_for_each(folder):
+    summary = read_summary(folder / "summary.json")
+    table = text.summary_table(summary).split("\n\n")[2]
+    equal, other, missing = table.splitlines()[2:]
+    assert "w4 + qwt" in equal
+    assert "equal within noise" in equal
+    assert "0.50 MB  25 %" in equal
+    assert "12.3 ms    120 %      75 %" in equal
+    assert "differs" in other
+    assert missing.split()[-2:] == ["–", "–"]
+
+
+def test_the_report_has_a_section_of_them(folder):
+    page = (folder / "report.html").read_text()
+    section = page[page.index("<h2>Exported files</h2>") : page.index("<h2>Error of each block")]
+    assert "OpenVINO" in section
+    assert "no operator" in section
+    assert "equal within noise" in section
+    assert "Latency with 1 thread, 30 rounds, on an old machine." in section
+    assert "The report cannot show" not in page

@@ -1,0 +1,70 @@
+"""Detectors as ONNX files, which runtimes evaluate and time, as far as the config's `export` names them."""
+
+
+rule export_model:
+    """Write a detector, in full precision or quantized, as an ONNX file with its description."""
+    input:
+        unpack(export_input),
+        **detector_input("calibration"),
+    output:
+        graph="results/{model}/{variant}/model.onnx",
+        description="results/{model}/{variant}/model.json",
+    log:
+        "logs/export_model/{model}/{variant}.log",
+    benchmark:
+        "benchmarks/export_model/{model}/{variant}.tsv"
+    conda:
+        "../../envs/qwt.yaml"
+    resources:
+        gpu=0,
+    params:
+        **detector_params("export_model"),
+        settings=export_settings,
+    script:
+        "../../scripts/export_model.py"
+
+
+rule evaluate_exported:
+    """Evaluate an exported detector, whose graph a runtime computes."""
+    input:
+        **detector_input("evaluation"),
+        graph="results/{model}/{variant}/model.onnx",
+        description="results/{model}/{variant}/model.json",
+    output:
+        metrics="results/{model}/{variant}/{runtime}/metrics.json",
+        predictions="results/{model}/{variant}/{runtime}/predictions.json",
+    log:
+        "logs/evaluate_exported/{model}/{variant}/{runtime}.log",
+    benchmark:
+        "benchmarks/evaluate_exported/{model}/{variant}/{runtime}.tsv"
+    conda:
+        "../../envs/qwt.yaml"
+    resources:
+        gpu=0,
+    params:
+        **detector_params("evaluate_exported"),
+    script:
+        "../../scripts/evaluate_exported.py"
+
+
+rule benchmark_exported:
+    """Time an exported detector beside the same model's file in full precision."""
+    input:
+        graph="results/{model}/{variant}/model.onnx",
+        description="results/{model}/{variant}/model.json",
+        full_precision="results/{model}/baseline/model.onnx",
+        full_precision_description="results/{model}/baseline/model.json",
+    output:
+        benchmark="results/{model}/{variant}/{runtime}/benchmark.json",
+    log:
+        "logs/benchmark_exported/{model}/{variant}/{runtime}.log",
+    benchmark:
+        "benchmarks/benchmark_exported/{model}/{variant}/{runtime}.tsv"
+    conda:
+        "../../envs/qwt.yaml"
+    # of these the runtime uses one; no other job may disturb it
+    threads: all_cores
+    params:
+        code=source_hash("benchmark_exported"),
+    script:
+        "../../scripts/benchmark_exported.py"
