@@ -25,13 +25,16 @@ from mmengine.logging import MMLogger
 
 from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
-from .config import CompensationSettings, QuantizationSettings, combinations
+from .config import CompensationSettings, QuantizationSettings, combinations, exports
 from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
 from .data.sources import open_source
 from .detectors.build import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict
+from .export.benchmark import benchmark
+from .export.loading import load_exported
+from .export.onnx_file import export_onnx
 from .files import write_json
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model
@@ -50,6 +53,7 @@ STEPS = (
     "fit_compensation",
     "evaluate_compensated",
 )
+EXPORT_STEPS = ("export_model", "evaluate_exported", "benchmark_exported")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Trial:
     device: str
     batch_sizes: Mapping[str, int]
     threads: int
+    runtime: str = "onnxruntime"
 
     def images(self, part: str) -> tuple[int, int]:
         """Numbers of images of the two measurements: whole batches, if these are large."""
@@ -131,6 +136,7 @@ def _load(trial: Trial, step: str) -> Any:
         "evaluate_quantized": ("warmup",),
         "fit_compensation": ("warmup",),
         "evaluate_compensated": ("warmup", "compensation"),
+        "export_model": ("warmup", "compensation") if trial.compensation else ("warmup",),
     }.get(step, ())
     return load_quantized(
         trial.config,
@@ -148,7 +154,14 @@ def part_of(step: str) -> Part:
 
 def _run(trial: Trial, step: str, count: int) -> float:
     """Seconds that a step takes for ``count`` images, from the loaded model on."""
+    graph = trial.path("model.onnx")
+    if step == "benchmark_exported":
+        start = time.perf_counter()
+        benchmark(graph, graph, trial.runtime)
+        return time.perf_counter() - start
     model = _load(trial, step)
+    if step == "evaluate_exported":
+        model = load_exported(graph, trial.runtime).model
     annotations, part = trial.path(f"{count}.json"), part_of(step)
     loader = make_loader(model.cfg, annotations, batch_size=trial.batch_sizes[part])
     if step == "quantize_model":
@@ -161,6 +174,8 @@ def _run(trial: Trial, step: str, count: int) -> float:
     elif step == "quantize_model":
         calibrate(model, loader, noise_images=1)
         save_warmup(model, trial.path("warmup.pth"))
+    elif step == "export_model":
+        export_onnx(model, graph, calibration=loader)
     elif trial.compensation is not None:
         fitted = fit_compensation(model, reference, loader, trial.compensation)
         save_compensation(model, fitted, trial.path("compensation.pth"))
@@ -265,10 +280,10 @@ def estimate_run(
     found = []
     for name in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == name]
+        exported = {row: about for row, about in exports(config).items() if row.model == name}
+        tried = next(iter(exported), own[0])
         entry = config["models"][name]
-        quantization = QuantizationSettings.from_mapping(
-            config["quantization"][own[0].quantization]
-        )
+        quantization = QuantizationSettings.from_mapping(config["quantization"][tried.quantization])
         compensation = None
         if own[0].compensation:
             compensation = CompensationSettings.from_mapping(
@@ -286,11 +301,15 @@ def estimate_run(
                 device,
                 {part: config[part]["batch_size"] for part in PARTS},
                 threads,
+                next((about.runtime[0] for about in exported.values()), "onnxruntime"),
             )
-            costs = measure_model(trial, STEPS if compensation else STEPS[:3])
+            steps = STEPS if compensation else STEPS[:3]
+            costs = measure_model(trial, steps + EXPORT_STEPS if exported else steps)
         quantizations = len({row.quantization for row in own})
         jobs = {"evaluate_baseline": 1, "quantize_model": quantizations}
-        jobs |= {"evaluate_quantized": quantizations}
+        jobs |= {"evaluate_quantized": quantizations, "export_model": len(exported) + 1}
+        runs = sum(len(about.runtime) for about in exported.values())
+        jobs |= {"evaluate_exported": runs, "benchmark_exported": runs}
         dataset = config["datasets"][entry["dataset"]]
         for step, cost in costs.items():
             if step in config["skip"]:

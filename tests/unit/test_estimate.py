@@ -49,6 +49,18 @@ def test_costs_are_multiplied_by_jobs_and_images(measured, config):
     assert [trial.config for trial in measured] == ["yolox/yolox_s_8xb8-300e_coco.py"]
 
 
+def test_each_exported_detector_is_evaluated_and_timed_in_each_runtime(measured, config):
+    content = yaml.safe_load(config.read_text())
+    content["export"] = [{"quantization": ["w8a8", "w6a6"]}]
+    config.write_text(yaml.safe_dump(content))
+    found = {entry.step: entry for entry in estimate_run(resolve(read_file(config)), device="cpu")}
+    jobs = {step: found[step].jobs for step in estimate.EXPORT_STEPS}
+    assert jobs == {"export_model": 3, "evaluate_exported": 2, "benchmark_exported": 2}
+    assert found["evaluate_exported"].images == 5000
+    (trial,) = measured
+    assert trial.quantization.weight_bits == 6, "what is exported is tried, and can be"
+
+
 def test_the_command_prints_a_table_and_the_sum(measured, config):
     shown = CliRunner().invoke(
         cli.app, ["estimate", str(config), "--device", "cpu", "--cores", "2"]
