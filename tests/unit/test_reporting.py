@@ -19,7 +19,7 @@ from qwt_mmdet.evaluation.coco import coco_metrics
 from qwt_mmdet.evaluation.estimates import Comparison, Difference, Estimate
 from qwt_mmdet.files import write_json
 from qwt_mmdet.reporting import html, tables, text
-from qwt_mmdet.reporting.summary import ClassResult, Row, read_summary
+from qwt_mmdet.reporting.summary import ClassResult, Row, read_summary, with_dominance
 from random_detections import compressed, hexagon
 
 CLASSES = ("cat", "dog <b>", "bird")  # the second must be escaped
@@ -852,3 +852,21 @@ def test_harm_is_not_called_a_gain():
 
 def test_a_baseline_that_finds_nothing_does_not_divide_by_zero():
     assert "w8a8 has mask AP 0.399" in html.answer([row(baseline=Estimate(0.0))])
+
+
+def test_a_variant_that_another_beats_in_size_and_ap_is_not_recommended():
+    def variant(name: str, size: int, quantized: float, compensated: float) -> Row:
+        about = row(quantized=Estimate(quantized), compensated=Estimate(compensated))
+        names = {"quantization": name, "metrics": "bbox", "quantized_bytes": size}
+        return dataclasses.replace(about, **names, compensation_bytes=400_000, seconds={})
+
+    rows = with_dominance(
+        [variant("w8a8", 8_000_000, 0.40, 0.40), variant("w6a6", 6_000_000, 0.39, 0.38),
+         variant("w4a4", 5_700_000, 0.20, 0.30)],
+    )  # fmt: skip
+    found = [(found.quantized_dominated_by, found.compensated_dominated_by) for found in rows]
+    assert found == [(None, "w8a8"), (None, "w6a6"), (None, "w6a6")]
+    assert html.recommendation(rows) == (
+        "Best box AP for the size: w8a8 (8.00 MB, 0.400), w6a6 (6.00 MB, 0.390), w4a4 (5.70 MB, 0.200); "
+        "w8a8 + qwt is dominated by w8a8; w6a6 + qwt is dominated by w6a6; w4a4 + qwt is dominated by w6a6."
+    )

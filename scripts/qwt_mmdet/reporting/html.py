@@ -127,16 +127,47 @@ def featured(rows: Sequence[Row]) -> Row:
     return max((row for row in rows if row.metrics == "bbox"), key=interest)
 
 
+def recommendation(rows: Sequence[Row]) -> str | None:
+    """Say which variants have the most box AP for their size, and which compensated ones do not.
+
+    Args:
+        rows: of one model.
+
+    Returns:
+        None where no variant has both a size and an AP.
+    """
+    lines = [
+        line
+        for line in variant_lines([row for row in rows if row.metrics == "bbox"])
+        if "title" in line and line["bytes"] is not None and value_of(line["ap"]) is not None
+    ]
+    front = sorted((li for li in lines if not li["dominated_by"]), key=lambda line: -line["bytes"])
+    if not front:
+        return None
+    best = [
+        f"{line['title']} ({line['bytes'] / 1e6:.2f} MB, {text.number(line['ap'].value)})"
+        for line in front
+    ]
+    sentence = f"Best box AP for the size: {', '.join(best)}"
+    dominated = [
+        f"{line['title']} is dominated by {line['dominated_by']}"
+        for line in lines
+        if line["dominated_by"] and line["series"] != figures.QUANTIZED
+    ]
+    return "; ".join([sentence, *dominated]) + "."
+
+
 def answers(rows: Sequence[Row]) -> list[str]:
-    """Sentences about one model, by type of AP and quantization, the featured one first."""
+    """Sentences about one model: what to take, then by type of AP and quantization, the featured one first."""
     first = featured(rows).quantization
     names = sorted(_unique(row.quantization for row in rows), key=lambda name: name != first)
-    return [
+    found = [
         answer(chosen)
         for name in names
         for ap_type in text.AP_TYPES
         if (chosen := [row for row in rows if (row.quantization, row.metrics) == (name, ap_type)])
     ]
+    return [*filter(None, [recommendation(rows)]), *found]
 
 
 def _faults(collapsed: bool | None, not_finite: int | None) -> list[str]:
@@ -159,6 +190,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "variant": "baseline",
             "series": figures.BASELINE,
             "note": "full precision",
+            "dominated_by": None,
             "faults": [],
             "ap": first.ap["AP"].baseline,
             # not known from a quantization that failed
@@ -174,12 +206,14 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             {
                 **about,
                 "variant": name,
+                "title": name,
                 "series": figures.QUANTIZED,
                 "note": f"W{row.weight_bits} A{row.activation_bits}, {row.scope}",
                 "ap": row.ap["AP"].quantized,
                 "loss": row.ap["AP"].quantized_minus_baseline,
                 "faults": _faults(row.collapsed_quantized, row.not_finite_quantized),
                 "bytes": row.quantized_bytes,
+                "dominated_by": row.quantized_dominated_by,
                 "made": row.seconds.get("quantize_model"),
                 "evaluated": row.seconds.get("evaluate_quantized"),
             }
@@ -188,6 +222,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             {
                 **about,
                 "variant": f"+ {row.compensation}",
+                "title": row.compensated_name,
                 "series": row.compensation,
                 "note": "not fitted"
                 if row.blocks is None
@@ -198,6 +233,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "recovered": row.ap["AP"].recovered,
                 "faults": _faults(row.collapsed_compensated, row.not_finite_compensated),
                 "bytes": row.compensated_bytes,
+                "dominated_by": row.compensated_dominated_by,
                 "multiply_adds": row.compensation_multiply_adds,
                 "multiply_adds_percent": row.compensation_multiply_adds_percent,
                 "made": row.seconds.get("fit_compensation"),

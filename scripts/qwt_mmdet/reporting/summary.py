@@ -5,6 +5,7 @@ Imports nothing heavy: Snakemake's own process prints a table of it.
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -39,6 +40,8 @@ class Row:
     ``ap``, by metric. The fields from ``seconds`` on are none.
 
     Args:
+        quantized_dominated_by, compensated_dominated_by: the best variant of the same model that is at most as
+            large and at least as good; None where there is none, or size or AP is not known.
         seconds: that the steps behind the row took, by rule; supplied warmup files took none.
         classes: those that have objects.
         lost_most, regained_most: names of the classes that changed most by quantization and by
@@ -71,10 +74,17 @@ class Row:
     compensation_multiply_adds_percent: int | float | None
     blocks: int | None
     blocks_kept: int | None
+    quantized_dominated_by: str | None = None
+    compensated_dominated_by: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     classes: list[ClassResult] = field(default_factory=list)
     lost_most: list[str] = field(default_factory=list)
     regained_most: list[str] = field(default_factory=list)
+
+    @property
+    def compensated_name(self) -> str:
+        """``w4a4 + qwt``."""
+        return f"{self.quantization} + {self.compensation}"
 
     @property
     def compensated_bytes(self) -> int | None:
@@ -99,6 +109,44 @@ class Row:
                 name = f"{metric}_{about.name}"
                 columns |= _estimate_columns(name, getattr(comparison, about.name))
         return columns
+
+
+def with_dominance(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one model with what dominates their variants, for each type of AP.
+
+    A variant is on the front of AP against size where nothing does.
+    """
+    known: dict[tuple[str, str], tuple[int, float]] = {}
+    for row in rows:
+        for name, size, estimate in (
+            (row.quantization, row.quantized_bytes, row.ap["AP"].quantized),
+            (row.compensated_name, row.compensated_bytes, row.ap["AP"].compensated),
+        ):
+            if size is not None and estimate is not None and estimate.value is not None:
+                known[row.metrics, name] = size, estimate.value
+
+    def dominator(metrics: str, name: str) -> str | None:
+        if (metrics, name) not in known:
+            return None
+        size, ap = known[metrics, name]
+        better = [
+            (other_ap, -other_size, other)
+            for (other_metrics, other), (other_size, other_ap) in known.items()
+            if other_metrics == metrics
+            and other_size <= size
+            and other_ap >= ap
+            and (other_size, other_ap) != (size, ap)
+        ]
+        return max(better)[2] if better else None
+
+    return [
+        dataclasses.replace(
+            row,
+            quantized_dominated_by=dominator(row.metrics, row.quantization),
+            compensated_dominated_by=dominator(row.metrics, row.compensated_name),
+        )
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ variant that was not evaluated).
     the same in percent of the full-precision backbone's.
 ``blocks``, ``blocks_kept``
     blocks that were fitted, and those whose compensation the gate kept.
+``quantized_dominated_by``, ``compensated_dominated_by``
+    the best other variant of the model that is at most as large and at least as good; empty on the front of
+    AP against size.
 
 exports.csv, where detectors are exported, has the fields of ``reporting.summary.ExportedRow``.
 
@@ -60,7 +63,7 @@ from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS, iou_types
 from ..evaluation.estimates import Comparison
 from ..files import read_json, write_atomically
-from .summary import ClassResult, ExportedRow, Row, Summary
+from .summary import ClassResult, ExportedRow, Row, Summary, with_dominance
 
 VARIANTS = ("baseline", "quantized", "compensated")
 RANKED_CLASSES = 10
@@ -330,6 +333,7 @@ def _model_summary(
         }
         for name, warmup in warmups.items()
     ]
+    found = with_dominance(found)
     return found, quantizations, _exported_rows(exports, found, statistics, masks)
 
 
