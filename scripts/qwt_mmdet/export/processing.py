@@ -70,8 +70,9 @@ def _anchors(head: Any) -> dict[str, Any]:
     )
     coder = head.bbox_coder
     found = {
+        "clipped": coder.clip_border,  # to the image as it is after resizing
         "scores": f"of each class: {activation} of cls_scores, whose channels are classes within anchors; where "
-        "there are score_factors, times their sigmoid"
+        "there are score_factors, times their sigmoid",
     }
     if type(coder) is DistancePointBBoxCoder:
         return found | {
@@ -85,7 +86,7 @@ def _anchors(head: Any) -> dict[str, Any]:
         "stds": list(coder.stds),
         "boxes": "with stride s, in column x and row y, of an anchor (x1, y1, x2, y2) + (x s, y s, x s, y s) with "
         "centre (cx, cy), width w and height h, and d = bbox_preds * stds + means, d2 and d3 clipped to "
-        f"±{coder.wh_ratio_clip:g}'s |log|: centre (cx + d0 w, cy + d1 h), width w exp(d2), height h exp(d3)",
+        "±log(1000 / 16): centre (cx + d0 w, cy + d1 h), width w exp(d2), height h exp(d3)",
     }
 
 
