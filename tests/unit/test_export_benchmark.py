@@ -67,6 +67,31 @@ def test_the_integer_share_is_that_of_the_kernels_which_onnx_runtime_ran():
     assert shares == [0, 48 / (48 + 16)]
 
 
+def test_a_convolution_whose_weight_the_runtime_packs_is_counted():
+    helper, array = onnx.helper, onnx.numpy_helper.from_array
+    scale, zero = np.float32(0.1), np.uint8(128)
+    weight = np.random.default_rng(0).integers(-127, 127, (16, 3, 3, 3)).astype(np.int8)
+    constants = {"scale": scale, "zero": zero, "weight": weight, "middle": np.int8(0)}
+    names = ["scale", "zero", "weight", "scale", "middle", "scale", "zero"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["codes"]),
+        helper.make_node("QLinearConv", ["codes", *names], ["sums"]),
+        helper.make_node("DequantizeLinear", ["sums", "scale", "zero"], ["output"]),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "convolution",
+        [helper.make_tensor_value_info("image", kind, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("output", kind, [1, 16, 6, 6])],
+        [array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    image = {"image": np.ones((1, 3, 8, 8), np.float32)}
+    (kernel,) = profile.PROFILES["onnxruntime"](Graph(model.SerializeToString(), False), image)
+    assert kernel == (True, 16 * 6 * 6 * 3 * 3 * 3)
+
+
 @pytest.fixture
 def files(tmp_path):
     """An exported file with integer weights, and one in full precision."""

@@ -55,6 +55,8 @@ def onnxruntime_session(graph: Graph, threads: int, profile: str | None = None) 
         options.add_session_config_entry("session.x64quantprecision", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
+        # the profile lacks the shapes of weights that were packed
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
 
 
