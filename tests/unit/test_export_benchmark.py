@@ -18,6 +18,9 @@ def test_multiply_adds_are_those_of_the_formula():
     # 3×3 convolution of 8 channels in 2 groups to 4 channels at 5×6: each output sums 4 · 9 products
     assert profile.convolution([1, 4, 5, 6], [4, 4, 3, 3]) == 4 * 5 * 6 * 4 * 9
     assert profile.convolution([1, 4, 5, 6], [2, 2, 4, 3, 3]) == 4 * 5 * 6 * 4 * 9
+    assert profile.convolution([1, 5, 6, 4], [4, 4, 3, 3]) == 4 * 5 * 6 * 4 * 9
+    # transposed, of 8 channels to 4 by 2×2: each input adds to 4 · 4 outputs
+    assert profile.convolution([1, 8, 5, 6], [8, 4, 2, 2]) == 8 * 5 * 6 * 4 * 4
     assert profile.product([2, 3, 5], [2, 3, 7]) == 2 * 3 * 5 * 7
 
 

@@ -21,12 +21,15 @@ class Kernel(NamedTuple):
     multiply_adds: int
 
 
-def convolution(output: Sequence[int], weight: Sequence[int]) -> int:
-    """Multiply-adds of a convolution, from the shapes [batch, out, …] and [out, in / groups, …].
+def convolution(values: Sequence[int], weight: Sequence[int]) -> int:
+    """Multiply-adds of a convolution, in any layout of its maps.
 
-    OpenVINO splits the first dimension of a grouped weight; their product stays.
+    Args:
+        values: shape of the output; of the input where it is transposed.
+        weight: [out, in / groups, …], or [groups, out / groups, in / groups, …] as OpenVINO has it, where
+            there is one dimension more; in and out change places where it is transposed.
     """
-    return math.prod(output) * math.prod(weight) // output[1]
+    return math.prod(values) * math.prod(weight[1 + len(weight) - len(values) :])
 
 
 def product(output: Sequence[int], left: Sequence[int]) -> int:
@@ -61,7 +64,8 @@ def _onnxruntime(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
         tensors = [s for entry in about["input_type_shape"] for s in entry.values() if len(s) > 1]
         (output,) = about["output_type_shape"][0].values()
         if name in CONVOLUTIONS:
-            yield Kernel(CONVOLUTIONS[name], convolution(output, tensors[1]))
+            values = tensors[0] if name == "ConvTranspose" else output
+            yield Kernel(CONVOLUTIONS[name], convolution(values, tensors[1]))
         else:
             yield Kernel(PRODUCTS[name], product(output, tensors[0]))
 
@@ -76,7 +80,8 @@ def _openvino(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
         output = [list(entry.get_shape()) for entry in node.outputs()]
         kind = about["layerType"].astype(str)
         if kind in ("Convolution", "Deconvolution"):
-            yield Kernel(integer, convolution(output[0], shapes[1]))
+            values = shapes[0] if kind == "Deconvolution" else output[0]
+            yield Kernel(integer, convolution(values, shapes[1]))
         elif kind in ("MatMul", "FullyConnected"):
             yield Kernel(integer, product(output[0], shapes[0]))
 
