@@ -21,7 +21,7 @@ from ..data.batches import single_images
 from ..errors import QwtError
 from ..progress import progress
 from ..record import record_of
-from ..replay.cache import ActivationCache, release_free_memory
+from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
 from ..replay.forwards import detached
 from .blocks import find_blocks
 from .cost import backbone_bytes, backbone_multiply_adds, too_expensive
@@ -35,9 +35,6 @@ from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics
 from .trace import Plan, replay_scope, trace_blocks
 
 logger = logging.getLogger(__name__)
-
-RELEASE_INTERVAL = 8
-"""Images after which free memory goes back to the system: getting it again takes time."""
 
 HOLDOUT_GROUPS = 8
 """Groups of held-out images between which ``kind: auto`` measures how much errors scatter."""

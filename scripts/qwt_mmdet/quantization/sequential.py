@@ -25,7 +25,7 @@ from ..config import QuantizationSettings
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
 from ..progress import progress
-from ..replay.cache import ActivationCache
+from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
 from ..replay.walk import ReachedError, Walk, outermost_modules
 from .convert import activation_quantizers, full_precision, quantized_layers
 from .layers import QuantizedConv2d, QuantizedLayer
@@ -254,6 +254,8 @@ def calibrate_sequentially(
         """Show all inputs of a layer on the quantized network's way."""
         quantizer = full.order[name].input_quantizer
         for image in range(full.images):
+            if image % RELEASE_INTERVAL == 0:
+                release_free_memory()
             expected = full.calls[image, name]
             calls = 0
 

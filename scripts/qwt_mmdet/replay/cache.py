@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+RELEASE_INTERVAL = 8
+"""Images after which free memory goes back to the system: getting it again takes time."""
+
 
 def release_free_memory() -> None:
     """Give memory that was freed back to the system, where the C library can (glibc).
