@@ -1,17 +1,20 @@
-"""Export the architectures of the quantizer's tests, and compare ONNX Runtime with the simulation: docs/export.md.
+"""Export the architectures of the quantizer's tests, and compare ONNX Runtime with torch: docs/export.md.
 
 Weights are random and the image is a small generated one: this tells which detectors have a graph, and whether it
-computes the same. Each head gets the same input in both. Rounding to 8 bits makes a step of what is a tie, so the
-simulation is also compared with itself, computed with other convolution kernels of torch (without oneDNN). The graph
-runs as it is stored, and as it is changed for ONNX Runtime, which does not round inputs of float convolutions.
-Results are appended to a file of JSON lines, and what stands there is not run again; remove a line to repeat it.
+computes the same. Each head gets the same input in both. In full precision that is a matter of float32's last bits.
+With `--quantized` (W8A8) rounding makes a step of what is a tie, and networks with random weights enlarge it from layer
+to layer; so the simulation is also compared with itself, computed with other convolution kernels of torch (without
+oneDNN). Results are appended to a file of JSON lines, and what stands there is not run again; remove a line to repeat
+it.
 
     python tests/benchmarks/walk_exports.py --results exports.jsonl
+    python tests/benchmarks/walk_exports.py --results exports.jsonl --quantized
     python tests/benchmarks/walk_exports.py --results exports.jsonl --table
 """
 
 import argparse
 import copy
+import functools
 import json
 import sys
 import tempfile
@@ -63,8 +66,8 @@ def heads(model: nn.Module, image: Tensor, regions: Iterable[tuple[str, Any]]) -
 
 
 @torch.no_grad()
-def walk(config: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Quantize, export and run a detector.
+def walk(config: str, size: tuple[int, int], *, quantized: bool) -> dict[str, Any]:
+    """Export a detector, run it and compare.
 
     Raises:
         QwtError: it is refused.
@@ -79,31 +82,28 @@ def walk(config: str, size: tuple[int, int]) -> dict[str, Any]:
         settings = copy.deepcopy(model.cfg)
         small_pipeline(settings.test_dataloader, size)
         batches = list(make_loader(settings, annotations))
-        calibrate(quantize_model(model, QUANTIZATION), copy.deepcopy(batches))
+        if quantized:
+            calibrate(quantize_model(model, QUANTIZATION), copy.deepcopy(batches))
         image = model.data_preprocessor(batches[0], False)["inputs"]
         export_onnx(model, folder / "model.onnx", size=tuple(image.shape[2:]), dynamic=False)
-        fast = load_exported(folder / "model.onnx").model
-        with mock.patch.object(kernels, "compute_in_floats"):
-            stored = load_exported(folder / "model.onnx").model
-        megabytes = exported_bytes(folder / "model.onnx") / 1e6
+        with mock.patch.object(kernels, "compute_in_floats"):  # as it is stored
+            exported = load_exported(folder / "model.onnx").model
     regions = list(region_inputs(model, image).items())
     expected = heads(model, image, regions)
     with torch.backends.mkldnn.flags(enabled=False):
         again = heads(model, image, regions)
     return {
         "graphs": 1 + len(regions),
-        "megabytes": megabytes,
-        "stored": difference(heads(stored, image, regions), expected),
-        "fast": difference(heads(fast, image, regions), expected),
+        "difference": difference(heads(exported, image, regions), expected),
         "of_itself": difference(again, expected),
     }
 
 
-def outcome(config: str) -> dict[str, Any]:
+def outcome(quantized: bool, config: str) -> dict[str, Any]:
     """What :func:`walk` finds, or why it finds nothing."""
     for size in SIZES:
         try:
-            return {"result": "exports", **walk(config, size)}
+            return {"result": "exports", **walk(config, size, quantized=quantized)}
         except QwtError as error:
             return {"result": "refused", "sentence": str(error)}
         except Exception:  # the image may be too small
@@ -113,20 +113,28 @@ def outcome(config: str) -> dict[str, Any]:
 
 def table(results: Path) -> str:
     """One row per config, as Markdown."""
-    rows = []
+    entries: dict[str, dict[bool, dict[str, Any]]] = {}
     for line in results.read_text().splitlines():
         entry = json.loads(line)
-        found = entry.get("sentence")
-        if found is None:
-            found = " / ".join(f"{entry[key]:.4f}" for key in ("stored", "fast", "of_itself"))
-        rows.append([entry["config"], entry["result"], entry.get("graphs", ""), found])
-    headers = ("config", "result", "graphs", "difference: stored / fast / of itself, or why not")
+        entries.setdefault(entry["config"], {})[entry["quantized"]] = entry
+    rows = []
+    for config in [config for config in ALWAYS | FAMILIES if config in entries]:
+        full, quantized = (entries[config].get(key, {}) for key in (False, True))
+        entry = full or quantized
+        row = [config, entry["result"], entry.get("graphs", "")]
+        row.append(f"{full['difference']:.0e}" if "difference" in full else "")
+        keys = ("difference", "of_itself")
+        row.append(" / ".join(f"{quantized[key]:.4f}" for key in keys if key in quantized))
+        why = entry.get("sentence", "").partition(":")[0].partition(",")[0]
+        rows.append([*row, why])
+    headers = ("config", "result", "graphs", "full precision", "W8A8 / of itself", "why not")
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--quantized", action="store_true", help="quantize the detectors (W8A8)")
     parser.add_argument("--table", action="store_true", help="print what the file holds, and end")
     parser.add_argument("--only", default="", help="run configs whose names contain this")
     options = parser.parse_args()
@@ -135,11 +143,12 @@ def main() -> None:
         return
     done = set()
     if options.results.exists():
-        lines = options.results.read_text().splitlines()
-        done = {json.loads(line)["config"] for line in lines}
+        lines = [json.loads(line) for line in options.results.read_text().splitlines()]
+        done = {entry["config"] for entry in lines if entry["quantized"] == options.quantized}
     for config in ALWAYS | FAMILIES:
         if options.only in config and config not in done:
-            entry = {"config": config, **run_alone(config, outcome)}
+            found = run_alone(config, functools.partial(outcome, options.quantized))
+            entry = {"config": config, "quantized": options.quantized, **found}
             with open(options.results, "a") as stream:
                 stream.write(json.dumps(entry) + "\n")
             print(json.dumps(entry), flush=True)
