@@ -30,7 +30,6 @@ from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import random_detector, read_config
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.export import kernels
-from qwt_mmdet.export.description import exported_bytes
 from qwt_mmdet.export.loading import load_exported
 from qwt_mmdet.export.onnx_file import export_onnx
 from qwt_mmdet.export.parts import dense_head, refuse_what_has_no_form, region_inputs
