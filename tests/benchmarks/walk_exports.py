@@ -22,14 +22,12 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import random_detector, read_config
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.export import kernels
 from qwt_mmdet.export.loading import load_exported
 from qwt_mmdet.export.onnx_file import export_onnx
 from qwt_mmdet.export.parts import dense_head, refuse_what_has_no_form, region_inputs
@@ -85,8 +83,7 @@ def walk(config: str, size: tuple[int, int], *, quantized: bool) -> dict[str, An
             calibrate(quantize_model(model, QUANTIZATION), copy.deepcopy(batches))
         image = model.data_preprocessor(batches[0], False)["inputs"]
         export_onnx(model, folder / "model.onnx", size=tuple(image.shape[2:]), dynamic=False)
-        with mock.patch.object(kernels, "compute_in_floats"):  # as it is stored
-            exported = load_exported(folder / "model.onnx").model
+        exported = load_exported(folder / "model.onnx").model
     regions = list(region_inputs(model, image).items())
     expected = heads(model, image, regions)
     with torch.backends.mkldnn.flags(enabled=False):

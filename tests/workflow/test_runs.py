@@ -103,7 +103,8 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
 
     with open(workflow.folder / "results" / "exports.csv", newline="") as stream:
         (exported,) = csv.DictReader(stream)
-    assert float(exported["ap"]) > 0.2
+    # Of six images, one detection that a tie decides otherwise counts much.
+    assert float(exported["ap"]) == pytest.approx(float(exported["simulated"]), abs=0.02)
     assert exported["simulated"] == row["AP_compensated"]
     assert float(exported["file_bytes"]) < float(exported["full_precision_file_bytes"])
     assert float(exported["latency_ratio"]) > 0

@@ -61,11 +61,11 @@ def _repeat_per_reader(node: ir.Node) -> None:
         reader.replace_input_with(index, copied.outputs[0])
 
 
-def compute_in_floats(model: ir.Model) -> None:
-    """Make float convolutions of those that ONNX Runtime has no integer kernel for, in place.
+def float_weights(model: ir.Model) -> None:
+    """Store weights in floating point where ONNX Runtime has no integer kernel for a convolution, in place.
 
-    It would dequantize their weights at each image, and quantize an input of 8 bits to multiply it in floating
-    point all the same. Inputs with fewer bits are clipped, and stay on their grid.
+    It would dequantize them at each image, and its fastest convolutions take constants alone. Inputs stay on
+    their grids, so that the outputs are those of the quantized detector.
     """
     for node in [n for n in model.graph if n.op_type == "Conv" and not runs_in_integers(n)]:
         for index in range(1, len(node.inputs)):
@@ -73,7 +73,6 @@ def compute_in_floats(model: ir.Model) -> None:
             if source is not None and source.op_type == "DequantizeLinear":
                 name = f"{node.outputs[0].name}.float{index}"
                 set_input(model, node, index, _values(source), name)
-        _skip_quantizer(model, node)
     RemoveUnusedNodesPass()(model)
 
 
@@ -83,35 +82,3 @@ def _values(dequantize: ir.Node) -> np.ndarray:
     shape = (-1, *[1] * (codes.ndim - 1))
     steps = codes.astype(np.int32) - zero_points_of(dequantize).astype(np.int32).reshape(shape)
     return steps.astype(np.float32) * scale.reshape(shape)
-
-
-def _skip_quantizer(model: ir.Model, convolution: ir.Node) -> None:
-    """Let a convolution read what its quantizer reads; its weights take up how that scales the channels."""
-    dequantize = input_of(convolution, 0).producer()
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
-        return
-    quantize = input_of(dequantize, 0).producer()
-    if quantize is None or quantize.op_type != "QuantizeLinear":
-        return
-    value = input_of(quantize, 0)
-    factor = constant(dequantize.inputs[1]).reshape(-1) / constant(quantize.inputs[1]).reshape(-1)
-    multiply = value.producer()
-    if multiply is not None and multiply.op_type == "Mul":
-        known = ir.convenience.get_const_tensor(input_of(multiply, 1))
-        if known is not None and known.numpy().shape[1:] == (1, 1):
-            factor = factor * known.numpy().reshape(-1)
-            value = input_of(multiply, 0)
-    if (factor != 1).any():
-        weight = constant(convolution.inputs[1])
-        group = convolution.attributes.get_int("group", 1)
-        factor = np.broadcast_to(factor, group * weight.shape[1])
-        grouped = weight.reshape(group, -1, *weight.shape[1:])
-        scaled = (grouped * factor.reshape(group, 1, -1, 1, 1)).reshape(weight.shape)
-        name = f"{convolution.outputs[0].name}.weight"
-        set_input(model, convolution, 1, scaled.astype(np.float32), name)
-    if not constant(quantize.inputs[2]).any():  # it clips at 0
-        relu = ir.Node("", "Relu", [value])
-        relu.outputs[0].name = f"{convolution.outputs[0].name}.input"
-        model.graph.insert_before(convolution, relu)
-        value = relu.outputs[0]
-    convolution.replace_input_with(0, value)

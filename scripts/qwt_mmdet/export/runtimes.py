@@ -124,7 +124,7 @@ def prepared(model: "onnx_ir.Model", runtime: str) -> Graph:
 
     kernels.widen_weights(model)
     if runtime == "onnxruntime":
-        kernels.compute_in_floats(model)
+        kernels.float_weights(model)
     overflow = _adds_in_16_bits() and kernels.largest_weight(model) > LARGEST_SAFE_WEIGHT
     return Graph(onnx_ir.to_proto(model).SerializeToString(), overflow)
 
