@@ -116,7 +116,7 @@ def test_a_large_input_of_a_linear_layer_gives_the_same_in_parts(shape, monkeypa
         expected = layer(x)
         assert len(sizes) == 1
         monkeypatch.setattr(layers, "LARGE_INPUT", 100)
-        monkeypatch.setattr(layers, "PART", 10 * 16)
+        monkeypatch.setattr(layers, "CHUNK", 10 * 16)
         actual = layer(x)
     assert sizes[1:3] == [10, 10]
     assert sum(sizes[1:]) == x.numel() // 16
