@@ -277,7 +277,7 @@ def test_what_lies_between_blocks_runs_once_per_image_and_model():
             module.forward = counted
     blocks = ("backbone.a", "backbone.b")
     plan = trace_blocks(full, list(blocks), tiny.batches(1)[0], "backbone")
-    assert [(step.module, step.call) for step in plan.calls] == [
+    assert [(step.module, step.number) for step in plan.calls] == [
         ("backbone.stem", 0), ("backbone.a", 0), ("backbone.pool", 0), ("backbone.pool", 1),
         ("backbone.b", 0),
     ]  # fmt: skip

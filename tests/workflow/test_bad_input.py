@@ -195,6 +195,7 @@ def test_what_does_not_fit_the_model_is_refused(workflow: Workflow):
     config = yaml.safe_load(
         (Path(__file__).parents[1] / "configs" / "yolox_coco_real_tiny.yaml").read_text()
     )
+    del config["export"]  # of a quantization that is not there
     model = config["models"]["yolox_nano"]
     shutil.copy(REAL_COCO / "yolox_nano_coco_mmdet.pth", folder / "other.pth")
     config["quantization"] = {
