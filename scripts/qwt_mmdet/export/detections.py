@@ -139,8 +139,8 @@ def append_suppression(graph: "onnx_ir.Model", settings: Mapping[str, Any]) -> N
     boxes, scores = graph.graph.outputs
     tape = ir.tape.Tape(graph.graph)
 
-    def constant(name: str, value: Any, kind: type) -> ir.Value:
-        return tape.initializer(ir.tensor(np.array(value, kind), name=f"suppression.{name}"))
+    def constant(name: str, value: Any, dtype: type) -> ir.Value:
+        return tape.initializer(ir.tensor(np.array(value, dtype), name=f"suppression.{name}"))
 
     limit = settings["most"] if settings["most"] >= 0 else np.iinfo(np.int64).max
     chosen = tape.op(
@@ -162,9 +162,9 @@ def append_suppression(graph: "onnx_ir.Model", settings: Mapping[str, Any]) -> N
     corners = tape.op("Gather", [first, tape.op("Gather", [indices, order])])
     labels = tape.op("Gather", [classes, order])
     graph.graph.outputs.clear()
-    kinds = (ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.INT64)
-    for name, value, kind in zip(OUTPUTS, (corners, best, labels), kinds, strict=True):
-        value.name, value.type = name, ir.TensorType(kind)
+    dtypes = (ir.DataType.FLOAT, ir.DataType.FLOAT, ir.DataType.INT64)
+    for name, value, dtype in zip(OUTPUTS, (corners, best, labels), dtypes, strict=True):
+        value.name, value.type = name, ir.TensorType(dtype)
         value.shape = ir.Shape(["detections", 4] if name == "boxes" else ["detections"])
         graph.graph.outputs.append(value)
     return {name: name for name in OUTPUTS}

@@ -99,7 +99,7 @@ def dense_head(model: BaseDetector) -> str:
         QwtError: mmdet does not run it apart from what makes boxes of its outputs.
     """
     predict = getattr(type(model), "predict", None)
-    entries = [entry for kind, entry in DENSE_HEADS.items() if kind.predict is predict]
+    entries = [entry for detector, entry in DENSE_HEADS.items() if detector.predict is predict]
     if not entries or (entries[0][0] == "mask_head" and model.with_bbox):
         raise QwtError(
             f"A {type(model).__name__} cannot be exported: only detectors can whose head mmdet runs apart "
@@ -230,16 +230,16 @@ def refuse_what_has_no_form(model: BaseDetector) -> None:
     """
     parts = ("backbone", "neck", dense_head(model), *region_heads(model))
     for name, module in model.named_modules():
-        kind = type(module)
+        module_class = type(module)
         if not any(name == part or name.startswith(f"{part}.") for part in parts):
             if any(True for _ in module.parameters(recurse=False)):
                 raise QwtError(
-                    f"The module {name} is a {kind.__name__} with weights, and lies between the parts that "
+                    f"The module {name} is a {module_class.__name__} with weights, and lies between the parts that "
                     f"become graphs ({', '.join(parts)}); this detector cannot be exported."
                 )
-        elif kind.__module__.startswith("mmcv.ops"):
+        elif module_class.__module__.startswith("mmcv.ops"):
             raise QwtError(
-                f"The module {name} is a {kind.__name__}, an operator of mmcv's own that ONNX has no form "
+                f"The module {name} is a {module_class.__name__}, an operator of mmcv's own that ONNX has no form "
                 "for; this detector cannot be exported."
             )
     for name, quantizer in activation_quantizers(model).items():

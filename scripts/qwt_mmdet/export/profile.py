@@ -78,11 +78,11 @@ def _openvino(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
         integer = about["runtimePrecision"].astype(str) in ("i8", "u8")
         shapes = [list(entry.get_shape()) for entry in node.inputs()]
         output = [list(entry.get_shape()) for entry in node.outputs()]
-        kind = about["layerType"].astype(str)
-        if kind in ("Convolution", "Deconvolution"):
-            values = shapes[0] if kind == "Deconvolution" else output[0]
+        layer_type = about["layerType"].astype(str)
+        if layer_type in ("Convolution", "Deconvolution"):
+            values = shapes[0] if layer_type == "Deconvolution" else output[0]
             yield Kernel(integer, convolution(values, shapes[1]))
-        elif kind in ("MatMul", "FullyConnected"):
+        elif layer_type in ("MatMul", "FullyConnected"):
             yield Kernel(integer, product(output[0], shapes[0]))
 
 

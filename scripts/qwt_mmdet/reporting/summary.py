@@ -151,7 +151,7 @@ def with_dominance(rows: Sequence[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class ExportedRow:
-    """One exported detector × runtime × kind of AP, a row of exports.csv.
+    """One exported detector × runtime × type of AP, a row of exports.csv.
 
     Args:
         compensation: None for a detector without any.

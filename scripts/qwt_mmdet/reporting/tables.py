@@ -215,7 +215,7 @@ def _exported_rows(
         rows: of the same model, which know the sizes.
     """
     found = []
-    for export, kind in itertools.product(exports, iou_types(masks)):
+    for export, iou_type in itertools.product(exports, iou_types(masks)):
         names: dict[str, Any] = {
             key: export[key] for key in ("model", "quantization", "compensation", "runtime")
         }
@@ -231,7 +231,7 @@ def _exported_rows(
         )
         ap: dict[str, Any] = dict.fromkeys(("ap", "simulated", "exported_minus_simulated"))
         if statistics is not None:
-            of = (kind, "AP")
+            of = (iou_type, "AP")
             ap = {
                 "ap": exported and statistics.estimate(exported, *of),
                 "simulated": simulated and statistics.estimate(simulated, *of),
@@ -242,7 +242,7 @@ def _exported_rows(
         found.append(
             ExportedRow(
                 **names,
-                metrics=kind,
+                metrics=iou_type,
                 failed="; ".join(export["failed"] or ()) or None,
                 **ap,
                 computed_bytes=sizes[0],

@@ -103,9 +103,11 @@ def write_evaluation(
     result["provenance"] |= inputs.job.account()
     write_json(predictions, found)
     write_json(metrics, result, indent=1)
-    for kind in ("bbox", "segm"):
-        if kind in result:
-            logger.info("%s AP %.4f, AP50 %.4f", kind, result[kind]["AP"], result[kind]["AP50"])
+    for iou_type in ("bbox", "segm"):
+        if iou_type in result:
+            logger.info(
+                "%s AP %.4f, AP50 %.4f", iou_type, result[iou_type]["AP"], result[iou_type]["AP50"]
+            )
     if result["not_finite"]:
         logger.warning("%d detections are NaN or infinite and do not count.", result["not_finite"])
     if result["collapsed"]:

@@ -40,7 +40,11 @@ def export(
         details["ap"] = {
             "measured": "with PyTorch, where quantization is simulated, before the export",
             "images": known["provenance"]["images"],
-            **{kind: known[kind]["AP"] for kind in ("bbox", "segm") if kind in known},
+            **{
+                iou_type: known[iou_type]["AP"]
+                for iou_type in ("bbox", "segm")
+                if iou_type in known
+            },
         }
     dynamic = None if input_size is None else input_size == "dynamic"
     batches = () if warmup is None else itertools.islice(inputs.loader(model), IMAGES)
