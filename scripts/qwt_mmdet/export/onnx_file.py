@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from ..archives import summary_path
 from ..config import as_plain
 from ..config.export import LEAST_OPSET, MOST_OPSET
-from ..data.loaders import inference_pipeline, transform_name
+from ..data.loaders import transforms_by_name
 from ..errors import QwtError, check_installed, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
@@ -156,9 +156,7 @@ def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
     Raises:
         QwtError: the pipeline says no size.
     """
-    transforms = {
-        transform_name(transform): transform for transform in inference_pipeline(model.cfg)
-    }
+    transforms = transforms_by_name(model.cfg)
     divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
     padded, scale = (
         transforms.get(name, {}).get(key) for name, key in (("Pad", "size"), ("Resize", "scale"))

@@ -26,9 +26,11 @@ def quantize_sums(model: ir.Model, images: Iterable[Tensor]) -> None:
         images: inputs of the graph, [batch, 3, height, width], whose values give the ranges; without any,
             nothing changes.
     """
-    inputs = [image[None].numpy() for batch in images for image in batch]
     values = {str(value.name): value for value in passes.sums(model)}
-    if not values or not inputs:
+    if not values:  # no image needs to be read
+        return
+    inputs = [image[None].numpy() for batch in images for image in batch]
+    if not inputs:
         return
     probe = model.clone()
     probe.graph.outputs.clear()

@@ -11,7 +11,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from torch import nn
 
-from ..data.loaders import inference_pipeline, transform_name
+from ..data.loaders import transforms_by_name
 from .parts import dense_head
 
 RESIZE = (
@@ -23,7 +23,7 @@ RESIZE = (
 def preprocessing(model: BaseDetector) -> dict[str, Any]:
     """What happens to an image before the graph, in this order: resize, pad, colours, mean and std, pad."""
     given = model.data_preprocessor
-    transforms = {transform_name(entry): entry for entry in inference_pipeline(model.cfg)}
+    transforms = transforms_by_name(model.cfg)
     normalises = getattr(given, "_enable_normalize", False)
     resize, pad = (transforms.get(name) for name in ("Resize", "Pad"))
     found: dict[str, Any] = {"layout": "NCHW", "type": "float32", "resize": None, "pad": None}

@@ -11,8 +11,8 @@ class RegressionSums:
     grow with the number of rows.
 
     Args:
-        widths: columns of x whose moments are taken together. Columns of different parts count as not
-            correlated, and more than one part has no moments with y.
+        widths: columns of x whose moments are taken together. Columns of different chunks count as not
+            correlated, and more than one chunk has no moments with y.
     """
 
     def __init__(self, widths: list[int]) -> None:
@@ -46,11 +46,11 @@ class RegressionSums:
             self._origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         x, y = x - self._origin[0], y - self._origin[1]
         weighted = x * weight[:, None]
-        parts = zip(weighted.split(self.widths, 2), x.split(self.widths, 2), strict=True)
+        chunks = zip(weighted.split(self.widths, 2), x.split(self.widths, 2), strict=True)
         new = [
             weighted.sum(1, dtype=torch.float64),
             (y * weight[:, None]).sum(1, dtype=torch.float64),
-            *[(w.transpose(1, 2) @ p).double() for w, p in parts],
+            *[(w.transpose(1, 2) @ p).double() for w, p in chunks],
         ]
         if len(self.widths) == 1:
             new.append((weighted.transpose(1, 2) @ y).double())
@@ -70,7 +70,7 @@ class RegressionSums:
         )  # type: ignore[return-value]
 
     def moments(self, *, centred: bool) -> tuple[list[Tensor], Tensor | None]:
-        """Second moments of x, a part [groups, columns, columns] each, and of x with y [groups, in, out].
+        """Second moments of x, a chunk [groups, columns, columns] each, and of x with y [groups, in, out].
 
         Args:
             centred: of the deviations from the means.
