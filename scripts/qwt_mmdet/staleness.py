@@ -212,8 +212,21 @@ def config_files(location: str) -> list[str]:
     It follows ``_base_``, ``read_base()``, ``custom_imports`` and import statements, but not into
     installed packages. Empty for a config that MMDetection ships.
     """
+    return _local_files([Path(location)])
+
+
+def source_files(type_: str) -> list[str]:
+    """Return the local files of the module that registers a data set's type (``mylab.voc``).
+
+    It follows import statements as :func:`config_files` does. Empty for a type of the library.
+    """
+    module = type_.rpartition(".")[0]
+    return _local_files(_module_files(module) if module else [])
+
+
+def _local_files(pending: list[Path]) -> list[str]:
+    """Return the files in ``pending`` and those that they name, without installed ones."""
     files: dict[str, None] = {}
-    pending = [Path(location)]
     while pending:
         path = Path(os.path.normpath(pending.pop()))
         with contextlib.suppress(ValueError):  # one file has one name, whatever leads to it

@@ -85,6 +85,22 @@ def test_config_files_follow_modules_of_ones_own(write, tmp_path, monkeypatch, l
     }  # fmt: skip
 
 
+def test_source_files_are_those_of_the_module_that_registers_a_type(write, tmp_path, monkeypatch):
+    stop = "raise SystemExit\n"
+    write(
+        **{
+            "code/mylab/__init__.py": stop,
+            "code/mylab/voc.py": stop + "from .boxes import x\n",
+            "code/mylab/boxes.py": stop,
+        }
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    assert set(staleness.source_files("mylab.voc.drawn")) == {
+        "code/mylab/__init__.py", "code/mylab/voc.py", "code/mylab/boxes.py",
+    }  # fmt: skip
+    assert staleness.source_files("coco") == []
+
+
 FIT = {"fit_compensation", "evaluate_compensated", "export_model"}
 QUANTIZED = {"quantize_model", "rank_layers", "evaluate_quantized", *FIT}
 COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated", "evaluate_exported"}

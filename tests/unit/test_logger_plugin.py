@@ -11,13 +11,14 @@ from snakemake_logger_plugin_qwt import LogHandler
 @pytest.fixture
 def said(capsys):
     """Log messages with level, text and event; what was shown then."""
-    handler = LogHandler(OutputSettings(), None)
 
-    def log(*messages: tuple[int, str | None, dict]) -> str:
+    def log(*messages: tuple[int, str | None, dict], dryrun: bool = False) -> str:
+        handler = LogHandler(OutputSettings(dryrun=dryrun), None)
         for level, text, event in messages:
             record = logging.LogRecord("snakemake", level, "", 0, text, (), None)
             record.__dict__.update(event)
             handler.emit(record)
+        handler.close()
         return capsys.readouterr().err
 
     return log
@@ -37,3 +38,15 @@ def test_a_workflow_that_cannot_run_says_why(said):
 def test_what_follows_a_failed_step_adds_nothing_to_the_steps_own_words(said):
     failed = (logging.ERROR, "Error in rule all", {"event": LogEvent.JOB_ERROR})
     assert said(failed, (logging.ERROR, "Exiting because a job execution failed.", {})) == ""
+
+
+def test_a_dry_run_shows_its_plan_once(said):
+    plan = (logging.INFO, "job count", {"event": LogEvent.RUN_INFO})
+    assert said(plan, plan, dryrun=True) == "job count\n"
+    assert said(plan) == ""
+    assert said((logging.INFO, "Building DAG of jobs...", {}), dryrun=True).endswith(
+        "up to date.\n"
+    )
+    assert (
+        said((logging.ERROR, "the folder is locked", {}), dryrun=True) == "the folder is locked\n"
+    )

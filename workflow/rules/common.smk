@@ -24,6 +24,7 @@ from qwt_mmdet.staleness import (
     changed_images,
     config_files,
     share_with_scripts,
+    source_files,
     source_hash,
 )
 
@@ -159,6 +160,11 @@ def local_checkpoint(wildcards):
 def local_config(wildcards):
     """Input function: the files of the model's config, unless MMDetection ships it."""
     return config_files(config["models"][wildcards.model]["config"])
+
+
+def source_module(wildcards):
+    """Input function: the files of the module that registers the dataset's type, unless it is ours."""
+    return source_files(config["datasets"][wildcards.dataset]["type"])
 
 
 def local_annotations(wildcards):

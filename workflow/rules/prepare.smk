@@ -29,6 +29,7 @@ rule prepare_dataset:
     """Generate a part of a dataset, fetch its annotations, or check the local folder that holds it."""
     input:
         annotations=local_annotations,
+        module=source_module,
     output:
         source="results/datasets/{dataset}/{part}_source.json",
     log:
@@ -48,6 +49,7 @@ rule select_images:
     """Choose a part's images, of which the other part has none, and fetch them if remote."""
     input:
         source="results/datasets/{dataset}/{part}_source.json",
+        module=source_module,
     output:
         annotations="results/datasets/{dataset}/{part}.json",
     log:
