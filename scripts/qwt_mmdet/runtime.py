@@ -211,7 +211,7 @@ class Job:
 def step(snakemake: Any) -> Iterator[Job]:
     """Run the body of a script: log to the rule's log and explain what fails.
 
-    A step that asks for a GPU (``resources.gpu``, granted or not) also gets torch set up.
+    A step that asks for a GPU (``resources.gpu``, granted or not) also gets mmdet imported and torch set up.
 
     Yields:
         the job, which knows the device to compute on.
@@ -229,6 +229,9 @@ def step(snakemake: Any) -> Iterator[Job]:
             device = "cpu"
             gpu = snakemake.resources.get("gpu")
             if gpu is not None:
+                from .imports import import_mmdet
+
+                import_mmdet()
                 set_up_torch(snakemake.threads, seed)
                 device = choose_device(gpu)
             yield Job(device, started)

@@ -104,7 +104,7 @@ STEP_MODULES = {
         "data.images",
         *_REPORT,
     ),
-    "train_demo": ("demo", "detectors.torchvision"),
+    "train_demo": ("demo",),
 }
 
 

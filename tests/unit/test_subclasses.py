@@ -11,7 +11,7 @@ from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from mmdet.models.backbones import EfficientNet
 from mmdet.models.layers import NormedConv2d, NormedLinear
 from qwt_mmdet.config import QuantizationSettings
-from qwt_mmdet.detectors.torchvision import importable_torchvision
+from qwt_mmdet.imports import importable_torchvision
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import (
     full_precision,

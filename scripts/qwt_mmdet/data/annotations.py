@@ -30,7 +30,11 @@ class _Fault(Exception):
 
 
 def read_annotations(
-    path: str | os.PathLike[str], *, labelled: bool = True, masks: bool = False
+    path: str | os.PathLike[str],
+    *,
+    labelled: bool = True,
+    masks: bool = False,
+    objects: bool = True,
 ) -> dict[str, Any]:
     """Read a COCO instances file and check all that later steps rely on.
 
@@ -40,6 +44,7 @@ def read_annotations(
     Args:
         labelled: the file must have annotations and categories, and boxes and areas in them.
         masks: every annotation must have a mask.
+        objects: False for those who need the images alone: ``annotations`` is empty then, and not checked.
 
     Returns:
         ``info`` as it is; ``images`` with id, file_name (relative, with slashes), width and height;
@@ -60,6 +65,8 @@ def read_annotations(
     for key in ("images", "annotations", "categories"):
         if isinstance(content, dict) and key != "images" and not labelled:
             content[key] = content.get(key) or []
+        if isinstance(content, dict) and key == "annotations" and not objects:
+            content[key] = []
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise QwtError(
                 f"The annotation file {path} is not in COCO's instances format: it has no list "

@@ -117,7 +117,7 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, config: Config, annotations: str | os.PathLike[str]) -> None:
-        content = read_annotations(annotations, labelled=False)
+        content = read_annotations(annotations, labelled=False, objects=False)
         if not isinstance(content["info"].get("image_root"), str):
             raise QwtError(
                 f"The annotation file {annotations} has no info.image_root; put the folder that its "

@@ -251,7 +251,8 @@ class LocalFolder(Source):
         return self.place(part).annotations
 
     def available(self, part: Part) -> int:
-        return len(read_annotations(self.place(part).annotations, labelled=False)["images"])
+        path = self.place(part).annotations
+        return len(read_annotations(path, labelled=False, objects=False)["images"])
 
     @property
     def shared(self) -> bool:

@@ -158,7 +158,7 @@ def train(
 
     import torch
 
-    from ..detectors.torchvision import importable_torchvision
+    from ..imports import importable_torchvision
 
     settings = _read_settings(config, data_root=data_root, work_dir=work_dir, seed=seed)
     start = time.monotonic()

@@ -1,3 +1,3 @@
 """Detectors: built from an mmdet config and a checkpoint, and run as far as needed."""
 
-from . import torchvision  # noqa: F401  before any module here imports mmdet.models
+from .. import imports  # noqa: F401  before any module here imports mmdet.models

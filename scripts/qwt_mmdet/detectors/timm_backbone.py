@@ -5,7 +5,7 @@ from typing import Any
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .torchvision import importable_torchvision
+from ..imports import importable_torchvision
 
 with importable_torchvision():
     import timm

@@ -1,3 +1,5 @@
 """Uniform affine post-training quantization of mmdet detectors."""
 
-from ..detectors import torchvision  # noqa: F401  before any module here imports mmdet.models
+from ..imports import import_mmdet
+
+import_mmdet()  # before a module here does

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..detectors.torchvision import importable_torchvision
+from ..imports import importable_torchvision
 
 with importable_torchvision():
     from timm.layers.attention import Attention
