@@ -33,7 +33,8 @@ bench: env ## measure time and memory on a Swin-T backbone (an hour on two cores
 	@$(WITH_VENV) python tests/benchmarks/bench_compensation.py --images 32 --check
 
 demo: env ## run the default configuration from checkpoint to report
-	@$(WITH_VENV) snakemake --cores all $(ARGS)
+	@$(WITH_VENV) snakemake --cores all --resources gpu=$$($(VENV)/bin/python -c \
+	  'from qwt_mmdet.devices import count_gpus; print(count_gpus())') $(ARGS)
 
 estimate: env ## tell what a run would take (CONFIG=config/coco.yaml names another config)
 	@$(VENV)/bin/qwt-mmdet estimate $(or $(CONFIG),config/config.yaml)

@@ -3,17 +3,45 @@
 Imports torch only where it is needed: steps without a detector do without it.
 """
 
+import functools
+import glob
+import itertools
 import logging
 import os
 import random
 import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import QwtError
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 1.0
+"""Between two looks at cards that are all held."""
 
-def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU, found out without torch."""
-    return shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
+_HELD: list[FileLock] = []
+"""Locks of the cards that this process computes on. The system opens them when the process ends."""
+
+
+@functools.cache
+def count_gpus() -> int:
+    """How many NVIDIA GPUs a process here may use, found out without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # as CUDA reads it: up to the first that is none
+        names = map(str.strip, visible.split(","))
+        return len(list(itertools.takewhile(lambda name: name and name[0] != "-", names)))
+    if shutil.which("nvidia-smi") is not None:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False
+        )
+        return sum(line.startswith("GPU") for line in listed.stdout.splitlines())
+    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def gpu_fault() -> str | None:
@@ -36,23 +64,74 @@ def gpu_fault() -> str | None:
     return None
 
 
-def choose_device(gpu: int) -> str:
-    """Return ``"cuda"`` when a GPU was granted and detectors run on it, else ``"cpu"``; log which.
+def take_card(cards: Sequence[str], wanted: int | None = None) -> int:
+    """Return the index of a card that no other job of this user computes on here; wait for one.
+
+    The card is this process's own until it ends, however it ends. A lock names a card, not its place in
+    CUDA_VISIBLE_DEVICES, so jobs that see different cards do not wait for each other.
+
+    Args:
+        cards: what tells each card from all others of the world (a UUID).
+        wanted: index of the only card to take; None for any.
+    """
+    folder = Path(tempfile.gettempdir()) / f"qwt-mmdet-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    indices = range(len(cards)) if wanted is None else [wanted]
+    locks = {index: FileLock(folder / f"{cards[index]}.lock", blocking=False) for index in indices}
+    for attempt in itertools.count():
+        for index, lock in locks.items():
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            _HELD.append(lock)
+            return index
+        if attempt == 0:
+            these = "The GPU is" if len(locks) == 1 else f"All {len(locks)} GPUs are"
+            logger.warning("%s held by other jobs of this machine; waiting for one to end.", these)
+        time.sleep(POLL_SECONDS)
+    raise AssertionError("counting has no end")
+
+
+def choose_device(gpu: int, wanted: str = "auto") -> str:
+    """Return the device to compute on, ``"cuda:1"`` or ``"cpu"``; log which.
+
+    A GPU is taken by :func:`take_card` and becomes torch's current one.
 
     Args:
         gpu: GPUs that Snakemake granted to the job (``resources.gpu``).
+        wanted: ``device`` of the configuration: auto, cpu, cuda or a card (``cuda:1``).
+
+    Raises:
+        QwtError: a GPU is wanted that is not there, or on which detectors do not run.
     """
-    if gpu <= 0:
-        logger.info("Device: CPU (no GPU was found, or --resources gpu=0)")
-        return "cpu"
-    fault = gpu_fault()
-    if fault is not None:
-        logger.info("Device: CPU (%s)", fault)
+    if gpu <= 0 or wanted == "cpu":
+        logger.info("Device: CPU (no GPU was found, or --resources gpu=0, or device: cpu)")
         return "cpu"
     import torch
 
-    logger.info("Device: %s", torch.cuda.get_device_name())
-    return "cuda"
+    number = int(wanted[5:]) if wanted.startswith("cuda:") else None
+    index = 0
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if number is not None and number >= count:
+            raise QwtError(
+                f"device is {wanted}, but torch sees {count} GPUs, from cuda:0 on; name another, or change "
+                "CUDA_VISIBLE_DEVICES."
+            )
+        cards = [str(torch.cuda.get_device_properties(card).uuid) for card in range(count)]
+        index = take_card(cards, number)
+        torch.cuda.set_device(index)
+    fault = gpu_fault()
+    if fault is not None:
+        while _HELD:
+            _HELD.pop().release()
+        if wanted != "auto":
+            raise QwtError(f"device is {wanted}, but {fault}; or set it to cpu.")
+        logger.info("Device: CPU (%s)", fault)
+        return "cpu"
+    logger.info("Device: cuda:%d, %s", index, torch.cuda.get_device_name())
+    return f"cuda:{index}"
 
 
 def seed_everything(seed: int) -> None:

@@ -179,8 +179,8 @@ def _run(trial: Trial, step: str, count: int) -> float:
     elif trial.compensation is not None:
         fitted = fit_compensation(model, reference, loader, trial.compensation)
         save_compensation(model, fitted, trial.path("compensation.pth"))
-    if trial.device == "cuda":
-        torch.cuda.synchronize()
+    if trial.device != "cpu":
+        torch.cuda.synchronize(trial.device)
     return time.perf_counter() - start
 
 
@@ -193,7 +193,9 @@ def measure(trial: Trial, step: str) -> Cost:
     _run(trial, step, counts[0])  # the first run is slower
     few, many = (_run(trial, step, count) for count in counts)
     per_image = max(0.0, (many - few) / (counts[1] - counts[0]))
-    on_device = torch.cuda.max_memory_allocated() / 1e9 if trial.device == "cuda" else None
+    on_device = None
+    if trial.device != "cpu":
+        on_device = torch.cuda.max_memory_allocated(trial.device) / 1e9
     return Cost(
         seconds=starting + max(0.0, few - counts[0] * per_image),
         seconds_per_image=per_image,
@@ -270,7 +272,7 @@ def estimate_run(
 
     Args:
         config: resolved config of the workflow.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or a card, ``cuda:0``.
         threads: of each step.
 
     Raises:

@@ -191,7 +191,7 @@ class Job:
     """A run of a script.
 
     Args:
-        device: to compute on, ``"cuda"`` or ``"cpu"``.
+        device: to compute on, ``"cuda:0"`` or ``"cpu"``.
         started: in seconds of ``time.monotonic``.
     """
 
@@ -233,7 +233,7 @@ def step(snakemake: Any) -> Iterator[Job]:
 
                 import_mmdet()
                 set_up_torch(snakemake.threads, seed)
-                device = choose_device(gpu)
+                device = choose_device(gpu, snakemake.config["device"])
             yield Job(device, started)
         except (Exception, KeyboardInterrupt) as error:
             logger.error("%s", explain(error, snakemake.rule))

@@ -32,6 +32,7 @@ def job(tmp_path, *, gpu=None, seed=0, threads=1):
         resources=resources,
         threads=threads,
         config={
+            "device": "auto",
             "evaluation": {"workers": 4, "batch_size": 5},
             "calibration": {"workers": 0, "batch_size": 5},
         },

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import combinations, exports, read_file, resolve
 from qwt_mmdet.data.sources import open_source
-from qwt_mmdet.devices import has_gpu
+from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
 from qwt_mmdet.reporting.text import UNFINISHED, last_error, run_summary
@@ -89,8 +89,10 @@ def detector_gpu(wildcards):
 
     Asking for one all the same would let `--resources gpu=1` run one step at a time on a CPU.
     """
+    if config["device"] != "auto":
+        return int(config["device"] != "cpu")
     runs_here = workflow.local_exec and not workflow.remote_exec
-    return 0 if runs_here and not has_gpu() else 1
+    return 0 if runs_here and not count_gpus() else 1
 
 
 def detector_threads(wildcards):

@@ -90,7 +90,7 @@ def check_cuda() -> None:
 
 
 def chosen_device(wanted: Device) -> str:
-    """Return ``"cuda"`` or ``"cpu"``.
+    """Return the device to compute on, ``"cuda:1"`` or ``"cpu"``; see ``devices.choose_device``.
 
     Raises:
         QwtError: cuda is wanted and cannot be used.
@@ -99,7 +99,7 @@ def chosen_device(wanted: Device) -> str:
 
     if wanted == "cuda":
         check_cuda()
-    return choose_device(0 if wanted == "cpu" else 1)
+    return choose_device(1, wanted)
 
 
 def load_model(

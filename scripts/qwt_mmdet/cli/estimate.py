@@ -28,7 +28,7 @@ def estimate(
         content = resolve(read_file(config))
         chosen = chosen_device(device)
         cores = cores or os.cpu_count() or 1
-        threads = cores if chosen == "cuda" else 1
+        threads = 1 if chosen == "cpu" else cores
         found = estimate_run(content, device=chosen, threads=threads)
         rows: list[tuple[Any, ...]] = [
             (

@@ -18,6 +18,7 @@ from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
 from ..config.export import Export, Runtime
 from ..config.models import Model
 from ..config.workflow import Configuration, Evaluation, Loading
+from ..devices import count_gpus
 from ..errors import QwtError, suggestion
 from ..files import is_url
 from ..reporting.text import UNFINISHED, run_summary
@@ -267,7 +268,8 @@ def run_workflow(
         *(sys.executable, "-m", "snakemake", "--nocolor"),
         *("--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
         *("--configfile", str(path), "--cores", str(cores or "all")),
-        *("--resources", f"gpu={0 if device == 'cpu' else 1}", "--rerun-incomplete"),
+        *("--resources", f"gpu={0 if device == 'cpu' else max(1, count_gpus())}"),
+        "--rerun-incomplete",
         *(["--dry-run", "--quiet", "rules"] if dry_run else ["--logger", "qwt"]),
     ]
     share_with_scripts()

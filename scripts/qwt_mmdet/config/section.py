@@ -170,6 +170,7 @@ _PLAINER = {
     r"valid boolean": "true or false",
     r"match pattern .*4000.*": "be text that is not empty, in one line of at most 4000 letters",
     r"match pattern .*64.*": "be 64 hexadecimal digits, in quotes",
+    r"match pattern .*cuda.*": "be auto, cpu, cuda or a card such as cuda:1",
     r"^(Dictionary|Tuple) should have at least 1 item.*": "it should have at least one entry",
 }
 """pydantic's words (patterns), and what they are to those who write YAML."""

@@ -138,6 +138,10 @@ class Configuration:
     """Compensation settings, by name; `{}` quantizes and compensates nothing."""
     seed: Seed = 0
     """Seed of everything random that a step does (not of the choice of images)."""
+    device: Annotated[str, Strict(), Field(pattern=r"\A(auto|cpu|cuda(:\d{1,2})?)\z")] = "auto"
+    """Where detectors run: `auto` (a GPU where there is one), `cpu`, `cuda` (a GPU, or none of it works) or
+    one card, `cuda:1`. Each job takes a card that no other job of this machine holds, and waits if there is
+    none; `--resources gpu=N` lets N jobs run on GPUs at a time."""
     targets: Annotated[tuple[Annotated[Targets, Nested], ...], Field(min_length=1)] | None = None
     """Combinations to compute. Omitted: every model with every quantization and every compensation."""
     export: tuple[Annotated[Export, Nested], ...] = ()

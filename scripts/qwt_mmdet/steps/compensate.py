@@ -44,7 +44,10 @@ def compensate(
         resolved,
         **(activation_cache or {}),
         resume=unfinished,
-        resume_inputs={"device": inputs.job.device, "code": source_hash("fit_compensation")},
+        resume_inputs={
+            "device": inputs.job.device.partition(":")[0],  # any card can go on
+            "code": source_hash("fit_compensation"),
+        },
     )
     source = inputs.provenance(warmup=sha256_file(warmup), compensation=as_plain(resolved))
     with write_atomically(blocks) as partial:
