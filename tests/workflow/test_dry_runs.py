@@ -105,7 +105,7 @@ def test_steps_wait_for_a_gpu_only_where_there_is_one(workflow: Workflow, monkey
     if shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
         assert wanted() == {"0"}
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\n")
+    tool.write_text("#!/bin/sh\necho 'GPU 0: a card (UUID: GPU-1)'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert wanted() == {"1"}
