@@ -5,11 +5,13 @@ import os
 from qwt_mmdet.runtime import step
 
 with step(snakemake):
+    from qwt_mmdet.config import of_repeat
     from qwt_mmdet.steps.select import select_images
 
     select_images(
-        snakemake.config["datasets"][snakemake.wildcards.dataset],
-        snakemake.wildcards.part,
+        *of_repeat(
+            snakemake.config["datasets"][snakemake.wildcards.dataset], snakemake.wildcards.part
+        ),
         name=snakemake.wildcards.dataset,
         source=snakemake.input.source,
         folder=os.path.dirname(snakemake.input.source),

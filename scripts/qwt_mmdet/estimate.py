@@ -307,7 +307,7 @@ def estimate_run(
             )
             steps = STEPS if compensation else STEPS[:3]
             costs = measure_model(trial, steps + EXPORT_STEPS if exported else steps)
-        quantizations = len({row.quantization for row in own})
+        quantizations = config["repeats"] * len({row.quantization for row in own})
         jobs = {"evaluate_baseline": 1, "quantize_model": quantizations}
         jobs |= {"evaluate_quantized": quantizations, "export_model": len(exported) + 1}
         runs = sum(len(about.runtime) for about in exported.values())
@@ -317,5 +317,7 @@ def estimate_run(
             if step in config["skip"]:
                 continue
             images = number_of_images(dataset, part_of(step))
-            found.append(Estimate(name, step, jobs.get(step, len(own)), images, cost))
+            found.append(
+                Estimate(name, step, jobs.get(step, config["repeats"] * len(own)), images, cost)
+            )
     return found

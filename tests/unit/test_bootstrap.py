@@ -251,6 +251,51 @@ def test_a_resample_without_loss_widens_the_fraction_at_both_ends():
     assert (recovered.low, recovered.high) == pytest.approx((0.005, 0.994), abs=1e-3)
 
 
+def gain_of_repeats(deviations, images, samples=400):
+    """The gain of `c` over `q`, each repeated, where c lies above q by a repeat's deviation and the images' luck."""
+    alike = np.random.default_rng(5).normal(0.2, 0.1, (len(deviations), 1))  # cancels in the pair
+    luck = np.concatenate([[0], np.random.default_rng(6).normal(0, images, samples - 1)])
+    variants = {}
+    for number, deviation in enumerate(deviations):
+        variants[f"q{number}"] = alike[number] + 0 * luck
+        variants[f"c{number}"] = alike[number] + deviation + luck
+    names = {letter: [f"{letter}{n}" for n in range(len(deviations))] for letter in "qc"}
+    repeats = {of[0]: of for of in names.values()}
+    return from_samples(**variants).with_repeats(repeats).difference("c0", "q0", "bbox", "AP")
+
+
+def test_a_gain_over_repeats_is_a_mean_with_their_spread():
+    gain = gain_of_repeats([0.01, 0.02, 0.06], images=0)
+    assert gain.value == pytest.approx(0.03)
+    assert gain.spread == pytest.approx(np.std([0.01, 0.02, 0.06], ddof=1))
+    assert gain.low < 0 < gain.high
+    assert not gain.significant  # one calibration alone would have been called a gain
+
+
+def test_repeats_that_agree_leave_the_interval_of_the_images():
+    many, one = (gain_of_repeats([0.01] * count, images=0.002) for count in (5, 1))
+    assert (many.low, many.high) == pytest.approx((one.low, one.high))
+    assert many.spread == pytest.approx(0)
+    assert one.spread is None
+
+
+def test_an_interval_over_repeats_covers_what_further_calibrations_would_give_on_average():
+    generator = np.random.default_rng(7)
+    covered = 0
+    for _ in range(300):
+        gain = gain_of_repeats(generator.normal(0.01, 0.004, 5), images=0)
+        covered += gain.low <= 0.01 <= gain.high
+    assert 0.92 < covered / 300 < 0.99
+
+
+def test_a_repeat_that_is_missing_leaves_the_spread_unknown():
+    samples = {name: [0.1 + 0.01 * i] * 50 for i, name in enumerate(("q", "q2", "q3", "c", "c2"))}
+    result = from_samples(**samples).with_repeats({"q": ["q", "q2", "q3"], "c": ["c", "c2"]})
+    gain = result.difference("c", "q", "bbox", "AP")
+    assert gain.value == pytest.approx(0.135 - 0.11)
+    assert gain.spread is None
+
+
 def test_an_interval_leaves_out_two_and_a_half_percent_at_each_end():
     assert interval(np.arange(1001.0)) == pytest.approx((25, 975))
     with_undefined = np.concatenate([[np.nan] * 50, np.arange(1001.0)])

@@ -81,6 +81,7 @@ def test_splits_and_file_names_follow_from_the_type_of_dataset():
         "images": 512,
         "annotations": "annotations/instances_train2017.json",
         "image_folder": "train2017",
+        "draw": 1,
     }
     assert coco["evaluation"]["images"] == 5
     assert coco["evaluation"]["image_folder"] == "val2017"
@@ -348,6 +349,17 @@ def test_exports_are_quantized_detectors_or_those_with_a_compensation_that_is_na
     assert [about.runtime for about in found.values()] == [
         ("onnxruntime",), ("onnxruntime", "openvino"),
     ]  # fmt: skip
+
+
+def test_what_cannot_be_repeated_is_refused():
+    entries = changed("repeats", 2)
+    assert config.resolve(entries)["repeats"] == 2
+    entries["models"]["demo"]["warmup"] = {"w8a8": "w.pth"}
+    entries["datasets"]["shapes"] = {"type": "coco", "root": ".", "calibration": {"images": "all"}}
+    with pytest.raises(QwtError) as caught:
+        config.resolve(entries)
+    assert "models.demo.warmup.w8a8 supplies what one calibration gave" in str(caught.value)
+    assert "calibration.images is all" in str(caught.value)
 
 
 def test_exports_of_one_model_have_one_opset():

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flaky_server import FlakyServer, Status
 from PIL import Image
-from qwt_mmdet.config.datasets import PARTS
+from qwt_mmdet.config import as_plain, of_repeat
+from qwt_mmdet.config.datasets import PARTS, parse_dataset
 from qwt_mmdet.data import download as download_module
 from qwt_mmdet.data.annotations import read_annotations
 from qwt_mmdet.data.sampling import choose_ids
@@ -139,6 +140,46 @@ def test_more_images_contain_the_fewer_and_leave_the_other_part_alone(same):
     assert set(few_evaluation) < set(more_evaluation)
     assert same_calibration == few_calibration
     assert same_evaluation == few_evaluation
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_draws_share_no_image_as_long_as_there_are_enough(same):
+    options = {"seed": 0, "same_images": same, "name": "tiny"}
+    draws = [choose_ids("calibration", range(100), 20, draw=n, **options) for n in (1, 2, 3, 4)]
+    assert draws[0] == choose_ids("calibration", range(100), 20, **options)
+    evaluation = choose_ids("evaluation", range(100), 20, **options)
+    chosen = sum(draws, evaluation if same else [])
+    assert len(set(chosen)) == len(chosen)
+
+
+def test_draws_beyond_the_images_differ_and_say_that_they_share_some(caplog):
+    options = {"seed": 0, "same_images": False, "name": "tiny"}
+    draws = [tuple(choose_ids("calibration", range(50), 40, draw=n, **options)) for n in (1, 2, 3)]
+    assert len(set(draws)) == 3
+    assert all(len(set(draw)) == 40 for draw in draws)
+    assert "draw 2 of 40 images shares some with other draws" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("images", "same", "message"),
+    [("all", False, "so draw 2 would be draw 1"), (60, True, "which serve evaluation too")],
+)
+def test_a_draw_that_cannot_differ_is_refused(images, same, message):
+    with pytest.raises(QwtError, match=message):
+        choose_ids("calibration", range(100), images, draw=2, seed=0, same_images=same, name="tiny")
+
+
+def test_further_draws_of_shapes_are_other_images(tmp_path):
+    first = {"type": "shapes", "calibration": {"images": 2}, "evaluation": {"images": 1}}
+    settings = parse_dataset(first)
+    contents = []
+    for name in ("calibration", "calibration@2"):
+        config, part = of_repeat(as_plain(settings), name)
+        prepare_dataset(config, part, folder=tmp_path, output=tmp_path / f"{part}_source.json")
+        place = open_source(config, tmp_path).place(part)
+        image = sorted(Path(place.image_root).glob("*.png"))[0]
+        contents.append(image.read_bytes())
+    assert contents[0] != contents[1]
 
 
 def test_the_choice_is_the_same_for_ever():

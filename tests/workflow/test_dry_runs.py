@@ -85,6 +85,12 @@ def test_steps_can_be_left_out(workflow: Workflow):
     assert workflow.jobs() == {name: jobs for name, jobs in steps.items() if jobs}
 
 
+def test_repeats_calibrate_and_compensate_anew_on_images_of_their_own(workflow: Workflow):
+    config = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
+    workflow.configure({**config, "repeats": 3})
+    assert workflow.jobs() == expected(1, 3, 3) | {"prepare_dataset": 4, "select_images": 4}
+
+
 def test_a_run_that_would_evaluate_nothing_is_refused(workflow: Workflow):
     config = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
     workflow.configure({**config, "compensation": {}, "skip": ["evaluate_quantized"]})

@@ -13,7 +13,7 @@ from pathlib import Path
 # The library beside this workflow, not one that happens to be installed.
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
-from qwt_mmdet.config import combinations, exports, read_file, resolve
+from qwt_mmdet.config import combinations, exports, of_repeat, read_file, resolve
 from qwt_mmdet.data.sources import open_source
 from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
@@ -74,11 +74,16 @@ def export_variant(combination):
     return "/".join(filter(None, combination[1:]))
 
 
+# A quantization that is calibrated anew has the number of the repeat in its name, as have its images:
+# `w4a4@2` comes of `calibration@2`.
+REPEAT = r"(@[1-9]\d*)?"
+
+
 wildcard_constraints:
-    part="calibration|evaluation",
+    part=f"calibration{REPEAT}|evaluation",
     dataset=any_of(config["datasets"]),
     model=any_of(config["models"]),
-    quantization=any_of(config["quantization"]),
+    quantization=f"({any_of(config['quantization'])}){REPEAT}",
     compensation=any_of(config["compensation"]),
     variant=any_of(["baseline", *map(export_variant, EXPORTS)]),
     runtime="onnxruntime|openvino",
@@ -116,8 +121,21 @@ def existing(path, key):
 
 
 def entry(section, wildcard):
-    """Params function: the config entry that a wildcard names."""
-    return lambda wildcards: config[section][wildcards[wildcard]]
+    """Params function: the config entry that a wildcard names, whatever the repeat."""
+    return lambda wildcards: config[section][without_repeat(wildcards[wildcard])]
+
+
+def without_repeat(name):
+    """Return the name of a quantization without the number of its repeat."""
+    return name.partition("@")[0]
+
+
+def repeats(combination):
+    """Return a combination for each repeat: that itself, then those whose quantization has a number."""
+    return [combination] + [
+        combination._replace(quantization=f"{combination.quantization}@{number}")
+        for number in range(2, config["repeats"] + 1)
+    ]
 
 
 def model_setting(key):
@@ -126,19 +144,31 @@ def model_setting(key):
 
 
 def data_source(wildcards):
-    """Return where the dataset of a rule comes from."""
+    """Return where the dataset of a rule comes from, and the part that the rule's files are named after."""
     name = wildcards.dataset
-    return open_source(config["datasets"][name], f"results/datasets/{name}")
+    settings, part = of_repeat(config["datasets"][name], wildcards.part)
+    return open_source(settings, f"results/datasets/{name}"), part
 
 
 def part_settings(wildcards):
     """Params function: what decides which images of a part are chosen."""
-    return data_source(wildcards).choice_settings(wildcards.part)
+    source, part = data_source(wildcards)
+    return source.choice_settings(part)
 
 
 def part_source(wildcards):
     """Params function: what decides the annotations of a part, before images are chosen."""
-    return data_source(wildcards).annotation_settings(wildcards.part)
+    source, part = data_source(wildcards)
+    return source.annotation_settings(part)
+
+
+def source_file(wildcards):
+    """Input function: where the annotations of a part are; repeats share them unless they are generated."""
+    source, part = data_source(wildcards)
+    first = open_source(config["datasets"][wildcards.dataset], "")
+    shared = first.annotation_settings(part) == source.annotation_settings(part)
+    name = part if shared else wildcards.part
+    return f"results/datasets/{wildcards.dataset}/{name}_source.json"
 
 
 def files_note(wildcards):
@@ -171,12 +201,11 @@ def source_module(wildcards):
 
 def local_annotations(wildcards):
     """Input function: the annotation file of a part of a dataset that is a folder here."""
-    path = data_source(wildcards).local_annotations(wildcards.part)
+    source, part = data_source(wildcards)
+    path = source.local_annotations(part)
     if path is None:
         return []
-    return existing(
-        path, f"The annotation file of datasets.{wildcards.dataset}.{wildcards.part}"
-    )
+    return existing(path, f"The annotation file of datasets.{wildcards.dataset}.{part}")
 
 
 def detector_input(part):
@@ -255,10 +284,15 @@ def kept(path, keep):
 
 
 def images(part):
-    """Input function: annotation file of the model's calibration or evaluation images."""
-    return lambda wildcards: (
-        f"results/datasets/{config['models'][wildcards.model]['dataset']}/{part}.json"
-    )
+    """Input function: annotation file of the model's images, for calibration those of the rule's repeat."""
+
+    def path(wildcards):
+        repeat = "".join(wildcards.get("quantization", "").partition("@")[1:])
+        chosen = part + (repeat if part == "calibration" else "")
+        dataset = config["models"][wildcards.model]["dataset"]
+        return f"results/datasets/{dataset}/{chosen}.json"
+
+    return path
 
 
 # Of a run that failed, what is finished is summarized by a run of its own; see `summarize_finished`.
@@ -280,7 +314,10 @@ def causes(row):
     return [
         f"{failed['step']}: {failed['sentence']}"
         for failed in STOPPED["failed"]
-        if all(row.get(key, name) == name for key, name in failed["wildcards"].items())
+        if all(
+            row.get(key, name) in (name, without_repeat(name))
+            for key, name in failed["wildcards"].items()
+        )
     ]
 
 
@@ -288,13 +325,24 @@ def result_row(combination):
     """Names, settings and result folders of a combination: what summary and report read."""
     model, quantization, compensation = combination
     dataset = config["models"][model]["dataset"]
-    evaluated = evaluated_folders(combination)
-    wanted = [folder for folder in evaluated.values() if folder is not None]
+    wanted = [evaluated_folders(repeat) for repeat in repeats(combination)]
+    made = [
+        {
+            variant: folder and finished(folder, "metrics.json")
+            for variant, folder in folders.items()
+        }
+        for folders in wanted
+    ]
+    missing = [
+        folder
+        for of_repeat, found in zip(wanted, made, strict=True)
+        for variant, folder in of_repeat.items()
+        if folder != found[variant]
+    ]
     evaluated = {
-        variant: folder and finished(folder, "metrics.json")
-        for variant, folder in evaluated.items()
+        variant: next(filter(None, (found[variant] for found in made)), None)
+        for variant in made[0]
     }
-    missing = [folder for folder in wanted if folder not in evaluated.values()]
     names = {**combination._asdict(), "dataset": dataset, "variant": None}
     return {
         **combination._asdict(),
@@ -304,6 +352,12 @@ def result_row(combination):
         "compensation_settings": config["compensation"].get(compensation),
         "annotations": finished(f"results/datasets/{dataset}/evaluation.json"),
         **evaluated,
+        "repeats": {
+            variant: list(
+                dict.fromkeys(filter(None, (found[variant] for found in made)))
+            )
+            for variant in made[0]
+        },
         "warmup": finished(f"results/{model}/{quantization}/warmup.pth"),
     }
 
@@ -347,10 +401,10 @@ def result_files(*names, variants=("baseline", "quantized", "compensated")):
     """Return the files of these names in all result folders, each once."""
     return list(
         dict.fromkeys(
-            f"{row[variant]}/{name}"
+            f"{folder}/{name}"
             for row in RESULT_ROWS
             for variant in variants
-            if row[variant] is not None
+            for folder in row["repeats"][variant]
             for name in names
         )
     )

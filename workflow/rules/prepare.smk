@@ -48,7 +48,7 @@ rule prepare_dataset:
 rule select_images:
     """Choose a part's images, of which the other part has none, and fetch them if remote."""
     input:
-        source="results/datasets/{dataset}/{part}_source.json",
+        source=source_file,
         module=source_module,
     output:
         annotations="results/datasets/{dataset}/{part}.json",

@@ -74,6 +74,7 @@ OPTIONS: Table = {
     },
     Configuration: {
         "seed": Key("seed"),
+        "repeats": Key("repeats"),
         "save_warmup": Key("keep_warmup"),
     },
 }

@@ -4,6 +4,7 @@ Light on purpose (no torch, no mmdet): Snakemake reads it whenever it reads the 
 """
 
 from .compensation import RECIPES, CompensationSettings, MaxCost
+from .datasets import of_repeat
 from .quantization import Override, QuantizationSettings
 from .reading import read_file
 from .section import as_entry, as_plain
@@ -21,6 +22,7 @@ __all__ = [
     "as_plain",
     "combinations",
     "exports",
+    "of_repeat",
     "read_file",
     "resolve",
 ]

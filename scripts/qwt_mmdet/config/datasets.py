@@ -57,6 +57,16 @@ CocoSplit = Annotated[
     ),
 ]
 Chosen = Annotated[Count, Field(description="How many images, or `all`.")]
+Draw = Annotated[
+    int,
+    Strict(),
+    Field(
+        ge=1,
+        le=10_000,
+        description="Which draw of so many images: other numbers give other images, as far as there "
+        "are enough. `repeats` counts on from here.",
+    ),
+]
 AnnotationFile = Annotated[
     Text | None,
     Field(
@@ -74,6 +84,7 @@ class ShapesCalibration:
 
     split: DrawnSplit = "calibration"
     images: Drawn = 128
+    draw: Draw = 1
 
 
 @section
@@ -123,6 +134,7 @@ class CocoCalibration(CocoPart):
 
     split: CocoSplit = "train2017"
     images: Chosen = 512
+    draw: Draw = 1
 
 
 @section
@@ -201,6 +213,25 @@ Dataset = Annotated[
     ],
     Nested,
 ]
+
+
+def of_repeat(settings: Mapping[str, Any], name: str) -> tuple[dict[str, Any], Part]:
+    """Tell what a part means that a file is named after.
+
+    Args:
+        settings: resolved, of a data set.
+        name: ``calibration``, ``evaluation``, or ``calibration@2`` for the images of the second repeat.
+
+    Returns:
+        The data set's settings with the draw of that repeat, and the part.
+    """
+    part, _, number = name.partition("@")
+    calibration = settings["calibration"]
+    draw = calibration["draw"] + int(number or 1) - 1
+    return (
+        {**settings, "calibration": {**calibration, "draw": draw}},
+        "evaluation" if part == "evaluation" else "calibration",
+    )
 
 
 _DATASET: TypeAdapter[Shapes | Coco | OwnSource] = TypeAdapter(Dataset)

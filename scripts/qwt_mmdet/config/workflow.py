@@ -142,6 +142,9 @@ class Configuration:
     """Where detectors run: `auto` (a GPU where there is one), `cpu`, `cuda` (a GPU, or none of it works) or
     one card, `cuda:1`. Each job takes a card that no other job of this machine holds, and waits if there is
     none; `--resources gpu=N` lets N jobs run on GPUs at a time."""
+    repeats: Annotated[int, Strict(), Field(ge=1, le=100)] = 1
+    """How often to calibrate and to compensate anew, each time on other calibration images. Above 1, every AP
+    is a mean, and its interval holds the luck of the calibration images too. What is exported is the first."""
     targets: Annotated[tuple[Annotated[Targets, Nested], ...], Field(min_length=1)] | None = None
     """Combinations to compute. Omitted: every model with every quantization and every compensation."""
     export: tuple[Annotated[Export, Nested], ...] = ()
@@ -168,7 +171,7 @@ class Configuration:
     @model_validator(mode="after")
     def _agree(self) -> "Configuration":
         problems = [*self._folders(), *self._references(), *self._nothing_evaluated()]
-        problems = problems or [*self._export_problems()]
+        problems = problems or [*self._export_problems(), *self._repeat_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -235,6 +238,22 @@ class Configuration:
                         f"export: of the model {model}, {key} is both {values[0]!r} and {values[1]!r}; give "
                         "its files one value, as they are compared with one file in full precision."
                     )
+
+    def _repeat_problems(self) -> Iterator[str]:
+        """What cannot be calibrated anew on other images."""
+        if self.repeats == 1:
+            return
+        for name, model in self.models.items():
+            for quantization in model.warmup:
+                yield (
+                    f"repeats is {self.repeats}, but models.{name}.warmup.{quantization} supplies what one "
+                    "calibration gave; remove it, or set repeats: 1."
+                )
+            if getattr(self.datasets[model.dataset].calibration, "images", None) == "all":
+                yield (
+                    f"repeats is {self.repeats}, but datasets.{model.dataset}.calibration.images is all, so "
+                    "each would calibrate on the same images; give a number, or set repeats: 1."
+                )
 
     def combinations(self) -> list[Combination]:
         """The combinations that are asked for, each once, in the configuration's order."""

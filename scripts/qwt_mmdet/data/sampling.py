@@ -19,7 +19,14 @@ Count = int | Literal["all"]
 
 
 def choose_ids(
-    part: Part, ids: Iterable[int], images: Count, *, seed: int, same_images: bool, name: str
+    part: Part,
+    ids: Iterable[int],
+    images: Count,
+    *,
+    seed: int,
+    same_images: bool,
+    name: str,
+    draw: int = 1,
 ) -> list[int]:
     """Draw image ids for a part; the order in which they are given does not matter.
 
@@ -30,12 +37,15 @@ def choose_ids(
         same_images: both parts are drawn from the same images, so they shall share none as long as
             there are enough.
         name: name of the dataset in the config, for messages.
+        draw: 1 or more. Draws share no image as long as there are enough. Further ones are independent of
+            each other then, which means that they share some.
 
     Returns:
         The ids in ascending order.
 
     Raises:
-        QwtError: the number is not positive, or larger than the number of ids.
+        QwtError: the number is not positive, or larger than the number of ids; or a further draw of all ids
+            or, where both parts are drawn from the same images, one for which there are too few.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise QwtError(f"datasets.{name}.seed is {seed!r}; it must be a whole number from 0.")
@@ -45,7 +55,25 @@ def choose_ids(
     shuffled = [ids[index] for index in np.random.default_rng([seed, stream]).permutation(len(ids))]
     if same_images and part == "calibration":
         shuffled.reverse()
-    return sorted(shuffled[:count])
+    if draw > 1 and count == len(ids):
+        raise QwtError(
+            f"datasets.{name}.{part}.images is all {count} images, so draw {draw} would be draw 1; ask for "
+            "fewer images, or for one draw (repeats: 1)."
+        )
+    if draw * count > len(ids):
+        if same_images:
+            raise QwtError(
+                f"Draw {draw} of {count} images is beyond the {len(ids)} images of datasets.{name}, which "
+                "serve evaluation too; ask for fewer images or draws (repeats)."
+            )
+        logger.warning(
+            "%s.%s: draw %d of %d images shares some with other draws, as there are only %d images; so "
+            "draws differ less than those of a large data set",
+            name, part, draw, count, len(ids),
+        )  # fmt: skip
+        order = np.random.default_rng([seed, stream, draw]).permutation(len(ids))
+        return sorted(ids[index] for index in order[:count])
+    return sorted(shuffled[(draw - 1) * count : draw * count])
 
 
 def _count(wanted: Count, available: int, key: str) -> int:
@@ -84,6 +112,7 @@ def choose(source: Source, part: Part, *, name: str) -> dict[str, Any]:
             seed=source.settings.seed,
             same_images=same_images,
             name=name,
+            draw=source.draw(key),
         )
         chosen[key] = _subset(content, ids)
     if len(chosen) == len(PARTS):

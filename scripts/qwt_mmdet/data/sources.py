@@ -104,6 +104,10 @@ class Source(ABC):
         """How many images a part has to choose from, where that is known before anything is fetched."""
         return None
 
+    def draw(self, part: Part) -> int:
+        """Which draw of images from the part's annotation file is asked for."""
+        return getattr(getattr(self.settings, part), "draw", 1)
+
     @property
     def shared(self) -> bool:
         """Whether both parts are chosen from the same images."""
@@ -112,7 +116,8 @@ class Source(ABC):
     def annotation_settings(self, part: Part) -> dict[str, Any]:
         """The settings that decide the annotations of a part."""
         plain = as_plain(self.settings)
-        plain[part] = {key: value for key, value in plain[part].items() if key != "images"}
+        choice = ("images", "draw")
+        plain[part] = {key: value for key, value in plain[part].items() if key not in choice}
         return {
             key: value
             for key, value in plain.items()
@@ -173,21 +178,34 @@ class Generated(Source):
 
     def place(self, part: Part) -> Place:
         split = getattr(self.settings, part).split
+        folder = self._folder(part)
         return Place(
-            str(self.folder / f"annotations/instances_{split}.json"),
-            str(self.folder / split),
-            split,
+            str(folder / f"annotations/instances_{split}.json"), str(folder / split), split
         )
+
+    def _folder(self, part: Part) -> Path:
+        """Where a part is; further draws of calibration images have folders of their own."""
+        draw = self.settings.calibration.draw
+        return self.folder / f"draw-{draw}" if part == "calibration" and draw > 1 else self.folder
 
     def prepare(self, part: Part, most_bytes: int) -> None:
         """Draw the images of a part; those that are there stay."""
+        import numpy as np
+
         from ..demo.shapes import generate_shapes
 
-        split = self.place(part).split
-        parts = (getattr(self.settings, key) for key in PARTS)
-        count = sum(images.images for images in parts if images.split == split)  # shared out
+        place, folder = self.place(part), self._folder(part)
+        shared_out = [key for key in PARTS if self.place(key) == place]
+        count = sum(getattr(self.settings, key).images for key in shared_out)
+        seed = self.settings.seed
+        if folder != self.folder:
+            seeds = np.random.SeedSequence([seed, self.settings.calibration.draw])
+            seed = int(seeds.generate_state(1)[0])
         with _alone(self.folder):
-            generate_shapes(self.folder, seed=self.settings.seed, images={split: count})
+            generate_shapes(folder, seed=seed, images={place.split: count})
+
+    def draw(self, part: Part) -> int:
+        return 1  # a further one has an annotation file of its own
 
     @property
     def exif(self) -> Exif:

@@ -19,10 +19,12 @@ detections of equal score by image id; here every second copy has a larger id th
 every third copy than all second ones, and so on.
 """
 
+import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,7 +32,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from scipy import sparse
+from scipy import sparse, stats
 
 from ..errors import QwtError
 from ..progress import progress
@@ -307,7 +309,7 @@ class ApTable:
         return result
 
 
-def draw_weights(images: int, resamples: int, seed: int) -> NDArray[np.int64]:
+def draw_weights(images: int, resamples: int, seed: int | tuple[int, ...]) -> NDArray[np.int64]:
     """How often each image is drawn in each resample of as many draws as images, [R, N]."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(images, np.full(images, 1 / images), size=resamples)
@@ -345,6 +347,7 @@ class Bootstrap:
         values: {variant: {IoU type: {metric: AP of all images, NaN where it is undefined}}}. A
             metric is one of ``AP_METRICS``, or the id of a category that has objects, for its AP.
         samples: the same, with AP of each resample, [R], NaN where it is undefined.
+        repeated: the same, with AP of each repeat, [K], of the variants that are means of repeats.
     """
 
     images: int
@@ -352,6 +355,71 @@ class Bootstrap:
     seed: int
     values: Mapping[str, Mapping[str, Mapping[str | int, float]]]
     samples: Mapping[str, Mapping[str, Mapping[str | int, NDArray[np.float64]]]]
+    repeated: Mapping[str, Mapping[str, Mapping[str | int, NDArray[np.float64]]]] = field(
+        default_factory=dict
+    )
+
+    def with_repeats(self, repeats: Mapping[str, Sequence[str]]) -> "Bootstrap":
+        """Return the same with variants as means over repeats, in a bootstrap of two levels.
+
+        Each resample draws the K repeats anew as well, with replacement and for all variants alike, so
+        that an interval holds the luck of both draws. K repeats that are drawn so vary (K - 1) / K times
+        as much as they should, and their spread is itself known from K - 1 degrees of freedom only.
+        So what they deviate by is stretched by sqrt(K / (K - 1)) and by Student's quantile over the
+        normal one (resampling of nested data: Davison and Hinkley, Bootstrap Methods and Their
+        Application, 1997, chapter 3).
+
+        Args:
+            repeats: variants that stand for one detector, by the variant that becomes their mean. One
+                alone stays as it is.
+        """
+        values, samples, repeated = dict(self.values), dict(self.samples), {}
+        for variant, names in repeats.items():
+            count = len(names)
+            if count < 2:
+                continue
+            tail = (1 + CONFIDENCE) / 2
+            stretch = stats.t.ppf(tail, count - 1) / stats.norm.ppf(tail)
+            stretch *= math.sqrt(count / (count - 1))
+            weights = draw_weights(count, self.resamples, (self.seed, count)) / count
+            weights = 1 / count + stretch * (weights - 1 / count)
+            repeated[variant] = {
+                iou_type: {
+                    metric: np.array([self.values[name][iou_type][metric] for name in names])
+                    for metric in by_metric
+                }
+                for iou_type, by_metric in self.values[variant].items()
+            }
+            values[variant] = {
+                iou_type: {metric: float(of.mean()) for metric, of in by_metric.items()}
+                for iou_type, by_metric in repeated[variant].items()
+            }
+            samples[variant] = {
+                iou_type: {
+                    metric: np.einsum(
+                        "rk,kr->r",
+                        weights,
+                        np.array([self.samples[name][iou_type][metric] for name in names]),
+                    )
+                    for metric in by_metric
+                }
+                for iou_type, by_metric in repeated[variant].items()
+            }
+        return dataclasses.replace(self, values=values, samples=samples, repeated=repeated)
+
+    def _spread(self, iou_type: str, metric: str | int, *variants: str) -> float | None:
+        """Standard deviation over the repeats of a variant, or of one variant minus another."""
+        of = [
+            self.repeated[variant][iou_type][metric]
+            if variant in self.repeated
+            else np.array([self.values[variant][iou_type][metric]])
+            for variant in variants
+        ]
+        counts = {len(found) for found in of} - {1}
+        if len(counts) != 1:  # no repeats, or some of them failed
+            return None
+        between = of[0] if len(of) == 1 else of[0] - of[1]
+        return None if np.isnan(between).any() else float(between.std(ddof=1))
 
     def _get(
         self, variant: str, iou_type: str, metric: str | int
@@ -361,14 +429,18 @@ class Bootstrap:
     def estimate(self, variant: str, iou_type: str, metric: str | int) -> Estimate:
         """AP of a variant; resamples in which it is undefined are left out of its interval."""
         value, samples = self._get(variant, iou_type, metric)
-        return Estimate(None if np.isnan(value) else value, *interval(samples))
+        spread = self._spread(iou_type, metric, variant)
+        low, high = interval(samples)
+        return Estimate(None if np.isnan(value) else value, low, high, spread)
 
     def difference(self, a: str, b: str, iou_type: str, metric: str | int) -> Difference:
         """AP of variant ``a`` minus AP of variant ``b``, paired."""
         value_a, samples_a = self._get(a, iou_type, metric)
         value_b, samples_b = self._get(b, iou_type, metric)
         value = value_a - value_b
-        return Difference(None if np.isnan(value) else value, *interval(samples_a - samples_b))
+        low, high = interval(samples_a - samples_b)
+        spread = self._spread(iou_type, metric, a, b)
+        return Difference(None if np.isnan(value) else value, low, high, spread)
 
     def recovered(
         self, baseline: str, quantized: str, compensated: str, iou_type: str, metric: str | int

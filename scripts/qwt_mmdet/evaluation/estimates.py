@@ -12,11 +12,16 @@ from pydantic import computed_field
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the ends of its 95 % interval; None where they are undefined."""
+    """A number and the ends of its 95 % interval; None where they are undefined.
+
+    Args:
+        spread: standard deviation between repeats, each calibrated on other images; None without any.
+    """
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    spread: float | None = None
 
     def without_interval(self) -> Self:
         """The number alone."""

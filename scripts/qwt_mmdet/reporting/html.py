@@ -564,7 +564,7 @@ def render(
         text.duration, text.significant_digits,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
-    functions = (*forms, text.interval, text.equality, guarded)
+    functions = (*forms, text.interval, text.plus_minus, text.equality, guarded)
     environment.globals |= {function.__name__: function for function in functions}
     models = _unique(row["model"] for row in rows)
     most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)
@@ -576,6 +576,7 @@ def render(
         metrics=AP_METRICS,
         images=_unique(row.images for row in summary.rows if row.images),
         resamples=max(row.resamples or 0 for row in summary.rows),
+        repeats=max(row.repeats for row in summary.rows),
         failed=summary.failed,
         seed=summary.seed,
         score=SCORE,

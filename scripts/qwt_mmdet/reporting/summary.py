@@ -74,6 +74,7 @@ class Row:
     compensation_multiply_adds_percent: int | float | None
     blocks: int | None
     blocks_kept: int | None
+    repeats: int = 1
     quantized_dominated_by: str | None = None
     compensated_dominated_by: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -107,7 +108,8 @@ class Row:
         for metric, comparison in self.ap.items():
             for about in dataclasses.fields(Comparison):
                 name = f"{metric}_{about.name}"
-                columns |= _estimate_columns(name, getattr(comparison, about.name))
+                estimate = getattr(comparison, about.name)
+                columns |= _estimate_columns(name, estimate, repeats=self.repeats)
         return columns
 
 
@@ -210,11 +212,13 @@ class ExportedRow:
         return columns
 
 
-def _estimate_columns(name: str, estimate: Estimate | None) -> dict[str, Any]:
-    """Number, ends of its interval and, for a difference, whether it is significant."""
+def _estimate_columns(name: str, estimate: Estimate | None, *, repeats: int = 1) -> dict[str, Any]:
+    """Number, ends of its interval, spread of repeats if there are some, and whether a difference is significant."""
     known = estimate or Estimate()
     columns: dict[str, Any] = {name: known.value, f"{name}_low": known.low}
     columns[f"{name}_high"] = known.high
+    if repeats > 1:
+        columns[f"{name}_spread"] = known.spread
     if "_minus_" in name:
         columns[f"{name}_significant"] = estimate and getattr(estimate, "significant", None)
     return columns

@@ -14,6 +14,10 @@ variant that was not evaluated).
     in a run that failed: the failed steps that the row needs, and why they failed.
 ``images``, ``resamples``
     evaluation images, and bootstrap resamples over them.
+``repeats``
+    how often it was calibrated and compensated, each time on other images. Above 1, every AP of the quantized
+    and the compensated detector is the mean; ``…_spread`` is its standard deviation between repeats; sizes, blocks,
+    layers and seconds are those of the first.
 ``{M}_baseline``, ``{M}_quantized``, ``{M}_compensated``
     AP between 0 and 1; M is one of AP, AP50, AP75, APs, APm, APl.
 ``collapsed_quantized``, ``collapsed_compensated``
@@ -28,7 +32,7 @@ variant that was not evaluated).
     (compensated - quantized) / (baseline - quantized), where the loss is significant.
 ``…_low``, ``…_high``
     ends of the interval of each number above: paired bootstrap over images, 2.5 % of the resamples
-    beyond each end. On few images it covers the truth in about 90 % of cases rather than 95 %
+    beyond each end; with repeats, each resample draws these anew too. On few images it covers the truth in about 90 % of cases rather than 95 %
     (measured; see ``evaluation.bootstrap``).
 ``baseline_bytes``, ``quantized_bytes``
     size of all weights before and after quantization.
@@ -72,10 +76,14 @@ IMAGES_OF_CLASS = 5
 """Fewer images with objects of a class tell nothing about how its AP varies (one image: not at all)."""
 
 
-def _folders(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Result folders of all variants that were evaluated, each once."""
-    folders = [folder for row in rows for v in VARIANTS if (folder := row[v]) is not None]
-    return list(dict.fromkeys(folders))
+def _folders(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Result folders of the repeats of all variants that were evaluated, by the first of them."""
+    return {
+        folder: row.get("repeats", {}).get(variant, [folder])
+        for row in rows
+        for variant in VARIANTS
+        if (folder := row[variant]) is not None
+    }
 
 
 def _compare(
@@ -110,12 +118,13 @@ def _cost_fields(
 def _fault_fields(
     row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], warmup: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is wrong with the detections of a row's variants, and the layers to blame."""
+    """What is wrong with the detections of a row's variants in any repeat, and the layers to blame."""
     fields: dict[str, Any] = {}
     for key in ("collapsed", "not_finite"):
         for variant in ("quantized", "compensated"):
-            content = metrics.get(row[variant], {})
-            fields[f"{key}_{variant}"] = content.get(key)
+            repeats = _folders([row]).get(row[variant], [])
+            known = [value for folder in repeats if (value := metrics[folder].get(key)) is not None]
+            fields[f"{key}_{variant}"] = max(known, default=None)
     ratios = {layer["name"]: layer["sqnr_db"] for layer in warmup.get("layer_sqnr", [])}
     return {**fields, "worst_layers": worst_layers(ratios) or None}
 
@@ -153,7 +162,7 @@ def _class_results(
 ) -> list[ClassResult]:
     """AP of each class that has objects; ``categories`` as from ``_categories``."""
     results = []
-    folders = _folders([row])
+    folders = list(_folders([row]))
     for category, about in categories.items():
         if statistics and folders and category in statistics.values[folders[0]][iou_type]:
             ap = _compare(statistics, row, iou_type, category)
@@ -212,6 +221,7 @@ def _exported_rows(
     """Rows of the exported detectors of one model.
 
     Args:
+        statistics: of each repeat alone, as the first is exported.
         rows: of the same model, which know the sizes.
     """
     found = []
@@ -261,7 +271,8 @@ def _model_summary(
     processes: int,
 ) -> tuple[list[Row], list[dict[str, Any]], list[ExportedRow]]:
     """Rows, quantizations and exports of one model; all its variants share the resamples."""
-    folders = _folders(rows)
+    repeats = _folders(rows)
+    folders = list(dict.fromkeys(folder for named in repeats.values() for folder in named))
     folders += [row["exported"] for row in exports if row["exported"] is not None]
     metrics = {
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
@@ -278,9 +289,9 @@ def _model_summary(
         for row in rows
         if (folder := row["compensated"]) is not None
     }
-    statistics = None
+    statistics = single = None
     if folders:
-        statistics = bootstrap(
+        single = bootstrap(
             rows[0]["annotations"],
             {
                 folder: read_json(Path(folder) / "predictions.json", what="predictions file")
@@ -293,7 +304,8 @@ def _model_summary(
             processes=processes,
         )
         for folder in folders:
-            _check_agreement(folder, metrics[folder], statistics)
+            _check_agreement(folder, metrics[folder], single)
+        statistics = single.with_repeats(repeats)
     categories = _categories(rows[0]["annotations"], metrics[folders[0]]) if folders else {}
     found = []
     for row in rows:
@@ -308,6 +320,7 @@ def _model_summary(
             "resamples": statistics.resamples if statistics else None,
             **_fault_fields(row, metrics, quantized),
             **_cost_fields(quantized, compensation.get("summary", {})),
+            "repeats": max(map(len, _folders([row]).values()), default=1),
             "seconds": _seconds(row, metrics, warmup, compensation),
         }
         for iou_type in iou_types(masks):
@@ -334,7 +347,7 @@ def _model_summary(
         for name, warmup in warmups.items()
     ]
     found = with_dominance(found)
-    return found, quantizations, _exported_rows(exports, found, statistics, masks)
+    return found, quantizations, _exported_rows(exports, found, single, masks)
 
 
 def summarize(
@@ -355,7 +368,8 @@ def summarize(
         rows: one dictionary per combination: model, quantization, compensation (names), settings
             (of the quantization), annotations, warmup (files), and baseline,
             quantized and compensated (folders with metrics.json and predictions.json), or None for
-            what was not evaluated. Without compensation, compensation is None too. In a run that
+            what was not evaluated; ``repeats``, where there are some, has for each of these three the
+            folders of all repeats. Without compensation, compensation is None too. In a run that
             failed, ``failed`` holds sentences about why, and warmup may be None.
         table: the CSV file.
         document: the JSON file.

@@ -114,7 +114,13 @@ def collapses(rows: Iterable[Row]) -> list[str]:
 
 
 def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
-    return number(value_of(estimate)) + (" collapsed" if collapsed else "")
+    words = [number(value_of(estimate)), plus_minus(estimate), "collapsed" if collapsed else ""]
+    return " ".join(filter(None, words))
+
+
+def plus_minus(estimate: Estimate | None) -> str:
+    """``± 0.004``, the standard deviation between repeats; empty without any."""
+    return "" if estimate is None or estimate.spread is None else f"± {estimate.spread:.3f}"
 
 
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -181,9 +187,11 @@ def summary_table(summary: Summary) -> str:
     ]  # fmt: skip
     table = tabulate(lines, headers, disable_numparse=True)
     images = ", ".join(sorted({str(row.images) for row in summary.rows if row.images}))
+    repeats = max(row.repeats for row in summary.rows)
+    over = f"{images} images and {repeats} calibrations" if repeats > 1 else f"{images} images"
     notes = [
-        "gain: compensated minus quantized AP; * the interval excludes 0 "
-        f"(paired bootstrap over {images} images)",
+        f"gain: compensated minus quantized AP; * the interval excludes 0 (paired bootstrap over {over})",
+        *(["AP: mean ± standard deviation of these calibrations"] if repeats > 1 else []),
         *collapses(summary.rows),
     ]
     exported = []
