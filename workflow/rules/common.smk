@@ -106,7 +106,7 @@ def detector_threads(wildcards):
     One thread each keeps the cores busiest; only cores that would be idle give a job more.
     """
     cores = min(workflow.resource_settings.cores or 1, os.cpu_count())
-    at_once = len(COMBINATIONS)
+    at_once = len(COMBINATIONS) * config["repeats"]
     limit = workflow.global_resources.get("gpu")
     if limit is not None and detector_gpu(wildcards):
         at_once = min(at_once, limit.value or at_once)
