@@ -32,6 +32,7 @@ from qwt_mmdet.export import (  # noqa: E402
     loading,
     onnx_file,
     parts,
+    passes,
     runtimes,
 )
 from qwt_mmdet.export.description import EXPORT_FORMAT  # noqa: E402
@@ -141,6 +142,42 @@ def test_onnx_runtime_computes_a_residual_network_in_integers(tmp_path, images):
     assert (
         values.count(onnx_ir.DataType.INT32) == 3
     )  # biases of all but the last, whose output nobody quantizes
+
+
+class Pyramid(nn.Module):
+    """A map that a second stage takes, and a head for it and for a pooled one, with two readers of its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.classes, self.boxes = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        feature = self.outputs(image)
+        maps = [self.shared(x).relu() for x in (feature, nn.functional.max_pool2d(feature, 2))]
+        return *(head(x) for head in (self.classes, self.boxes) for x in maps), feature
+
+
+@torch.no_grad()
+def test_one_quantizer_serves_all_that_reads_a_map(images):
+    torch.manual_seed(1)
+    model = Network().eval()
+    model.backbone = Pyramid().eval()
+    model.forward = model.backbone.forward
+    quantize_model(model, QuantizationSettings(8, 8, grids="integer"))
+    calibrate(model, images)
+    image = images[0]["inputs"][0][None]
+    names = ["class_0", "class_1", "box_0", "box_1", "feature"]
+    graph = onnx_file.trace(model, {"image": image}, names, maps=["feature"])
+    integer = [passes.runs_in_integers(node) for node in graph.graph if node.op_type == "Conv"]
+    assert integer.count(True) == 4  # both of the map, and the shared one twice
+    assert integer.count(False) == 4  # what the graph returns
+    assert [output.name for output in graph.graph.outputs] == names
+    found = runtimes.open_model(graph, "onnxruntime")({"image": image.numpy()})
+    for name, expected in zip(names, model(image), strict=True):
+        difference = np.mean(np.abs(found[name] - expected.numpy()))
+        assert difference < 0.02 * expected.std()
 
 
 @torch.no_grad()

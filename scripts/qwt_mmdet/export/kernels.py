@@ -21,11 +21,9 @@ WIDE = {ir.DataType.INT4: np.int8, ir.DataType.UINT4: np.uint8}
 def widen_weights(model: ir.Model) -> None:
     """Make 4-bit weights INT8 or UINT8, which the kernels of runtimes take, in place.
 
-    Each reader of a weight has one of its own afterwards, with zero points: ONNX Runtime makes both unsigned
-    where the processor asks for it, and fails where they are shared or zero points are missing.
+    Each node has codes and zero points of its own afterwards: ONNX Runtime makes both unsigned where the
+    processor asks for it, and fails where they are shared or zero points are missing.
     """
-    for node in list(weight_nodes(model)):
-        _repeat_per_reader(node)
     for node in list(weight_nodes(model)):
         stored = input_of(node, 0).dtype
         if stored == ir.DataType.INT32:  # a bias
@@ -47,18 +45,6 @@ def largest_weight(model: ir.Model) -> int:
             steps = codes.astype(np.int32) - zero_points_of(node).astype(np.int32)
             largest = max(largest, int(np.abs(steps).max()))
     return largest
-
-
-def _repeat_per_reader(node: ir.Node) -> None:
-    """Give all readers of a node but the first a copy of it, in place."""
-    output = node.outputs[0]
-    for number, (reader, index) in enumerate(list(output.uses())[1:], start=1):
-        copied = ir.Node(
-            "", node.op_type, node.inputs, attributes=node.attributes.values(), num_outputs=1
-        )
-        copied.outputs[0].name = f"{output.name}.{number}"
-        node.append(copied)
-        reader.replace_input_with(index, copied.outputs[0])
 
 
 def float_weights(model: ir.Model) -> None:

@@ -5,7 +5,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,8 @@ def export_onnx(
         nms: the graph of a one-stage detector returns detections: boxes [detections, 4] in pixels of the
             graph's image, scores and labels [detections], the highest scores first.
         calibration: a few batches as mmdet's test step takes them. With them, outputs of convolutions
-            that are added to others are quantized too (8 bits), which integer kernels of ONNX Runtime need.
+            that are added to others or go to a second stage are quantized too (8 bits), which integer kernels
+            of ONNX Runtime need.
         details: of the description, such as an AP.
 
     Raises:
@@ -102,7 +103,15 @@ def export_onnx(
     names = [*flat_names(first.outputs), *flat_names(first.features)]
     sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
     images = (model.data_preprocessor(batch, False)["inputs"] for batch in calibration)
-    graph = trace(first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images)
+    graph = trace(
+        first,
+        {"image": image},
+        names,
+        opset=opset,
+        dynamic_shapes=sizes,
+        images=images,
+        maps=flat_names(first.features),
+    )
     outputs = append_suppression(graph, suppression) if suppression else first.outputs
     _save(graph, path)
     regions = {}
@@ -191,6 +200,7 @@ def trace(
     opset: int = LEAST_OPSET,
     dynamic_shapes: Any = None,
     images: Iterable[Tensor] = (),
+    maps: Collection[str] = (),
 ) -> "onnx_ir.Model":
     """The graph of a network with quantized layers, or without any.
 
@@ -201,12 +211,13 @@ def trace(
         dynamic_shapes: axes of the inputs whose size may be another when the graph runs, as torch.export
             takes them.
         images: from which the ranges of what only integer kernels quantize are estimated.
+        maps: outputs that may get 8 bits, too, by their names.
 
     Raises:
         QwtError: torch cannot export it.
     """
     from . import passes
-    from .outputs import quantize_sums
+    from .outputs import quantize_outputs
 
     with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
         warnings.simplefilter("ignore")  # what torch's exporter has to say of mmdet's code
@@ -222,11 +233,13 @@ def trace(
         )
     assert program is not None
     graph = program.model
+    passes.separate_weights(graph)
     passes.fold_batch_norms(graph)
+    passes.share_quantizers(graph, maps)
     passes.move_channel_scales(graph)
     passes.quantize_before_pools(graph)
     passes.drop_relus(graph)
-    quantize_sums(graph, images)
+    quantize_outputs(graph, images, maps)
     passes.integer_biases(graph)
     passes.pack_weights(graph)
     passes.keep_what_runs(graph)

@@ -1,10 +1,11 @@
 """Quantize what integer kernels write.
 
 ONNX Runtime computes a convolution in integers only where its output is quantized too. Most outputs are, as
-the next layer's input. What is added to others, as in residual blocks, is not.
+the next layer's input. What is added to others, as in residual blocks, is not, nor are the maps that a second
+stage takes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 import torch
@@ -18,15 +19,16 @@ from .runtimes import open_model
 BITS = 8
 
 
-def quantize_sums(model: ir.Model, images: Iterable[Tensor]) -> None:
-    """Quantize the outputs of convolutions that are added to others, in place.
+def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection[str]) -> None:
+    """Quantize the outputs of convolutions that nothing else quantizes, in place.
 
     Args:
         model: the graph of a quantized network.
         images: inputs of the graph, [batch, 3, height, width], whose values give the ranges; without any,
             nothing changes.
+        maps: names of the outputs of the graph that a second stage takes.
     """
-    values = {str(value.name): value for value in passes.sums(model)}
+    values = {str(value.name): value for value in passes.outputs_without_grid(model, maps)}
     if not values:  # no image needs to be read
         return
     inputs = [image[None].numpy() for batch in images for image in batch]

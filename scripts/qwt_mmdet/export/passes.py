@@ -1,6 +1,6 @@
 """What is changed in a traced graph: batch norms go into weights, and small weights into 4 bits."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -59,13 +59,20 @@ def fold_batch_norms(model: ir.Model) -> None:
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else 0
         shifted = (bias - mean) * factor + beta
         name = weight.outputs[0].name
-        set_input(model, weight, 0, codes, f"{name}.codes")
+        if flipped.any():
+            set_input(model, weight, 0, codes, f"{name}.codes")
         set_input(model, weight, 1, (scale * np.abs(factor)).astype(np.float32), f"{name}.scale")
         for values in zero_point:
             set_input(model, weight, 2, values, f"{name}.zero_point")
         set_input(model, convolution, 2, shifted.astype(np.float32), f"{name}.bias")
-        norm.outputs[0].replace_all_uses_with(convolution.outputs[0], replace_graph_outputs=True)
+        _return_instead(model, norm.outputs[0], convolution.outputs[0])
+        norm.outputs[0].replace_all_uses_with(convolution.outputs[0])
         model.graph.remove(norm, safe=True)
+
+
+def is_known(value: ir.Value | None) -> bool:
+    """Whether a value is known before the graph runs."""
+    return value is not None and ir.convenience.get_const_tensor(value) is not None
 
 
 def is_scalar(value: ir.Value | None) -> bool:
@@ -119,35 +126,94 @@ def _grid_of(node: ir.Node) -> tuple[float, int] | None:
     return constant(node.inputs[1]).item(), constant(node.inputs[2]).item()
 
 
-def sums(model: ir.Model) -> list[ir.Value]:
-    """Outputs of convolutions in integers that are added to others, and not quantized before."""
+def outputs_without_grid(model: ir.Model, maps: Collection[str]) -> list[ir.Value]:
+    """Outputs of convolutions in integers that are not quantized, and that 8 bits do no harm.
+
+    Args:
+        maps: names of the outputs of the graph that a second stage takes.
+    """
     return [
         node.outputs[0]
         for node in model.graph
         if node.op_type == "Conv"
         and takes_integers(node)
-        and _readers(node.outputs[0])
-        and all(user.op_type in ("Add", "Resize") for user in _readers(node.outputs[0]))
+        and not runs_in_integers(node)
+        and _may_have_a_grid(node.outputs[0], maps)
     ]
+
+
+def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
+    """Let one quantizer of a convolution's output serve all that reads it, in place.
+
+    So the output of the convolution is quantized, as integer kernels want it, with one of the grids that it has
+    behind it. The others get values on this grid.
+
+    Args:
+        maps: names of the outputs of the graph that a second stage takes.
+    """
+    for node in [n for n in model.graph if n.op_type == "Conv" and takes_integers(n)]:
+        value = node.outputs[0]
+        if [user.op_type for user in _readers(value)] == ["Relu"]:
+            value = _readers(value)[0].outputs[0]
+        users = [(user, index) for user, index in value.uses()]
+        first = next((user for user, _ in users if _has_8_bits(user)), None)
+        alone = len(users) == 1 and not value.is_graph_output()
+        if first is None or alone or not _may_have_a_grid(value, maps):
+            continue
+        name = f"{value.name}.rounded"
+        rounded = ir.Node("", "DequantizeLinear", [first.outputs[0], *first.inputs[1:]])
+        rounded.attributes.update(first.attributes)
+        rounded.outputs[0].name = name
+        for user, index in users:
+            if user is not first:
+                user.replace_input_with(index, rounded.outputs[0])
+        _return_instead(model, value, rounded.outputs[0])
+        model.graph.remove(first)
+        producer = value.producer()
+        assert producer is not None
+        model.graph.insert_after(producer, [first, rounded])
+
+
+def _has_8_bits(node: ir.Node) -> bool:
+    """Whether a node is a quantizer to all codes of 8 bits."""
+    return node.op_type == "QuantizeLinear" and all(
+        user.op_type == "DequantizeLinear" for user in _readers(node.outputs[0])
+    )
+
+
+def _may_have_a_grid(value: ir.Value, maps: Collection[str]) -> bool:
+    """Whether 8 bits do no harm to a value: it is added to others, resized, pooled, quantized, or returned for a
+    second stage."""
+    if value.is_graph_output() and value.name not in maps:
+        return False
+    users = [user.op_type for user, _ in value.uses()]
+    return all(user in ("Add", "MaxPool", "QuantizeLinear", "Resize") for user in users)
+
+
+def _return_instead(model: ir.Model, value: ir.Value, other: ir.Value) -> None:
+    """Let a graph that returns a value return another one under its name."""
+    if not value.is_graph_output():
+        return
+    name, other.type, other.shape = value.name, value.type, value.shape
+    model.graph.outputs[model.graph.outputs.index(value)] = other
+    value.name, other.name = f"{name}.inside", name
 
 
 def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: int) -> None:
     """Put a value on a grid of 8 bits before all that reads it, in place."""
     producer = value.producer()
     assert producer is not None
+    name = str(value.name)
     nodes = [
-        ir.Node(
-            "", operator, [None, None, None], outputs=[ir.Value(name=f"{value.name}.{operator}")]
-        )
+        ir.Node("", operator, [None, None, None], outputs=[ir.Value(name=f"{name}.{operator}")])
         for operator in ("QuantizeLinear", "DequantizeLinear")
     ]
+    _return_instead(model, value, nodes[1].outputs[0])
     value.replace_all_uses_with(nodes[1].outputs[0])
     for node, given in zip(nodes, (value, nodes[0].outputs[0]), strict=True):
         node.replace_input_with(0, given)
-        set_input(model, node, 1, np.asarray(scale, np.float32), f"{node.outputs[0].name}.scale")
-        set_input(
-            model, node, 2, np.asarray(zero_point, np.uint8), f"{node.outputs[0].name}.zero_point"
-        )
+        for index, number in ((1, np.float32(scale)), (2, np.uint8(zero_point))):
+            set_input(model, node, index, np.asarray(number), fresh_name(node, index, "output"))
     model.graph.insert_after(producer, nodes)
 
 
@@ -252,8 +318,7 @@ def drop_relus(model: ir.Model) -> None:
 
 def weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
     for node in model.graph:
-        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if codes is not None and ir.convenience.get_const_tensor(codes) is not None:
+        if node.op_type == "DequantizeLinear" and is_known(node.inputs[0]):
             yield node
 
 
@@ -261,21 +326,37 @@ INT4 = {np.dtype(np.int8): ir.DataType.INT4, np.dtype(np.uint8): ir.DataType.UIN
 LIMITS = {np.dtype(np.int8): (-8, 7), np.dtype(np.uint8): (0, 15)}
 
 
+def separate_weights(model: ir.Model) -> None:
+    """Let each reader of a weight dequantize it itself, in place; the codes stay common.
+
+    So what belongs to the reader's output, such as a factor for each channel, can go into the scales.
+    """
+    for node in list(weight_nodes(model)):
+        output = node.outputs[0]
+        for number, (reader, index) in enumerate(list(output.uses())[1:], start=1):
+            copied = ir.Node(
+                "", node.op_type, node.inputs, attributes=node.attributes.values(), num_outputs=1
+            )
+            copied.outputs[0].name = f"{output.name}.{number}"
+            node.append(copied)
+            reader.replace_input_with(index, copied.outputs[0])
+
+
 def pack_weights(model: ir.Model) -> None:
     """Store weights whose codes and zero points fit into 4 bits as INT4 or UINT4, in place."""
+    packed: dict[ir.Value, ir.Value] = {}
     for node in list(weight_nodes(model)):
         values = codes_of(node)
         low, high = LIMITS.get(values[0].dtype, (1, 0))
         if all(v.min() >= low and v.max() <= high for v in values.values()):
             for index, value in values.items():
-                narrow = INT4[value.dtype]
-                set_input(
-                    model,
-                    node,
-                    index,
-                    value.astype(narrow.numpy()),
-                    fresh_name(node, index, narrow),
-                )
+                narrow, given = INT4[value.dtype], input_of(node, index)
+                if given in packed:
+                    node.replace_input_with(index, packed[given])
+                    continue
+                name = fresh_name(node, index, narrow)
+                set_input(model, node, index, value.astype(narrow.numpy()), name)
+                packed[given] = input_of(node, index)
 
 
 def codes_of(node: ir.Node) -> dict[int, np.ndarray]:
