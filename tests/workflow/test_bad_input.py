@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REAL_COCO, Workflow
 from PIL import Image
+from running import REAL_COCO, Workflow
 
 CONFIG = yaml.safe_load(
     """

@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 import yaml
-from conftest import ROOT
 from pydantic import TypeAdapter
 from qwt_mmdet.cli import app
 from qwt_mmdet.cli.run import OPTIONS, quantization_name, run
@@ -17,6 +16,7 @@ from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.config.datasets import PARTS
 from qwt_mmdet.config.section import default_of
 from qwt_mmdet.steps.prepare import prepare_dataset
+from running import ROOT
 from typer.testing import CliRunner, Result
 
 DEMO = ROOT / "workflow" / "demo" / "mask-rcnn_swin-xxs-p4-w8_fpn_shapes"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REAL_COCO, ROOT, Workflow
+from running import REAL_COCO, ROOT, Workflow
 
 # {name of the configuration: (models, quantized, compensated, exported)}
 RESULTS = {

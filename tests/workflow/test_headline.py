@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Workflow
 from mmdet.datasets import CocoDataset
 from mmengine.logging import HistoryBuffer
 from qwt_mmdet.config.datasets import PARTS
 from qwt_mmdet.detectors.build import random_detector
 from qwt_mmdet.steps.prepare import prepare_dataset
+from running import ROOT, Workflow
 
 HEADLINE = (ROOT / "config" / "coco.yaml").read_text()
 COCO_URL, WEIGHTS_URL = "http://images.cocodataset.org", "https://download.openmmlab.com"

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mmdet.apis import DetInferencer, inference_detector
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
@@ -18,6 +17,7 @@ from qwt_mmdet import load_compensation, load_detector, load_warmup, make_loader
 from qwt_mmdet.config.datasets import PARTS
 from qwt_mmdet.steps.prepare import prepare_dataset
 from qwt_mmdet.steps.select import select_images
+from running import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REAL_COCO, ROOT, Workflow
+from running import REAL_COCO, ROOT, Workflow
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import yaml
-from conftest import Workflow
 from qwt_mmdet.staleness import image_files
+from running import Workflow
 
 CONFIG = yaml.safe_load(
     """
