@@ -92,6 +92,8 @@ def test_onnx_runtime_computes_what_the_quantized_network_does(
     operators = {node.op_type for node in graph.graph}
     assert "BatchNormalization" not in operators
     values = [value.const_value for value in graph.graph.initializers.values()]
+    biases = [tensor for tensor in values if tensor.dtype == onnx_ir.DataType.INT32]
+    assert len(biases) == (grids == "integer")  # the linear layer's, whose sums are integers
     weights = [tensor.dtype for tensor in values if len(tensor.shape) > 1]
     weights = [dtype for dtype in weights if dtype != onnx_ir.DataType.FLOAT]  # factors of channels
     signed, bits = grids == "integer", 4 if weight_bits <= 4 else 8
@@ -178,6 +180,31 @@ def test_one_quantizer_serves_all_that_reads_a_map(images):
     for name, expected in zip(names, model(image), strict=True):
         difference = np.mean(np.abs(found[name] - expected.numpy()))
         assert difference < 0.02 * expected.std()
+
+
+def test_whole_numbers_take_a_byte_each_in_the_file():
+    mask = np.where(np.eye(64) > 0, 0, -100).astype(np.float32)
+    for values, expected in ((mask, onnx_ir.DataType.INT8), (mask + 0.5, onnx_ir.DataType.FLOAT)):
+        tape = onnx_ir.tape.Tape()
+        image = onnx_ir.Value(name="image", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+        image.shape = onnx_ir.Shape([64, 64])
+        stored = tape.initializer(onnx_ir.tensor(values, name="mask"))
+        total = tape.op("Add", [image, stored])
+        total.name, total.type, total.shape = "total", image.type, image.shape
+        graph = onnx_ir.Graph(
+            [image],
+            [total],
+            nodes=tape.nodes,
+            initializers=[stored],
+            opset_imports={"": 21},
+            name="g",
+        )
+        model = onnx_ir.Model(graph, ir_version=10)
+        passes.narrow_constants(model)
+        passes.keep_what_runs(model)
+        assert [v.const_value.dtype for v in graph.initializers.values()] == [expected]
+        found = runtimes.open_model(model, "onnxruntime")({"image": np.ones_like(values)})
+        assert (found["total"] == values + 1).all()
 
 
 @torch.no_grad()

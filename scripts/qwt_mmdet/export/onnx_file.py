@@ -242,6 +242,7 @@ def trace(
     quantize_outputs(graph, images, maps)
     passes.integer_biases(graph)
     passes.pack_weights(graph)
+    passes.narrow_constants(graph)
     passes.keep_what_runs(graph)
     return graph
 

@@ -226,29 +226,35 @@ def integer_biases(model: ir.Model) -> None:
 
     The scale is that of the products: the input's times the weight's, for each output channel.
     """
-    for node in [n for n in model.graph if n.op_type == "Conv" and len(n.inputs) > 2]:
-        if not runs_in_integers(node):
-            continue
-        inputs, weight = (input_of(node, index).producer() for index in (0, 1))
-        assert inputs is not None
-        assert weight is not None
-        scale = constant(inputs.inputs[1]).reshape(1) * constant(weight.inputs[1])
-        bias, name = input_of(node, 2), f"{node.outputs[0].name}.bias"
-        codes = np.rint(constant(bias).astype(np.float64) / scale)
-        if np.abs(codes).max() >= 2**31:
-            continue
-        values = ir.Value(name=f"{name}.values")
-        dequantize = ir.Node(
-            "",
-            "DequantizeLinear",
-            [None, None],
-            [ir.AttrInt64("axis", 0)],
-            outputs=[values],
-        )
-        set_input(model, dequantize, 0, codes.astype(np.int32), f"{name}.codes")
-        set_input(model, dequantize, 1, scale.astype(np.float32), f"{name}.scale")
-        model.graph.insert_before(node, dequantize)
-        node.replace_input_with(2, values)
+    for node in list(model.graph):
+        if node.op_type == "Conv" and len(node.inputs) > 2 and runs_in_integers(node):
+            _make_bias_integer(model, node, node, 2)
+        if node.op_type == "Add":
+            product = input_of(node, 0).producer()
+            if product is not None and product.op_type == "MatMul" and takes_integers(product):
+                _make_bias_integer(model, product, node, 1)
+
+
+def _make_bias_integer(model: ir.Model, product: ir.Node, node: ir.Node, index: int) -> None:
+    """Make an input of a node INT32 that is the bias of a convolution or matrix product."""
+    inputs, weight = (input_of(product, i).producer() for i in (0, 1))
+    assert inputs is not None
+    assert weight is not None
+    scale = constant(inputs.inputs[1]).reshape(1) * constant(weight.inputs[1])
+    bias, name = input_of(node, index), f"{node.outputs[0].name}.bias"
+    if not is_known(bias) or constant(bias).shape != scale.shape:
+        return
+    codes = np.rint(constant(bias).astype(np.float64) / scale)
+    if np.abs(codes).max() >= 2**31:
+        return
+    values = ir.Value(name=f"{name}.values")
+    dequantize = ir.Node(
+        "", "DequantizeLinear", [None, None], [ir.AttrInt64("axis", 0)], outputs=[values]
+    )
+    set_input(model, dequantize, 0, codes.astype(np.int32), f"{name}.codes")
+    set_input(model, dequantize, 1, scale.astype(np.float32), f"{name}.scale")
+    model.graph.insert_before(node, dequantize)
+    node.replace_input_with(index, values)
 
 
 def move_channel_scales(model: ir.Model) -> None:
@@ -357,6 +363,29 @@ def pack_weights(model: ir.Model) -> None:
                 name = fresh_name(node, index, narrow)
                 set_input(model, node, index, value.astype(narrow.numpy()), name)
                 packed[given] = input_of(node, index)
+
+
+def narrow_constants(model: ir.Model) -> None:
+    """Store constants in floating point whose values are all whole numbers up to 127 as INT8, in place.
+
+    Such are the masks of shifted windows. Runtimes cast them once, when they open the graph.
+    """
+    for value in list(model.graph.initializers.values()):
+        values = constant(value)
+        if values.dtype != np.float32 or values.nbytes < WORTH_A_CAST or value.is_graph_output():
+            continue
+        codes = np.clip(values, -127, 127).astype(np.int8)
+        if (codes != values).any():
+            continue
+        cast = ir.Node("", "Cast", [None], [ir.AttrInt64("to", ir.DataType.FLOAT)])
+        cast.outputs[0].name = f"{value.name}.cast"
+        value.replace_all_uses_with(cast.outputs[0])
+        set_input(model, cast, 0, codes, f"{value.name}.int8")
+        model.graph.insert_before(model.graph[0], cast)
+
+
+WORTH_A_CAST = 4096
+"""Bytes."""
 
 
 def codes_of(node: ir.Node) -> dict[int, np.ndarray]:
