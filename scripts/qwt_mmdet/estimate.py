@@ -8,6 +8,7 @@ an image.
 
 import dataclasses
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -39,6 +40,7 @@ from .files import write_json
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model
 from .quantization.state import save_warmup
+from .runtime import hardware
 from .steps.inputs import load_quantized
 
 IMAGES = (2, 5)
@@ -257,6 +259,15 @@ class Estimate:
     def seconds(self) -> float:
         """For all jobs, one after the other."""
         return self.jobs * self.cost.total(self.images)
+
+
+def save_estimate(found: Sequence[Estimate], path: str | os.PathLike[str]) -> None:
+    """Write what the rules ask a cluster for (see :mod:`qwt_mmdet.resources`)."""
+    steps = [
+        {"model": one.model, "step": one.step, "images": one.images, **dataclasses.asdict(one.cost)}
+        for one in found
+    ]
+    write_json(path, {"hardware": hardware(), "steps": steps}, indent=1)
 
 
 def estimate_run(

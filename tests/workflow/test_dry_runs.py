@@ -1,5 +1,6 @@
 """Every configuration that the repository ships can be planned, and asks for what it should."""
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ RESULTS = {
     "yolox_coco_real": (1, 5, 16, 0),
     "yolox_coco_real_tiny": (1, 1, 1, 1),
 }
+CONFIGS = ROOT / "tests" / "configs"
 real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}")
 
 
@@ -97,6 +99,21 @@ def test_a_run_that_would_evaluate_nothing_is_refused(workflow: Workflow):
     done = workflow.run("--dry-run")
     assert done.returncode != 0
     assert "no quantized detector would be evaluated" in done.stdout
+
+
+def test_jobs_ask_for_what_the_estimate_measured(workflow: Workflow):
+    """Twice the time and 1.25 times the memory; a fit has room for its cache, too."""
+    cost = {"seconds": 60, "seconds_per_image": 30, "gigabytes": 2, "images": 100}
+    steps = [{"model": "demo", "step": s, **cost} for s in ("quantize_model", "fit_compensation")]
+    (workflow.folder / "results").mkdir()
+    (workflow.folder / "results" / "estimate.json").write_text(json.dumps({"steps": steps}))
+    done = workflow.run("-n", "--cores", "2", "--configfile", str(CONFIGS / "demo_tiny.yaml"))
+    asked = dict(re.findall(r"rule (\w+):.*?resources: (.*?)\n", done.stdout, re.DOTALL))
+    assert "mem_mb=2500" in asked["quantize_model"]
+    assert "runtime=6" in asked["quantize_model"]  # of 4 images: 2 x (1 + 2) minutes
+    assert "mem_mb=6500" in asked["fit_compensation"]
+    assert "mem_mb=3000" in asked["evaluate_baseline"]
+    assert "runtime" not in asked["evaluate_baseline"]
 
 
 def test_steps_wait_for_a_gpu_only_where_there_is_one(workflow: Workflow, monkeypatch, tmp_path):

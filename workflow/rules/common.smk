@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
 from qwt_mmdet.reporting.text import UNFINISHED, last_error, run_summary
+from qwt_mmdet.resources import ESTIMATE, memory_mb, minutes, read_estimate
 from qwt_mmdet.runtime import COMMAND
 from qwt_mmdet.staleness import (
     changed_images,
@@ -62,6 +64,7 @@ GIVEN_CONFIG = copy.deepcopy(config)
 config = in_plain_words(resolve, config)
 COMBINATIONS = combinations(config)
 EXPORTS = exports(config)
+MEASURED = in_plain_words(read_estimate, ESTIMATE)
 
 
 def any_of(names):
@@ -89,6 +92,11 @@ wildcard_constraints:
     runtime="onnxruntime|openvino",
 
 
+def runs_here():
+    """Whether jobs run on this machine, not on a cluster's."""
+    return workflow.local_exec and not workflow.remote_exec
+
+
 def detector_gpu(wildcards):
     """Resources function: the GPU that a step wants, 0 where it runs here and there is none.
 
@@ -96,8 +104,19 @@ def detector_gpu(wildcards):
     """
     if config["device"] != "auto":
         return int(config["device"] != "cpu")
-    runs_here = workflow.local_exec and not workflow.remote_exec
-    return 0 if runs_here and not count_gpus() else 1
+    return 0 if runs_here() and not count_gpus() else 1
+
+
+def all_cores(wildcards):
+    """Threads function: all cores of this machine; one on a cluster, whose nodes nobody knows here."""
+    if not runs_here():
+        return 1
+    return min(workflow.resource_settings.cores or 1, os.cpu_count())
+
+
+def summary_threads(wildcards):
+    """Threads function: as many as the bootstrap has use for."""
+    return min(8, all_cores(wildcards))
 
 
 def detector_threads(wildcards):
@@ -105,12 +124,40 @@ def detector_threads(wildcards):
 
     One thread each keeps the cores busiest; only cores that would be idle give a job more.
     """
-    cores = min(workflow.resource_settings.cores or 1, os.cpu_count())
     at_once = len(COMBINATIONS) * config["repeats"]
     limit = workflow.global_resources.get("gpu")
     if limit is not None and detector_gpu(wildcards):
         at_once = min(at_once, limit.value or at_once)
-    return max(1, min(8, cores // at_once))
+    return max(1, min(8, all_cores(wildcards) // at_once))
+
+
+def step_resources(step, gpu=detector_gpu):
+    """Return the resources of a step that runs a detector, from what `qwt-mmdet estimate` measured."""
+    part = "evaluation" if step.startswith("evaluate") else "calibration"
+    cache_gb = (
+        config["activation_cache"]["memory_gb"] if step == "fit_compensation" else 0
+    )
+
+    def measured(wildcards):
+        return MEASURED.get((wildcards.get("model"), step))
+
+    def megabytes(wildcards, attempt):
+        return memory_mb(measured(wildcards), attempt, cache_gb=cache_gb)
+
+    def limit(wildcards, attempt):
+        if measured(wildcards) is None:
+            return None
+        dataset = config["models"][wildcards.model]["dataset"]
+        count = config["datasets"][dataset][part]["images"]
+        images = None if count == "all" else count
+        return minutes(measured(wildcards), images, attempt)
+
+    return {"gpu": gpu, "mem_mb": megabytes, "runtime": limit}
+
+
+def table_mb(wildcards, input, attempt):
+    """Resources function: megabytes of a job that reads all predictions."""
+    return math.ceil((1000 + 10 * input.size_mb) * 2 ** (attempt - 1))
 
 
 def existing(path, key):
@@ -271,11 +318,6 @@ def export_settings(wildcards):
     """Params function: how the files of a model are exported."""
     entry = next(e for row, e in EXPORTS.items() if row.model == wildcards.model)
     return {"opset": entry.opset, "input": entry.input}
-
-
-def all_cores(wildcards):
-    """Threads function: all cores, for a job that no other one may disturb."""
-    return min(workflow.resource_settings.cores or 1, os.cpu_count())
 
 
 def kept(path, keep):

@@ -24,7 +24,7 @@ rule fit_compensation:
         "../../envs/qwt.yaml"
     threads: detector_threads
     resources:
-        gpu=detector_gpu,
+        **step_resources("fit_compensation"),
     params:
         **detector_params("fit_compensation"),
         settings=entry("compensation", "compensation"),

@@ -16,7 +16,7 @@ rule train_demo:
         "../../envs/qwt.yaml"
     threads: 2
     resources:
-        gpu=detector_gpu,
+        **step_resources("train_demo"),
     params:
         images=6000,
         labelling_epochs=2,

@@ -20,7 +20,7 @@ rule evaluate_baseline:
         "../../envs/qwt.yaml"
     threads: detector_threads
     resources:
-        gpu=detector_gpu,
+        **step_resources("evaluate_baseline"),
     params:
         **detector_params("evaluate_baseline"),
         loading=BATCHES,
@@ -41,6 +41,8 @@ use rule evaluate_baseline as evaluate_quantized with:
     benchmark:
         "benchmarks/evaluate_quantized/{model}/{quantization}.tsv"
     priority: 0
+    resources:
+        **step_resources("evaluate_quantized"),
     params:
         **detector_params("evaluate_quantized"),
         loading=BATCHES,
@@ -59,6 +61,8 @@ use rule evaluate_quantized as evaluate_compensated with:
         "logs/evaluate_compensated/{model}/{quantization}/{compensation}.log",
     benchmark:
         "benchmarks/evaluate_compensated/{model}/{quantization}/{compensation}.tsv"
+    resources:
+        **step_resources("evaluate_compensated"),
     params:
         **detector_params("evaluate_compensated"),
         loading=BATCHES,

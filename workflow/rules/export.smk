@@ -16,7 +16,7 @@ rule export_model:
     conda:
         "../../envs/qwt.yaml"
     resources:
-        gpu=0,
+        **step_resources("export_model", gpu=0),
     params:
         **detector_params("export_model"),
         settings=export_settings,
@@ -40,7 +40,7 @@ rule evaluate_exported:
     conda:
         "../../envs/qwt.yaml"
     resources:
-        gpu=0,
+        **step_resources("evaluate_exported", gpu=0),
     params:
         **detector_params("evaluate_exported"),
     script:
@@ -64,6 +64,9 @@ rule benchmark_exported:
         "../../envs/qwt.yaml"
     # of these the runtime uses one; no other job may disturb it
     threads: all_cores
+    resources:
+        mem_mb=step_resources("benchmark_exported")["mem_mb"],
+        runtime=step_resources("benchmark_exported")["runtime"],
     params:
         code=source_hash("benchmark_exported"),
     script:

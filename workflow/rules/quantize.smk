@@ -14,7 +14,7 @@ rule quantize_model:
         "../../envs/qwt.yaml"
     threads: detector_threads
     resources:
-        gpu=detector_gpu,
+        **step_resources("quantize_model"),
     params:
         **detector_params("quantize_model"),
         settings=entry("quantization", "quantization"),

@@ -27,7 +27,9 @@ rule summarize_results:
         "benchmarks/summarize_results.tsv"
     conda:
         "../../envs/qwt.yaml"
-    threads: 8
+    threads: summary_threads
+    resources:
+        mem_mb=table_mb,
     params:
         rows=RESULT_ROWS,
         exports=EXPORT_ROWS,
@@ -60,6 +62,8 @@ rule render_report:
         "benchmarks/render_report.tsv"
     conda:
         "../../envs/qwt.yaml"
+    resources:
+        mem_mb=table_mb,
     params:
         rows=RESULT_ROWS,
         code=source_hash("render_report"),

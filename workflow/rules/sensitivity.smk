@@ -17,7 +17,7 @@ rule rank_layers:
         "../../envs/qwt.yaml"
     threads: detector_threads
     resources:
-        gpu=detector_gpu,
+        **step_resources("rank_layers"),
     params:
         **detector_params("rank_layers"),
         settings=config["sensitivity"],

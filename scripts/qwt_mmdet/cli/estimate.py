@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from ..config import read_file, resolve
 from ..reporting.text import duration, number
+from ..resources import ESTIMATE
 from .common import CoresOption, DeviceOption, chosen_device, plain_errors
 
 
@@ -16,6 +17,10 @@ def estimate(
     config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
     device: DeviceOption = "auto",
     cores: CoresOption = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help=f"File for the costs; the rules ask a cluster for what {ESTIMATE} says."),
+    ] = None,
 ) -> None:
     """Tell what a run of a config would take on this machine; needs neither weights nor images.
 
@@ -23,13 +28,15 @@ def estimate(
     summary and report are not in it.
     """
     with plain_errors():
-        from ..estimate import estimate_run
+        from ..estimate import estimate_run, save_estimate
 
         content = resolve(read_file(config))
         chosen = chosen_device(device)
         cores = cores or os.cpu_count() or 1
         threads = 1 if chosen == "cpu" else cores
         found = estimate_run(content, device=chosen, threads=threads)
+        if save is not None:
+            save_estimate(found, save)
         rows: list[tuple[Any, ...]] = [
             (
                 entry.model,
