@@ -533,7 +533,7 @@ def test_the_report_answers_first(page, summary):
 
 
 def test_intervals_are_not_promised_to_be_exact(page):
-    assert "They are approximate" in page.text
+    assert "Intervals are approximate" in page.text
     assert "95 %" not in page.text
 
 
