@@ -53,6 +53,7 @@ class Network(nn.Module):
         )
         norm = self.backbone[1]
         nn.init.uniform_(norm.weight, -2, 2)
+        nn.init.zeros_(norm.weight[3])  # as in the last norms of residual blocks before training
         nn.init.normal_(norm.bias)
         norm.running_var.uniform_(0.2, 2)
 
@@ -103,7 +104,7 @@ def test_onnx_runtime_computes_what_the_quantized_network_does(
     for batch, output in zip(images, expected, strict=True):
         found = run({"image": batch["inputs"][0][None].numpy()})["output"]
         # A tie may be rounded the other way: then one code of an activation differs.
-        assert np.mean(np.abs(found - output)) < 4 * 2**-activation_bits * output.std()
+        assert np.mean(np.abs(found - output)) < 5 * 2**-activation_bits * output.std()
     model(images[0]["inputs"][0][None])  # it runs again after the export
     assert all("forward" not in vars(layer) for layer in quantized_layers(model).values())
 
@@ -238,6 +239,12 @@ def test_a_network_is_refused_before_it_runs(images):
         parts.refuse_what_has_no_form(Network())
     with pytest.raises(QwtError, match="no opset 7"):
         onnx_file.check_opset(7)
+    tood = random_detector(
+        "tood/tood_r50_fpn_1x_coco.py",
+        {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512]},
+    )
+    with pytest.raises(QwtError, match="The module bbox_head is a TOODHead"):
+        parts.refuse_what_has_no_form(tood)
 
 
 DEMO = Path(__file__).parents[2] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
@@ -291,11 +298,13 @@ def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path):
     model = two_stages()
     path = tmp_path / "model.onnx"
     onnx_file.export_onnx(model, path, size=SIZE)
-    files = description.graph_files(path)
+    files = description.graph_files(path, description.read_description(path))
     assert [file.name for file in files] == [
         "model.onnx", "model.roi_head.bbox_head.onnx", "model.roi_head.mask_head.onnx",
     ]  # fmt: skip
-    assert description.exported_bytes(path) == sum(file.stat().st_size for file in files)
+    assert description.exported_bytes(path, description.read_description(path)) == sum(
+        file.stat().st_size for file in files
+    )
     exported = loading.load_exported(path).model
     batch = photos()[1]
     found = forward_scope(exported, copy.deepcopy(batch), "detector")[0].pred_instances

@@ -41,9 +41,9 @@ def export(
     """Write a detector, quantized and compensated or not, as an ONNX file."""
     with plain_errors():
         model = load_model(values, checkpoint, warmup, compensation)
-        from ..export.description import exported_bytes
+        from ..export.description import exported_bytes, read_description
         from ..export.onnx_file import export_onnx
 
         export_onnx(model, output, size=size, dynamic=dynamic, nms=nms, **values[Export])
-        megabytes = exported_bytes(output) / 1e6
+        megabytes = exported_bytes(output, read_description(output)) / 1e6
         typer.echo(f"{output}: {megabytes:.2f} MB (description: {output.with_suffix('.json')})")

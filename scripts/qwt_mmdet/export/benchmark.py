@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -41,10 +41,10 @@ def feeds_of(description: dict[str, Any]) -> Feeds:
 
 
 def open_detector(
-    path: str | os.PathLike[str], runtime: str, threads: int
+    files: Iterable[str | os.PathLike[str]], runtime: str, threads: int
 ) -> Callable[[Feeds], None]:
     """What runs all graphs of an exported detector, one after the other."""
-    runs = [open_graph(file, runtime, threads=threads) for file in graph_files(path)]
+    runs = [open_graph(file, runtime, threads=threads) for file in files]
 
     def run(feeds: Feeds) -> None:
         for graph, feed in zip(runs, feeds, strict=True):
@@ -98,10 +98,11 @@ def benchmark(
             "latencies cannot be compared; export both again."
         )
     feeds = feeds_of(about[0])
-    rounds = interleaved([open_detector(path, runtime, threads) for path in files], feeds)
+    graphs = [graph_files(path, entry) for path, entry in zip(files, about, strict=True)]
+    rounds = interleaved([open_detector(paths, runtime, threads) for paths in graphs], feeds)
     kernels = (
         kernel
-        for file, feed in zip(graph_files(quantized), feeds, strict=True)
+        for file, feed in zip(graphs[0], feeds, strict=True)
         for kernel in PROFILES[runtime](prepared(onnx_ir.load(file), runtime), feed)
     )
     milliseconds = [1000 * statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
@@ -111,8 +112,8 @@ def benchmark(
         "threads": threads,
         "image": about[0]["input"]["size"],
         "rounds": len(rounds),
-        "file_bytes": exported_bytes(quantized),
-        "full_precision_file_bytes": exported_bytes(full_precision),
+        "file_bytes": exported_bytes(quantized, about[0]),
+        "full_precision_file_bytes": exported_bytes(full_precision, about[1]),
         "milliseconds": milliseconds[0],
         "full_precision_milliseconds": milliseconds[1],
         "latency_ratio": statistics.median(mine / other for mine, other in rounds),

@@ -23,7 +23,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     description = read_summary(path, EXPORT_FORMAT, "exported")
     entries = [description, *description["region_heads"].values()]
-    for file, entry in zip(graph_files(path), entries, strict=True):
+    for file, entry in zip(graph_files(path, description), entries, strict=True):
         if not file.is_file():
             raise QwtError(f"The exported file {file} does not exist; check the path.")
         if sha256_file(file) != entry["sha256"]:
@@ -34,19 +34,15 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
-def graph_files(path: str | os.PathLike[str]) -> list[Path]:
-    """All graphs of the exported detector ``path``, that file first.
-
-    Raises:
-        QwtError: its description is missing or none.
-    """
-    regions = read_summary(path, EXPORT_FORMAT, "exported")["region_heads"]
-    return [Path(path), *(Path(path).with_name(entry["file"]) for entry in regions.values())]
+def graph_files(path: str | os.PathLike[str], description: Mapping[str, Any]) -> list[Path]:
+    """All graphs of the exported detector ``path``, that file first."""
+    regions = description["region_heads"].values()
+    return [Path(path), *(Path(path).with_name(entry["file"]) for entry in regions)]
 
 
-def exported_bytes(path: str | os.PathLike[str]) -> int:
+def exported_bytes(path: str | os.PathLike[str], description: Mapping[str, Any]) -> int:
     """Bytes of all graphs of an exported detector."""
-    return sum(file.stat().st_size for file in graph_files(path))
+    return sum(file.stat().st_size for file in graph_files(path, description))
 
 
 def as_json(node: Any) -> Any:

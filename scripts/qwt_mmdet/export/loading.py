@@ -106,7 +106,7 @@ def load_exported(
             f"The graph {path} returns boxes, scores and labels itself; run it with onnxruntime (see "
             "docs/export.md), or export the detector without --nms."
         )
-    runs = [open_graph(file, runtime, threads=threads) for file in graph_files(path)]
+    runs = [open_graph(file, runtime, threads=threads) for file in graph_files(path, description)]
     register_all_modules(init_default_scope=True)
     config = Config(from_json(description["config"]))
     model = build_detector(path, config, description["classes"])

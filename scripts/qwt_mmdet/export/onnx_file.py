@@ -147,7 +147,7 @@ def export_onnx(
         **(details or {}),
     }
     write_json(summary_path(path), description, indent=1)
-    logger.info("%s: %.2f MB", path, exported_bytes(path) / 1e6)
+    logger.info("%s: %.2f MB", path, exported_bytes(path, description) / 1e6)
 
 
 def _save(graph: "onnx_ir.Model", path: str | os.PathLike[str]) -> None:

@@ -222,6 +222,12 @@ def with_tensors(names: Names, tensors: Mapping[str, Tensor]) -> Any:
     return None if names is None else [with_tensors(entry, tensors) for entry in names]
 
 
+def _deforms(module_class: type[nn.Module]) -> bool:
+    """Whether a class's own methods call mmcv's deformable convolution as a function, as TOOD's head does."""
+    methods = [method for method in vars(module_class).values() if inspect.isfunction(method)]
+    return any("deform_conv2d" in method.__code__.co_names for method in methods)
+
+
 def refuse_what_has_no_form(model: BaseDetector) -> None:
     """Check that a detector can be exported, as far as that is known without running it.
 
@@ -237,10 +243,10 @@ def refuse_what_has_no_form(model: BaseDetector) -> None:
                     f"The module {name} is a {module_class.__name__} with weights, and lies between the parts that "
                     f"become graphs ({', '.join(parts)}); this detector cannot be exported."
                 )
-        elif module_class.__module__.startswith("mmcv.ops"):
+        elif module_class.__module__.startswith("mmcv.ops") or _deforms(module_class):
             raise QwtError(
-                f"The module {name} is a {module_class.__name__}, an operator of mmcv's own that ONNX has no form "
-                "for; this detector cannot be exported."
+                f"The module {name} is a {module_class.__name__}, which computes with an operator of mmcv's own that "
+                "ONNX has no form for; this detector cannot be exported."
             )
     for name, quantizer in activation_quantizers(model).items():
         if not quantizer.is_calibrated:

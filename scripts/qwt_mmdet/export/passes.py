@@ -58,8 +58,11 @@ def fold_batch_norms(model: ir.Model) -> None:
                 values[flipped] = highest - values[flipped]
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else 0
         shifted = (bias - mean) * factor + beta
+        silent = factor == 0  # a scale must be above 0
+        codes[silent] = zero_point[0][silent].reshape(-1, 1, 1, 1) if zero_point else 0
+        factor[silent] = 1
         name = weight.outputs[0].name
-        if flipped.any():
+        if (flipped | silent).any():
             set_input(model, weight, 0, codes, f"{name}.codes")
         set_input(model, weight, 1, (scale * np.abs(factor)).astype(np.float32), f"{name}.scale")
         for values in zero_point:
