@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from walk_zoo import SIZES, few_candidates, run_alone, small_pipeline, write_image
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
-from test_architectures import ALWAYS, FAMILIES
+from test_architectures import ALWAYS, FAMILIES, ZOO
 
 QUANTIZATION = QuantizationSettings(
     8, 8, scope="detector", grids="integer", weight_range="minmax", activation_range="minmax",
@@ -71,7 +71,7 @@ def walk(config: str, size: tuple[int, int], *, quantized: bool) -> dict[str, An
     """
     torch.manual_seed(0)
     changes = few_candidates(read_config(config).model.get("test_cfg"))
-    model = random_detector(config, changes | (ALWAYS | FAMILIES)[config])
+    model = random_detector(config, changes | (ALWAYS | ZOO | FAMILIES)[config])
     refuse_what_has_no_form(model)
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
         folder = Path(name)
@@ -114,7 +114,7 @@ def table(results: Path) -> str:
         entry = json.loads(line)
         entries.setdefault(entry["config"], {})[entry["quantized"]] = entry
     rows = []
-    for config in [config for config in ALWAYS | FAMILIES if config in entries]:
+    for config in [config for config in ALWAYS | ZOO | FAMILIES if config in entries]:
         full, quantized = (entries[config].get(key, {}) for key in (False, True))
         entry = full or quantized
         row = [config, entry["result"], entry.get("graphs", "")]
@@ -141,7 +141,7 @@ def main() -> None:
     if options.results.exists():
         lines = [json.loads(line) for line in options.results.read_text().splitlines()]
         done = {entry["config"] for entry in lines if entry["quantized"] == options.quantized}
-    for config in ALWAYS | FAMILIES:
+    for config in ALWAYS | ZOO | FAMILIES:
         if options.only in config and config not in done:
             found = run_alone(config, functools.partial(outcome, options.quantized))
             entry = {"config": config, "quantized": options.quantized, **found}

@@ -36,17 +36,20 @@ TIMM = {
     },
     "model.neck.in_channels": [40, 80, 160, 320],
 }
+SMALLEST_SWIN = {"model.backbone.depths": (1, 1, 1, 1)}
 ALWAYS = {
-    "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py": {},
+    "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py": SMALLEST_SWIN,
     "retinanet/retinanet_r18_fpn_1x_coco.py": {},
     "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py": SHALLOW,
-    "pvt/retinanet_pvtv2-b0_fpn_1x_coco.py": {},
     "yolox/yolox_tiny_8xb8-300e_coco.py": {},
     "rtmdet/rtmdet_tiny_8xb32-300e_coco.py": {},
     "detr/detr_r50_8xb2-150e_coco.py": ONE_MAP | LAYERS,
-    "dino/dino-4scale_r50_8xb2-12e_coco.py": LAYERS,
     "ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py": {},
     "retinanet/retinanet_r50-caffe_fpn_1x_coco.py": TIMM,
+}
+ZOO = {
+    "pvt/retinanet_pvtv2-b0_fpn_1x_coco.py": {},
+    "dino/dino-4scale_r50_8xb2-12e_coco.py": LAYERS,
     "hrnet/fcos_hrnetv2p-w18-gn-head_4xb4-1x_coco.py": {},
     "yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py": {},
     "efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py": {
@@ -54,7 +57,8 @@ ALWAYS = {
     },
     "tridentnet/tridentnet_r50-caffe_1x_coco.py": {},
 }  # fmt: skip
-"""One config for each kind of backbone, neck and head that differs in how it is quantized."""
+"""One config for each kind of backbone, neck and head that differs in how it is quantized; the others run with
+``-m zoo``."""
 
 FAMILIES = {
     "atss/atss_r50_fpn_1x_coco.py": SHALLOW,
@@ -157,9 +161,11 @@ def outputs(model: nn.Module, batches: list[dict]) -> list[torch.Tensor]:
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("config", ALWAYS)
+@pytest.mark.parametrize(
+    "config", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.zoo) for name in ZOO)]
+)
 def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
-    options = ALWAYS[config]
+    options = (ALWAYS | ZOO)[config]
     batches = images(MANY_TOKENS if "dino" in config else SIZE)
     settings = QuantizationSettings(
         weight_bits=6,
