@@ -3,6 +3,7 @@
 from qwt_mmdet.runtime import step
 
 with step(snakemake) as job:
+    from qwt_mmdet.staleness import shards_note
     from qwt_mmdet.steps.evaluate import evaluate
     from qwt_mmdet.steps.inputs import Inputs
 
@@ -12,4 +13,6 @@ with step(snakemake) as job:
         compensation=snakemake.input.get("compensation"),
         metrics=snakemake.output.metrics,
         predictions=snakemake.output.predictions,
+        shards=snakemake.input.shards,
+        note=shards_note(snakemake.config, **snakemake.wildcards),
     )

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ STEP_MODULES = {
     "prepare_dataset": (*_SOURCES, "steps.prepare"),
     "select_images": (*_SOURCES, "data.sampling", "steps.select"),
     "evaluate_baseline": _EVALUATION,
+    "evaluate_shard": (*_EVALUATION, *_QUANTIZATION, "compensation"),
     "quantize_model": (*_DETECTOR, *_QUANTIZATION, "steps.quantize"),
     "evaluate_quantized": (*_EVALUATION, *_QUANTIZATION),
     "rank_layers": (*_DETECTOR, *_QUANTIZATION, "search.sensitivity", "steps.rank"),
@@ -314,3 +315,46 @@ def changed_images(path: str | os.PathLike[str]) -> str:
     if now == note:
         return note["seen"]
     return hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]
+
+
+def shards_note(
+    config: Mapping[str, Any],
+    model: str,
+    quantization: str | None = None,
+    compensation: str | None = None,
+) -> tuple[str, str]:
+    """Where it is noted in how many shards an evaluation was run, and a hash of what that holds for.
+
+    Args:
+        config: resolved config of the workflow.
+        quantization: perhaps with the number of a repeat.
+    """
+    entry = config["models"][model]
+    decides = [
+        entry,
+        config["datasets"][entry["dataset"]],
+        quantization and config["quantization"][quantization.partition("@")[0]],
+        compensation and config["compensation"][compensation],
+        config["seed"],
+        config["evaluation"]["batch_size"],
+        source_hash("evaluate_shard"),
+    ]
+    parts = [model, quantization or "baseline"]
+    parts += [compensation or "quantized"] if quantization else []
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return f"results/{'/'.join(parts)}/shards.json", digest
+
+
+def count_shards(config: Mapping[str, Any], **wildcards: str) -> int:
+    """In how many shards an evaluation is run: as the config says, or as it was, where nothing else changed.
+
+    Snakemake runs a step again when its input files are others, so the shards of what is done stay.
+    """
+    path, current = shards_note(config, **wildcards)
+    try:
+        note = json.loads(Path(path).read_text(encoding="utf-8"))
+        if note["of"] == current:
+            return int(note["shards"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # there is none, or it is cut off
+    return int(config["evaluation"]["shards"])

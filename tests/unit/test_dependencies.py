@@ -101,9 +101,10 @@ def test_source_files_are_those_of_the_module_that_registers_a_type(write, tmp_p
     assert staleness.source_files("coco") == []
 
 
-FIT = {"fit_compensation", "evaluate_compensated", "export_model"}
+FIT = {"fit_compensation", "evaluate_compensated", "evaluate_shard", "export_model"}
 QUANTIZED = {"quantize_model", "rank_layers", "evaluate_quantized", *FIT}
-COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated", "evaluate_exported"}
+COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated", "evaluate_shard"}
+COCO |= {"evaluate_exported"}
 EVERY_DETECTOR = QUANTIZED | COCO
 
 
@@ -164,6 +165,7 @@ OTHER_STEPS = {
     "rank_layers": {"compensation", "data.download", "evaluation"},
     "fit_compensation": {"data.download", "evaluation"},
     "evaluate_compensated": {"data.download"},
+    "evaluate_shard": {"data.download"},
     "export_model": {"data.download", "evaluation"},
     "evaluate_exported": {"compensation", "data.download", "quantization"},
     "summarize_results": {"compensation"},
@@ -172,7 +174,7 @@ OTHER_STEPS = {
 
 def script(step: str) -> Path:
     """Of a step's rule; three evaluations share one."""
-    name = "evaluate_detector" if step in COCO - {"evaluate_exported"} else step
+    name = "evaluate_detector" if step in COCO - {"evaluate_exported", "evaluate_shard"} else step
     return ROOT / "scripts" / f"{name}.py"
 
 

@@ -9,11 +9,13 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.data.batches import shard_of
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.predict import Predictions, detections, predict
+from qwt_mmdet.files import write_json
 from qwt_mmdet.record import Quantization, Record
 from qwt_mmdet.steps import evaluate as steps_evaluate
-from qwt_mmdet.steps.evaluate import evaluate_detector
+from qwt_mmdet.steps.evaluate import evaluate_detector, gathered
 from random_detections import detection, one_object, write
 
 CATEGORIES = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
@@ -49,6 +51,23 @@ def test_masks_survive_run_length_encoding():
 def test_detections_of_classes_that_the_annotations_lack_are_left_out():
     (only,) = detections(instances(), 42, [3, None])
     assert only == {"image_id": 42, "category_id": 3, "bbox": [0, 0, 2, 2], "score": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "shards"), [(10, 1, 3), (10, 4, 2), (3, 1, 5), (9, 4, 3), (1, 8, 1)]
+)
+def test_shards_hold_all_images_in_order_and_whole_batches(images, batch_size, shards):
+    places = [shard_of(images, batch_size, (one, shards)) for one in range(1, shards + 1)]
+    assert [i for place in places for i in range(images)[place]] == list(range(images))
+    assert all(place.start % batch_size == 0 for place in places)
+
+
+def test_what_shards_find_is_put_together_in_their_order(tmp_path):
+    found = [Predictions([{"score": 0.1 + 0.2}], 1, True), Predictions([], 0, False)]
+    paths = [tmp_path / f"{number}.json" for number in range(2)]
+    for path, part in zip(paths, found, strict=True):
+        write_json(path, part._asdict())
+    assert gathered(paths) == Predictions([{"score": 0.1 + 0.2}], 1, True)
 
 
 def test_a_detection_that_is_left_out_for_its_class_is_finite(tmp_path):

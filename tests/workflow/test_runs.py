@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,19 @@ def test_the_demo_goes_from_its_checkpoint_to_the_report(workflow: Workflow):
         assert float(row["AP_quantized"]) != float(row["AP_baseline"])
     assert "demo" in (workflow.folder / "results" / "report.html").read_text()
     assert workflow.jobs("--configfile", config) == {}
+
+    shards = yaml.safe_load(Path(config).read_text()) | {"evaluation": {"shards": 4}}
+    workflow.configure(shards)
+    assert workflow.jobs() == {}, "what is done stays"
+    predictions = results / "demo" / "w4a4" / "quantized" / "predictions.json"
+    before = predictions.read_bytes()
+    shutil.rmtree(predictions.parent)
+    target = str(predictions.relative_to(workflow.folder))
+    done = workflow.run("--cores", "2", target)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("rule evaluate_shard") == 4
+    assert predictions.read_bytes() == before
+    assert workflow.jobs(target, "--configfile", config) == {}, "one job would give the same"
 
     jobs = workflow.jobs("sensitivity", "--configfile", config)
     assert jobs == {"rank_layers": 1, "sensitivity": 1}

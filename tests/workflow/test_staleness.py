@@ -7,7 +7,8 @@ import time
 
 import pytest
 import yaml
-from qwt_mmdet.staleness import image_files
+from qwt_mmdet.config import combinations, resolve
+from qwt_mmdet.staleness import image_files, shards_note
 from running import Workflow
 
 CONFIG = yaml.safe_load(
@@ -134,6 +135,24 @@ def test_another_batch_size_evaluates_again_and_fits_nothing(finished, config):
     finished.configure(config)
     assert finished.jobs() == {
         "evaluate_baseline": 2, "evaluate_quantized": 4, "evaluate_compensated": 8, **TABLES,
+    }  # fmt: skip
+
+
+def test_shards_are_for_what_is_still_to_be_evaluated(finished, config, monkeypatch):
+    monkeypatch.chdir(finished.folder)
+    done = [combination._asdict() for combination in combinations(resolve(CONFIG))]
+    done += [{**one, "compensation": None} for one in done]
+    done += [{"model": name} for name in CONFIG["models"]]
+    for wildcards in done:
+        path, key = shards_note(resolve(CONFIG), **wildcards)
+        (finished.folder / path).write_text(json.dumps({"shards": 1, "of": key}))
+    config["evaluation"] = {"shards": 3}
+    finished.configure(config)
+    assert finished.jobs() == {}
+    config["compensation"]["qwt"] = {"ridge": 1.0}
+    finished.configure(config)
+    assert finished.jobs() == {
+        "fit_compensation": 4, "evaluate_shard": 12, "evaluate_compensated": 4, **TABLES,
     }  # fmt: skip
 
 

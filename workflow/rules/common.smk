@@ -25,7 +25,9 @@ from qwt_mmdet.runtime import COMMAND
 from qwt_mmdet.staleness import (
     changed_images,
     config_files,
+    count_shards,
     share_with_scripts,
+    shards_note,
     source_files,
     source_hash,
 )
@@ -88,6 +90,9 @@ wildcard_constraints:
     model=any_of(config["models"]),
     quantization=f"({any_of(config['quantization'])}){REPEAT}",
     compensation=any_of(config["compensation"]),
+    evaluated=f"baseline|({any_of(config['quantization'])}){REPEAT}/({any_of(['quantized', *config['compensation']])})",
+    shard=r"[1-9]\d*",
+    shards=r"[1-9]\d*",
     variant=any_of(["baseline", *map(export_variant, EXPORTS)]),
     runtime="onnxruntime|openvino",
 
@@ -124,7 +129,7 @@ def detector_threads(wildcards):
 
     One thread each keeps the cores busiest; only cores that would be idle give a job more.
     """
-    at_once = len(COMBINATIONS) * config["repeats"]
+    at_once = len(COMBINATIONS) * config["repeats"] * int(wildcards.get("shards", 1))
     limit = workflow.global_resources.get("gpu")
     if limit is not None and detector_gpu(wildcards):
         at_once = min(at_once, limit.value or at_once)
@@ -282,6 +287,24 @@ def supplied_warmup(wildcards):
     return existing(
         supplied, f"models.{wildcards.model}.warmup.{wildcards.quantization}"
     )
+
+
+def shards(wildcards):
+    """Input function: what the shards of an evaluation detect; nothing where one job evaluates all images."""
+    count = count_shards(config, **wildcards)
+    folder = os.path.dirname(shards_note(config, **wildcards)[0])
+    numbers = range(1, count + 1) if count > 1 else ()
+    return [f"{folder}/shards/{number}-of-{count}.json" for number in numbers]
+
+
+def shard_input(wildcards):
+    """Input function: warmup and compensation of the variant that a shard belongs to, as far as it has them."""
+    quantization, _, compensation = wildcards.evaluated.partition("/")
+    folder = f"results/{wildcards.model}/{quantization}"
+    files = {} if quantization == "baseline" else {"warmup": f"{folder}/warmup.pth"}
+    if compensation not in ("", "quantized"):
+        files["compensation"] = f"{folder}/{compensation}/compensation.pth"
+    return files
 
 
 def evaluated_folders(combination):

@@ -7,6 +7,7 @@ rule evaluate_baseline:
     """Evaluate the full-precision detector."""
     input:
         **detector_input("evaluation"),
+        shards=shards,
     output:
         metrics="results/{model}/baseline/metrics.json",
         predictions="results/{model}/baseline/predictions.json",
@@ -32,6 +33,7 @@ use rule evaluate_baseline as evaluate_quantized with:
     """Evaluate the quantized detector."""
     input:
         **detector_input("evaluation"),
+        shards=shards,
         warmup="results/{model}/{quantization}/warmup.pth",
     output:
         metrics="results/{model}/{quantization}/quantized/metrics.json",
@@ -52,6 +54,7 @@ use rule evaluate_quantized as evaluate_compensated with:
     """Evaluate the quantized detector with its compensation."""
     input:
         **detector_input("evaluation"),
+        shards=shards,
         warmup="results/{model}/{quantization}/warmup.pth",
         compensation="results/{model}/{quantization}/{compensation}/compensation.pth",
     output:
@@ -66,3 +69,26 @@ use rule evaluate_quantized as evaluate_compensated with:
     params:
         **detector_params("evaluate_compensated"),
         loading=BATCHES,
+
+
+rule evaluate_shard:
+    """Run a detector on some of the evaluation images."""
+    input:
+        unpack(shard_input),
+        **detector_input("evaluation"),
+    output:
+        predictions=temp("results/{model}/{evaluated}/shards/{shard}-of-{shards}.json"),
+    log:
+        "logs/evaluate_shard/{model}/{evaluated}/{shard}-of-{shards}.log",
+    benchmark:
+        "benchmarks/evaluate_shard/{model}/{evaluated}/{shard}-of-{shards}.tsv"
+    conda:
+        "../../envs/qwt.yaml"
+    threads: detector_threads
+    resources:
+        **step_resources("evaluate_compensated"),
+    params:
+        **detector_params("evaluate_shard"),
+        loading=BATCHES,
+    script:
+        "../../scripts/evaluate_shard.py"

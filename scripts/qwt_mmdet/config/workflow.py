@@ -59,6 +59,9 @@ class Loading:
     """Images that are read at a time; in an evaluation, those of one shape pass the network together."""
     workers: Annotated[int, Strict(), Field(ge=0, le=1024)] = 2
     """Processes that read images; at most the threads of the rule are used."""
+    shards: Annotated[int, Strict(), Field(ge=1, le=10_000)] = 1
+    """Of `evaluation` alone: jobs that share the images of one evaluation, in whole batches, with the same
+    result. It pays on a cluster, or where cores would be idle. What is evaluated already stays."""
 
 
 @section
@@ -171,6 +174,7 @@ class Configuration:
     @model_validator(mode="after")
     def _agree(self) -> "Configuration":
         problems = [*self._folders(), *self._references(), *self._nothing_evaluated()]
+        problems += self._sharded_calibration()
         problems = problems or [*self._export_problems(), *self._repeat_problems()]
         if problems:
             raise ValueError("\n".join(problems))
@@ -211,6 +215,10 @@ class Configuration:
                     f"{key} names {shown(name)}, which is not an entry of {section_name}"
                     f"{suggestion(name, known) or '.'} Known: {', '.join(known)}."
                 )
+
+    def _sharded_calibration(self) -> Iterator[str]:
+        if self.calibration.shards != 1:
+            yield "calibration.shards must be 1: a calibration is one job; take it out."
 
     def _nothing_evaluated(self) -> Iterator[str]:
         if not self.compensation and "evaluate_quantized" in self.skip:

@@ -26,6 +26,18 @@ def count_images(loader: Iterable[dict[str, Any]]) -> int | None:
     return None if dataset is None else len(dataset)
 
 
+def shard_of(images: int, batch_size: int, shard: tuple[int, int]) -> slice:
+    """Places of the images of a shard, in whole batches, which are those of a run without shards.
+
+    Args:
+        shard: its number from 1 on, and how many there are.
+    """
+    number, shards = shard
+    batches = -(-images // batch_size)
+    start, stop = (batches * index // shards * batch_size for index in (number - 1, number))
+    return slice(start, stop)
+
+
 def same_shapes(batch: dict[str, Any]) -> list[list[int]]:
     """Positions of a batch's images, [3, height, width] each, in groups that need no padding."""
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -114,16 +114,19 @@ class ImageDataset(Dataset):
         config: mmdet config with the test pipeline.
         annotations: annotation file whose ``info.image_root`` is the image folder; ``info.exif``
             (apply or ignore, where it is there) decides whether EXIF orientations are applied.
+        images: those to take, by their places in the file.
     """
 
-    def __init__(self, config: Config, annotations: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, config: Config, annotations: str | os.PathLike[str], images: slice = slice(None)
+    ) -> None:
         content = read_annotations(annotations, labelled=False, objects=False)
         if not isinstance(content["info"].get("image_root"), str):
             raise QwtError(
                 f"The annotation file {annotations} has no info.image_root; put the folder that its "
                 "file names are relative to there."
             )
-        self.images = content["images"]
+        self.images = content["images"][images]
         self.root = Path(content["info"]["image_root"])
         with DefaultScope.overwrite_default_scope("mmdet"):
             self.pipeline = Compose(_follow_exif(inference_pipeline(config), content["info"]))
@@ -149,8 +152,12 @@ def make_loader(
     *,
     batch_size: int = 1,
     workers: int = 0,
+    images: slice = slice(None),
 ) -> DataLoader:
-    """Loader over all images of an annotation file, in its order.
+    """Loader over the images of an annotation file, in its order.
+
+    Args:
+        images: those to take, by their places in the file; all if not given.
 
     Yields:
         Batches as mmdet's test transform takes them: {"inputs": [image tensors],
@@ -160,7 +167,7 @@ def make_loader(
         QwtError: the annotation file is unreadable or wrong, or the config has no test pipeline.
     """
     return DataLoader(
-        ImageDataset(config, annotations),
+        ImageDataset(config, annotations, images),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=pseudo_collate,

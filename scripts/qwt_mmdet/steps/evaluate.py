@@ -1,17 +1,18 @@
 """Evaluate a detector: baseline, quantized or compensated."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from mmdet.models import BaseDetector
 
 from ..archives import worst_layers
-from ..data.batches import count_images
+from ..data.batches import count_images, shard_of
 from ..data.loaders import make_loader
 from ..detectors.classes import category_ids
 from ..errors import QwtError
 from ..evaluation.coco import coco_metrics, load_ground_truth
-from ..evaluation.predict import predict
+from ..evaluation.predict import Predictions, predict
 from ..files import read_json, sha256_file, write_json
 from ..record import quantization_of, record_of
 from .inputs import Inputs, Pathlike
@@ -20,13 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_detector(
-    model: BaseDetector, annotations: Pathlike, *, batch_size: int = 1, workers: int = 0
+    model: BaseDetector,
+    annotations: Pathlike,
+    *,
+    batch_size: int = 1,
+    workers: int = 0,
+    found: Predictions | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a detector on the images of an annotation file.
 
     Args:
         model: from :func:`qwt_mmdet.load_detector`, quantized and compensated or not.
         annotations: COCO annotation file whose ``info.image_root`` is the image folder.
+        found: what it detects on the images, if they were run already.
 
     Returns:
         COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results. The
@@ -42,8 +49,9 @@ def evaluate_detector(
     # what is wrong with the annotations is told before the work
     category_ids(classes, read_json(annotations, what="annotation file"))
     load_ground_truth(annotations, masks=model.with_mask, classes=classes)
-    loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
-    found = predict(model, loader, annotations, total=count_images(loader))
+    if found is None:
+        loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
+        found = predict(model, loader, annotations, total=count_images(loader))
     quantized = record_of(model).quantization is not None
     if not quantized and found.not_finite:
         raise QwtError(
@@ -61,6 +69,42 @@ def evaluate_detector(
     return metrics, found.records
 
 
+def evaluate_shard(
+    inputs: Inputs,
+    *,
+    shard: tuple[int, int],
+    output: Pathlike,
+    warmup: Pathlike | None = None,
+    compensation: Pathlike | None = None,
+) -> None:
+    """Run a detector on a shard of the images and write what it detects, for :func:`evaluate`.
+
+    Args:
+        shard: its number from 1 on, and how many there are.
+    """
+    model = inputs.load(warmup=warmup, compensation=compensation)
+    count = len(read_json(inputs.annotations, what="annotation file")["images"])
+    loader = make_loader(
+        model.cfg,
+        inputs.annotations,
+        batch_size=inputs.batch_size,
+        workers=inputs.workers,
+        images=shard_of(count, inputs.batch_size, shard),
+    )
+    found = predict(model, loader, inputs.annotations, total=count_images(loader))
+    write_json(output, found._asdict())
+
+
+def gathered(shards: Sequence[Pathlike]) -> Predictions:
+    """What a detector detects on all images, from what :func:`evaluate_shard` wrote, in their order."""
+    parts = [Predictions(**read_json(path, what="shard")) for path in shards]
+    return Predictions(
+        [record for part in parts for record in part.records],
+        sum(part.not_finite for part in parts),
+        any(part.masks for part in parts),
+    )
+
+
 def evaluate(
     inputs: Inputs,
     *,
@@ -68,19 +112,28 @@ def evaluate(
     predictions: Pathlike,
     warmup: Pathlike | None = None,
     compensation: Pathlike | None = None,
+    shards: Sequence[Pathlike] = (),
+    note: tuple[Pathlike, str] | None = None,
 ) -> None:
     """Evaluate a detector (baseline, quantized or compensated) on the images of an annotation file.
 
     Writes ``metrics`` and ``predictions``, both or neither.
+
+    Args:
+        shards: what :func:`evaluate_shard` wrote, if the images were run in shards.
+        note: file that keeps the number of shards, and what it is kept for.
     """
     write_evaluation(
         inputs,
         inputs.load(warmup=warmup, compensation=compensation),
         metrics=metrics,
         predictions=predictions,
+        found=gathered(shards) if shards else None,
         warmup=None if warmup is None else sha256_file(warmup),
         compensation=None if compensation is None else sha256_file(compensation),
     )
+    if note is not None:
+        write_json(note[0], {"shards": max(1, len(shards)), "of": note[1]})
 
 
 def write_evaluation(
@@ -89,19 +142,25 @@ def write_evaluation(
     *,
     metrics: Pathlike,
     predictions: Pathlike,
+    found: Predictions | None = None,
     **settings: str | None,
 ) -> None:
     """Evaluate a detector and write ``metrics`` and ``predictions``, both or neither.
 
     Args:
+        found: see :func:`evaluate_detector`.
         settings: what decides the result besides the inputs, for its provenance.
     """
-    result, found = evaluate_detector(
-        model, inputs.annotations, batch_size=inputs.batch_size, workers=inputs.workers
+    result, records = evaluate_detector(
+        model,
+        inputs.annotations,
+        batch_size=inputs.batch_size,
+        workers=inputs.workers,
+        found=found,
     )
     result["provenance"] = inputs.provenance(**settings)
     result["provenance"] |= inputs.job.account()
-    write_json(predictions, found)
+    write_json(predictions, records)
     write_json(metrics, result, indent=1)
     for iou_type in ("bbox", "segm"):
         if iou_type in result:
