@@ -22,7 +22,6 @@ import torch
 from mmdet.models.backbones import SwinTransformer
 from qwt_mmdet.compensation import fit as fit_module
 from qwt_mmdet.compensation.fit import fit_compensation
-from qwt_mmdet.compensation.solve import SOLVERS, Solver
 from qwt_mmdet.compensation.state import save_compensation
 from qwt_mmdet.compensation.statistics import BlockStatistics
 from qwt_mmdet.config import CompensationSettings, QuantizationSettings
@@ -101,8 +100,7 @@ def measure_time(size: tuple[int, int], images: int, settings: CompensationSetti
     full_seconds, quantized_seconds = (forward_seconds(m, data) for m in (full, model))
     spent: list[float] = []
     blocks: list[float] = []
-    solver = SOLVERS[settings.kind]
-    SOLVERS[settings.kind] = Solver(timed(solver.solve, spent), solver.needs)
+    fit_module.candidates = timed(fit_module.candidates, spent)
     BlockStatistics.update = timed(BlockStatistics.update, spent)
     fit_module._fit_block = timed(fit_module._fit_block, blocks)
     start = time.perf_counter()

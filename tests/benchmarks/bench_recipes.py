@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 from qwt_mmdet.compensation.fit import fit_compensation
+from qwt_mmdet.compensation.result import Compensation
 from qwt_mmdet.compensation.state import apply_compensation
 from qwt_mmdet.config import RECIPES, CompensationSettings, QuantizationSettings, as_entry
 from qwt_mmdet.data.loaders import make_loader
@@ -33,21 +34,24 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn
 
-BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4), "w3a8": (3, 8)}
+BITS = {
+    "w8a8": (8, 8),
+    "w6a6": (6, 6),
+    "w4a8": (4, 8),
+    "w4a4": (4, 4),
+    "w3a8": (3, 8),
+    "w2a8": (2, 8),
+}
 COMPENSATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "paper": as_entry(RECIPES["paper"]),
-    "block": {"target": "block", "refit": False},
-    "reference, refit": {},
-    "reference, auto, refit": {"kind": "auto"},
-    "block, refit": {"target": "block"},
-    "reference": {"refit": False},
-    "reference, bias": {"kind": "bias", "refit": False},
-    "reference, affine": {"kind": "affine", "refit": False},
-    "reference, lowrank": {"kind": "lowrank", "refit": False},
-    "reference, auto": {"kind": "auto", "refit": False},
-    "reference, downsampling": {"downsampling": True, "refit": False},
-    "reference, no holdout": {"ridge": 0.01, "gate": "none", "holdout_fraction": 0},
+    **{name: as_entry(recipe) for name, recipe in RECIPES.items()},
+    "float": {"bits": 32},
+    "block": {"target": "block"},
+    "downsampling": {"downsampling": True},
+    "lowrank 4": {"kind": "lowrank", "rank": 4},
+    "half": {"kind": "auto", "max_cost": {"bytes": 2.5, "multiply_adds": 1.5}},
+    "double": {"kind": "auto", "max_cost": {"bytes": 10, "multiply_adds": 6}},
+    "no holdout": {"ridge": 0.01, "gate": "none", "holdout_fraction": 0},
 }
 COLUMNS = [
     "bits", "weight_range", "range", "rounding", "bias_correction", "migrate_scales", "compensation",
@@ -91,15 +95,18 @@ def write_subset(content: dict[str, Any], images: list[dict[str, Any]], path: Pa
     return path
 
 
-def with_recipe(model: nn.Module, full: nn.Module, images: Any, name: str) -> nn.Module:
-    """The quantized model with the compensation ``name`` fitted to ``images``; itself for none."""
+def fit_recipe(model: nn.Module, full: nn.Module, images: Any, name: str) -> Compensation | None:
+    """The compensation ``name`` of a quantized model, fitted to ``images``; None for none."""
     recipe = COMPENSATIONS[name]
     if recipe is None:
-        return model
-    model = copy.deepcopy(model)
-    fitted = fit_compensation(model, full, images, CompensationSettings.from_mapping(recipe))
-    apply_compensation(model, fitted)
-    return model
+        return None
+    return fit_compensation(model, full, images, CompensationSettings.from_mapping(recipe))
+
+
+def with_recipe(model: nn.Module, full: nn.Module, images: Any, name: str) -> nn.Module:
+    """The quantized model with the compensation ``name`` fitted to ``images``; itself for none."""
+    fitted = fit_recipe(model, full, images, name)
+    return apply_compensation(copy.deepcopy(model), fitted) if fitted else model
 
 
 class Trial:
@@ -161,7 +168,7 @@ def main() -> None:
     parser.add_argument("--scope", default="backbone")
     parser.add_argument("--ranges", nargs="+", default=["minmax", "percentile", "mse", "repq"])
     parser.add_argument("--weight-range", help="another one than that of activations")
-    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS)[:5])
     parser.add_argument("--migrate-scales", action="store_true", help="for convolutions' inputs")
     parser.add_argument("--rounding", choices=("nearest", "gptq"), help="only this one")
     parser.add_argument(

@@ -1,8 +1,9 @@
-"""What a sequential refit of weights and biases is worth, against calibration of each layer for itself.
+"""What a sequential refit of weights and biases is worth, and what compensation is worth on top of either.
 
 The calibration images are split in two; a detector is calibrated on one half and judged on the other, both
 ways (as in bench_recipes.py). Prints for each number of bits and each variant the AP over all images, the
-signal-to-noise ratio of the heads' outputs, and the processor time of calibration.
+signal-to-noise ratio of the heads' outputs, the bytes of the compensation in percent of the quantized backbone,
+and the processor time of calibration and fit.
 
     python tests/benchmarks/bench_refit.py --config yolox/yolox_nano_8xb8-300e_coco.py \
         --checkpoint CHECKPOINT --annotations results/datasets/coco_real/calibration.json
@@ -13,6 +14,7 @@ these; nothing is to be chosen by that.
 
 import argparse
 import copy
+import itertools
 import math
 import tempfile
 import time
@@ -20,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_recipes import BITS, COMPENSATIONS, Trial, with_recipe
+from bench_recipes import BITS, COMPENSATIONS, Trial, fit_recipe
+from qwt_mmdet.compensation.state import apply_compensation
 from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.detectors.forward import head_tensors
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.quantization.noise import SignalNoise
-from qwt_mmdet.search.sensitivity import head_tensors
+from qwt_mmdet.quantization.noise import HeadNoise, decibels
 from torch import nn
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,28 +44,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def noise_at_heads(full: nn.Module, model: nn.Module, loader: Any) -> float:
     """Signal-to-noise ratio in dB: noise by signal power, averaged over the tensors of the heads."""
-    noise: list[SignalNoise] = []
+    noise = HeadNoise()
     for batch in loader:
-        expected, found = head_tensors(full, batch), head_tensors(model, batch)
-        noise = noise or [SignalNoise() for _ in expected]
-        for total, *outputs in zip(noise, expected, found, strict=True):
-            total.update(*outputs)
-    return -10 * math.log10(sum(total.noise / total.signal for total in noise) / len(noise))
+        noise.update(head_tensors(full, batch), head_tensors(model, batch))
+    return decibels(noise.relative()) or math.inf
 
 
 def measure(
-    trial: Trial, settings: QuantizationSettings, compensation: str, folds: list[list[Path]]
-) -> tuple[list[dict[str, Any]], list[float], list[float]]:
-    """Detections on the second image file of each fold, calibrated on the first; dB and seconds."""
-    found, decibels, seconds = [], [], []
+    trial: Trial, settings: QuantizationSettings, compensations: list[str], folds: list[list[Path]]
+) -> dict[str, list[tuple[Any, ...]]]:
+    """By compensation, for each fold: detections on its second file of images, fitted to the first; dB at the
+    heads, bytes of the compensation in percent, seconds."""
+    results: dict[str, list[tuple[Any, ...]]] = {name: [] for name in compensations}
     for fit, judge in folds:
         start = time.process_time()
         model = calibrate(quantize_model(copy.deepcopy(trial.model), settings), trial.loader(fit))
-        model = with_recipe(model, trial.model, trial.loader(fit), compensation)
-        seconds.append(time.process_time() - start)
-        decibels.append(noise_at_heads(trial.model, model, trial.loader(judge)))
-        found += trial.found(model, judge)
-    return found, decibels, seconds
+        calibrated = time.process_time() - start
+        for name in compensations:
+            start = time.process_time()
+            fitted = fit_recipe(model, trial.model, trial.loader(fit), name)
+            seconds = calibrated + time.process_time() - start
+            judged = apply_compensation(copy.deepcopy(model), fitted) if fitted else model
+            size = fitted.summary()["bytes_percent"] if fitted else 0.0
+            noise = noise_at_heads(trial.model, judged, trial.loader(judge))
+            results[name].append((trial.found(judged, judge), noise, size, seconds))
+    return results
 
 
 def main() -> None:
@@ -87,14 +93,16 @@ def main() -> None:
         for bits in options.bits:
             for name in options.variants:
                 settings = QuantizationSettings(*BITS[bits], scope=options.scope, **VARIANTS[name])
-                for compensation in options.compensations:
-                    found, decibels, seconds = measure(trial, settings, compensation, folds)
+                results = measure(trial, settings, options.compensations, folds)
+                for compensation, outcomes in results.items():
+                    records, *numbers = zip(*outcomes, strict=True)
+                    found = list(itertools.chain(*records))
                     metrics = coco_metrics(judged, found, masks=has_masks(found))
                     aps = (f"{k} {metrics[k]['AP']:.4f}" for k in ("bbox", "segm") if k in metrics)
-                    mean = sum(decibels) / len(decibels)
+                    noise, size, seconds = (sum(values) / len(values) for values in numbers)
                     print(
-                        f"{bits:5} {name:15} {compensation:17}", *aps,
-                        f"{mean:.1f} dB {sum(seconds) / len(seconds):.0f} s", flush=True,
+                        f"{bits:5} {name:15} {compensation:12}", *aps,
+                        f"{noise:.1f} dB, {size:.1f} % of the bytes, {seconds:.0f} s", flush=True,
                     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def main() -> None:
         "--recipes",
         nargs="+",
         choices=COMPENSATIONS,
-        default=["none", "paper", "reference, refit"],
+        default=["none", "paper", "qwt"],
     )
     options = parser.parse_args()
     full = load_detector(options.config, options.checkpoint, device="cpu")

@@ -1,13 +1,14 @@
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import tiny
 import torch
-from qwt_mmdet.compensation.cost import backbone_bytes, backbone_multiply_adds, too_expensive
+from qwt_mmdet.compensation.cost import backbone_bytes, backbone_multiply_adds, within_budget
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.kinds import Bias
-from qwt_mmdet.compensation.result import BlockFit
+from qwt_mmdet.compensation.result import BlockFit, Option
 from qwt_mmdet.config import CompensationSettings, MaxCost, QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
@@ -15,7 +16,7 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("device")
 
-EVERYTHING = CompensationSettings(gate="none", ridge=0, holdout_fraction=0)
+EVERYTHING = CompensationSettings(gate="none", ridge=0, bits=32, holdout_fraction=0)
 
 
 def small_backbone():
@@ -57,7 +58,7 @@ def test_cost_of_a_block_counted_by_hand():
     assert compensation.summary() == {
         "blocks": 1, "kept": 1, "parameters": 16, "bytes": 64, "multiply_adds": 1024 * 12,
         "bytes_percent": block.bytes_percent, "multiply_adds_percent": block.multiply_adds_percent,
-        "backbone_multiply_adds": 1024 * 124,
+        "backbone_multiply_adds": 1024 * 124, "heads": None, "left_out": {},
     }  # fmt: skip
 
 
@@ -67,29 +68,48 @@ def test_bytes_of_a_compensation_are_those_of_its_tensors():
         assert entry.bytes == sum(tensor.nbytes for tensor in tensors) > 0
 
 
-def block(name, reduction, percent, *, kept=True, power=1.0):
+def block(name, *options, kept=True, power=1.0):
+    """A block whose error is 1 without compensation; options are pairs of error removed and cost."""
     return BlockFit(
-        name=name, kind=Bias(torch.zeros(1)), kept=kept, decision="kept", ridge=0.0, solver="",
-        positions=1.0, parameters=1, bytes=4, bytes_percent=percent, multiply_adds=1.0,
-        multiply_adds_percent=percent, target_power=power, fit_error_before=1.0,
-        fit_error_after=0.0, fit_r2=0.0, holdout_error_before=1.0,
-        holdout_error_after=1.0 - reduction, holdout_r2=0.0,
+        name=name, kind=Bias(torch.zeros(1)), trial=None,
+        options=tuple(Option(1 - removed, cost, cost) for removed, cost in options), option=0,
+        kept=kept, decision="kept", ridge=0.0, solver="", positions=1.0, parameters=1, bytes=4,
+        bytes_percent=0.0, multiply_adds=1.0, multiply_adds_percent=0.0, target_power=power,
+        fit_error_before=1.0, fit_error_after=0.0, fit_r2=0.0, holdout_error_before=1.0,
+        holdout_error_after=0.0, holdout_r2=0.0,
     )  # fmt: skip
 
 
 def test_a_budget_goes_to_the_largest_error_reduction_per_cost():
     blocks = [
-        block("good", 0.4, 1.0),
-        block("better", 0.9, 2.0),
-        block("dear", 0.5, 4.0),
-        block("harmful", -0.5, 0.5),
-        block("rejected", 0.9, 0.1, kept=False),
-        block("loud", 0.9, 1.0, power=100.0),
+        block("good", (0.4, 1.0)),
+        block("better", (0.9, 2.0)),
+        block("dear", (0.5, 4.0)),
+        block("harmful", (-0.5, 0.5)),
+        block("rejected", (0.9, 0.1), kept=False),
+        block("loud", (0.9, 1.0), power=100.0),
     ]
-    assert too_expensive(blocks, MaxCost(multiply_adds=3)) == {"dear", "loud", "harmful"}
-    assert too_expensive(blocks, MaxCost(multiply_adds=100)) == set()
-    assert too_expensive(blocks, MaxCost(bytes=0)) == {"good", "better", "dear", "harmful", "loud"}
-    assert too_expensive(blocks, MaxCost(multiply_adds=100, bytes=2.5)) >= {"good", "dear"}
+    assert within_budget(blocks, MaxCost(multiply_adds=3)).keys() == {"good", "better"}
+    everything = {"good", "better", "dear", "loud"}
+    assert within_budget(blocks, MaxCost(multiply_adds=100)).keys() == everything
+    assert within_budget(blocks, MaxCost(bytes=0)) == {}
+    assert within_budget(blocks, MaxCost(multiply_adds=100, bytes=2.5)).keys() == {"better"}
+
+
+def test_a_budget_chooses_ranks_and_blocks_together():
+    """Against the best of all combinations, on options with falling returns."""
+    forms = [(0.0, 0.0), (0.3, 1.0), (0.5, 2.0), (0.6, 4.0)]
+    blocks = [block(str(n), *((gain * n, cost) for gain, cost in forms)) for n in (1, 2, 4)]
+    for budget in (0, 1, 2, 3, 4, 6, 8, 12):
+        chosen = within_budget(blocks, MaxCost(bytes=budget))
+        taken = [forms[chosen.get(str(n), 0)] for n in (1, 2, 4)]
+        assert sum(cost for _, cost in taken) <= budget
+        best = max(
+            sum(gain * n for (gain, _), n in zip(choice, (1, 2, 4), strict=True))
+            for choice in itertools.product(forms, repeat=3)
+            if sum(cost for _, cost in choice) <= budget
+        )
+        assert sum(g * n for (g, _), n in zip(taken, (1, 2, 4), strict=True)) >= 0.9 * best
 
 
 @pytest.mark.parametrize("key", ["multiply_adds", "bytes"])
@@ -106,3 +126,11 @@ def test_a_fit_stays_within_its_budget_and_its_later_blocks_know(key):
     dropped = [index for index, b in enumerate(limited.blocks) if b.decision == "max_cost"]
     # Blocks after the first dropped one start from another input than without the budget.
     assert [name for name, _ in changed] == [b.name for b in free.blocks[dropped[0] + 1 :]]
+
+
+def test_auto_stays_within_its_own_budget():
+    settings = CompensationSettings(kind="auto", holdout_fraction=0.5, gate="none")
+    fit = fitted(settings, "cspdarknet")
+    summary = fit.summary()
+    assert 0 < summary["bytes_percent"] <= 5
+    assert summary["multiply_adds_percent"] <= 3

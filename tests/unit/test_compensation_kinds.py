@@ -9,7 +9,7 @@ import tiny
 import torch
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.kinds import KINDS, Affine, Bias, Linear, LowRank
-from qwt_mmdet.compensation.solve import SOLVERS, Solution, simplest_within_noise
+from qwt_mmdet.compensation.solve import SOLVERS, candidates
 from qwt_mmdet.compensation.state import apply_compensation, load_compensation, save_compensation
 from qwt_mmdet.compensation.statistics import (
     BlockStatistics,
@@ -25,7 +25,7 @@ from qwt_mmdet.quantization.convert import quantize_model
 
 pytestmark = pytest.mark.usefixtures("device")
 
-OLS = CompensationSettings(ridge=0, gate="none", holdout_fraction=0.25)
+OLS = CompensationSettings(ridge=0, bits=32, gate="none", holdout_fraction=0.25)
 
 BUILT_IN = get_args(get_args(KindName)[0])
 
@@ -52,9 +52,9 @@ def statistics(x, output, error):
     return sums
 
 
-def solve(kind, sums, holdout=(), **settings):
-    settings = dataclasses.replace(OLS, kind=kind, **settings)
-    return SOLVERS[kind].solve(sums, holdout, settings).kind
+def solve(kind, sums, **settings):
+    (form,) = candidates(sums, [sums], dataclasses.replace(OLS, kind=kind, **settings))
+    return form.solution.kind
 
 
 def with_ones(x):
@@ -161,35 +161,83 @@ def test_maps_and_tokens_get_the_same(name):
     assert torch.allclose(on_maps.permute(0, 2, 3, 1), on_tokens, atol=1e-5)
 
 
-def groups(x, output, error, count=8):
-    parts = zip(x.chunk(count), output.chunk(count), error.chunk(count), strict=True)
-    return [statistics(*part) for part in parts]
+@pytest.mark.parametrize("kind", ["linear", "lowrank"])
+def test_eight_bits_change_little_and_take_a_byte_each(kind):
+    x, output, error = rows(2000, 40, 24)
+    sums = statistics(x, output, error)
+    full, rounded = (solve(kind, sums, rank=4, bits=bits) for bits in (32, 8))
+    for name, tensor in rounded.tensors().items():
+        if tensor.dtype == torch.int8:
+            assert tensor.abs().amax(0).tolist() == [127] * tensor.shape[1], name
+    # A byte for each number of the matrices, four for what is left: scales of columns and the bias.
+    columns = {"linear": 24, "lowrank": 4 + 24}[kind]
+    matrices = {"linear": 40 * 24, "lowrank": (40 + 24) * 4}[kind]
+    assert rounded.bytes == matrices + 4 * (columns + 24) < full.bytes == 4 * (matrices + 24)
+    assert rounded.multiply_adds == full.multiply_adds
+    errors = [k.squared_error(sums) for k in (full, rounded)]
+    assert errors[0] <= errors[1] < 1.01 * errors[0]
+    # What is multiplied is rounded, too: each row has a scale of its own, as an image has.
+    assert left(rounded.to(x.device, torch.float32), x.float(), output.float(), error.float()) == (
+        pytest.approx(errors[1], rel=0.02)
+    )
+
+
+def test_eight_bits_of_a_column_do_not_look_at_other_columns():
+    x, output, error = rows()
+    error[:, 1] *= 1e6
+    sums = statistics(x, output, error)
+    kind = solve("linear", sums, bits=8)
+    weight = (kind.weight * kind.scale).double()
+    assert torch.allclose(weight[:, 0], solve("linear", sums).weight[:, 0], rtol=0.02, atol=0.02)
+
+
+def folds(*arrays, count=5):
+    return [statistics(*part) for part in zip(*(a.chunk(count) for a in arrays), strict=True)]
+
+
+def test_held_out_errors_are_those_of_fits_to_the_other_folds():
+    x, output, error = rows(300)
+    settings = dataclasses.replace(OLS, ridge=0)
+    (form,) = candidates(statistics(x, output, error), folds(x, output, error), settings)
+    expected = 0.0
+    for held in torch.arange(300).chunk(5):
+        seen = torch.ones(300, dtype=torch.bool)
+        seen[held] = False
+        solution = torch.linalg.lstsq(with_ones(x[seen]), error[seen]).solution
+        expected += (error[held] - with_ones(x[held]) @ solution).square().sum().item()
+        if held[0] == 0:
+            assert torch.allclose(form.trial.kind.weight, solution[:-1], atol=1e-8)
+    assert form.held_out == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (lambda x, output, noise: noise, None),
-        (lambda x, output, noise: noise + 1, Bias),
-        (lambda x, output, noise: noise + 1 - 0.5 * output, Affine),
-        (lambda x, output, noise: noise + x[:, :6], Linear),
+        (lambda x, output, noise: noise + 1, "bias"),
+        (lambda x, output, noise: noise + 1 - 0.5 * output, "affine"),
+        (lambda x, output, noise: noise + x[:, :1] - x[:, 1:2], 1),
+        (lambda x, output, noise: noise + x[:, :2] @ torch.ones(2, 6).double(), 1),
+        (lambda x, output, noise: noise + x[:, :2].repeat(1, 3), 2),
     ],
 )
-def test_auto_finds_the_simplest_form_that_made_the_error(error, expected):
-    x, output, _ = rows(4000)
-    generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+def test_the_forms_of_auto_hold_the_one_that_made_the_error(error, expected):
+    """No form leaves less of what it has not seen, and simpler ones leave more."""
+    x, output, _ = rows(1000, 9, 6)
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).double()
     y = error(x, output, noise)
-    sums = statistics(x[:2000], output[:2000], y[:2000])
-    kind = solve("auto", sums, groups(x[2000:], output[2000:], y[2000:]), ridge="auto")
-    assert kind is None if expected is None else isinstance(kind, expected)
-
-
-def test_one_group_of_held_out_images_takes_the_smallest_error():
-    x, output, error = rows()
-    sums = statistics(x, output, error)
-    candidates = [Solution(solve(kind, sums), 0, "") for kind in ("bias", "affine", "linear")]
-    assert simplest_within_noise(candidates, [sums]) is candidates[2]
+    settings = dataclasses.replace(OLS, kind="auto")
+    forms = candidates(statistics(x, output, y), folds(x, output, y), settings)
+    names = [
+        "none" if (kind := form.solution.kind) is None
+        else kind.left.shape[1] if isinstance(kind, LowRank) else kind.name
+        for form in forms
+    ]  # fmt: skip
+    assert names == ["none", "bias", "affine", 1, 2, "linear"]
+    errors = dict(zip(names, (form.held_out for form in forms), strict=True))
+    assert errors[expected] < 1.02 * min(errors.values())
+    if expected != "bias":
+        assert errors["bias"] > 1.1 * errors[expected]
+    assert errors["none"] > 1.1 * errors[expected]
 
 
 def tiny_fit(settings, kind="resnet"):
@@ -215,6 +263,9 @@ def test_saved_kinds_compute_the_same(kind, backbone, tmp_path):
     if kind != "auto":
         assert {block.row()["kind"] for block in fitted.blocks} <= {kind, "bias"}
         assert all(block.kept for block in fitted.blocks)
+    for block in fitted.blocks:
+        matrices = [t for t in block.plain()["tensors"].values() if t.dim() == 2]
+        assert all(matrix.dtype == torch.int8 for matrix in matrices)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +274,8 @@ def test_saved_kinds_compute_the_same(kind, backbone, tmp_path):
         ({"kind": "cubic"}, "affine"),
         ({"rank": 0}, "rank is 0"),
         ({"kind": "auto", "gate": "none", "ridge": 0, "holdout_fraction": 0}, "kind: auto"),
+        ({"bits": 4}, "bits is 4"),
+        ({"holdout_fraction": 0.6}, "holdout_fraction is 0.6"),
         ({"max_cost": {}}, "max_cost is empty"),
         ({"max_cost": {"multiply_adds": -1}}, "max_cost.multiply_adds"),
         ({"downsampling": 1}, "true or false"),

@@ -208,14 +208,28 @@ def test_whole_numbers_take_a_byte_each_in_the_file():
         assert (found["total"] == values + 1).all()
 
 
+def compensation_of(bits: int) -> tuple[Linear, LowRank]:
+    """One of eight channels to eight, and one of 64 to five, of rank 2."""
+    matrices = [torch.randn(shape) for shape in ((8, 8), (64, 2), (2, 5))]
+    if bits == 32:
+        return Linear(matrices[0], torch.randn(8)), LowRank(*matrices[1:], torch.randn(5))
+    codes = [(40 * matrix).clamp(-127, 127).to(torch.int8) for matrix in matrices]
+    scales = [torch.rand(matrix.shape[1]) / 40 for matrix in matrices]
+    return (
+        Linear(codes[0], torch.randn(8), scales[0]),
+        LowRank(*codes[1:], torch.randn(5), *scales[1:]),
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 32])
 @torch.no_grad()
-def test_a_compensation_is_part_of_the_graph(tmp_path, images):
+def test_a_compensation_is_part_of_the_graph(bits, tmp_path, images):
     model = quantized(images, weight_bits=8, activation_bits=8, grids="integer")
     image = images[0]["inputs"][0][None]
     plain = model(image)[0]
     maps, tokens = model.backbone[3], model.backbone[5]
-    attach_compensation(maps, Linear(torch.randn(8, 8), torch.randn(8)))
-    attach_compensation(tokens, LowRank(torch.randn(64, 2), torch.randn(2, 5), torch.randn(5)))
+    for block, kind in zip((maps, tokens), compensation_of(bits), strict=True):
+        attach_compensation(block, kind)
     expected = model(image)[0]
     onnx_ir.save(graph_of(model), tmp_path / "model.onnx")
     found = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")({"image": image.numpy()})

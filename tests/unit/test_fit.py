@@ -7,8 +7,9 @@ import tiny
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
+from qwt_mmdet.compensation import fit as fit_module
 from qwt_mmdet.compensation.blocks import find_blocks
-from qwt_mmdet.compensation.fit import fit_compensation, split_holdout
+from qwt_mmdet.compensation.fit import count_folds, fit_compensation
 from qwt_mmdet.compensation.modules import as_rows, block_input
 from qwt_mmdet.compensation.state import (
     apply_compensation,
@@ -27,9 +28,7 @@ from qwt_mmdet.replay.forwards import replaced_forwards
 pytestmark = pytest.mark.usefixtures("device")
 
 KINDS = ("swin", "resnet", "cspdarknet")
-PAPER = CompensationSettings(
-    ridge=0, gate="none", target="block", holdout_fraction=0.25, refit=False
-)
+PAPER = CompensationSettings(ridge=0, bits=32, gate="none", target="block", holdout_fraction=0)
 
 
 def pair(kind, images=8, batch=1, size=(64, 64), bits=4):
@@ -70,7 +69,6 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
     """Whole passes from the image, compensating block by block, and lstsq on the stored rows."""
     full, model, data = pair(kind)
     fitted = fit_compensation(model, full, data, PAPER)
-    held = split_holdout(len(data), 0.25)
     slow = copy.deepcopy(model)
     for block in fitted.blocks:
         inputs, outputs = captured(slow, block.name, data)
@@ -85,9 +83,7 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
             handle.remove()
             extra = shapes[0]
         rows_x, rows_y = [], []
-        for x, output, is_held in zip(inputs, outputs, held, strict=True):
-            if is_held:
-                continue
+        for x, output in zip(inputs, outputs, strict=True):
             error = run_block(full, block.name, x, extra) - output
             axis = -1 if x.dim() == 3 else 1
             stride = 1 if x.dim() == 3 else x.shape[-1] // output.shape[-1]
@@ -127,38 +123,73 @@ def test_compensation_brings_the_backbone_closer_on_images_of_the_fit(kind, targ
 
 
 @pytest.mark.parametrize("kind", ["linear", "lowrank", "affine", "bias"])
-def test_refitting_gives_the_fit_to_all_images(kind):
+def test_folds_judge_and_the_fit_is_to_all_images(kind):
     full, model, data = pair("cspdarknet")
     plain = dataclasses.replace(PAPER, kind=kind, target="reference", rank=3)
-    refitted, on_all = (
+    folded, on_all = (
         # what later blocks see differs by rounding, which quantizers enlarge
-        fit_compensation(model, full, data, dataclasses.replace(plain, **changes)).blocks[0]
-        for changes in ({"refit": True}, {"holdout_fraction": 0})
+        fit_compensation(model, full, data, dataclasses.replace(plain, holdout_fraction=f)).blocks[
+            0
+        ]
+        for f in (0.25, 0)
     )
-    assert refitted.holdout_error_after is not None
-    for name, tensor in refitted.kind.tensors().items():
+    assert folded.holdout_error_before == pytest.approx(on_all.fit_error_before, rel=1e-6)
+    assert folded.holdout_error_after > folded.fit_error_after
+    assert on_all.holdout_error_after is None
+    for name, tensor in folded.kind.tensors().items():
         if name not in ("left", "right"):  # these may change their signs together
             torch.testing.assert_close(tensor, on_all.kind.tensors()[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("target", ["block", "reference"])
-def test_held_out_error_is_what_the_compensated_model_has(target):
+def test_the_error_of_the_fit_is_what_the_compensated_model_has(target, bits):
     """The numbers in the file against the compensated model itself, at the last block."""
     full, model, data = pair("swin")
-    settings = CompensationSettings(target=target, gate="none", refit=False)
+    settings = CompensationSettings(target=target, gate="none", bits=bits)
     fitted = fit_compensation(model, full, data, settings)
     last = fitted.blocks[-1]
     compensated = apply_compensation(copy.deepcopy(model), fitted)
-    held = [b for b, h in zip(data, split_holdout(len(data), 0.2), strict=True) if h]
-    _, outputs = captured(compensated, last.name, held)
-    inputs, wanted = captured(full, last.name, held)
+    _, outputs = captured(compensated, last.name, data)
+    inputs, wanted = captured(full, last.name, data)
     if target == "block":
-        inputs, _ = captured(compensated, last.name, held)
+        inputs, _ = captured(compensated, last.name, data)
         size = (8, 8)
         wanted = [run_block(full, last.name, x, (size,)) for x in inputs]
     # The forward hook that captures runs after the one that compensates.
     error = torch.stack([(o - w).square().mean() for o, w in zip(outputs, wanted, strict=True)])
-    assert error.mean().item() == pytest.approx(last.holdout_error_after, rel=1e-3)
+    assert error.mean().item() == pytest.approx(last.fit_error_after, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("noise", "kept"),
+    [([4, 5, 5, 5, 3], 4), ([4, 3, 3.5, 5, 6], 2), ([4, 4, 5, 5, 6], 0), ([4, math.nan] * 3, 0)],
+)
+def test_blocks_are_left_out_until_the_heads_have_less_noise_than_without(
+    noise, kept, monkeypatch, caplog
+):
+    """``noise``: at the heads with the first 0, 1, 2, … blocks compensated."""
+    full, model, data = pair("resnet", images=4)
+    blocks = [m for m in model.modules() if type(m).__name__ == "BasicBlock"]
+
+    def head_tensors(detector, image):
+        if detector is full:
+            return [torch.ones(1)]
+        count = sum(len(block._forward_hooks) for block in blocks)
+        return [torch.full((1,), 1 + math.sqrt(noise[count]))]
+
+    monkeypatch.setattr(fit_module, "head_tensors", head_tensors)
+    monkeypatch.setattr(fit_module, "_is_kept", lambda *_: True)
+    settings = CompensationSettings(ridge=0.01, holdout_fraction=0.5)
+    with caplog.at_level("INFO", logger="qwt_mmdet"):
+        fitted = fit_compensation(model, full, data, settings)
+    assert [block.decision for block in fitted.blocks] == ["kept"] * kept + ["heads"] * (4 - kept)
+    assert fitted.heads["images"] == 2
+    assert fitted.heads["before"] == pytest.approx(4)
+    assert fitted.heads["after"] == pytest.approx(noise[kept])
+    left_out = [block.name for block in fitted.blocks[kept:]]
+    assert list(fitted.summary()["left_out"]) == left_out
+    assert all(name in caplog.messages[-1] for name in left_out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -406,11 +437,9 @@ def test_no_images_and_too_few_images_are_errors():
         fit_compensation(model, full, tiny.batches(1), CompensationSettings())
 
 
-def test_holdout_split_is_even():
-    held = split_holdout(100, 0.2)
-    assert sum(held) == 20
-    assert all(sum(held[i : i + 5]) == 1 for i in range(0, 100, 5))
-    assert split_holdout(7, 0) == [False] * 7
+def test_a_fraction_of_held_out_images_gives_folds():
+    folds = {0: 1, 0.2: 5, 0.25: 4, 0.34: 3, 0.5: 2}
+    assert {f: count_folds(100, f) for f in folds} == folds
 
 
 def test_each_block_is_logged_with_what_it_cost(caplog):

@@ -104,16 +104,17 @@ def test_chunks_and_merges_change_nothing(device):
 def test_the_chosen_ridge_has_the_smallest_error_on_held_out_rows(device, pieces):
     x, y = problem(device, rows=90, inputs=40, mean=2.0, condition=1e3)
     fit, held_x, held_y = collect(x[:50], y[:50]), x[50:], y[50:]
-    groups = [
-        collect(a, b) for a, b in zip(held_x.chunk(pieces), held_y.chunk(pieces), strict=True)
+    folds = [
+        (fit, collect(a, b))
+        for a, b in zip(held_x.chunk(pieces), held_y.chunk(pieces), strict=True)
     ]
-    chosen = choose_ridge(fit, groups)
+    chosen = choose_ridge(folds)
     errors = {
         s.ridge: (held_y - held_x @ s.kind.weight - s.kind.bias).square().sum().item()
         for s in solve_path(fit, RIDGES[:-1])
     }
-    assert chosen.ridge == min(errors, key=errors.get)
-    assert 0 < chosen.ridge < 1e3
+    assert chosen == min(errors, key=errors.get)
+    assert 0 < chosen < 1e3
 
 
 def test_auto_ridge_shrinks_when_the_fit_is_noise_and_not_when_it_is_signal(device):
@@ -122,8 +123,8 @@ def test_auto_ridge_shrinks_when_the_fit_is_noise_and_not_when_it_is_signal(devi
         torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
         for shape in ((60, 30), (60, 4), (30, 4))
     )
-    chosen = choose_ridge(collect(x[:40], noise[:40]), [collect(x[40:], noise[40:])])
-    assert chosen.ridge >= 1
+    chosen = choose_ridge([(collect(x[:40], noise[:40]), collect(x[40:], noise[40:]))])
+    assert chosen >= 1
     signal = x @ weight
-    chosen = choose_ridge(collect(x[:40], signal[:40]), [collect(x[40:], signal[40:])])
-    assert chosen.ridge <= 1e-5
+    chosen = choose_ridge([(collect(x[:40], signal[:40]), collect(x[40:], signal[40:]))])
+    assert chosen <= 1e-5

@@ -23,6 +23,9 @@ class TinyDetector(nn.Module):
     def data_preprocessor(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
         return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}
 
+    def extract_feat(self, x: Tensor) -> Any:
+        return self.backbone(x)
+
 
 def backbone(kind: str) -> nn.Module:
     if kind == "swin":

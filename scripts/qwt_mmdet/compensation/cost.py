@@ -9,7 +9,7 @@ from mmdet.models import BaseDetector
 from ..config import MaxCost
 from ..detectors.forward import count_operations, forward_scope
 from ..quantization.convert import quantized_layers
-from .result import BYTES_PER_PARAMETER, BlockFit
+from .result import BYTES_PER_PARAMETER, BlockFit, Option
 
 
 @torch.no_grad()
@@ -33,43 +33,45 @@ def backbone_bytes(model: BaseDetector) -> float:
     return total
 
 
-def _error_reduction(block: BlockFit) -> float:
-    """The error that a compensation removes, in units of the power of the block's output.
+def within_budget(blocks: Sequence[BlockFit], limits: MaxCost) -> dict[str, int]:
+    """Choose for each kept block the form that it takes under a budget; blocks without one are left out.
 
-    Held-out where there are held-out images. The unit makes blocks comparable.
-    """
-    before, after = block.holdout_error_before, block.holdout_error_after
-    if before is None or after is None:
-        before, after = block.fit_error_before, block.fit_error_after
-    if before is None or after is None or block.target_power == 0:
-        return 0.0
-    return (before - after) / block.target_power
-
-
-def too_expensive(blocks: Sequence[BlockFit], limits: MaxCost) -> set[str]:
-    """Names of the kept blocks that exceed a budget, those with the least error reduction per cost.
-
-    Blocks are taken greedily by error reduction per share of the budget, as long as they fit.
+    Errors count in units of the power of a block's output, which makes blocks comparable. The next step is
+    the one that removes the most error for its share of the budget, of all blocks and forms, as long as one
+    fits (marginal analysis; a greedy solution of the knapsack problem).
     """
     budgets = [
-        (limit, key)
-        for limit, key in (
-            (limits.multiply_adds, "multiply_adds_percent"),
+        (limit, field)
+        for limit, field in (
             (limits.bytes, "bytes_percent"),
+            (limits.multiply_adds, "multiply_adds_percent"),
         )
         if limit is not None
     ]
-
-    def worth(block: BlockFit) -> float:
-        cost = max(getattr(block, key) / limit if limit else float("inf") for limit, key in budgets)
-        return _error_reduction(block) / cost if cost else float("inf")
-
-    dropped: set[str] = set()
-    spent = dict.fromkeys((key for _, key in budgets), 0.0)
-    for block in sorted((b for b in blocks if b.kept), key=worth, reverse=True):
-        if all(spent[key] + getattr(block, key) <= limit for limit, key in budgets):
-            for key in spent:
-                spent[key] += getattr(block, key)
-        else:
-            dropped.add(block.name)
-    return dropped
+    nothing = Option(0.0, 0.0, 0.0)
+    options = {
+        block.name: [
+            option._replace(error=(option.error - block.error_before) / block.target_power)
+            for option in block.options
+        ]
+        for block in blocks
+        if block.kept and block.target_power > 0
+    }
+    chosen: dict[str, int] = {}
+    while True:
+        now = {name: options[name][chosen[name]] if name in chosen else nothing for name in options}
+        spent = {field: sum(getattr(o, field) for o in now.values()) for _, field in budgets}
+        best, step = 0.0, None
+        for name, forms in options.items():
+            for index, form in enumerate(forms):
+                added = {f: getattr(form, f) - getattr(now[name], f) for f in spent}
+                if any(spent[field] + added[field] > limit for limit, field in budgets):
+                    continue
+                share = sum(added[field] / limit for limit, field in budgets if limit)
+                # What costs nothing more comes first.
+                worth = (now[name].error - form.error) / max(share, 1e-12)
+                if worth > best:
+                    best, step = worth, (name, index)
+        if step is None:
+            return chosen
+        chosen[step[0]] = step[1]

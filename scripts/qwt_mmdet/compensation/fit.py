@@ -6,11 +6,12 @@ block and the quantized block run once for each image, and nothing of the networ
 
 import hashlib
 import logging
+import math
 import os
 import resource
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,43 +19,41 @@ from torch import nn
 
 from ..config import CompensationSettings, as_plain
 from ..data.batches import single_images
+from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..progress import progress
+from ..quantization.noise import HeadNoise, decibels
 from ..record import record_of
 from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
 from ..replay.forwards import detached
 from .blocks import find_blocks
-from .cost import backbone_bytes, backbone_multiply_adds, too_expensive
-from .modules import aligned_input, as_rows, block_output, channel_axis
+from .cost import backbone_bytes, backbone_multiply_adds, within_budget
+from .kinds import BITS, rounded_input
+from .modules import aligned_input, as_rows, block_output, channel_axis, compensating
 from .replay import Stream
-from .result import BYTES_PER_PARAMETER, BlockFit, Compensation
+from .result import BlockFit, Compensation, Option
 from .resume import Resume
-from .solve import SOLVERS, Solution, solve_again
+from .solve import SOLVERS, Candidate, candidates
 from .state import quantized_fingerprint
-from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics
+from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics, merged
 from .trace import Plan, replay_scope, trace_blocks
 
 logger = logging.getLogger(__name__)
 
-HOLDOUT_GROUPS = 8
-"""Groups of held-out images between which ``kind: auto`` measures how much errors scatter."""
 
-
-def split_holdout(images: int, fraction: float) -> list[bool]:
-    """Tell for each of ``images`` calibration images whether it is held out of the fit.
-
-    Held-out images are spread evenly.
+def count_folds(images: int, fraction: float) -> int:
+    """How many folds ``images`` calibration images are dealt out to; 1 where none is held out.
 
     Raises:
-        QwtError: no image would be left on one of the two sides.
+        QwtError: there are fewer images than folds.
     """
-    held = [int((i + 1) * fraction) > int(i * fraction) for i in range(images)]
-    if all(held) or (fraction > 0 and not any(held)):
+    folds = round(1 / fraction) if fraction else 1
+    if images < folds:
         raise QwtError(
             f"{images} calibration images cannot be split with holdout_fraction {fraction}; use more "
             "calibration images."
         )
-    return held
+    return folds
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class _Fit:
     Attributes:
         images: how many calibration images lie in the cache, under ("image", number).
         image_once: whether an image is needed once only, since its preprocessor's output is cached.
-        groups: for each image its group of held-out images, or None where it is fitted to.
+        folds: an image belongs to the fold of its number modulo this.
     """
 
     settings: CompensationSettings
@@ -72,7 +71,7 @@ class _Fit:
     cache: ActivationCache
     images: int
     image_once: bool
-    groups: list[int | None]
+    folds: int
     backbone_bytes: float
     backbone_multiply_adds: int
 
@@ -84,23 +83,29 @@ def _statistics(needs: tuple[str, ...], inputs: int, outputs: int, device: Any) 
     )
 
 
-def _is_kept(settings: CompensationSettings, solution: Solution, errors: Mapping[str, Any]) -> bool:
-    if solution.kind is None:
+def _is_kept(settings: CompensationSettings, candidate: Candidate, errors: dict[str, Any]) -> bool:
+    if candidate.solution.kind is None:
         return False
     if settings.gate == "holdout":
         return errors["holdout_error_after"] < errors["holdout_error_before"]
     return settings.gate == "none" or errors["fit_r2"] > 0
 
 
-def _errors(solution: Solution, statistics: BlockStatistics, prefix: str) -> dict[str, Any]:
-    keys = [f"{prefix}_{key}" for key in ("error_before", "error_after", "r2")]
-    if statistics.count == 0:
-        return dict.fromkeys(keys)
-    before, after = statistics.any.error_before(), solution.squared_error(statistics)
-    variation = statistics.any.variation
-    r2 = 1 - after / variation if variation > 0 else 0.0
-    elements = statistics.elements
-    return dict(zip(keys, (before / elements, after / elements, r2), strict=True))
+def _errors(candidate: Candidate, sums: BlockStatistics) -> dict[str, float | None]:
+    errors: dict[str, float | None] = {}
+    before, variation = sums.any.error_before(), sums.any.variation
+    for prefix, after in (
+        ("fit", candidate.solution.squared_error(sums)),
+        ("holdout", candidate.held_out),
+    ):
+        keys = [f"{prefix}_{key}" for key in ("error_before", "error_after", "r2")]
+        if after is None:
+            errors |= dict.fromkeys(keys)
+            continue
+        r2 = 1 - after / variation if variation > 0 else 0.0
+        elements = sums.elements
+        errors |= dict(zip(keys, (before / elements, after / elements, r2), strict=True))
+    return errors
 
 
 def _peak_memory(device: torch.device) -> str:
@@ -158,7 +163,7 @@ def fit_compensation(
             "images": digest.hexdigest(),
             **(resume_inputs or {}),
         }
-        held = split_holdout(images, settings.holdout_fraction)
+        folds = count_folds(images, settings.holdout_fraction)
         quantization = record_of(model).quantization
         names = find_blocks(
             reference,
@@ -174,24 +179,67 @@ def fit_compensation(
             cache,
             images,
             "data_preprocessor" in plan.modules,
-            _holdout_groups(held, HOLDOUT_GROUPS if settings.kind == "auto" else 1),
+            folds,
             backbone_bytes(model),
             backbone_multiply_adds(reference, first),
         )
         record = Resume(resume, inputs)
-        blocks = _fit_pass(fit, model, reference, record, "all", frozenset())
-        if settings.max_cost is not None:
-            dropped = too_expensive(blocks, settings.max_cost)
-            if dropped:
-                logger.info("max_cost leaves out %d blocks; fitting the others anew", len(dropped))
-                blocks = _fit_pass(fit, model, reference, record, "max_cost", frozenset(dropped))
-    return Compensation(settings, tuple(blocks), fit.backbone_multiply_adds)
+        blocks = _fit_pass(fit, model, reference, record, "all")
+        if settings.budget is not None:
+            chosen = within_budget(blocks, settings.budget)
+            if chosen != {block.name: block.option for block in blocks if block.kept}:
+                logger.info(
+                    "The budget leaves %d of %d blocks; fitting these anew",
+                    len(chosen),
+                    len(blocks),
+                )
+                blocks = _fit_pass(fit, model, reference, record, "max_cost", chosen)
+        heads = None
+        if settings.gate == "holdout" and any(block.kept for block in blocks):
+            blocks, heads = _check_at_heads(fit, model, reference, blocks)
+    return Compensation(settings, tuple(blocks), fit.backbone_multiply_adds, heads)
 
 
-def _holdout_groups(held: list[bool], groups: int) -> list[int | None]:
-    """Deal the held-out images out to groups in turn; None for images of the fit."""
-    numbers = iter(range(len(held)))
-    return [next(numbers) % groups if is_held else None for is_held in held]
+def _check_at_heads(
+    fit: _Fit, model: nn.Module, reference: nn.Module, blocks: list[BlockFit]
+) -> tuple[list[BlockFit], dict[str, float]]:
+    """Leave out compensations, from the last block to the first, until the heads' noise is below that of none.
+
+    Judged on the images of the first fold, with compensations that were fitted to the others.
+
+    Returns:
+        The blocks, and what the compensation's ``heads`` are.
+    """
+    images = range(0, fit.images, fit.folds)
+    for image in images:
+        fit.cache["heads", image] = head_tensors(reference, fit.cache["image", image])
+
+    def noise_with(kept: Sequence[BlockFit]) -> float:
+        noise = HeadNoise()
+        kinds = {block.name: block.trial for block in kept if block.trial}
+        with compensating(model, kinds):
+            for image in images:
+                found = head_tensors(model, fit.cache["image", image])
+                noise.update(fit.cache["heads", image], found)
+        return noise.relative()
+
+    kept = [block for block in blocks if block.kept]
+    before, after = noise_with([]), noise_with(kept)
+    while kept and not after < before:  # NaN is no improvement
+        kept.pop()
+        after = noise_with(kept) if kept else before
+    names = [block.name for block in kept]
+    dropped = [block.name for block in blocks if block.kept and block.name not in names]
+    logger.info(
+        "At the heads, on %d held-out images: %s dB without compensation, %s dB with it; %s",
+        len(images), *(f"{decibels(noise) or math.inf:.1f}" for noise in (before, after)),
+        f"left out, as they do not lower the noise: {', '.join(dropped)}" if dropped else "all of it stays",
+    )  # fmt: skip
+    blocks = [
+        replace(block, kept=False, decision="heads") if block.name in dropped else block
+        for block in blocks
+    ]
+    return blocks, {"images": len(images), "before": before, "after": after}
 
 
 def _fit_pass(
@@ -200,9 +248,15 @@ def _fit_pass(
     reference: nn.Module,
     record: Resume,
     name: str,
-    dropped: frozenset[str],
+    chosen: Mapping[str, int] | None = None,
 ) -> list[BlockFit]:
-    """Fit all blocks in order; those in ``dropped`` stay without compensation."""
+    """Fit all blocks in order.
+
+    Args:
+        name: of the pass.
+        chosen: number of the form that each block takes; others stay without compensation. None where each
+            takes the form with the smallest error.
+    """
     fits = record.finished(name)
     if fits:
         logger.info("Going on after %d finished blocks", len(fits))
@@ -211,7 +265,7 @@ def _fit_pass(
     quantized.kinds = {block.name: block.kind if block.kept else None for block in fits}
     first = len(fits)
     for index in progress(range(first, len(fit.plan.blocks)), "Fitting", unit="block"):
-        block = _fit_block(fit, index, quantized, full, dropped, is_first=index == first)
+        block = _fit_block(fit, index, quantized, full, chosen, is_first=index == first)
         quantized.kinds[block.name] = block.kind if block.kept else None
         fits.append(block)
         record.add(name, block)
@@ -224,8 +278,9 @@ def _image(fit: _Fit, image: int, is_first: bool) -> dict[str, Any] | None:
         return fit.cache["image", image]
     if not is_first:
         return None
-    # A second pass over the blocks, which max_cost may bring, needs the images again.
-    return fit.cache["image", image] if fit.settings.max_cost else fit.cache.pop(("image", image))
+    # A second pass over the blocks, which a budget may bring, and the check at the heads need them again.
+    keep = fit.settings.budget or (fit.settings.gate == "holdout" and image % fit.folds == 0)
+    return fit.cache["image", image] if keep else fit.cache.pop(("image", image))
 
 
 def _fit_block(
@@ -233,7 +288,7 @@ def _fit_block(
     index: int,
     quantized: Stream,
     full: Stream,
-    dropped: frozenset[str],
+    chosen: Mapping[str, int] | None,
     *,
     is_first: bool,
 ) -> BlockFit:
@@ -241,28 +296,24 @@ def _fit_block(
     start = time.monotonic()
     settings, name = fit.settings, fit.plan.blocks[index]
     solver = SOLVERS[settings.kind]
-    statistics: list[BlockStatistics] = []
+    groups: list[BlockStatistics] = []
     power = 0.0
     diverged = 0
-    for image, group in enumerate(fit.groups):
+    for image in range(fit.images):
         if image % RELEASE_INTERVAL == 0:
             release_free_memory()
         batch = _image(fit, image, is_first)
         x, output, expected = _run_block(settings, index, quantized, full, image, batch)
-        if not statistics:
+        if not groups:
             channels = x.shape[1], output.shape[1]
-            statistics = [
-                _statistics(solver.needs, *channels, output.device)
-                for _ in range(2 + len(set(fit.groups) - {None}))
-            ]
-            sums, holdout, *held = statistics
+            groups = [_statistics(solver.needs, *channels, output.device) for _ in range(fit.folds)]
         if settings.target == "reference" and not _is_finite(expected):
             raise QwtError(
                 f"The output of block {name} holds NaN or infinite values in full precision; check "
                 "that the checkpoint is sound and that the full-precision model evaluates."
             )
         if all(map(_is_finite, (x, output, expected))):
-            (sums if group is None else held[group]).update(x, output, expected - output)
+            groups[image % fit.folds].update(x, output, expected - output)
             power += float(torch.linalg.vector_norm(expected)) ** 2 / expected.numel() / fit.images
         else:
             diverged += 1
@@ -274,43 +325,59 @@ def _fit_block(
             name, diverged, fit.images,
         )  # fmt: skip
         return _left_alone(name, "not_finite")
-    solution = solver.solve(sums, held, settings)
-    for part in held:
-        holdout.merge(part)
-    tokens = sums.count + holdout.count
-    errors = {
-        **_errors(solution, sums, "fit"),
-        **_errors(solution, holdout, "holdout"),
-    }
-    passes_gate = _is_kept(settings, solution, errors)
-    if settings.refit and held and passes_gate:
-        sums.merge(holdout)
-        solution = solve_again(solution, sums, settings)
-    kind = None if solution.kind is None else solution.kind.to("cpu", torch.float32)
+    sums = merged(groups)
+    forms = candidates(sums, groups, settings)
+    options = tuple(_option(fit, index, form, sums) for form in forms)
+    number = min(range(len(options)), key=lambda n: options[n].error)
+    if chosen is not None:
+        number = chosen.get(name, number)
+    form = forms[number]
+    errors = _errors(form, sums)
+    passes_gate = _is_kept(settings, form, errors)
+    kind, trial = (
+        None
+        if solution is None or solution.kind is None
+        else solution.kind.to("cpu", torch.float32)
+        for solution in (form.solution, form.trial)
+    )
     if kind and not all(torch.isfinite(tensor).all() for tensor in kind.tensors().values()):
         logger.warning("The compensation of block %s is not finite; set a larger ridge.", name)
         return _left_alone(name, "not_finite")
-    positions = tokens / fit.images
-    parameters, multiply_adds = (kind.parameters, kind.multiply_adds) if kind else (0, 0)
-    first_image = multiply_adds * fit.plan.positions[index]
+    is_paid = chosen is None or name in chosen
+    positions = sums.count / fit.images
     result = BlockFit(
         name=name,
         kind=kind,
-        kept=passes_gate and name not in dropped,
-        decision="max_cost" if name in dropped else "kept" if passes_gate else "gate",
-        ridge=solution.ridge,
-        solver=solution.solver,
+        trial=trial,
+        options=options,
+        option=number,
+        kept=passes_gate and is_paid,
+        decision="gate" if not passes_gate else "kept" if is_paid else "max_cost",
+        ridge=form.solution.ridge,
+        solver=form.solution.solver,
         positions=positions,
-        parameters=parameters,
-        bytes=parameters * BYTES_PER_PARAMETER,
-        bytes_percent=100 * parameters * BYTES_PER_PARAMETER / fit.backbone_bytes,
-        multiply_adds=positions * multiply_adds,
-        multiply_adds_percent=100 * first_image / fit.backbone_multiply_adds,
+        parameters=kind.parameters if kind else 0,
+        bytes=kind.bytes if kind else 0,
+        bytes_percent=options[number].bytes_percent,
+        multiply_adds=positions * kind.multiply_adds if kind else 0,
+        multiply_adds_percent=options[number].multiply_adds_percent,
         target_power=power,
         **errors,
     )
-    _log(result, channels, tokens, time.monotonic() - start, sums.any.mean_y.device)
+    _log(result, channels, sums.count, time.monotonic() - start, sums.any.mean_y.device)
     return result
+
+
+def _option(fit: _Fit, index: int, form: Candidate, sums: BlockStatistics) -> Option:
+    """What a form of block number ``index`` leaves of the error, and its cost."""
+    error = form.solution.squared_error(sums) if form.held_out is None else form.held_out
+    kind = form.solution.kind
+    size, multiply_adds = (kind.bytes, kind.multiply_adds) if kind else (0, 0)
+    return Option(
+        error / sums.elements,
+        100 * size / fit.backbone_bytes,
+        100 * multiply_adds * fit.plan.positions[index] / fit.backbone_multiply_adds,
+    )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -327,7 +394,8 @@ def _left_alone(name: str, decision: str) -> BlockFit:
         for key in ("error_before", "error_after", "r2")
     }
     return BlockFit(
-        name=name, kind=None, kept=False, decision=decision, ridge=0.0, solver="none",
+        name=name, kind=None, trial=None, options=(), option=0, kept=False, decision=decision,
+        ridge=0.0, solver="none",
         positions=0.0, target_power=0.0, **dict.fromkeys(counts, 0), **unknown,
     )  # fmt: skip
 
@@ -356,7 +424,10 @@ def _run_block(
         expected = full.model.get_submodule(name)(*args, **kwargs)
     expected = block_output(name, expected)
     axis = channel_axis(quantized.model.get_submodule(name), output)
-    return [as_rows(t, axis) for t in (aligned_input(arguments, output, axis), output, expected)]
+    x = aligned_input(arguments, output, axis)
+    if settings.bits == BITS:
+        x = rounded_input(x)  # the fit knows what W will see
+    return [as_rows(t, axis) for t in (x, output, expected)]
 
 
 def _log(

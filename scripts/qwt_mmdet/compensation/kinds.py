@@ -2,6 +2,10 @@
 
 A kind is a dataclass of tensors. Its fields are the buffers of a compensated block and the tensors
 in the compensation file; :mod:`.solve` holds the solver of each.
+
+Matrices in eight bits are int8 codes with a scale for each column. What they are multiplied with is rounded
+to eight bits as well, on a grid for each image (what ONNX calls DynamicQuantizeLinear), so that the product
+is one of integers.
 """
 
 import dataclasses
@@ -12,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quantization.primitives import fake_quantize, quantization_parameters
+from ..quantization.rounding import gptq_codes
 from .statistics import BlockStatistics
+
+BITS = 8
+ZERO = 2 ** (BITS - 1)
+"""The code of 0 on a symmetric grid of unsigned codes."""
 
 KINDS: dict[str, type["Kind"]] = {}
 """Dataclass by name of the kind."""
@@ -29,17 +39,35 @@ class Kind:
         KINDS[name] = cls
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The fields that are set, by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Kind":
-        """The same with all tensors on ``device`` and of ``dtype``."""
-        return type(self)(**{key: v.to(device, dtype) for key, v in self.tensors().items()})
+        """The same with all tensors on ``device``, and of ``dtype`` but for codes."""
+        return type(self)(
+            **{
+                key: v.to(device, dtype if v.is_floating_point() else v.dtype)
+                for key, v in self.tensors().items()
+            }
+        )
+
+    def rounded(self, statistics: BlockStatistics) -> "Kind":
+        """The same with its matrices in eight bits, for inputs of these sums; here there are none."""
+        return self
 
     @property
     def parameters(self) -> int:
         """How many numbers the tensors hold."""
         return sum(tensor.numel() for tensor in self.tensors().values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors as they are stored: floating point in single precision."""
+        return sum(
+            tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+            for tensor in self.tensors().values()
+        )
 
     @property
     def multiply_adds(self) -> int:
@@ -66,8 +94,44 @@ def _per_channel(values: Tensor, axis: int) -> Tensor:
     return values[:, None, None] if axis == 1 else values
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+def _in_eight_bits(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix, rounded with error feedback.
+
+    Args:
+        weight: [in, out].
+        moments: [in, in] second moments of what it is multiplied with.
+
+    Returns:
+        int8 codes [in, out], −127 to 127; scales [out].
+    """
+    most = weight.abs().amax(0)
+    scale, zero = quantization_parameters(-most, most, BITS, symmetric=True)
+    codes = gptq_codes(weight.T[None], moments[None], scale[None], zero[None], BITS)[0].T
+    return (codes.clamp(min=1).short() - ZERO).to(torch.int8).contiguous(), scale
+
+
+def rounded_input(x: Tensor) -> Tensor:
+    """What a matrix in eight bits is multiplied with, [images, …]: each image on a grid of its own.
+
+    The grid goes from the smallest value to the largest one, and holds 0.
+    """
+    across = tuple(range(1, x.dim()))
+    low, high = (limit(x.detach(), across, keepdim=True) for limit in (torch.amin, torch.amax))
+    return fake_quantize(x, *quantization_parameters(low, high, BITS), BITS)
+
+
+def _matrix(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The values of a matrix [in, out], of which ``weight`` holds codes where there are scales [out]."""
+    return weight if scale is None else weight * scale
+
+
+def _project(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, axis: int
+) -> Tensor:
     """x W + b for W [in, out]; on maps a 1×1 convolution."""
+    if scale is not None:
+        x = rounded_input(x)
+    weight = _matrix(weight, scale)
     if axis == 1:
         return F.conv2d(x, weight.T[:, :, None, None], bias)
     return F.linear(x, weight.T, bias)
@@ -125,21 +189,37 @@ class LowRank(Kind, name="lowrank"):
 
     Args:
         left: [in, r]. right: [r, out]. bias: [out].
+        left_scale: [r], right_scale: [out]; None where the factors are no codes.
     """
 
     left: Tensor
     right: Tensor
     bias: Tensor
+    left_scale: Tensor | None = None
+    right_scale: Tensor | None = None
 
     @property
     def multiply_adds(self) -> int:
         return self.left.numel() + self.right.numel()
 
+    def rounded(self, statistics: BlockStatistics) -> Kind:
+        sums = statistics.inputs
+        left, left_scale = _in_eight_bits(self.left, sums.xx)
+        values = _matrix(left, left_scale).double()
+        right, right_scale = _in_eight_bits(self.right, values.T @ sums.xx @ values)
+        bias = sums.mean_y - sums.mean_x @ values @ _matrix(right, right_scale).double()
+        return LowRank(left, right, bias, left_scale, right_scale)
+
     def apply(self, x: Tensor, output: Tensor, axis: int) -> Tensor:
-        return output + _project(_project(x, self.left, None, axis), self.right, self.bias, axis)
+        inner = _project(x, self.left, self.left_scale, None, axis)
+        return output + _project(inner, self.right, self.right_scale, self.bias, axis)
 
     def squared_error(self, statistics: BlockStatistics) -> float:
-        return statistics.inputs.error_after(self.left.double() @ self.right.double(), self.bias)
+        left, right = (
+            _matrix(*pair).double()
+            for pair in ((self.left, self.left_scale), (self.right, self.right_scale))
+        )
+        return statistics.inputs.error_after(left @ right, self.bias)
 
 
 @dataclass(frozen=True)
@@ -148,17 +228,25 @@ class Linear(Kind, name="linear"):
 
     Args:
         weight: W [in, out]. bias: [out].
+        scale: [out]; None where the weight is no codes.
     """
 
     weight: Tensor
     bias: Tensor
+    scale: Tensor | None = None
 
     @property
     def multiply_adds(self) -> int:
         return self.weight.numel()
 
+    def rounded(self, statistics: BlockStatistics) -> Kind:
+        sums = statistics.inputs
+        codes, scale = _in_eight_bits(self.weight, sums.xx)
+        bias = sums.mean_y - sums.mean_x @ _matrix(codes, scale).double()
+        return Linear(codes, bias, scale)
+
     def apply(self, x: Tensor, output: Tensor, axis: int) -> Tensor:
-        return output + _project(x, self.weight, self.bias, axis)
+        return output + _project(x, self.weight, self.scale, self.bias, axis)
 
     def squared_error(self, statistics: BlockStatistics) -> float:
-        return statistics.inputs.error_after(self.weight, self.bias)
+        return statistics.inputs.error_after(_matrix(self.weight, self.scale), self.bias)

@@ -5,6 +5,8 @@ are, and copying, moving and state_dict work as usual.
 """
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -122,6 +124,21 @@ def compensated(block: nn.Module, kind: Kind, arguments: Arguments, output: Any)
     axis = channel_axis(block, tensor)
     x = aligned_input(arguments, tensor, axis).to(tensor.dtype)
     return _with_tensor(output, kind.to(tensor.device, tensor.dtype).apply(x, tensor, axis))
+
+
+@contextmanager
+def compensating(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
+    """Inside, blocks of these names run with a compensation; their buffers stay as they are."""
+
+    def hook(kind: Kind) -> Any:
+        return lambda block, args, kwargs, output: compensated(block, kind, (args, kwargs), output)
+
+    with ExitStack() as stack:
+        for name, kind in kinds.items():
+            block = model.get_submodule(name)
+            handle = block.register_forward_hook(hook(kind), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 class _Compensate:

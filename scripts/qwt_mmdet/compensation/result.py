@@ -4,13 +4,24 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import CompensationSettings
 from .kinds import KINDS, Kind
 
 BYTES_PER_PARAMETER = 4
-"""Compensation is stored and computed as float32, and so is what a quantized detector does not quantize."""
+"""What a quantized detector does not quantize is stored and computed as float32."""
+
+
+class Option(NamedTuple):
+    """What one form of a block's compensation leaves of the error, and what it costs.
+
+    Errors are those of :class:`BlockFit`, held out where there are held-out images.
+    """
+
+    error: float
+    bytes_percent: float
+    multiply_adds_percent: float
 
 
 @dataclass(frozen=True)
@@ -18,14 +29,18 @@ class BlockFit:
     """The compensation of one block and what is known about it.
 
     Errors are mean squared differences per output element to the target, r² is the share of the
-    variance of the quantization error that the compensation explains. With ``refit`` they are those of
-    the fit that the held-out images judged; the tensors come from the fit to all images after it.
+    variance of the quantization error that the compensation explains. Held-out errors come from
+    cross-validation: each image is judged by a fit to the images of other folds.
 
     Attributes:
-        kind: the fitted tensors in float32; None where leaving the block alone was best.
+        kind: the tensors, fitted to all images, in float32 or int8; None where leaving the block alone was
+            best.
+        trial: the same without the images of the first fold, for the check at the heads; not saved.
+        options: all forms that the block could have taken; not saved.
+        option: number of the one that it has.
         kept: whether the block runs with its compensation.
-        decision: ``kept``; or what spoke against it: ``gate``, ``max_cost``, or ``not_finite`` where
-            the quantized detector's values or the fit's are NaN or infinite.
+        decision: ``kept``; or what spoke against it: ``gate``, ``max_cost``, ``heads``, or ``not_finite``
+            where the quantized detector's values or the fit's are NaN or infinite.
         positions: output positions (tokens, pixels) of one image, on average.
         parameters: numbers in the tensors. bytes: of these, as they are stored.
         bytes_percent: of the weights of the quantized backbone.
@@ -36,6 +51,9 @@ class BlockFit:
 
     name: str
     kind: Kind | None
+    trial: Kind | None
+    options: tuple[Option, ...]
+    option: int
     kept: bool
     decision: str
     ridge: float
@@ -54,23 +72,40 @@ class BlockFit:
     holdout_error_after: float | None
     holdout_r2: float | None
 
+    @property
+    def error_before(self) -> float:
+        """The error without compensation, which held-out images and those of the fit share."""
+        return self.fit_error_before or 0.0
+
     def row(self) -> dict[str, Any]:
         """Plain values without the tensors: a row of blocks.csv."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["trial"], values["options"], values["option"]
         return {**values, "kind": self.kind.name if self.kind else "none"}
 
     def plain(self) -> dict[str, Any]:
-        """Plain values and tensors, from which :meth:`from_plain` makes the same again."""
+        """Plain values and tensors of what was fitted, without what only the fit needs."""
         # Equal strings are one object: pickled files of equal content have equal bytes.
         row = {k: sys.intern(v) if isinstance(v, str) else v for k, v in self.row().items()}
         return {**row, "tensors": self.kind.tensors() if self.kind else {}}
 
+    def unfinished(self) -> dict[str, Any]:
+        """The same with what the fit needs."""
+        trial = (sys.intern(self.trial.name), self.trial.tensors()) if self.trial else None
+        options = [tuple(option) for option in self.options]
+        return {**self.plain(), "trial": trial, "options": options, "option": self.option}
+
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "BlockFit":
-        """The inverse of :meth:`plain`."""
-        values = dict(values)
-        tensors, kind = values.pop("tensors"), values.pop("kind")
-        return cls(kind=KINDS[kind](**tensors) if kind in KINDS else None, **values)
+        """The inverse of :meth:`plain` and of :meth:`unfinished`."""
+        values = {"trial": None, "options": (), "option": 0, **values}
+        tensors, kind, trial = (values.pop(key) for key in ("tensors", "kind", "trial"))
+        values["options"] = tuple(Option(*option) for option in values["options"])
+        return cls(
+            kind=KINDS[kind](**tensors) if kind in KINDS else None,
+            trial=KINDS[trial[0]](**trial[1]) if trial else None,
+            **values,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,11 +114,14 @@ class Compensation:
 
     Attributes:
         backbone_multiply_adds: of the full-precision backbone for the first calibration image.
+        heads: what the check at the heads has found: ``images`` that it looked at, ``before`` and ``after``,
+            noise by signal power without and with the compensation. None where there was no check.
     """
 
     settings: CompensationSettings
     blocks: tuple[BlockFit, ...]
     backbone_multiply_adds: int
+    heads: dict[str, float] | None = None
 
     def summary(self) -> dict[str, Any]:
         """Counts and costs of the kept blocks, for reports."""
@@ -94,4 +132,10 @@ class Compensation:
             "kept": len(kept),
             **{key: sum(getattr(block, key) for block in kept) for key in sums},
             "backbone_multiply_adds": self.backbone_multiply_adds,
+            "heads": self.heads,
+            "left_out": {
+                sys.intern(block.name): sys.intern(block.decision)
+                for block in self.blocks
+                if not block.kept
+            },
         }

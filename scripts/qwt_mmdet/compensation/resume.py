@@ -12,7 +12,7 @@ from .result import BlockFit
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "qwt-mmdet unfinished compensation 1"
+FORMAT = "qwt-mmdet unfinished compensation 2"
 
 
 class Resume:
@@ -51,5 +51,5 @@ class Resume:
         """Record one more block of pass ``name``."""
         self._passes.setdefault(name, []).append(block)
         if self.path is not None:
-            passes = {key: [b.plain() for b in blocks] for key, blocks in self._passes.items()}
+            passes = {key: [b.unfinished() for b in blocks] for key, blocks in self._passes.items()}
             save_archive({"format": FORMAT, "inputs": self.inputs, "passes": passes}, self.path)

@@ -1,16 +1,15 @@
 """Closed-form solutions of each kind of compensation from the sums of a regression."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..config import CompensationSettings
-from .kinds import Affine, Bias, Kind, Linear, LowRank
-from .statistics import BlockStatistics, RegressionStatistics
+from .kinds import BITS, Affine, Bias, Kind, Linear, LowRank
+from .statistics import BlockStatistics, RegressionStatistics, merged
 
 RIDGES = (0.0, *(10.0**e for e in range(-6, 4)), float("inf"))
 """Candidates of ``ridge: auto``; an infinite ridge leaves the bias alone."""
@@ -31,6 +30,12 @@ class Solution:
     ridge: float
     solver: str
 
+    def rounded(self, statistics: BlockStatistics) -> "Solution":
+        """The same with matrices in eight bits (:meth:`.kinds.Kind.rounded`)."""
+        if self.kind is None:
+            return self
+        return replace(self, kind=self.kind.rounded(statistics))
+
     def squared_error(self, statistics: BlockStatistics) -> float:
         """Squared error that is left, summed over positions and channels."""
         if self.kind is None:
@@ -38,14 +43,15 @@ class Solution:
         return self.kind.squared_error(statistics)
 
 
-Solve = Callable[[BlockStatistics, Sequence[BlockStatistics], CompensationSettings], Solution]
+Solve = Callable[[BlockStatistics, float, CompensationSettings], Sequence[Solution]]
 
 
 @dataclass(frozen=True)
 class Solver:
     """How a kind is fitted, and from which fields of BlockStatistics.
 
-    ``solve`` gets the sums of the fitted images, sums of groups of held-out images, and settings.
+    ``solve`` gets sums, a ridge strength and the settings. It returns what one may choose from: the same forms
+    in the same order for all sums of a block.
     """
 
     solve: Solve
@@ -154,119 +160,132 @@ def solve_path(statistics: RegressionStatistics, ridges: Sequence[float]) -> lis
     return [spectrum.solution(ridge) for ridge in ridges]
 
 
-def choose_ridge(
-    statistics: RegressionStatistics, holdout: Sequence[RegressionStatistics]
-) -> Solution:
-    """The solution among :data:`RIDGES` with the smallest squared error on held-out rows."""
-    spectrum = _Spectrum.of(statistics)
-    errors = sum((spectrum.errors(group, RIDGES) for group in holdout), torch.zeros(()))
-    return spectrum.solution(RIDGES[int(errors.argmin())])
+def choose_ridge(folds: Iterable[tuple[RegressionStatistics, RegressionStatistics]]) -> float:
+    """The one of :data:`RIDGES` with the smallest squared error on the rows that the fits have not seen."""
+    errors = [_Spectrum.of(fit).errors(held, RIDGES) for fit, held in folds]
+    return RIDGES[int(torch.stack(errors).sum(0).argmin())]
 
 
-def reduce_rank(statistics: RegressionStatistics, solution: Solution, rank: int) -> Solution:
-    """The best compensation of rank ``rank`` for the objective that ``solution`` minimises.
+def reduce_rank(
+    statistics: RegressionStatistics, solution: Solution, ranks: Sequence[int]
+) -> list[Solution]:
+    """The best compensations of these ranks for the objective that ``solution`` minimises.
 
     Reduced-rank regression (Izenman, "Reduced-rank regression for the multivariate linear model",
     1975): W V Vᵀ, where V holds the leading eigenvectors of Wᵀ (X'X + λI) W, which are the leading
     directions of the fitted values.
     """
     if not isinstance(solution.kind, Linear):
-        return solution
+        return [solution for _ in ranks]
     weight = solution.kind.weight
     fitted = weight.T @ (_penalised(statistics, solution.ridge) @ weight)
-    right = torch.linalg.eigh(fitted).eigenvectors[:, -rank:].T
-    left = weight @ right.T
-    bias = statistics.mean_y - statistics.mean_x @ left @ right
-    return Solution(LowRank(left, right.contiguous(), bias), solution.ridge, solution.solver)
-
-
-def solve_again(
-    solution: Solution, statistics: BlockStatistics, settings: CompensationSettings
-) -> Solution:
-    """The same kind (there is one) at the same ridge strength, fitted to other sums."""
-    if math.isfinite(solution.ridge):  # an infinite ridge has left the bias alone, without a ridge
-        settings = dataclasses.replace(settings, ridge=solution.ridge)
-    assert solution.kind is not None
-    return SOLVERS[solution.kind.name].solve(statistics, (), settings)
+    vectors = torch.linalg.eigh(fitted).eigenvectors
+    reduced = []
+    for rank in ranks:
+        right = vectors[:, -rank:].T
+        left = weight @ right.T
+        bias = statistics.mean_y - statistics.mean_x @ left @ right
+        kind = LowRank(left, right.contiguous(), bias)
+        reduced.append(Solution(kind, solution.ridge, solution.solver))
+    return reduced
 
 
 @register_solver("bias", "outputs")
 def solve_bias(
-    fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
-) -> Solution:
+    sums: BlockStatistics, ridge: float, settings: CompensationSettings
+) -> Sequence[Solution]:
     """The mean error of each channel."""
-    return _mean_error(fit.any)
+    return [_mean_error(sums.any)]
 
 
 @register_solver("affine", "outputs")
 def solve_affine(
-    fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
-) -> Solution:
+    sums: BlockStatistics, ridge: float, settings: CompensationSettings
+) -> Sequence[Solution]:
     """Scale and shift of each output channel by least squares; a constant channel is only shifted."""
-    sums = fit.outputs
-    varies = sums.xx > RANK_TOLERANCE * (sums.xx + sums.count * sums.mean_x.square())
-    gain = torch.where(varies, sums.xy / torch.where(varies, sums.xx, 1.0), 0.0)
-    return Solution(Affine(1 + gain, sums.mean_y - gain * sums.mean_x), 0.0, "per channel")
+    of = sums.outputs
+    varies = of.xx > RANK_TOLERANCE * (of.xx + of.count * of.mean_x.square())
+    gain = torch.where(varies, of.xy / torch.where(varies, of.xx, 1.0), 0.0)
+    return [Solution(Affine(1 + gain, of.mean_y - gain * of.mean_x), 0.0, "per channel")]
 
 
 @register_solver("linear", "inputs")
 def solve_linear(
-    fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
-) -> Solution:
-    """W and b on the block's input, with the given ridge or the best one on held-out rows."""
-    if settings.ridge == "auto":
-        return choose_ridge(fit.inputs, [group.inputs for group in holdout])
-    return solve_ridge(fit.inputs, float(settings.ridge))
+    sums: BlockStatistics, ridge: float, settings: CompensationSettings
+) -> Sequence[Solution]:
+    """W and b on the block's input."""
+    return [solve_ridge(sums.inputs, ridge)]
 
 
 @register_solver("lowrank", "inputs")
 def solve_lowrank(
-    fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
-) -> Solution:
+    sums: BlockStatistics, ridge: float, settings: CompensationSettings
+) -> Sequence[Solution]:
     """As linear, with W of rank ``settings.rank``."""
-    if settings.ridge != "auto":
-        return reduce_rank(
-            fit.inputs, solve_ridge(fit.inputs, float(settings.ridge)), settings.rank
-        )
-    path = solve_path(fit.inputs, RIDGES)
-    candidates = [reduce_rank(fit.inputs, solution, settings.rank) for solution in path]
-    return min(candidates, key=lambda s: sum(s.squared_error(group) for group in holdout))
-
-
-def simplest_within_noise(
-    candidates: Sequence[Solution], holdout: Sequence[BlockStatistics]
-) -> Solution:
-    """The first candidate whose held-out error cannot be told from the smallest one.
-
-    A paired test in the manner of the one-standard-error rule (Breiman et al., "Classification and
-    Regression Trees", 1984): a candidate is as good as the best if the mean of their differences
-    over groups of held-out images is at most twice its standard error. Images, not positions, are
-    what is drawn at random: neighbouring positions resemble each other.
-
-    Args:
-        candidates: from the simplest to the most complex.
-        holdout: groups of held-out images; with one group the smallest error wins.
-    """
-    errors = torch.tensor(
-        [[c.squared_error(group) / group.elements for group in holdout] for c in candidates],
-        dtype=torch.float64,
-    )
-    best = int(errors.mean(1).argmin())
-    for index in range(best):
-        excess = errors[index] - errors[best]
-        noise = excess.std() / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
-        if excess.mean() <= 2 * noise:
-            return candidates[index]
-    return candidates[best]
+    return reduce_rank(sums.inputs, solve_ridge(sums.inputs, ridge), [settings.rank])
 
 
 @register_solver("auto", "inputs", "outputs")
 def solve_auto(
-    fit: BlockStatistics, holdout: Sequence[BlockStatistics], settings: CompensationSettings
-) -> Solution:
-    """The simplest of none, bias, affine and linear that held-out images do not argue against."""
-    simple_to_complex = [
+    sums: BlockStatistics, ridge: float, settings: CompensationSettings
+) -> Sequence[Solution]:
+    """None, bias, affine, W of ranks 1, 2, 4, … as long as that is cheaper than a whole one, and linear."""
+    inputs, outputs = sums.inputs.xy.shape
+    ranks = [2**n for n in range(20) if 2**n * (inputs + outputs) < inputs * outputs]
+    linear = solve_ridge(sums.inputs, ridge)
+    return [
         Solution(None, math.inf, "none"),
-        *(solve(fit, holdout, settings) for solve in (solve_bias, solve_affine, solve_linear)),
+        *solve_bias(sums, ridge, settings),
+        *solve_affine(sums, ridge, settings),
+        *reduce_rank(sums.inputs, linear, ranks),
+        linear,
     ]
-    return simplest_within_noise(simple_to_complex, holdout)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form of a block's compensation.
+
+    Attributes:
+        solution: fitted to all images.
+        trial: fitted to all but those of the first fold, for the check at the heads; None without folds.
+        held_out: squared error on the images of each fold of the fit to the others, summed over all folds;
+            None without folds.
+    """
+
+    solution: Solution
+    trial: Solution | None
+    held_out: float | None
+
+
+def candidates(
+    sums: BlockStatistics, groups: Sequence[BlockStatistics], settings: CompensationSettings
+) -> list[Candidate]:
+    """Fit a kind, in the bits of the settings, and judge its forms by cross-validation.
+
+    Args:
+        sums: of all images.
+        groups: of the images of each fold; a single one judges nothing.
+    """
+    solver = SOLVERS[settings.kind]
+    folds = [
+        (merged([*groups[:number], *groups[number + 1 :]]), held)
+        for number, held in enumerate(groups)
+        if len(groups) > 1
+    ]
+    ridge = 0.0 if settings.ridge == "auto" else float(settings.ridge)
+    if settings.ridge == "auto" and "inputs" in solver.needs:
+        ridge = choose_ridge((fit.inputs, held.inputs) for fit, held in folds)
+
+    def solve(fit: BlockStatistics) -> list[Solution]:
+        found = solver.solve(fit, ridge, settings)
+        return [solution.rounded(fit) for solution in found] if settings.bits == BITS else [*found]
+
+    solutions, trials = solve(sums), [solve(fit) for fit, _ in folds]
+    if not folds:
+        return [Candidate(solution, None, None) for solution in solutions]
+    errors = [
+        sum(trial.squared_error(held) for trial, (_, held) in zip(forms, folds, strict=True))
+        for forms in zip(*trials, strict=True)
+    ]
+    return [Candidate(*form) for form in zip(solutions, trials[0], errors, strict=True)]

@@ -48,6 +48,7 @@ def save_compensation(
         "settings": as_plain(compensation.settings),
         "blocks": [block.plain() for block in compensation.blocks],
         "backbone_multiply_adds": compensation.backbone_multiply_adds,
+        "heads": compensation.heads,
         "summary": compensation.summary(),
         "provenance": provenance or {},
     }
@@ -72,6 +73,7 @@ def load_compensation(model: nn.Module, path: str | os.PathLike[str]) -> Compens
         CompensationSettings.from_mapping(content["settings"]),
         tuple(BlockFit.from_plain(block) for block in content["blocks"]),
         content["backbone_multiply_adds"],
+        content["heads"],
     )
     apply_compensation(model, compensation)
     return compensation

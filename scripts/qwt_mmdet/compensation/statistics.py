@@ -1,5 +1,7 @@
 """Streaming sums for a linear regression, centred so that large means lose no digits."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -167,3 +169,11 @@ class BlockStatistics:
     def elements(self) -> int:
         """Positions times channels."""
         return self.count * len(self.any.mean_y)
+
+
+def merged(groups: Sequence[BlockStatistics]) -> BlockStatistics:
+    """The sums of all rows that the groups have seen."""
+    total = copy.deepcopy(groups[0])
+    for group in groups[1:]:
+        total.merge(group)
+    return total

@@ -20,7 +20,7 @@ class MaxCost:
     """Of the full-precision backbone's multiply-adds."""
     bytes: Number | None = None
     """Of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float32);
-    compensation counts as float32, as it is stored."""
+    compensation counts as it is stored: W as `bits` says, all else as float32."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> "MaxCost":
@@ -40,10 +40,13 @@ class CompensationSettings:
     kind: Kind = "linear"
     """Form of the compensation. `linear` adds `x W + b` to a block with input x (QwT), `lowrank` does so
     with a W of rank `rank`, `affine` scales and shifts each channel of the block's output (QwT-v2, arXiv
-    2505.20932), `bias` only shifts it. `auto` takes for each block the simplest of none, bias, affine and
-    linear whose error on held-out images cannot be told from the smallest."""
+    2505.20932), `bias` only shifts it. `auto` takes for each block none, bias, affine, a W of some rank or a
+    whole one, so that all blocks together remove the most error on held-out images within `max_cost`."""
     rank: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 16
     """Rank of W where the kind is `lowrank`."""
+    bits: Literal[8, 32] = 8
+    """Bits of W: 8 for integers with a scale for each column, and inputs of W in 8 bits; 32 for floating point
+    (the paper)."""
     target: Target = "reference"
     """What a block is fitted to. `reference`: the full-precision network's output at the block for the same
     image, which also repairs what earlier blocks left. `block`: the block's own full-precision output for
@@ -53,12 +56,12 @@ class CompensationSettings:
     the smallest error on held-out calibration images."""
     gate: Gate = "holdout"
     """Keep a block's compensation where it lowers the held-out error (`holdout`), where r² on the fitted
-    images is above 0 (`fit`, the paper), or always (`none`)."""
-    holdout_fraction: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.2
-    """Part of the calibration images that is kept out of the fit."""
-    refit: Flag = True
-    """Once held-out images have decided on ridge, gate and kind, fit what was kept to all calibration
-    images. The errors in `blocks.csv` are those before."""
+    images is above 0 (`fit`, the paper), or always (`none`). With `holdout` all of it must also lower the noise
+    in what the detector's heads compute on held-out images; otherwise blocks are left out, from the last one
+    to the first, until it does."""
+    holdout_fraction: Annotated[float, Strict(), Field(ge=0, le=0.5)] = 0.2
+    """Part of the calibration images that is held out at a time. 0.2 deals them out to five folds; the images of
+    each judge a fit to the other four, and what was chosen is fitted to all of them. 0 holds none out."""
     blocks: tuple[Text, ...] = ()
     """Module name patterns (fnmatch) of the blocks. Without any, the blocks are those of the backbone and,
     where the neck is quantized, of the neck."""
@@ -67,7 +70,8 @@ class CompensationSettings:
     convolutions."""
     max_cost: Annotated[MaxCost, Nested] | None = None
     """Most that the compensation may cost. The blocks with the most error reduction per cost are kept, and
-    fitted once more without the others. Without it there is no limit."""
+    fitted once more without the others. Without it there is no limit, but for `kind: auto`: 5 % of the bytes
+    and 3 % of the multiply-adds."""
 
     @model_validator(mode="after")
     def _has_held_out_images(self) -> "CompensationSettings":
@@ -79,6 +83,13 @@ class CompensationSettings:
                 "kind."
             )
         return self
+
+    @property
+    def budget(self) -> MaxCost | None:
+        """Most that the compensation may cost; None without a limit."""
+        if self.kind == "auto" and self.max_cost is None:
+            return MaxCost(multiply_adds=3.0, bytes=5.0)
+        return self.max_cost
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "CompensationSettings":
@@ -92,7 +103,9 @@ class CompensationSettings:
 
 RECIPES: Mapping[str, CompensationSettings] = {
     "qwt": CompensationSettings(),
-    "paper": CompensationSettings(target="block", ridge=0.0, gate="fit", holdout_fraction=0.0),
+    "paper": CompensationSettings(
+        target="block", ridge=0.0, bits=32, gate="fit", holdout_fraction=0.0
+    ),
     "affine": CompensationSettings(kind="affine"),
     "lowrank": CompensationSettings(kind="lowrank"),
     "bias": CompensationSettings(kind="bias"),

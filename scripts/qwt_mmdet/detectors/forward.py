@@ -6,7 +6,7 @@ from typing import Any
 
 from mmdet.models import BaseDetector
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -32,6 +32,24 @@ def dense_head(model: BaseDetector) -> BaseDenseHead | None:
     """
     head = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
     return head if isinstance(head, BaseDenseHead) else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
+    """The raw outputs of a detector's dense head (RPN or one-stage), for one collated batch.
+
+    Where the head needs more than the features (DETR and its like), the features that enter it.
+    """
+    features = model.extract_feat(model.data_preprocessor(batch, False)["inputs"])
+    head = dense_head(model)
+    return list(_tensors(features if head is None else head(features)))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,30 @@ class SignalNoise:
 
     def decibels(self) -> float | None:
         """10 log10(signal / noise), or None where one of them is 0."""
-        if self.noise == 0 or self.signal == 0:
-            return None
-        return 10 * math.log10(self.signal / self.noise)
+        return decibels(self.noise / self.signal) if self.signal else None
+
+
+def decibels(relative_noise: float | None) -> float | None:
+    """Signal-to-noise ratio in dB for noise by signal power; None without any noise."""
+    return -10 * math.log10(relative_noise) if relative_noise else None
+
+
+class HeadNoise:
+    """Streaming noise of all tensors that a detector's heads return."""
+
+    def __init__(self) -> None:
+        self._tensors: list[SignalNoise] = []
+
+    def update(self, full: Sequence[Tensor], quantized: Sequence[Tensor]) -> None:
+        """Add the tensors of one image as they should be and as they are."""
+        self._tensors = self._tensors or [SignalNoise() for _ in full]
+        for total, *pair in zip(self._tensors, full, quantized, strict=True):
+            total.update(*pair)
+
+    def relative(self) -> float:
+        """Noise by signal power, averaged over the tensors that have a signal."""
+        shares = [total.noise / total.signal for total in self._tensors if total.signal > 0]
+        return sum(shares) / len(shares) if shares else 0.0
 
 
 def measure_noise(

@@ -1,7 +1,6 @@
 """How much each layer's quantization alone disturbs what the heads compute, and bits chosen by it."""
 
 import heapq
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,15 +8,14 @@ from typing import Any
 
 import torch
 from mmdet.models import BaseDetector
-from torch import Tensor
 
 from ..config import Override, QuantizationSettings
-from ..detectors.forward import dense_head
+from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..progress import progress
 from ..quantization.convert import Unit, full_precision, quantized_units
 from ..quantization.layers import QuantizedLayer
-from ..quantization.noise import SignalNoise
+from ..quantization.noise import HeadNoise, decibels
 from ..quantization.quantizer import ActivationQuantizer
 
 LEAST_BITS, MOST_BITS = 2, 8
@@ -44,25 +42,7 @@ class Sensitivity:
     @property
     def sqnr_db(self) -> float | None:
         """Signal-to-quantization-noise ratio at the heads in dB; None without any noise."""
-        return -10 * math.log10(self.relative_noise) if self.relative_noise else None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-
-
-def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
-    """The raw outputs of a detector's dense head (RPN or one-stage), for one collated batch.
-
-    Where the head needs more than the features (DETR and its like), the features that enter it.
-    """
-    features = model.extract_feat(model.data_preprocessor(batch, False)["inputs"])
-    head = dense_head(model)
-    return list(_tensors(features if head is None else head(features)))
+        return decibels(self.relative_noise)
 
 
 @contextmanager
@@ -94,7 +74,7 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
         QwtError: no image came.
     """
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
-    noise: dict[str, list[SignalNoise]] = {name: [] for name in units}
+    noise = {name: HeadNoise() for name in units}
     images = 0
     with full_precision(model, {}):
         for batch in progress(loader, "Quantizing each layer alone", unit="batch"):
@@ -102,21 +82,18 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
             images += 1
             for name, unit in units.items():
                 with _quantized_alone(unit):
-                    found = head_tensors(model, batch)
-                noise[name] = noise[name] or [SignalNoise() for _ in expected]
-                for total, full, quantized in zip(noise[name], expected, found, strict=True):
-                    total.update(full, quantized)
+                    noise[name].update(expected, head_tensors(model, batch))
     if images == 0:
         raise QwtError("There are no calibration images; choose at least one.")
     ranked = [_sensitivity(name, unit, noise[name]) for name, unit in units.items()]
     return sorted(ranked, key=lambda entry: -(entry.relative_noise or 0))
 
 
-def _sensitivity(name: str, unit: Unit, noise: list[SignalNoise]) -> Sensitivity:
-    shares = [total.noise / total.signal for total in noise if total.signal > 0]
-    mean = sum(shares) / len(shares) if shares else 0
+def _sensitivity(name: str, unit: Unit, noise: HeadNoise) -> Sensitivity:
     weights = unit.weight.numel() if isinstance(unit, QuantizedLayer) else 0
-    return Sensitivity(name, unit.weight_bits, unit.activation_bits, weights, mean or None)
+    return Sensitivity(
+        name, unit.weight_bits, unit.activation_bits, weights, noise.relative() or None
+    )
 
 
 def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str, int]:
