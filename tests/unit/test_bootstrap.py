@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.evaluation import coco
 from qwt_mmdet.evaluation.bootstrap import ApTable, Bootstrap, bootstrap, draw_weights, interval
 from qwt_mmdet.evaluation.coco import AP_METRICS, coco_metrics
 from qwt_mmdet.evaluation.estimates import Difference, Estimate
@@ -351,6 +352,32 @@ def test_a_comparison_leaves_out_what_was_not_evaluated(result):
     part = result.compare(None, "w4/quantized", "w4/qwt", "bbox", "AP")
     missing = dict.fromkeys(("baseline", "quantized_minus_baseline", "compensated_minus_baseline", "recovered"))  # fmt: skip
     assert part == dataclasses.replace(whole, **missing)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_images_that_are_matched_in_parts_give_the_table_of_all(tmp_path, monkeypatch, iou_type):
+    content, predictions = random_detections(images=9, detections=25, classes=4, seed=7, scores=6)
+    path = write(tmp_path, content)
+    weights = draw_weights(9, 5, seed=1)
+    whole = ApTable.build(path, predictions, iou_type)
+    monkeypatch.setattr(coco, "IMAGES_AT_ONCE", 2)
+    backwards = sorted(predictions, key=lambda record: -record["image_id"])
+    parts = ApTable.build(path, backwards, iou_type)
+    assert parts.images == whole.images
+    for one, other in zip(parts.ap(weights), whole.ap(weights), strict=True):
+        assert list(one) == list(other)
+        np.testing.assert_array_equal(list(one.values()), list(other.values()))
+
+
+def test_variants_can_be_files(tmp_path):
+    content, predictions = random_detections(images=9, detections=5, classes=2, seed=7)
+    path = write(tmp_path, content)
+    file = tmp_path / "predictions.json"
+    file.write_text(json.dumps(predictions))
+    inside = bootstrap(path, {"baseline": predictions}, masks=True, resamples=100)
+    read = bootstrap(path, {"baseline": file}, masks=True, resamples=100)
+    compared = [result.estimate("baseline", "segm", "AP") for result in (inside, read)]
+    assert compared[0] == compared[1]
 
 
 def test_bad_predictions_name_their_variant(tmp_path):

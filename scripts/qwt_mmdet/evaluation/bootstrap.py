@@ -23,7 +23,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,13 +35,17 @@ from pycocotools.cocoeval import COCOeval
 from scipy import sparse, stats
 
 from ..errors import QwtError
+from ..files import read_json
 from ..progress import progress
-from .coco import AP_METRICS, check_predictions, iou_types, load_ground_truth, match_detections
+from .coco import AP_METRICS, check_predictions, iou_types, load_ground_truth, match_in_parts
 from .estimates import Comparison, Difference, Estimate
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Records = Sequence[dict[str, Any]] | str | os.PathLike[str]
+"""COCO results records, or the file that holds them."""
 
 CONFIDENCE = 0.95
 FEW_IMAGES = 30
@@ -154,50 +158,95 @@ def _interpolated_precision(
     return (envelope * reached).sum(axis=0) / len(recall_thresholds)
 
 
+class _Part(NamedTuple):
+    """Detections of one category in some images.
+
+    ``present`` [N] indices of the images that have objects or detections of it, ``images`` [D] index of each
+    detection's image, ``scores`` [D]; of each size class ``hit`` [T, D], ``counted`` [T, D], ``objects`` [N]
+    as in :class:`Outcome`.
+    """
+
+    present: NDArray[np.int64]
+    images: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    hit: list[NDArray[np.bool_]]
+    counted: list[NDArray[np.bool_]]
+    objects: list[NDArray[np.int64]]
+
+
+def _judged(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> _Part:
+    """What COCOeval says of one category in the images ``present``."""
+    first = by_area[0]
+    scores = np.concatenate([np.asarray(entry["dtScores"], dtype=float) for entry in first])
+    images = np.repeat(present, [len(entry["dtScores"]) for entry in first])
+    part = _Part(present, images, scores, [], [], [])
+    for entries in by_area:
+        matched = np.concatenate([entry["dtMatches"] for entry in entries], axis=1) != 0
+        ignored = np.concatenate([entry["dtIgnore"] for entry in entries], axis=1).astype(bool)
+        part.hit.append(matched & ~ignored)
+        part.counted.append(~ignored)
+        part.objects.append(
+            np.array([np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries])
+        )
+    return part
+
+
 class ApTable:
     """Matches of one variant and IoU type, from which AP follows under any weights of the images.
 
     Build it with ``ApTable.build``. ``images`` are the ids of the columns of the weights.
     """
 
-    def __init__(self, evaluator: COCOeval) -> None:
-        parameters = evaluator.params
-        self.images: list[int] = [int(image) for image in parameters.imgIds]
-        self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
-        self.recall_thresholds: NDArray[np.float64] = parameters.recThrs
-        self.areas: list[str] = parameters.areaRngLbl
-        self.categories: dict[int, tuple[Ranking, list[Outcome]]] = {}
-        # evalImgs is a flat list [category, area, image]; None where an image has neither
-        # objects nor detections of the category, which is so in all areas alike.
-        size = len(self.areas) * len(self.images)
-        starts = range(0, len(evaluator.evalImgs), size)
-        for category, start in zip(parameters.catIds, starts, strict=True):
-            by_area = [
-                evaluator.evalImgs[begin : begin + len(self.images)]
-                for begin in range(start, start + size, len(self.images))
-            ]
-            present = [index for index, entry in enumerate(by_area[0]) if entry is not None]
-            if present:
-                entries = [[area[index] for index in present] for area in by_area]
-                self.categories[int(category)] = self._category(np.array(present), entries)
+    def __init__(self, evaluators: Iterable[COCOeval]) -> None:
+        """Rank and judge what evaluators of consecutive images have matched.
 
-    def _category(
-        self, present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]
-    ) -> tuple[Ranking, list[Outcome]]:
+        Of each evaluator only small arrays are kept, so that many images can be matched in parts.
+        """
+        self.images: list[int] = []
+        parts: dict[int, list[_Part]] = {}
+        for evaluator in evaluators:
+            parameters = evaluator.params
+            self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
+            self.recall_thresholds: NDArray[np.float64] = parameters.recThrs
+            self.areas: list[str] = parameters.areaRngLbl
+            # evalImgs is a flat list [category, area, image]; None where an image has neither
+            # objects nor detections of the category, which is so in all areas alike.
+            count = len(parameters.imgIds)
+            size = len(self.areas) * count
+            for category, start in zip(
+                parameters.catIds, range(0, len(evaluator.evalImgs), size), strict=True
+            ):
+                by_area = [
+                    evaluator.evalImgs[begin : begin + count]
+                    for begin in range(start, start + size, count)
+                ]
+                present = [index for index, entry in enumerate(by_area[0]) if entry is not None]
+                if present:
+                    entries = [[area[index] for index in present] for area in by_area]
+                    places = np.array(present) + len(self.images)
+                    parts.setdefault(int(category), []).append(_judged(places, entries))
+            self.images += map(int, parameters.imgIds)
+        self.categories = {
+            category: self._category(parts[category])
+            for category in map(int, parameters.catIds)
+            if category in parts
+        }
+
+    def _category(self, parts: Sequence["_Part"]) -> tuple[Ranking, list[Outcome]]:
         """Rank the detections of one category, and judge them in each size class."""
-        first = by_area[0]
-        scores = np.concatenate([np.asarray(entry["dtScores"], dtype=float) for entry in first])
+        scores = np.concatenate([part.scores for part in parts])
         order = np.argsort(-scores, kind="mergesort")
         scores = scores[order]
-        images = np.repeat(present, [len(entry["dtScores"]) for entry in first])[order]
+        images = np.concatenate([part.images for part in parts])[order]
         ties = np.concatenate([np.zeros(1, dtype=int), np.cumsum(scores[1:] != scores[:-1])])
         outcomes = []
-        for entries in by_area:
-            matched = np.concatenate([entry["dtMatches"] for entry in entries], axis=1) != 0
-            ignored = np.concatenate([entry["dtIgnore"] for entry in entries], axis=1).astype(bool)
+        for area in range(len(self.areas)):
+            hit = np.concatenate([part.hit[area] for part in parts], axis=1)[:, order]
+            counted = np.concatenate([part.counted[area] for part in parts], axis=1)[:, order]
             objects = np.zeros(len(self.images), dtype=np.int64)
-            objects[present] = [np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries]
-            outcomes.append(Outcome((matched & ~ignored)[:, order], ~ignored[:, order], objects))
+            for part in parts:
+                objects[part.present] = part.objects[area]
+            outcomes.append(Outcome(hit, counted, objects))
         return Ranking(images, ties[: len(images)]), outcomes
 
     @classmethod
@@ -215,7 +264,7 @@ class ApTable:
         masks = iou_type == "segm"
         ground_truth = load_ground_truth(annotations, masks=masks)
         check_predictions(ground_truth, predictions, masks=masks)
-        return cls(match_detections(ground_truth, predictions, iou_type))
+        return cls(match_in_parts(ground_truth, predictions, iou_type))
 
     def ap(
         self, weights: NDArray[np.integer]
@@ -489,17 +538,29 @@ class Bootstrap:
 
 def _ap_under_weights(
     ground_truth: COCO,
-    predictions: Sequence[dict[str, Any]],
+    variant: Records,
     iou_type: str,
     weights: NDArray[np.int64],
+    masks: bool,
 ) -> dict[str | int, NDArray[np.float64]]:
-    metrics, classes = ApTable(match_detections(ground_truth, predictions, iou_type)).ap(weights)
+    records = variant
+    if isinstance(records, str | os.PathLike):
+        records = read_json(records, what="predictions file")
+    check_predictions(ground_truth, records, masks=masks)
+    metrics, classes = ApTable(match_in_parts(ground_truth, records, iou_type)).ap(weights)
     return dict([*metrics.items(), *classes.items()])
+
+
+def _ap_of_variant(name: str, *arguments: Any) -> dict[str | int, NDArray[np.float64]]:
+    try:
+        return _ap_under_weights(*arguments)
+    except QwtError as error:
+        raise QwtError(f"Variant {name}: {error}") from error
 
 
 def bootstrap(
     annotations: str | os.PathLike[str],
-    variants: Mapping[str, Sequence[dict[str, Any]]],
+    variants: Mapping[str, Records],
     *,
     masks: bool,
     classes: Collection[str] | None = None,
@@ -511,7 +572,8 @@ def bootstrap(
 
     Args:
         annotations: path of the COCO annotation file that all variants were evaluated on.
-        variants: name of a variant and its COCO results records (see ``coco.coco_metrics``).
+        variants: name of a variant and its COCO results records (see ``coco.coco_metrics``), or the file that
+            holds them: of many detections, one variant at a time is in the memory of each process then.
         masks: masks besides boxes.
         classes: names of the categories that are evaluated; None: all.
         resamples: number of resamples; a single image cannot be resampled, so it gets none and
@@ -528,14 +590,9 @@ def bootstrap(
         logger.warning("Bootstrap intervals from %d images are rough; evaluate on more.", images)
     drawn = draw_weights(images, resamples if images > 1 else 0, seed)
     weights = np.concatenate([np.ones((1, images), dtype=drawn.dtype), drawn])
-    for name, predictions in variants.items():
-        try:
-            check_predictions(ground_truth, predictions, masks=masks)
-        except QwtError as error:
-            raise QwtError(f"Variant {name}: {error}") from error
     tables = [(name, iou_type) for name in variants for iou_type in iou_types(masks)]
     tasks = (
-        delayed(_ap_under_weights)(ground_truth, variants[name], iou_type, weights)
+        delayed(_ap_of_variant)(name, ground_truth, variants[name], iou_type, weights, masks)
         for name, iou_type in tables
     )
     results = Parallel(n_jobs=processes, return_as="generator")(tasks)

@@ -27,6 +27,9 @@ METRICS = (
 AP_METRICS = METRICS[:6]
 """Those that average precision."""
 
+IMAGES_AT_ONCE = 500
+"""That are matched before only small arrays of them are kept."""
+
 MATCHED_KEYS = {"bbox": "bbox", "segm": "segmentation"}
 """The key of a prediction that each IoU type compares."""
 
@@ -136,7 +139,11 @@ def check_predictions(
 
 
 def match_detections(
-    ground_truth: COCO, predictions: Sequence[dict[str, Any]], iou_type: str
+    ground_truth: COCO,
+    predictions: Sequence[dict[str, Any]],
+    iou_type: str,
+    *,
+    images: Sequence[int] | None = None,
 ) -> COCOeval:
     """Match checked predictions to the ground truth (COCOeval.evaluate).
 
@@ -145,6 +152,7 @@ def match_detections(
 
     Args:
         iou_type: ``bbox`` or ``segm``.
+        images: ids of those that the predictions are of; None: all.
 
     Returns:
         The evaluator with its ``evalImgs``, not yet accumulated. ``predictions`` stay as they are.
@@ -160,8 +168,27 @@ def match_detections(
             detections.dataset = {**ground_truth.dataset, "annotations": []}
             detections.createIndex()
         evaluator = COCOeval(ground_truth, detections, iou_type)
+        if images is not None:
+            evaluator.params.imgIds = list(images)
         evaluator.evaluate()
     return evaluator
+
+
+def match_in_parts(
+    ground_truth: COCO, predictions: Sequence[dict[str, Any]], iou_type: str
+) -> Iterator[COCOeval]:
+    """Match as :func:`match_detections` does, some images at a time, in the order of their ids.
+
+    An evaluator of all images holds several times what the predictions take.
+    """
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for record in predictions:
+        by_image.setdefault(record["image_id"], []).append(record)
+    images = sorted(ground_truth.imgs)
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        part = images[start : start + IMAGES_AT_ONCE]
+        records = [record for image in part for record in by_image.get(image, ())]
+        yield match_detections(ground_truth, records, iou_type, images=part)
 
 
 def _class_average_precisions(evaluator: COCOeval) -> dict[int, float | None]:

@@ -293,10 +293,7 @@ def _model_summary(
     if folders:
         single = bootstrap(
             rows[0]["annotations"],
-            {
-                folder: read_json(Path(folder) / "predictions.json", what="predictions file")
-                for folder in folders
-            },
+            {folder: Path(folder) / "predictions.json" for folder in folders},
             masks=masks,
             classes=metrics[folders[0]]["per_class"],
             resamples=resamples,
