@@ -28,9 +28,10 @@ $(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
 test: env ## run all tests (ARGS="-k word" chooses some)
 	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
-bench: env ## measure time and memory on a Swin-T backbone (an hour on two cores)
+bench: env ## measure time and memory on a Swin-T backbone, and exported files (over an hour on two cores)
 	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py
 	@$(WITH_VENV) python tests/benchmarks/bench_compensation.py --images 32 --check
+	@$(WITH_VENV) python tests/benchmarks/bench_exports.py backbones demo
 
 demo: env ## run the default configuration from checkpoint to report
 	@$(WITH_VENV) snakemake --cores all --resources gpu=$$($(VENV)/bin/python -c \

@@ -42,6 +42,7 @@ from qwt_mmdet.export.profile import PROFILES, integer_share
 from qwt_mmdet.export.runtimes import RUNTIMES, Graph, Run, open_graph, prepared
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
+from qwt_mmdet.quantization.state import load_warmup
 from qwt_mmdet.steps.evaluate import evaluate_detector
 from torch import Tensor, nn
 
@@ -222,7 +223,11 @@ def detector(
             settings = QuantizationSettings(
                 weight_bits, activation_bits, scope="detector", grids=options.grids
             )
-            quantized = calibrate(quantize_model(copy.deepcopy(model), settings), loader)
+            quantized = copy.deepcopy(model)
+            if options.warmup:
+                load_warmup(quantized, options.warmup)
+            else:
+                calibrate(quantize_model(quantized, settings), loader)
             path = Path(folder, f"{bits}.onnx")
             export_onnx(quantized, path, calibration=islice(loader, RANGE_IMAGES))
             simulated = evaluate_detector(quantized, evaluation)[0]["bbox"]["AP"]
@@ -282,6 +287,7 @@ def main() -> None:
     parser.add_argument("what", nargs="+", choices=("backbones", "demo", "detector"))
     for name in ("--config", "--checkpoint", "--calibration", "--evaluation"):
         parser.add_argument(name, help="of the detector")
+    parser.add_argument("--warmup", help="of the detector with these bits, instead of calibrating")
     parser.add_argument("--bits", nargs="+", default=["w8a8"], metavar="wWaA")
     parser.add_argument("--grids", default="integer", choices=("any", "integer"))
     parser.add_argument(

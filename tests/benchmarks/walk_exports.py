@@ -28,9 +28,9 @@ from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import random_detector, read_config
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.export.cut import dense_head, refuse_what_has_no_form, region_inputs
 from qwt_mmdet.export.loading import load_exported
 from qwt_mmdet.export.onnx_file import export_onnx
-from qwt_mmdet.export.parts import dense_head, refuse_what_has_no_form, region_inputs
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from tabulate import tabulate

@@ -27,11 +27,11 @@ onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 from qwt_mmdet.export import (  # noqa: E402
+    cut,
     description,
     detections,
     loading,
     onnx_file,
-    parts,
     passes,
     runtimes,
 )
@@ -250,7 +250,7 @@ def test_a_failure_names_the_module(images):
 
 def test_a_network_is_refused_before_it_runs(images):
     with pytest.raises(QwtError, match="A Network cannot be exported"):
-        parts.refuse_what_has_no_form(Network())
+        cut.refuse_what_has_no_form(Network())
     with pytest.raises(QwtError, match="no opset 7"):
         onnx_file.check_opset(7)
     tood = random_detector(
@@ -258,7 +258,7 @@ def test_a_network_is_refused_before_it_runs(images):
         {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512]},
     )
     with pytest.raises(QwtError, match="The module bbox_head is a TOODHead"):
-        parts.refuse_what_has_no_form(tood)
+        cut.refuse_what_has_no_form(tood)
 
 
 DEMO = Path(__file__).parents[2] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
@@ -348,10 +348,10 @@ def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path):
 
 
 def test_an_image_of_another_size_is_refused_where_the_graph_is_fixed():
-    first = loading._FirstPart(lambda inputs: {}, {"input": {"size": [64, 64], "dynamic": False}})
+    first = loading._FirstGraph(lambda inputs: {}, {"input": {"size": [64, 64], "dynamic": False}})
     with pytest.raises(QwtError, match="height 96 and width 64"):
         first(torch.zeros(1, 3, 96, 64))
-    assert parts.one_size_only(tiny.backbone("swin")) == "stages.0.blocks.0.attn"
+    assert cut.one_size_only(tiny.backbone("swin")) == "stages.0.blocks.0.attn"
 
 
 def one_stage(kind: str) -> nn.Module:

@@ -12,7 +12,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 
 from ..errors import QwtError
-from .parts import Names
+from .cut import Names
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -24,7 +24,7 @@ class Candidates(nn.Module):
     """A one-stage detector up to non-maximum suppression: an image to all boxes and their scores.
 
     Attributes:
-        outputs, features: names, as of :class:`.parts.FirstPart`.
+        outputs, features: names, as of :class:`.cut.FirstGraph`.
     """
 
     def __init__(self, model: BaseDetector) -> None:

@@ -16,8 +16,8 @@ from ..config import QuantizationSettings
 from ..detectors.build import build_detector
 from ..errors import QwtError
 from ..record import Quantization, record_of
+from .cut import dense_head, with_tensors
 from .description import from_json, graph_files, read_description
-from .parts import dense_head, with_tensors
 from .runtimes import Run, open_graph
 
 
@@ -27,7 +27,7 @@ class _Features(tuple):
     head: tuple[Any, ...]
 
 
-class _FirstPart:
+class _FirstGraph:
     """The first graph in the place of backbone and neck."""
 
     def __init__(self, run: Run, description: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ class _FirstPart:
         return features
 
 
-class _RegionPart:
+class _RegionGraph:
     """A graph in the place of a head of the second stage."""
 
     def __init__(self, run: Run, description: dict[str, Any]) -> None:
@@ -115,8 +115,8 @@ def load_exported(
         settings = QuantizationSettings.from_mapping(description["quantization"])
         record_of(model).quantization = Quantization(settings)
     model.backbone = model.neck = nn.Identity()
-    model.extract_feat = _FirstPart(runs[0], description)
+    model.extract_feat = _FirstGraph(runs[0], description)
     model.get_submodule(dense_head(model)).forward = lambda features: features.head
     for run, (name, entry) in zip(runs[1:], description["region_heads"].items(), strict=True):
-        model.get_submodule(name).forward = _RegionPart(run, entry)
+        model.get_submodule(name).forward = _RegionGraph(run, entry)
     return ExportedDetector(model.eval(), description)

@@ -25,18 +25,18 @@ from ..data.loaders import transforms_by_name
 from ..errors import QwtError, check_installed, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
-from .description import EXPORT_FORMAT, as_json, exported_bytes
-from .detections import Candidates, append_suppression, check_suppression
-from .nodes import onnx_nodes
-from .parts import (
-    FirstPart,
-    RegionPart,
+from .cut import (
+    FirstGraph,
+    RegionGraph,
     flat_names,
     most_regions,
     one_size_only,
     refuse_what_has_no_form,
     region_inputs,
 )
+from .description import EXPORT_FORMAT, as_json, exported_bytes
+from .detections import Candidates, append_suppression, check_suppression
+from .nodes import onnx_nodes
 from .processing import postprocessing, preprocessing
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def export_onnx(
         found, varies = image_size(model)
         size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
     copied = copy.deepcopy(model).cpu().eval()
-    first, image = (Candidates if nms else FirstPart)(copied), torch.zeros(1, 3, *size)
+    first, image = (Candidates if nms else FirstGraph)(copied), torch.zeros(1, 3, *size)
     with _failures_name_the_module(copied):
         first(image)  # finds the names
         inputs_of_heads = region_inputs(copied, image)
@@ -116,17 +116,17 @@ def export_onnx(
     _save(graph, path)
     regions = {}
     for name, inputs in inputs_of_heads.items():
-        part = RegionPart(copied.get_submodule(name))
-        part(*inputs.values())
-        names = flat_names(part.outputs)
+        region = RegionGraph(copied.get_submodule(name))
+        region(*inputs.values())
+        names = flat_names(region.outputs)
         file = Path(path).with_suffix(f".{name}.onnx")
         counts = (tuple({0: Dim.DYNAMIC} for _ in inputs),)
-        _save(trace(part, inputs, names, opset=opset, dynamic_shapes=counts), file)
+        _save(trace(region, inputs, names, opset=opset, dynamic_shapes=counts), file)
         regions[name] = {
             "file": file.name,
             "sha256": sha256_file(file),
             "inputs": {key: list(value.shape[1:]) for key, value in inputs.items()},
-            "outputs": part.outputs,
+            "outputs": region.outputs,
             "most_regions": most_regions(model, name),
         }
     record = record_of(model)

@@ -12,7 +12,7 @@ from mmdet.models.task_modules import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from torch import nn
 
 from ..data.loaders import transforms_by_name
-from .parts import dense_head
+from .cut import dense_head
 
 RESIZE = (
     "with keep_ratio: scale = min(long / max(w, h), short / min(w, h)) for the longer and the shorter of width "

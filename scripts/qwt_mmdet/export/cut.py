@@ -30,7 +30,7 @@ from ..errors import QwtError
 from ..quantization.convert import activation_quantizers
 
 Names = str | None | list["Names"] | dict[str, "Names"]
-"""Names of outputs in the place of the tensors, in what a part returns; a dictionary is a tuple there."""
+"""Names of outputs in the place of the tensors, in what a graph returns; a dictionary is a tuple there."""
 
 DENSE_HEADS: dict[type[BaseDetector], tuple[str, type[BaseDenseHead | BaseMaskHead]]] = {
     SingleStageDetector: ("bbox_head", BaseDenseHead),
@@ -43,7 +43,7 @@ REGION_HEADS = ("shared_head", "bbox_head", "mask_head", "mask_iou_head")
 """Modules of a second stage that take regions: [regions, channels, height, width]."""
 
 
-class FirstPart(nn.Module):
+class FirstGraph(nn.Module):
     """Backbone, neck and dense head: an image to the raw outputs of the head.
 
     A call fills the attributes.
@@ -71,7 +71,7 @@ class FirstPart(nn.Module):
         return *_tensors(outputs), *kept
 
 
-class RegionPart(nn.Module):
+class RegionGraph(nn.Module):
     """A head of the second stage.
 
     Attributes:
@@ -128,7 +128,7 @@ def region_heads(model: BaseDetector) -> list[str]:
     known = (StandardRoIHead, CascadeRoIHead, MaskScoringRoIHead)
     if type(roi_head).forward not in [cls.forward for cls in known]:
         raise QwtError(
-            f"The module roi_head is a {type(roi_head).__name__}, whose parts need more than the maps of "
+            f"The module roi_head is a {type(roi_head).__name__}, whose heads need more than the maps of "
             "regions; this detector cannot be exported."
         )
     found = []
@@ -214,7 +214,7 @@ def flat_names(names: Names) -> list[str]:
 
 
 def with_tensors(names: Names, tensors: Mapping[str, Tensor]) -> Any:
-    """What a part returns, from the tensors by their names."""
+    """What a graph returns, from the tensors by their names."""
     if isinstance(names, str):
         return tensors[names]
     if isinstance(names, dict):
@@ -234,14 +234,14 @@ def refuse_what_has_no_form(model: BaseDetector) -> None:
     Raises:
         QwtError: it cannot; the message names the module.
     """
-    parts = ("backbone", "neck", dense_head(model), *region_heads(model))
+    modules = ("backbone", "neck", dense_head(model), *region_heads(model))
     for name, module in model.named_modules():
         module_class = type(module)
-        if not any(name == part or name.startswith(f"{part}.") for part in parts):
+        if not any(name == start or name.startswith(f"{start}.") for start in modules):
             if any(True for _ in module.parameters(recurse=False)):
                 raise QwtError(
-                    f"The module {name} is a {module_class.__name__} with weights, and lies between the parts that "
-                    f"become graphs ({', '.join(parts)}); this detector cannot be exported."
+                    f"The module {name} is a {module_class.__name__} with weights, and lies between the modules that "
+                    f"become graphs ({', '.join(modules)}); this detector cannot be exported."
                 )
         elif module_class.__module__.startswith("mmcv.ops") or _deforms(module_class):
             raise QwtError(
