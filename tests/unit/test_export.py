@@ -109,6 +109,19 @@ def test_onnx_runtime_computes_what_the_quantized_network_does(
     assert all("forward" not in vars(layer) for layer in quantized_layers(model).values())
 
 
+@torch.no_grad()
+def test_openvino_computes_what_the_quantized_network_does(tmp_path, images):
+    pytest.importorskip("openvino", reason="openvino, an optional extra, is not installed")
+    model = quantized(images, weight_bits=8, activation_bits=8, grids="integer")
+    onnx_ir.save(graph_of(model), tmp_path / "model.onnx")
+    run = runtimes.open_graph(tmp_path / "model.onnx", "openvino")
+    for batch in images:
+        image = batch["inputs"][0][None]
+        output = model(image)[0].numpy()
+        found = run({"image": image.numpy()})["output"]
+        assert np.mean(np.abs(found - output)) < 0.02 * output.std()
+
+
 class Residual(nn.Module):
     """A residual block behind a max pooling, and a convolution that reads it."""
 
