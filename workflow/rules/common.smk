@@ -160,8 +160,14 @@ def step_resources(step, gpu=detector_gpu):
     return {"gpu": gpu, "mem_mb": megabytes, "runtime": limit}
 
 
-def table_mb(wildcards, input, attempt):
-    """Resources function: megabytes of a job that reads all predictions."""
+def table_mb(wildcards, input, threads, attempt):
+    """Resources function: megabytes of a job each of whose processes reads one file of predictions at a time."""
+    largest = max(input.size_files_mb, default=0)
+    return math.ceil((1000 + 10 * largest * threads) * 2 ** (attempt - 1))
+
+
+def report_mb(wildcards, input, attempt):
+    """Resources function: megabytes of a job that reads the predictions of several variants."""
     return math.ceil((1000 + 10 * input.size_mb) * 2 ** (attempt - 1))
 
 

@@ -63,7 +63,7 @@ rule render_report:
     conda:
         "../../envs/qwt.yaml"
     resources:
-        mem_mb=table_mb,
+        mem_mb=report_mb,
     params:
         rows=RESULT_ROWS,
         code=source_hash("render_report"),
