@@ -31,7 +31,7 @@ DEFERRED: Mapping[str, Sequence[str]] = {
     "scipy.sparse.csgraph": ["maximum_bipartite_matching"],
 }
 """Modules that mmdet brings along and no detector uses on images, with what is imported from them by
-name. They took a third of the time in which a step starts."""
+name. They took a quarter of the time in which a step starts."""
 
 
 def _deferred(module: str, function: str) -> Callable[..., Any]:
