@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["nncf==3.4.0", "openvino==2026.4.1", "numpy"]
+# ///
 """Quantize an ONNX file with NNCF's defaults for OpenVINO; run by bench_exports.py with a Python that has both.
 
 python quantize_with_nncf.py model.onnx images.npy output.xml

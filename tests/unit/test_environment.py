@@ -86,6 +86,15 @@ def test_whatever_a_pinned_package_needs_is_pinned_too():
     assert missing == {}
 
 
+def of_its_own_environment(path: Path) -> set[str]:
+    """Packages that a script names for an environment of its own (PEP 723)."""
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", path.read_text("utf-8"), re.MULTILINE)
+    if block is None:
+        return set()
+    pins = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))["dependencies"]
+    return {canonicalize_name(Requirement(pin).name) for pin in pins}
+
+
 def imported_packages(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -109,7 +118,8 @@ def test_every_import_comes_from_a_pin():
         f"{name} ({path.relative_to(ROOT)})"
         for path in sources
         for name in imported_packages(path) - own - sys.stdlib_module_names
-        if not known & {canonicalize_name(each) for each in providers.get(name, [name])}
+        if not (known | of_its_own_environment(path))
+        & {canonicalize_name(each) for each in providers.get(name, [name])}
     }
     assert sources
     assert foreign == set()
