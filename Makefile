@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test bench demo estimate lint docs config-docs clean
+.PHONY: help env test test-all bench demo estimate lint docs config-docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,8 +25,13 @@ $(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
 	  --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test: env ## run all tests (ARGS="-k word" chooses some)
-	@$(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+PYTEST := $(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal
+
+test: env ## run the tests but for the slow ones, in under 10 minutes (ARGS="-k word" chooses some)
+	@$(PYTEST) -m "not slow and not zoo and not slurm" $(ARGS)
+
+test-all: env ## run the slow tests too: whole runs and ten architectures
+	@$(PYTEST) $(ARGS)
 
 bench: env ## measure time and memory on a Swin-T backbone, and exported files (over an hour on two cores)
 	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py
