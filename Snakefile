@@ -4,6 +4,13 @@ min_version("9.27.1")  # that is tested
 
 
 include: "workflow/rules/common.smk"
+
+
+# jobs on other machines get it, too
+envvars:
+    JOBS,
+
+
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/quantize.smk"

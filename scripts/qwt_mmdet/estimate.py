@@ -29,7 +29,7 @@ from .compensation.state import save_compensation
 from .config import CompensationSettings, QuantizationSettings, combinations, exports
 from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
-from .data.sources import open_source
+from .data.sources import number_of_images
 from .detectors.build import random_detector
 from .errors import QwtError
 from .evaluation.predict import predict
@@ -223,22 +223,19 @@ def measure_model(trial: Trial, steps: Sequence[str] = STEPS) -> dict[str, Cost]
     return {step: _in_process(measure, trial, step) for step in steps}
 
 
-def number_of_images(dataset: Mapping[str, Any], part: Part) -> int:
+def images_of(dataset: Mapping[str, Any], part: Part) -> int:
     """How many images the ``calibration`` or ``evaluation`` part of a resolved data set has.
 
     Raises:
         QwtError: it is all images of an annotation file that cannot be read here.
     """
-    chosen = dataset[part]
-    if chosen["images"] != "all":
-        return chosen["images"]
-    available = open_source(dataset, "").available(part)
-    if available is None:
+    count = number_of_images(dataset, part)
+    if count is None:
         raise QwtError(
-            f"The number of images of the split {chosen['split']} is not known before its annotations "
+            f"The number of images of the split {dataset[part]['split']} is not known before its annotations "
             "are fetched; give a number in the place of all."
         )
-    return available
+    return count
 
 
 @dataclass(frozen=True)
@@ -287,7 +284,7 @@ def estimate_run(
         threads: of each step.
 
     Raises:
-        QwtError: see :func:`number_of_images` and :func:`measure_model`.
+        QwtError: see :func:`images_of` and :func:`measure_model`.
     """
     rows = combinations(config)
     found = []
@@ -327,7 +324,7 @@ def estimate_run(
         for step, cost in costs.items():
             if step in config["skip"]:
                 continue
-            images = number_of_images(dataset, part_of(step))
+            images = images_of(dataset, part_of(step))
             found.append(
                 Estimate(name, step, jobs.get(step, config["repeats"] * len(own)), images, cost)
             )

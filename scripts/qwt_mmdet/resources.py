@@ -1,4 +1,5 @@
-"""What a job asks a cluster for: minutes and megabytes, from what ``qwt-mmdet estimate`` measured.
+"""What a job asks a cluster for: minutes and megabytes, from what ``qwt-mmdet estimate`` measured; and into
+how many jobs an evaluation is split.
 
 Light on purpose (no torch, no mmdet): Snakemake asks whenever it reads the workflow.
 """
@@ -23,6 +24,11 @@ MEMORY_MARGIN = 1.25
 
 UNMEASURED_MB = 3000
 """For a step whose cost is not known: twice what any detector of docs/hardware.md takes on a CPU."""
+
+SHARD_IMAGES = 250
+"""Images of a shard at least: with fewer, the start of a job would be too much of its time."""
+JOBS = "QWT_MMDET_JOBS"
+"""Environment variable with the number of jobs that run side by side, for jobs that read the workflow again."""
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -87,3 +93,13 @@ def minutes(measured: MeasuredStep | None, images: int | None, attempt: int) -> 
     count = measured.images if images is None else images
     seconds = measured.seconds + count * measured.seconds_per_image
     return math.ceil(seconds * TIME_MARGIN / 60 * 2 ** (attempt - 1))
+
+
+def default_shards(images: int | None, evaluations: int, jobs: int) -> int:
+    """Into how many jobs to split each evaluation, so that all that can run side by side are busy.
+
+    Args:
+        images: of one evaluation; None where their number is not known yet, which splits nothing.
+        evaluations: of the whole run. jobs: that run side by side.
+    """
+    return max(1, min(jobs // evaluations, (images or 0) // SHARD_IMAGES))

@@ -345,10 +345,13 @@ def shards_note(
     return f"results/{'/'.join(parts)}/shards.json", digest
 
 
-def count_shards(config: Mapping[str, Any], **wildcards: str) -> int:
+def count_shards(config: Mapping[str, Any], default: int, **wildcards: str) -> int:
     """In how many shards an evaluation is run: as the config says, or as it was, where nothing else changed.
 
     Snakemake runs a step again when its input files are others, so the shards of what is done stay.
+
+    Args:
+        default: how many where the config leaves it open.
     """
     path, current = shards_note(config, **wildcards)
     try:
@@ -357,4 +360,5 @@ def count_shards(config: Mapping[str, Any], **wildcards: str) -> int:
             return int(note["shards"])
     except (OSError, ValueError, TypeError, KeyError):
         pass  # there is none, or it is cut off
-    return int(config["evaluation"]["shards"])
+    chosen = config["evaluation"]["shards"]
+    return default if chosen == "auto" else int(chosen)

@@ -28,6 +28,7 @@ import numpy as np
 import onnx_ir
 import torch
 from mmdet.structures import DetDataSample
+from mmengine.logging import MMLogger
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from qwt_mmdet.config import QuantizationSettings
@@ -295,6 +296,7 @@ def main() -> None:
     )
     parser.add_argument("--nncf", metavar="PYTHON", help="of an environment that has nncf")
     options = parser.parse_args()
+    MMLogger.get_current_instance().setLevel("ERROR")  # it would list every parameter
     runtimes = [name for name in RUNTIMES if find_spec(name)]
     if "backbones" in options.what:
         for name in BACKBONES:

@@ -59,7 +59,7 @@ def message(path: str, value) -> str:
 
 def test_defaults_fill_in_at_every_depth():
     resolved = config.resolve(MINIMAL)
-    assert resolved["evaluation"] == {"batch_size": 1, "workers": 2, "shards": 1}
+    assert resolved["evaluation"] == {"batch_size": 1, "workers": 2, "shards": "auto"}
     assert resolved["bootstrap"] == {"resamples": 1000}
     assert resolved["quantization"]["w4a8"]["activation_range"] == "repq"
     assert resolved["compensation"]["paper"]["holdout_fraction"] == 0.2

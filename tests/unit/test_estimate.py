@@ -7,7 +7,7 @@ import yaml
 from qwt_mmdet import cli, estimate
 from qwt_mmdet.config import QuantizationSettings, read_file, resolve
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.estimate import Cost, Trial, estimate_run, measure_model, number_of_images
+from qwt_mmdet.estimate import Cost, Trial, estimate_run, images_of, measure_model
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +75,8 @@ def test_a_split_of_unknown_size_is_named():
     dataset = {"type": "coco", "url": "http://localhost"}
     part = {"images": "all", "split": "test-dev2017", "annotations": "a.json"}
     with pytest.raises(QwtError, match=r"test-dev2017.*give a number"):
-        number_of_images({**dataset, "evaluation": part}, "evaluation")
-    assert number_of_images({**dataset, "evaluation": {**part, "images": 7}}, "evaluation") == 7
+        images_of({**dataset, "evaluation": part}, "evaluation")
+    assert images_of({**dataset, "evaluation": {**part, "images": 7}}, "evaluation") == 7
 
 
 @pytest.mark.slow

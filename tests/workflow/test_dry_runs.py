@@ -132,3 +132,17 @@ def test_steps_wait_for_a_gpu_only_where_there_is_one(workflow: Workflow, monkey
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert wanted() == {"1"}
+
+
+def test_evaluations_are_split_where_cores_would_be_idle(workflow: Workflow, monkeypatch):
+    """Two evaluations of 600 images on eight cores: two shards each, as none may have fewer than 250 images."""
+    monkeypatch.delenv("QWT_MMDET_JOBS", raising=False)
+    config = yaml.safe_load((CONFIGS / "demo_tiny.yaml").read_text())
+    config["compensation"] = {}
+    config["datasets"]["shapes"]["evaluation"]["images"] = 600
+    workflow.configure(config)
+    assert "evaluate_shard" not in workflow.jobs("--cores", "3")
+    assert workflow.jobs("--cores", "8")["evaluate_shard"] == 4
+    config["datasets"]["shapes"]["evaluation"]["images"] = 300
+    workflow.configure(config)
+    assert "evaluate_shard" not in workflow.jobs("--cores", "8")

@@ -15,12 +15,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import combinations, exports, of_repeat, read_file, resolve
-from qwt_mmdet.data.sources import open_source
+from qwt_mmdet.data.sources import number_of_images, open_source
 from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import is_url
 from qwt_mmdet.reporting.text import UNFINISHED, last_error, run_summary
-from qwt_mmdet.resources import ESTIMATE, memory_mb, minutes, read_estimate
+from qwt_mmdet.resources import (
+    ESTIMATE,
+    JOBS,
+    default_shards,
+    memory_mb,
+    minutes,
+    read_estimate,
+)
 from qwt_mmdet.runtime import COMMAND
 from qwt_mmdet.staleness import (
     changed_images,
@@ -130,10 +137,18 @@ def detector_threads(wildcards):
     One thread each keeps the cores busiest; only cores that would be idle give a job more.
     """
     at_once = len(COMBINATIONS) * config["repeats"] * int(wildcards.get("shards", 1))
+    return max(1, min(8, all_cores(wildcards) // min(at_once, detector_jobs())))
+
+
+def detector_jobs():
+    """Return how many runs of a detector this machine or the cluster computes side by side."""
+    if not runs_here():
+        return workflow.resource_settings.nodes
     limit = workflow.global_resources.get("gpu")
-    if limit is not None and detector_gpu(wildcards):
-        at_once = min(at_once, limit.value or at_once)
-    return max(1, min(8, all_cores(wildcards) // at_once))
+    jobs = workflow.resource_settings.cores or 1
+    if limit is not None and detector_gpu(None):
+        jobs = min(jobs, limit.value or jobs)
+    return jobs
 
 
 def step_resources(step, gpu=detector_gpu):
@@ -297,10 +312,20 @@ def supplied_warmup(wildcards):
 
 def shards(wildcards):
     """Input function: what the shards of an evaluation detect; nothing where one job evaluates all images."""
-    count = count_shards(config, **wildcards)
+    count = count_shards(config, shards_by_default(wildcards), **wildcards)
     folder = os.path.dirname(shards_note(config, **wildcards)[0])
     numbers = range(1, count + 1) if count > 1 else ()
     return [f"{folder}/shards/{number}-of-{count}.json" for number in numbers]
+
+
+def shards_by_default(wildcards):
+    """Return into how many jobs the evaluations of a model are split where the config leaves it open."""
+    evaluations = len(result_files("metrics.json"))
+    jobs = int(os.environ[JOBS])
+    if jobs < 2 * evaluations:
+        return 1  # without counting images
+    dataset = config["datasets"][config["models"][wildcards.model]["dataset"]]
+    return default_shards(number_of_images(dataset, "evaluation"), evaluations, jobs)
 
 
 def shard_input(wildcards):
@@ -311,6 +336,10 @@ def shard_input(wildcards):
     if compensation not in ("", "quantized"):
         files["compensation"] = f"{folder}/{compensation}/compensation.pth"
     return files
+
+
+# Jobs read the workflow again, on nodes with other numbers of cores, so the first reading's number stays.
+os.environ.setdefault(JOBS, str(detector_jobs()))
 
 
 def evaluated_folders(combination):

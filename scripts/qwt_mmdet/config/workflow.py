@@ -59,9 +59,10 @@ class Loading:
     """Images that are read at a time; in an evaluation, those of one shape pass the network together."""
     workers: Annotated[int, Strict(), Field(ge=0, le=1024)] = 2
     """Processes that read images; at most the threads of the rule are used."""
-    shards: Annotated[int, Strict(), Field(ge=1, le=10_000)] = 1
+    shards: Annotated[int, Strict(), Field(ge=1, le=10_000)] | Literal["auto"] = "auto"
     """Of `evaluation` alone: jobs that share the images of one evaluation, in whole batches, with the same
-    result. It pays on a cluster, or where cores would be idle. What is evaluated already stays."""
+    result. `auto`: as many as keep all jobs busy that can run at a time, each with at least 250 images. What
+    is evaluated already stays."""
 
 
 @section
@@ -217,7 +218,7 @@ class Configuration:
                 )
 
     def _sharded_calibration(self) -> Iterator[str]:
-        if self.calibration.shards != 1:
+        if self.calibration.shards not in (1, "auto"):
             yield "calibration.shards must be 1: a calibration is one job; take it out."
 
     def _nothing_evaluated(self) -> Iterator[str]:

@@ -170,6 +170,19 @@ def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
     return registered("The type of a data set", section.type, SOURCES)(section, Path(folder))
 
 
+def number_of_images(settings: Mapping[str, Any], part: Part) -> int | None:
+    """How many images a part of a data set has; None if nobody knows before its annotations are fetched.
+
+    Args:
+        settings: the config's entry.
+
+    Raises:
+        QwtError: all images of an annotation file are asked for, and it cannot be read.
+    """
+    count = settings[part]["images"]
+    return open_source(settings, "").available(part) if count == "all" else count
+
+
 @register_source("shapes")
 class Generated(Source):
     """Images that are drawn from a seed."""
