@@ -7,11 +7,13 @@ an image.
 """
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import resource
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ from .files import write_json
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model
 from .quantization.state import save_warmup
+from .resources import default_shards
 from .runtime import hardware
+from .schedule import planned_jobs, wall_seconds
 from .steps.inputs import load_quantized
 
 IMAGES = (2, 5)
@@ -55,6 +59,7 @@ STEPS = (
     "fit_compensation",
     "evaluate_compensated",
 )
+SHARDED = ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated")
 EXPORT_STEPS = ("export_model", "evaluate_exported", "benchmark_exported")
 
 
@@ -287,6 +292,7 @@ def estimate_run(
         QwtError: see :func:`images_of` and :func:`measure_model`.
     """
     rows = combinations(config)
+    jobs = Counter((job.model, job.step) for job in planned_jobs(config))
     found = []
     for name in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == name]
@@ -315,17 +321,33 @@ def estimate_run(
             )
             steps = STEPS if compensation else STEPS[:3]
             costs = measure_model(trial, steps + EXPORT_STEPS if exported else steps)
-        quantizations = config["repeats"] * len({row.quantization for row in own})
-        jobs = {"evaluate_baseline": 1, "quantize_model": quantizations}
-        jobs |= {"evaluate_quantized": quantizations, "export_model": len(exported) + 1}
-        runs = sum(len(about.runtime) for about in exported.values())
-        jobs |= {"evaluate_exported": runs, "benchmark_exported": runs}
         dataset = config["datasets"][entry["dataset"]]
         for step, cost in costs.items():
             if step in config["skip"]:
                 continue
             images = images_of(dataset, part_of(step))
-            found.append(
-                Estimate(name, step, jobs.get(step, config["repeats"] * len(own)), images, cost)
-            )
+            found.append(Estimate(name, step, jobs[name, step], images, cost))
     return found
+
+
+def run_seconds(
+    config: Mapping[str, Any], found: Sequence[Estimate], slots: int, gpus: int | None = None
+) -> tuple[float, float]:
+    """Seconds from start to end of a run whose jobs run side by side, and the sum over its jobs.
+
+    Args:
+        config: resolved config of the workflow. found: what :func:`estimate_run` returns for it.
+        slots: jobs that run at a time. gpus: of these, those that need a GPU; None for any number.
+    """
+    costs = {(one.model, one.step): one for one in found}
+    jobs = planned_jobs(config)
+    shards = config["evaluation"]["shards"]
+    evaluations = sum(job.step in SHARDED for job in jobs)
+    seconds = {}
+    for job in jobs:
+        one, parts = costs[job.model, job.step], 1
+        if job.step in SHARDED:
+            at_once = slots if gpus is None else min(slots, gpus)
+            parts = default_shards(one.images, evaluations, at_once) if shards == "auto" else shards
+        seconds[job] = [one.cost.total(math.ceil(one.images / parts))] * parts
+    return wall_seconds(seconds, slots, gpus), sum(map(sum, seconds.values()))

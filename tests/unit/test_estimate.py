@@ -1,5 +1,6 @@
 """What a run would take: measured costs, multiplied as the config says."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from qwt_mmdet import cli, estimate
 from qwt_mmdet.config import QuantizationSettings, read_file, resolve
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.estimate import Cost, Trial, estimate_run, images_of, measure_model
+from qwt_mmdet.schedule import planned_jobs, wall_seconds
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +70,9 @@ def test_the_command_prints_a_table_and_the_sum(measured, config):
     assert shown.exit_code == 0, shown.output
     hours = (10 * (10 + 2500) + 9 * (10 + 256)) / 3600
     assert f"One after the other: {hours:.1f} h" in shown.output
-    assert f"2 at a time (--cores 2): about {hours / 2:.1f} h" in shown.output
+    said = re.search(r"2 at a time: about ([\d.]+) h, ([\d.]+) core hours", shown.output)
+    assert float(said[1]) == pytest.approx(hours / 2, rel=0.05), "the last job runs alone"
+    assert float(said[2]) == pytest.approx(hours, abs=0.05)
 
 
 def test_a_split_of_unknown_size_is_named():
@@ -93,3 +97,49 @@ def test_steps_run_with_random_weights_and_cost_something(tmp_path):
         assert 1 < cost.seconds < 120
         assert 0.2 < cost.gigabytes < 8
     assert (tmp_path / "warmup.pth").is_file()
+
+
+# --- jobs side by side ---
+
+
+def demo_config(**changed) -> dict:
+    content = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
+    return resolve(content | changed)
+
+
+def test_jobs_of_a_run_wait_for_what_they_read():
+    found = {job.step: job for job in planned_jobs(demo_config())}
+    assert set(found) == set(estimate.STEPS)
+    assert found["evaluate_quantized"].after == (found["quantize_model"],)
+    assert found["fit_compensation"].after == (found["quantize_model"],)
+    assert found["evaluate_compensated"].after == (found["fit_compensation"],)
+
+
+def test_time_of_a_run_is_that_of_its_longest_chain_or_of_its_sum():
+    """Chain: quantize 3, fit 2, evaluate 4; beside it two evaluations of 4."""
+    costs = {"quantize_model": 3.0, "fit_compensation": 2.0}
+    seconds = {job: [costs.get(job.step, 4.0)] for job in planned_jobs(demo_config())}
+    assert wall_seconds(seconds, 1) == 17
+    assert wall_seconds(seconds, 2) == 10  # baseline | quantize fit evaluate, then evaluate
+    assert wall_seconds(seconds, 9) == 9
+    assert wall_seconds(seconds, 9, gpus=1) == 17
+
+
+def test_shards_shorten_the_last_evaluation(measured):
+    config = demo_config()
+    found = estimate_run(config, device="cpu")
+    whole, busy = estimate.run_seconds(config, found, 8)
+    split = demo_config(evaluation={"shards": 3})
+    wall, more = estimate.run_seconds(split, found, 8)
+    images = config["datasets"]["shapes"]["evaluation"]["images"]
+    assert images % 3 == 0
+    assert whole - wall == pytest.approx(images * 2 / 3 * COST.seconds_per_image)
+    assert more - busy == pytest.approx(3 * 2 * COST.seconds), "three evaluations start twice more"
+
+
+def test_gpus_are_not_priced_on_a_cpu(measured, config):
+    options = ["estimate", str(config), "--device", "cpu", "--gpus", "4"]
+    shown = CliRunner().invoke(cli.app, options)
+    assert shown.exit_code == 1
+    assert "--gpus 4" in shown.output
+    assert "machine with such a GPU" in " ".join(shown.output.split())

@@ -8,6 +8,7 @@ import typer
 from tabulate import tabulate
 
 from ..config import read_file, resolve
+from ..errors import QwtError
 from ..reporting.text import duration, number
 from ..resources import ESTIMATE
 from .common import CoresOption, DeviceOption, chosen_device, plain_errors
@@ -17,6 +18,15 @@ def estimate(
     config: Annotated[Path, typer.Argument(help="A config of the workflow.")],
     device: DeviceOption = "auto",
     cores: CoresOption = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Jobs at a time, as of a cluster; default: one for each core or GPU."
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs for these jobs; default: those of this machine.")
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(help=f"File for the costs; the rules ask a cluster for what {ESTIMATE} says."),
@@ -28,10 +38,16 @@ def estimate(
     summary and report are not in it.
     """
     with plain_errors():
-        from ..estimate import estimate_run, save_estimate
+        from ..devices import count_gpus
+        from ..estimate import estimate_run, run_seconds, save_estimate
 
         content = resolve(read_file(config))
         chosen = chosen_device(device)
+        if gpus and chosen == "cpu":
+            raise QwtError(
+                f"--gpus {gpus} needs what a GPU takes, but the steps are measured on the CPU here; estimate on a "
+                "machine with such a GPU, or leave --gpus out."
+            )
         cores = cores or os.cpu_count() or 1
         threads = 1 if chosen == "cpu" else cores
         found = estimate_run(content, device=chosen, threads=threads)
@@ -61,8 +77,14 @@ def estimate(
         typer.echo(
             f"\nOne after the other: {duration(total)}, on {chosen}, {threads} threads each."
         )
-        if chosen == "cpu" and cores > 1:
-            typer.echo(f"{cores} at a time (--cores {cores}): about {duration(total / cores)}.")
+        gpus = None if chosen == "cpu" else gpus or count_gpus()
+        slots = jobs or gpus or cores
+        if slots > 1:
+            wall, busy = run_seconds(content, found, slots, gpus)
+            cards = f" on {gpus} GPUs" if gpus else ""
+            typer.echo(
+                f"{slots} at a time{cards}: about {duration(wall)}, {busy * threads / 3600:.1f} core hours."
+            )
         cache = content["activation_cache"]["memory_gb"]
         typer.echo(
             f"Each fit of a compensation takes up to {cache:g} GB more (activation_cache.memory_gb)."
