@@ -14,6 +14,7 @@ installed is left out.
 import argparse
 import copy
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -100,9 +101,8 @@ def other_files(
             ready,
             path,
             Reader(images),
-            extra_options={
-                "CalibStridedMinMax": 4
-            },  # image whose activations are in memory at once
+            # images whose activations are in memory at once
+            extra_options={"CalibStridedMinMax": math.gcd(len(images), 4)},
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,

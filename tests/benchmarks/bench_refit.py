@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="a run's evaluation.json")
     parser.add_argument("--images", type=int, help="use the first ones only")
     parser.add_argument("--scope", default="backbone")
+    parser.add_argument("--grids", default="any", choices=("any", "integer"))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=["w4a4", "w4a8", "w6a6"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--compensations", nargs="+", choices=COMPENSATIONS, default=["none"])
@@ -92,7 +93,9 @@ def main() -> None:
             folds, judged = [[trial.all, options.evaluation]], options.evaluation
         for bits in options.bits:
             for name in options.variants:
-                settings = QuantizationSettings(*BITS[bits], scope=options.scope, **VARIANTS[name])
+                settings = QuantizationSettings(
+                    *BITS[bits], scope=options.scope, grids=options.grids, **VARIANTS[name]
+                )
                 results = measure(trial, settings, options.compensations, folds)
                 for compensation, outcomes in results.items():
                     records, *numbers = zip(*outcomes, strict=True)
