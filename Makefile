@@ -37,6 +37,7 @@ bench: env ## measure time and memory on a Swin-T backbone, and exported files (
 	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py
 	@$(WITH_VENV) python tests/benchmarks/bench_compensation.py --images 32 --check
 	@$(WITH_VENV) python tests/benchmarks/bench_exports.py backbones demo
+	@$(WITH_VENV) python tests/benchmarks/bench_exports.py detector --bits w8a8 w4a8 w4a4 --others
 
 demo: env ## run the default configuration from checkpoint to report
 	@$(WITH_VENV) snakemake --cores all --resources gpu=$$($(VENV)/bin/python -c \

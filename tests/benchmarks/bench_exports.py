@@ -3,9 +3,9 @@
 One line for each file and runtime. Latencies are taken in turn in one process, and a ratio is the median over the
 rounds. The backbones have random weights, so that theirs are about speed alone. `--nncf` names a Python of another
 environment, with nncf and openvino in it; NNCF's files are made there and computed here. A runtime that is not
-installed is left out.
+installed is left out. `detector` alone takes YOLOX-nano and the images of QWT_REAL_COCO, as the tests do.
 
-    python tests/benchmarks/bench_exports.py backbones demo --nncf nncf/bin/python
+    python tests/benchmarks/bench_exports.py backbones demo detector --nncf nncf/bin/python
     python tests/benchmarks/bench_exports.py detector --config yolox/yolox_nano_8xb8-300e_coco.py \
         --checkpoint CHECKPOINT --calibration results/datasets/coco_real/calibration.json \
         --evaluation results/datasets/coco_real/evaluation.json --bits w8a8 w7a8 --nncf nncf/bin/python
@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -270,17 +271,38 @@ def detector(
             report(timed, feeds, f"{Path(config).stem} {runtime}")
 
 
+def rooted(annotations: Path, images: Path, folder: str) -> str:
+    """A copy of an annotation file that tells where the images are."""
+    content = json.loads(annotations.read_text())
+    content["info"] = {**content.get("info", {}), "image_root": str(images)}
+    copy_of_it = Path(folder, annotations.name)
+    copy_of_it.write_text(json.dumps(content))
+    return str(copy_of_it)
+
+
+REAL_COCO = Path(
+    os.environ.get("QWT_REAL_COCO", Path(__file__).parents[3] / "shared" / "coco_real")
+).resolve()
+
+
+def real_sample(folder: str) -> tuple[str, str, str, str]:
+    """Config, checkpoint, and images of calibration and evaluation of the real sample."""
+    images = (
+        rooted(REAL_COCO / "annotations" / f"instances_{split}.json", REAL_COCO / split, folder)
+        for split in ("train2017", "val2017")
+    )
+    checkpoint = str(REAL_COCO / "yolox_nano_coco_mmdet.pth")
+    return "yolox/yolox_nano_8xb8-300e_coco.py", checkpoint, *images
+
+
 def demo_images(folder: str) -> tuple[str, str]:
     """Images of the demo's kind that the workflow does not use, for calibration and for evaluation."""
     generate_shapes(folder, seed=77, images={"calibration": 64, "val": 100})
-    paths = []
-    for split in ("calibration", "val"):
-        path = Path(folder, "annotations", f"instances_{split}.json")
-        content = json.loads(path.read_text())
-        content["info"]["image_root"] = str(Path(folder, split))
-        path.write_text(json.dumps(content))
-        paths.append(str(path))
-    return paths[0], paths[1]
+    first, second = (
+        rooted(Path(folder, "annotations", f"instances_{split}.json"), Path(folder, split), folder)
+        for split in ("calibration", "val")
+    )
+    return first, second
 
 
 def main() -> None:
@@ -307,9 +329,16 @@ def main() -> None:
             detector(files, options, runtimes)
     if "detector" in options.what:
         files = options.config, options.checkpoint, options.calibration, options.evaluation
-        if None in files:
-            parser.error("a detector needs --config, --checkpoint, --calibration and --evaluation")
-        detector(files, options, runtimes)
+        with tempfile.TemporaryDirectory() as folder:
+            if not any(files) and not REAL_COCO.is_dir():
+                print(f"detector: left out, as there is no real COCO sample in {REAL_COCO}")
+                return
+            files = files if any(files) else real_sample(folder)
+            if None in files:
+                parser.error(
+                    "a detector needs --config, --checkpoint, --calibration and --evaluation"
+                )
+            detector(files, options, runtimes)
 
 
 if __name__ == "__main__":
