@@ -12,7 +12,7 @@ from .errors import QwtError
 from .files import read_json, write_atomically, write_json
 
 WARMUP_FORMAT = "qwt-mmdet warmup 2"
-COMPENSATION_FORMAT = "qwt-mmdet compensation 3"
+COMPENSATION_FORMAT = "qwt-mmdet compensation 4"
 
 REMEDY = (
     "delete it and let the workflow make it again, or, if the config names it, get it again or take it "

@@ -166,7 +166,7 @@ def walk(
     kept = Counter(
         f"{entry.type}: {entry.reason}" for entry in quantization_of(loaded).not_quantized
     )
-    assert all(math.isfinite(block.fit_error_after) for block in compensation.blocks)
+    assert all(math.isfinite(block.fit.error_after) for block in compensation.blocks)
     return {
         "size": size,
         "layers": sum(hasattr(m, "weight_codes") for m in loaded.modules()),

@@ -196,7 +196,7 @@ def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
         loaded, reference, batches, CompensationSettings(ridge=0.01, holdout_fraction=0.5)
     )
     assert len(compensation.blocks) >= 4
-    assert all(math.isfinite(block.fit_error_after) for block in compensation.blocks)
+    assert all(math.isfinite(block.fit.error_after) for block in compensation.blocks)
 
 
 @pytest.mark.zoo

@@ -163,7 +163,7 @@ def test_every_backbone_is_fitted_and_comes_closer_to_full_precision(name):
     )
     fitted = fit_compensation(model, full, images, settings)
     assert len(fitted.blocks) == with_downsampling
-    assert all(block.fit_error_after < block.fit_error_before for block in fitted.blocks)
+    assert all(block.fit.error_after < block.fit.error_before for block in fitted.blocks)
     compensated = apply_compensation(copy.deepcopy(model), fitted)
     with torch.no_grad():
         outputs = [forward_scope(m, images[0], "backbone")[-1] for m in (full, model, compensated)]
@@ -184,7 +184,7 @@ def test_necks_are_compensated_where_they_are_quantized(name):
     names = [block.name for block in fitted.blocks]
     assert sum(name.startswith("neck.") for name in names) == blocks
     assert len(names) == 4 + blocks
-    assert all(block.fit_error_after < block.fit_error_before for block in fitted.blocks)
+    assert all(block.fit.error_after < block.fit.error_before for block in fitted.blocks)
 
 
 def test_a_neck_without_blocks_is_named_and_left_out(caplog):

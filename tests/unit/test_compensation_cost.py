@@ -8,7 +8,7 @@ import torch
 from qwt_mmdet.compensation.cost import backbone_bytes, backbone_multiply_adds, within_budget
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.kinds import Bias
-from qwt_mmdet.compensation.result import BlockFit, Option
+from qwt_mmdet.compensation.result import BlockError, BlockFit, Option
 from qwt_mmdet.config import CompensationSettings, MaxCost, QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
@@ -75,8 +75,7 @@ def block(name, *options, kept=True, power=1.0):
         options=tuple(Option(1 - removed, cost, cost) for removed, cost in options), option=0,
         kept=kept, decision="kept", ridge=0.0, solver="", positions=1.0, parameters=1, bytes=4,
         bytes_percent=0.0, multiply_adds=1.0, multiply_adds_percent=0.0, target_power=power,
-        fit_error_before=1.0, fit_error_after=0.0, fit_r2=0.0, holdout_error_before=1.0,
-        holdout_error_after=0.0, holdout_r2=0.0,
+        fit=BlockError(1.0, 0.0, 0.0), holdout=BlockError(1.0, 0.0, 0.0),
     )  # fmt: skip
 
 
@@ -121,7 +120,7 @@ def test_a_fit_stays_within_its_budget_and_its_later_blocks_know(key):
     changed = [
         (a.name, b.decision)
         for a, b in zip(free.blocks, limited.blocks, strict=True)
-        if a.fit_error_before != b.fit_error_before
+        if a.fit.error_before != b.fit.error_before
     ]
     dropped = [index for index, b in enumerate(limited.blocks) if b.decision == "max_cost"]
     # Blocks after the first dropped one start from another input than without the budget.

@@ -133,9 +133,9 @@ def test_folds_judge_and_the_fit_is_to_all_images(kind):
         ]
         for f in (0.25, 0)
     )
-    assert folded.holdout_error_before == pytest.approx(on_all.fit_error_before, rel=1e-6)
-    assert folded.holdout_error_after > folded.fit_error_after
-    assert on_all.holdout_error_after is None
+    assert folded.holdout.error_before == pytest.approx(on_all.fit.error_before, rel=1e-6)
+    assert folded.holdout.error_after > folded.fit.error_after
+    assert on_all.holdout.error_after is None
     for name, tensor in folded.kind.tensors().items():
         if name not in ("left", "right"):  # these may change their signs together
             torch.testing.assert_close(tensor, on_all.kind.tensors()[name], rtol=1e-4, atol=1e-5)
@@ -158,7 +158,7 @@ def test_the_error_of_the_fit_is_what_the_compensated_model_has(target, bits):
         wanted = [run_block(full, last.name, x, (size,)) for x in inputs]
     # The forward hook that captures runs after the one that compensates.
     error = torch.stack([(o - w).square().mean() for o, w in zip(outputs, wanted, strict=True)])
-    assert error.mean().item() == pytest.approx(last.fit_error_after, rel=1e-3)
+    assert error.mean().item() == pytest.approx(last.fit.error_after, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -260,14 +260,14 @@ def test_code_between_blocks_may_work_in_place():
         model, full, data, dataclasses.replace(PAPER, blocks=("backbone.layers.*",))
     )
     assert len(fitted.blocks) == 4
-    assert all(block.fit_error_after < block.fit_error_before for block in fitted.blocks)
+    assert all(block.fit.error_after < block.fit.error_before for block in fitted.blocks)
 
 
 def test_odd_sizes_need_window_padding_and_work():
     full, model, data = pair("swin", size=(52, 76))
     fitted = fit_compensation(model, full, data, PAPER)
     assert all(torch.isfinite(block.kind.weight).all() for block in fitted.blocks)
-    assert all(block.fit_error_after <= block.fit_error_before for block in fitted.blocks)
+    assert all(block.fit.error_after <= block.fit.error_before for block in fitted.blocks)
 
 
 @pytest.mark.parametrize("target", ["block", "reference"])
@@ -469,7 +469,7 @@ def test_a_quantized_detector_that_diverges_keeps_no_compensation_after_that(
     assert lost == list(fitted.blocks[1:]) if math.isnan(value) else second in str(lost)
     for block in lost:
         assert (block.kept, block.decision, block.kind) == (False, "not_finite", None)
-        assert block.row()["fit_error_before"] is None
+        assert block.row()["fit"]["error_before"] is None
     assert f"{second}: the quantized detector's values are NaN or infinite on 4 of 4" in caplog.text
     save_compensation(model, fitted, tmp_path / "compensation.pth")
     load_compensation(model, tmp_path / "compensation.pth")

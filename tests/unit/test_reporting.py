@@ -399,8 +399,10 @@ def test_the_terminal_table_shows_each_number_once(summary):
 
 def test_a_name_that_looks_like_a_number_stays_a_name(tmp_path):
     path = tmp_path / "blocks.csv"
-    path.write_text("name,kept,ridge\n4e1,True,4e1\n")
-    assert text.read_blocks(path) == [{"name": "4e1", "kept": True, "ridge": 40.0}]
+    path.write_text("name,kept,ridge,fit_r2,holdout_r2\n4e1,True,4e1,0.5,\n")
+    assert text.read_blocks(path) == [
+        {"name": "4e1", "kept": True, "ridge": 40.0, "fit": {"r2": 0.5}, "holdout": {"r2": None}}
+    ]
 
 
 class Outline(HTMLParser):

@@ -205,7 +205,7 @@ def test_a_module_of_the_users_own_brings_range_attention_blocks_and_kind(tmp_pa
     assert [block.name for block in fitted.blocks] == [
         "backbone.steps.1", "backbone.steps.2", "backbone.attention",
     ]  # fmt: skip
-    assert all(block.fit_error_after < block.fit_error_before for block in fitted.blocks)
+    assert all(block.fit.error_after < block.fit.error_before for block in fitted.blocks)
     save_compensation(model, fitted, tmp_path / "compensation.pth")
     image = batches[0]
     with torch.no_grad():

@@ -47,8 +47,8 @@ def show(
                     block["name"],
                     block["kind"],
                     block["decision"],
-                    number(block["fit_r2"]),
-                    number(block["holdout_r2"]),
+                    number(block["fit"]["r2"]),
+                    number(block["holdout"]["r2"]),
                     megabytes(block["bytes"]),
                     percent(block["multiply_adds_percent"] / 100),
                 )

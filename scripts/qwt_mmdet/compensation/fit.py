@@ -31,7 +31,7 @@ from .cost import backbone_bytes, backbone_multiply_adds, within_budget
 from .kinds import BITS, rounded_input
 from .modules import aligned_input, as_rows, block_output, channel_axis, compensating
 from .replay import Stream
-from .result import BlockFit, Compensation, Option
+from .result import BlockError, BlockFit, Compensation, Option
 from .resume import Resume
 from .solve import SOLVERS, Candidate, candidates
 from .state import quantized_fingerprint
@@ -83,29 +83,24 @@ def _statistics(needs: tuple[str, ...], inputs: int, outputs: int, device: Any) 
     )
 
 
-def _is_kept(settings: CompensationSettings, candidate: Candidate, errors: dict[str, Any]) -> bool:
+def _is_kept(
+    settings: CompensationSettings, candidate: Candidate, fit: BlockError, held_out: BlockError
+) -> bool:
     if candidate.solution.kind is None:
         return False
     if settings.gate == "holdout":
-        return errors["holdout_error_after"] < errors["holdout_error_before"]
-    return settings.gate == "none" or errors["fit_r2"] > 0
+        after, before = held_out.error_after, held_out.error_before
+        return after is not None and before is not None and after < before
+    return settings.gate == "none" or (fit.r2 or 0) > 0
 
 
-def _errors(candidate: Candidate, sums: BlockStatistics) -> dict[str, float | None]:
-    errors: dict[str, float | None] = {}
-    before, variation = sums.any.error_before(), sums.any.variation
-    for prefix, after in (
-        ("fit", candidate.solution.squared_error(sums)),
-        ("holdout", candidate.held_out),
-    ):
-        keys = [f"{prefix}_{key}" for key in ("error_before", "error_after", "r2")]
-        if after is None:
-            errors |= dict.fromkeys(keys)
-            continue
-        r2 = 1 - after / variation if variation > 0 else 0.0
-        elements = sums.elements
-        errors |= dict(zip(keys, (before / elements, after / elements, r2), strict=True))
-    return errors
+def _error(after: float | None, sums: BlockStatistics) -> BlockError:
+    """What a compensation leaves of a block's error, from a sum of squares."""
+    if after is None:
+        return BlockError()
+    variation = sums.any.variation
+    r2 = 1 - after / variation if variation > 0 else 0.0
+    return BlockError(sums.any.error_before() / sums.elements, after / sums.elements, r2)
 
 
 def _peak_memory(device: torch.device) -> str:
@@ -332,8 +327,9 @@ def _fit_block(
     if chosen is not None:
         number = chosen.get(name, number)
     form = forms[number]
-    errors = _errors(form, sums)
-    passes_gate = _is_kept(settings, form, errors)
+    fit_error = _error(form.solution.squared_error(sums), sums)
+    holdout_error = _error(form.held_out, sums)
+    passes_gate = _is_kept(settings, form, fit_error, holdout_error)
     kind, trial = (
         None
         if solution is None or solution.kind is None
@@ -362,7 +358,8 @@ def _fit_block(
         multiply_adds=positions * kind.multiply_adds if kind else 0,
         multiply_adds_percent=options[number].multiply_adds_percent,
         target_power=power,
-        **errors,
+        fit=fit_error,
+        holdout=holdout_error,
     )
     _log(result, channels, sums.count, time.monotonic() - start, sums.any.mean_y.device)
     return result
@@ -388,15 +385,11 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _left_alone(name: str, decision: str) -> BlockFit:
     """A block without compensation, about which nothing could be measured."""
     counts = ("parameters", "bytes", "bytes_percent", "multiply_adds", "multiply_adds_percent")
-    unknown: dict[str, Any] = {
-        f"{part}_{key}": None
-        for part in ("fit", "holdout")
-        for key in ("error_before", "error_after", "r2")
-    }
     return BlockFit(
         name=name, kind=None, trial=None, options=(), option=0, kept=False, decision=decision,
         ridge=0.0, solver="none",
-        positions=0.0, target_power=0.0, **dict.fromkeys(counts, 0), **unknown,
+        positions=0.0, target_power=0.0, fit=BlockError(), holdout=BlockError(),
+        **dict.fromkeys(counts, 0),
     )  # fmt: skip
 
 
@@ -442,10 +435,10 @@ def _log(
         "images, r2 %.3f and %s, ridge %.1g (%s), %s, %.1f s, peak memory %s",
         block.name, *channels, tokens,
         block.kind.name if block.kind else "none",
-        block.fit_error_before, block.fit_error_after,
-        "no error" if block.holdout_error_before is None
-        else f"{block.holdout_error_before:.3g} -> {block.holdout_error_after:.3g}",
-        block.fit_r2, "none" if block.holdout_r2 is None else f"{block.holdout_r2:.3f}",
+        block.fit.error_before, block.fit.error_after,
+        "no error" if block.holdout.error_before is None
+        else f"{block.holdout.error_before:.3g} -> {block.holdout.error_after:.3g}",
+        block.fit.r2, "none" if block.holdout.r2 is None else f"{block.holdout.r2:.3f}",
         block.ridge, block.solver,
         "kept" if block.kept else f"not kept ({block.decision})", seconds,
         _peak_memory(device),

@@ -25,12 +25,23 @@ class Option(NamedTuple):
 
 
 @dataclass(frozen=True)
+class BlockError:
+    """What a block's output differs from its target by; None where that is not known.
+
+    Attributes:
+        error_before: mean squared difference per output element without the compensation.
+        error_after: the same with it.
+        r2: share of the variance of the quantization error that the compensation explains.
+    """
+
+    error_before: float | None = None
+    error_after: float | None = None
+    r2: float | None = None
+
+
+@dataclass(frozen=True)
 class BlockFit:
     """The compensation of one block and what is known about it.
-
-    Errors are mean squared differences per output element to the target, r² is the share of the
-    variance of the quantization error that the compensation explains. Held-out errors come from
-    cross-validation: each image is judged by a fit to the images of other folds.
 
     Attributes:
         kind: the tensors, fitted to all images, in float32 or int8; None where leaving the block alone was
@@ -47,6 +58,8 @@ class BlockFit:
         multiply_adds: of the compensation for one image, on average.
         multiply_adds_percent: of the backbone's, both for the first calibration image.
         target_power: mean square of what the block's output should be.
+        fit: errors on the images of the fit.
+        holdout: errors by cross-validation: each image is judged by a fit to the images of other folds.
     """
 
     name: str
@@ -65,23 +78,20 @@ class BlockFit:
     multiply_adds: float
     multiply_adds_percent: float
     target_power: float
-    fit_error_before: float | None
-    fit_error_after: float | None
-    fit_r2: float | None
-    holdout_error_before: float | None
-    holdout_error_after: float | None
-    holdout_r2: float | None
+    fit: BlockError
+    holdout: BlockError
 
     @property
     def error_before(self) -> float:
         """The error without compensation, which held-out images and those of the fit share."""
-        return self.fit_error_before or 0.0
+        return self.fit.error_before or 0.0
 
     def row(self) -> dict[str, Any]:
-        """Plain values without the tensors: a row of blocks.csv."""
+        """Plain values without the tensors."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["trial"], values["options"], values["option"]
-        return {**values, "kind": self.kind.name if self.kind else "none"}
+        errors = {key: dataclasses.asdict(values[key]) for key in ("fit", "holdout")}
+        return {**values, **errors, "kind": self.kind.name if self.kind else "none"}
 
     def plain(self) -> dict[str, Any]:
         """Plain values and tensors of what was fitted, without what only the fit needs."""
@@ -101,6 +111,7 @@ class BlockFit:
         values = {"trial": None, "options": (), "option": 0, **values}
         tensors, kind, trial = (values.pop(key) for key in ("tensors", "kind", "trial"))
         values["options"] = tuple(Option(*option) for option in values["options"])
+        values |= {key: BlockError(**values[key]) for key in ("fit", "holdout")}
         return cls(
             kind=KINDS[kind](**tensors) if kind in KINDS else None,
             trial=KINDS[trial[0]](**trial[1]) if trial else None,

@@ -230,29 +230,29 @@ def ap_by_size(points: Sequence[Point], ap_type: str, name: str) -> Markup:
         return _svg(figure, name)
 
 
-def has_errors(block: Mapping[str, Any], part: str) -> bool:
+def has_errors(block: Mapping[str, Any], images: str) -> bool:
     """Whether a logarithmic axis can show the errors of a block, a row of blocks.csv."""
-    errors = [block[f"{part}_error_{when}"] for when in ("before", "after")]
+    errors = [block[images][key] for key in ("error_before", "error_after")]
     return all(_finite(error) and error > 0 for error in errors)
 
 
-def block_errors(blocks: Sequence[Mapping[str, Any]], part: str, name: str) -> Markup:
+def block_errors(blocks: Sequence[Mapping[str, Any]], images: str, name: str) -> Markup:
     """Error of each block before and after its compensation, on a logarithmic axis.
 
     Args:
         blocks: rows of blocks.csv; those without :func:`has_errors` are left out.
-        part: ``holdout`` or ``fit``, the images that are measured on.
+        images: ``holdout`` or ``fit``, those that are measured on.
 
     Raises:
         QwtError: no block is left.
     """
-    blocks = [block for block in blocks if has_errors(block, part)]
+    blocks = [block for block in blocks if has_errors(block, images)]
     if not blocks:
         raise QwtError("No block has an error above 0 to draw.")
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(1.5 + 0.24 * len(blocks))
         for position, block in enumerate(blocks):
-            before, after = block[f"{part}_error_before"], block[f"{part}_error_after"]
+            before, after = block[images]["error_before"], block[images]["error_after"]
             colour, marker = COMPENSATION_STYLES[0]
             axes.plot([before, after], [position, position], color=LINE, linewidth=2, zorder=1)
             axes.plot(before, position, "o", color=VERMILLION, label="quantized")

@@ -275,7 +275,7 @@ def block_section(combination: Combination, name: str) -> dict[str, Any]:
     blocks = text.read_blocks(path)
     if not blocks:
         raise QwtError(f"{path} has no blocks; delete it and let the workflow make it again.")
-    held_out = all(block["holdout_error_after"] is not None for block in blocks)
+    held_out = all(block["holdout"]["error_after"] is not None for block in blocks)
     images = "holdout" if held_out else "fit"
     undrawn = [b["name"] for b in blocks if not figures.has_errors(b, images)]
     return {

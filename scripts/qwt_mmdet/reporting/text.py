@@ -36,12 +36,19 @@ def parse(cell: str) -> float | bool | str | None:
 
 
 def read_blocks(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read blocks.csv; empty cells are None, numbers are floats."""
+    """Read blocks.csv; empty cells are None, numbers are floats, ``fit`` and ``holdout`` hold their columns."""
+    blocks: list[dict[str, Any]] = []
     with open(path, newline="", encoding="utf-8") as stream:
-        return [
-            {key: cell if key == "name" else parse(cell) for key, cell in row.items()}
-            for row in csv.DictReader(stream)
-        ]
+        for row in csv.DictReader(stream):
+            block: dict[str, Any] = {"fit": {}, "holdout": {}}
+            for column, cell in row.items():
+                images, _, key = column.partition("_")
+                if images in ("fit", "holdout"):
+                    block[images][key] = parse(cell)
+                else:
+                    block[column] = cell if column == "name" else parse(cell)
+            blocks.append(block)
+    return blocks
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -52,7 +52,7 @@ def compensate(
     source = inputs.provenance(warmup=sha256_file(warmup), compensation=as_plain(resolved))
     with write_atomically(blocks) as partial:
         rows = [block.row() for block in compensation.blocks]
-        pd.DataFrame(rows).to_csv(partial, index=False)
+        pd.json_normalize(rows, sep="_").to_csv(partial, index=False)
     save_compensation(model, compensation, output, source)
     add_account(output, inputs.job.account())
     unfinished.unlink(missing_ok=True)
