@@ -27,7 +27,7 @@ def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) 
     """Read one of our .pth files without running any code that it may hold.
 
     Raises:
-        QwtError: missing, truncated, of another kind or of another format version.
+        QwtError: missing, truncated, another sort of file, or of another format version.
     """
     import torch  # takes seconds; summaries are read without it
 
@@ -74,7 +74,7 @@ def read_summary(path: str | os.PathLike[str], expected_format: str, what: str) 
     """Read the summary of the archive ``path``, without the archive.
 
     Raises:
-        QwtError: it is missing, not JSON, of another kind or of another format version.
+        QwtError: it is missing, not JSON, another sort of file, or of another format version.
     """
     content = read_json(summary_path(path), what=f"summary of the {what} file")
     _check_format(content, summary_path(path), expected_format, what)

@@ -244,7 +244,7 @@ def images_of(dataset: Mapping[str, Any], part: Part) -> int:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepCost:
     """What one step of a run costs, for all its jobs together.
 
     Args:
@@ -263,7 +263,7 @@ class Estimate:
         return self.jobs * self.cost.total(self.images)
 
 
-def save_estimate(found: Sequence[Estimate], path: str | os.PathLike[str]) -> None:
+def save_estimate(found: Sequence[StepCost], path: str | os.PathLike[str]) -> None:
     """Write what the rules ask a cluster for (see :mod:`qwt_mmdet.resources`)."""
     steps = [
         {"model": one.model, "step": one.step, "images": one.images, **dataclasses.asdict(one.cost)}
@@ -277,7 +277,7 @@ def estimate_run(
     *,
     device: str,
     threads: int = 1,
-) -> list[Estimate]:
+) -> list[StepCost]:
     """Estimate the steps of a run that compute, model by model.
 
     Each model is tried with the first of its quantizations and compensations; others cost about as
@@ -326,12 +326,12 @@ def estimate_run(
             if step in config["skip"]:
                 continue
             images = images_of(dataset, part_of(step))
-            found.append(Estimate(name, step, jobs[name, step], images, cost))
+            found.append(StepCost(name, step, jobs[name, step], images, cost))
     return found
 
 
 def run_seconds(
-    config: Mapping[str, Any], found: Sequence[Estimate], slots: int, gpus: int | None = None
+    config: Mapping[str, Any], found: Sequence[StepCost], slots: int, gpus: int | None = None
 ) -> tuple[float, float]:
     """Seconds from start to end of a run whose jobs run side by side, and the sum over its jobs.
 

@@ -22,7 +22,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 PREFIX = "compensation_"
 
-_LAYER_KINDS: WeakKeyDictionary[nn.Module, set[type[nn.Module]]] = WeakKeyDictionary()
+_LAYER_TYPES: WeakKeyDictionary[nn.Module, set[type[nn.Module]]] = WeakKeyDictionary()
 
 
 def channel_axis(block: nn.Module, output: Tensor) -> int:
@@ -30,11 +30,14 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
 
     A block of linear layers without any convolution works on the last axis.
     """
-    if block not in _LAYER_KINDS:  # asked at every forward pass; the answer stays
-        _LAYER_KINDS[block] = {
-            kind for m in block.modules() for kind in (nn.Linear, nn.Conv2d) if isinstance(m, kind)
+    if block not in _LAYER_TYPES:  # asked at every forward pass; the answer stays
+        _LAYER_TYPES[block] = {
+            layer
+            for m in block.modules()
+            for layer in (nn.Linear, nn.Conv2d)
+            if isinstance(m, layer)
         }
-    return -1 if output.dim() == 3 or _LAYER_KINDS[block] == {nn.Linear} else 1
+    return -1 if output.dim() == 3 or _LAYER_TYPES[block] == {nn.Linear} else 1
 
 
 def block_input(arguments: Arguments) -> Tensor:

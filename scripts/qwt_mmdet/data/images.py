@@ -71,7 +71,7 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
     """
     try:
         with Image.open(path) as image:
-            kind = image.format
+            file_format = image.format
             orientation = image.getexif().get(ORIENTATION, UPRIGHT)
             image.load()  # OpenCV takes a file that is cut for a whole one
     except Exception as error:  # every decoder has errors of its own
@@ -80,15 +80,15 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
         orientation = UPRIGHT
     pixels = read_image(path, exif=exif)
     found = pixels.shape[1::-1]
-    choices = CHOICES.get(kind or "", ("ignore",))
+    choices = CHOICES.get(file_format or "", ("ignore",))
     if orientation != UPRIGHT and len(choices) == 2:
         other = read_image(path, exif="ignore" if exif == "apply" else "apply")
         if np.array_equal(pixels, other):  # a note that Pillow alone reads (XMP), or no difference
             orientation = UPRIGHT
     if orientation != UPRIGHT and exif not in choices:
-        does = "always" if kind == "TIFF" else "never"
+        does = "always" if file_format == "TIFF" else "never"
         raise QwtError(
-            f"{path} has the EXIF orientation {orientation}, which OpenCV {does} applies to {kind} "
+            f"{path} has the EXIF orientation {orientation}, which OpenCV {does} applies to {file_format} "
             f"files, so exif: {exif} cannot hold; store it upright, without an orientation."
         )
     if found != (width, height):

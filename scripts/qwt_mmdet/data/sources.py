@@ -1,4 +1,4 @@
-"""Where images and annotations come from: one class for each kind of source, found by name.
+"""Where images and annotations come from: one class for each source, found by name.
 
 Snakemake asks sources whenever it reads the workflow, so what needs OpenCV or a network is imported
 where it is used.

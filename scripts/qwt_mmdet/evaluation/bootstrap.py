@@ -37,7 +37,7 @@ from scipy import sparse, stats
 from ..errors import QwtError
 from ..files import read_json
 from ..progress import progress
-from .coco import AP_METRICS, check_predictions, iou_types, load_ground_truth, match_in_parts
+from .coco import AP_METRICS, check_predictions, iou_types, load_ground_truth, match_in_chunks
 from .estimates import Comparison, Difference, Estimate
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _interpolated_precision(
     return (envelope * reached).sum(axis=0) / len(recall_thresholds)
 
 
-class _Part(NamedTuple):
+class _Chunk(NamedTuple):
     """Detections of one category in some images.
 
     ``present`` [N] indices of the images that have objects or detections of it, ``images`` [D] index of each
@@ -174,21 +174,21 @@ class _Part(NamedTuple):
     objects: list[NDArray[np.int64]]
 
 
-def _judged(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> _Part:
+def _judged(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> _Chunk:
     """What COCOeval says of one category in the images ``present``."""
     first = by_area[0]
     scores = np.concatenate([np.asarray(entry["dtScores"], dtype=float) for entry in first])
     images = np.repeat(present, [len(entry["dtScores"]) for entry in first])
-    part = _Part(present, images, scores, [], [], [])
+    chunk = _Chunk(present, images, scores, [], [], [])
     for entries in by_area:
         matched = np.concatenate([entry["dtMatches"] for entry in entries], axis=1) != 0
         ignored = np.concatenate([entry["dtIgnore"] for entry in entries], axis=1).astype(bool)
-        part.hit.append(matched & ~ignored)
-        part.counted.append(~ignored)
-        part.objects.append(
+        chunk.hit.append(matched & ~ignored)
+        chunk.counted.append(~ignored)
+        chunk.objects.append(
             np.array([np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries])
         )
-    return part
+    return chunk
 
 
 class ApTable:
@@ -200,10 +200,10 @@ class ApTable:
     def __init__(self, evaluators: Iterable[COCOeval]) -> None:
         """Rank and judge what evaluators of consecutive images have matched.
 
-        Of each evaluator only small arrays are kept, so that many images can be matched in parts.
+        Of each evaluator only small arrays are kept, so that many images can be matched in chunks.
         """
         self.images: list[int] = []
-        parts: dict[int, list[_Part]] = {}
+        chunks: dict[int, list[_Chunk]] = {}
         for evaluator in evaluators:
             parameters = evaluator.params
             self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
@@ -224,28 +224,28 @@ class ApTable:
                 if present:
                     entries = [[area[index] for index in present] for area in by_area]
                     places = np.array(present) + len(self.images)
-                    parts.setdefault(int(category), []).append(_judged(places, entries))
+                    chunks.setdefault(int(category), []).append(_judged(places, entries))
             self.images += map(int, parameters.imgIds)
         self.categories = {
-            category: self._category(parts[category])
+            category: self._category(chunks[category])
             for category in map(int, parameters.catIds)
-            if category in parts
+            if category in chunks
         }
 
-    def _category(self, parts: Sequence["_Part"]) -> tuple[Ranking, list[Outcome]]:
+    def _category(self, chunks: Sequence["_Chunk"]) -> tuple[Ranking, list[Outcome]]:
         """Rank the detections of one category, and judge them in each size class."""
-        scores = np.concatenate([part.scores for part in parts])
+        scores = np.concatenate([chunk.scores for chunk in chunks])
         order = np.argsort(-scores, kind="mergesort")
         scores = scores[order]
-        images = np.concatenate([part.images for part in parts])[order]
+        images = np.concatenate([chunk.images for chunk in chunks])[order]
         ties = np.concatenate([np.zeros(1, dtype=int), np.cumsum(scores[1:] != scores[:-1])])
         outcomes = []
         for area in range(len(self.areas)):
-            hit = np.concatenate([part.hit[area] for part in parts], axis=1)[:, order]
-            counted = np.concatenate([part.counted[area] for part in parts], axis=1)[:, order]
+            hit = np.concatenate([chunk.hit[area] for chunk in chunks], axis=1)[:, order]
+            counted = np.concatenate([chunk.counted[area] for chunk in chunks], axis=1)[:, order]
             objects = np.zeros(len(self.images), dtype=np.int64)
-            for part in parts:
-                objects[part.present] = part.objects[area]
+            for chunk in chunks:
+                objects[chunk.present] = chunk.objects[area]
             outcomes.append(Outcome(hit, counted, objects))
         return Ranking(images, ties[: len(images)]), outcomes
 
@@ -264,7 +264,7 @@ class ApTable:
         masks = iou_type == "segm"
         ground_truth = load_ground_truth(annotations, masks=masks)
         check_predictions(ground_truth, predictions, masks=masks)
-        return cls(match_in_parts(ground_truth, predictions, iou_type))
+        return cls(match_in_chunks(ground_truth, predictions, iou_type))
 
     def ap(
         self, weights: NDArray[np.integer]
@@ -547,7 +547,7 @@ def _ap_under_weights(
     if isinstance(records, str | os.PathLike):
         records = read_json(records, what="predictions file")
     check_predictions(ground_truth, records, masks=masks)
-    metrics, classes = ApTable(match_in_parts(ground_truth, records, iou_type)).ap(weights)
+    metrics, classes = ApTable(match_in_chunks(ground_truth, records, iou_type)).ap(weights)
     return dict([*metrics.items(), *classes.items()])
 
 

@@ -174,7 +174,7 @@ def match_detections(
     return evaluator
 
 
-def match_in_parts(
+def match_in_chunks(
     ground_truth: COCO, predictions: Sequence[dict[str, Any]], iou_type: str
 ) -> Iterator[COCOeval]:
     """Match as :func:`match_detections` does, some images at a time, in the order of their ids.
@@ -186,9 +186,9 @@ def match_in_parts(
         by_image.setdefault(record["image_id"], []).append(record)
     images = sorted(ground_truth.imgs)
     for start in range(0, len(images), IMAGES_AT_ONCE):
-        part = images[start : start + IMAGES_AT_ONCE]
-        records = [record for image in part for record in by_image.get(image, ())]
-        yield match_detections(ground_truth, records, iou_type, images=part)
+        chunk = images[start : start + IMAGES_AT_ONCE]
+        records = [record for image in chunk for record in by_image.get(image, ())]
+        yield match_detections(ground_truth, records, iou_type, images=chunk)
 
 
 def _class_average_precisions(evaluator: COCOeval) -> dict[int, float | None]:

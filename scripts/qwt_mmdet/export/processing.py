@@ -91,11 +91,11 @@ def _anchors(head: Any) -> dict[str, Any]:
 
 
 def _decodes_as_mmdet_does(head: nn.Module) -> bool:
-    kinds = (DistancePointBBoxCoder, DeltaXYWHBBoxCoder)
+    decodable = (DistancePointBBoxCoder, DeltaXYWHBBoxCoder)
     own = ("predict_by_feat", "_predict_by_feat_single", "_bbox_post_process")
     coder = getattr(head, "bbox_coder", None)
     return (
-        type(coder) in kinds
+        type(coder) in decodable
         and not getattr(coder, "add_ctr_clamp", False)
         and all(getattr(type(head), name) is getattr(BaseDenseHead, name) for name in own)
     )

@@ -213,13 +213,13 @@ def _merged_mask(
         keys: sources and the keys that biases and zero attention add to them; nothing excludes those.
     """
     merged = None
-    for mask, kind in ((attention, "attention"), (padding, "padding")):
+    for mask, is_padding in ((attention, False), (padding, True)):
         if mask is None:
             continue
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
         mask = F.pad(mask, (0, keys - mask.shape[-1]))
-        if kind == "padding":
+        if is_padding:
             mask = mask[:, None, None]
         elif mask.dim() == 3:
             mask = mask.unflatten(0, (-1, heads))

@@ -82,11 +82,13 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
     for name, module in model.named_modules():
         if not in_scope(name, settings.scope) or any(name.startswith(f"{o}.") for o in opaque):
             continue
-        kind = type(module).__name__
+        class_name = type(module).__name__
         if _is_opaque(module):
             opaque.append(name)
             not_quantized.append(
-                NotQuantized(name, kind, "attention class without a registered quantized form")
+                NotQuantized(
+                    name, class_name, "attention class without a registered quantized form"
+                )
             )
         elif type(module) in ATTENTION:
             candidates.append((name, module))
@@ -95,9 +97,9 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             if reason is None:
                 candidates.append((name, module))
             else:
-                not_quantized.append(NotQuantized(name, kind, f"{UNSUPPORTED}: {reason}"))
+                not_quantized.append(NotQuantized(name, class_name, f"{UNSUPPORTED}: {reason}"))
         elif any(True for p in module.parameters(recurse=False) if p.dim() > 1):
-            not_quantized.append(NotQuantized(name, kind, UNSUPPORTED))
+            not_quantized.append(NotQuantized(name, class_name, UNSUPPORTED))
     if not candidates:
         raise QwtError(
             f"The scope {settings.scope!r} of this model holds no Linear or Conv2d layer; "

@@ -16,8 +16,8 @@ variant that was not evaluated).
     evaluation images, and bootstrap resamples over them.
 ``repeats``
     how often it was calibrated and compensated, each time on other images. Above 1, every AP of the quantized
-    and the compensated detector is the mean; ``…_spread`` is its standard deviation between repeats; sizes, blocks,
-    layers and seconds are those of the first.
+    and the compensated detector is the mean, and ``…_spread`` is its standard deviation between repeats.
+    Sizes, blocks, layers and seconds are those of the first repeat.
 ``{M}_baseline``, ``{M}_quantized``, ``{M}_compensated``
     AP between 0 and 1; M is one of AP, AP50, AP75, APs, APm, APl.
 ``collapsed_quantized``, ``collapsed_compensated``
@@ -32,8 +32,8 @@ variant that was not evaluated).
     (compensated - quantized) / (baseline - quantized), where the loss is significant.
 ``…_low``, ``…_high``
     ends of the interval of each number above: paired bootstrap over images, 2.5 % of the resamples
-    beyond each end; with repeats, each resample draws these anew too. On few images it covers the truth in about 90 % of cases rather than 95 %
-    (measured; see ``evaluation.bootstrap``).
+    beyond each end. With repeats, each resample draws the repeats anew, too. On few images the interval
+    covers the truth in about 90 % of cases rather than 95 % (measured; see ``evaluation.bootstrap``).
 ``baseline_bytes``, ``quantized_bytes``
     size of all weights before and after quantization.
 ``layers``, ``not_quantized``
