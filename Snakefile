@@ -13,6 +13,7 @@ envvars:
 
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/search.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/compensate.smk"
 include: "workflow/rules/export.smk"

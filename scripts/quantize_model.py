@@ -4,11 +4,12 @@ from qwt_mmdet.runtime import step
 
 with step(snakemake) as job:
     from qwt_mmdet.steps.inputs import Inputs
-    from qwt_mmdet.steps.quantize import quantize
+    from qwt_mmdet.steps.quantize import quantize, read_recipe
 
+    recipe = snakemake.input.recipe
     quantize(
         Inputs.of(snakemake, job, "calibration"),
-        settings=snakemake.params.settings,
+        settings=read_recipe(recipe) if recipe else snakemake.params.settings,
         supplied=snakemake.input.supplied or None,
         output=snakemake.output.warmup,
     )

@@ -58,6 +58,8 @@ STEP_MODULES = {
     "select_images": (*_SOURCES, "data.sampling", "steps.select"),
     "evaluate_baseline": _EVALUATION,
     "evaluate_shard": (*_EVALUATION, *_QUANTIZATION, "compensation"),
+    "measure_candidates": (*_DETECTOR, *_QUANTIZATION, "search", *_EVALUATION, "steps.search"),
+    "choose_recipe": (*_DETECTOR, *_QUANTIZATION, "search", *_EVALUATION, "steps.search"),
     "quantize_model": (*_DETECTOR, *_QUANTIZATION, "steps.quantize"),
     "evaluate_quantized": (*_EVALUATION, *_QUANTIZATION),
     "rank_layers": (*_DETECTOR, *_QUANTIZATION, "search.sensitivity", "steps.rank"),

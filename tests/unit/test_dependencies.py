@@ -102,7 +102,8 @@ def test_source_files_are_those_of_the_module_that_registers_a_type(write, tmp_p
 
 
 FIT = {"fit_compensation", "evaluate_compensated", "evaluate_shard", "export_model"}
-QUANTIZED = {"quantize_model", "rank_layers", "evaluate_quantized", *FIT}
+SEARCH = {"measure_candidates", "choose_recipe"}
+QUANTIZED = {"quantize_model", "rank_layers", "evaluate_quantized", *SEARCH, *FIT}
 COCO = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated", "evaluate_shard"}
 COCO |= {"evaluate_exported"}
 EVERY_DETECTOR = QUANTIZED | COCO
@@ -114,7 +115,7 @@ EVERY_DETECTOR = QUANTIZED | COCO
         ("compensation/solve.py", FIT),
         ("quantization/rounding.py", QUANTIZED),
         ("quantization/recipe.py", QUANTIZED),
-        ("search/sensitivity.py", {"rank_layers"}),
+        ("search/sensitivity.py", {"rank_layers", *SEARCH}),
         ("steps/rank.py", {"rank_layers"}),
         ("steps/quantize.py", {"quantize_model"}),
         ("steps/compensate.py", {"fit_compensation"}),
@@ -122,8 +123,9 @@ EVERY_DETECTOR = QUANTIZED | COCO
         ("export/loading.py", {"evaluate_exported"}),
         ("export/runtimes.py", {"export_model", "evaluate_exported", "benchmark_exported"}),
         ("export/benchmark.py", {"benchmark_exported"}),
-        ("steps/evaluate.py", COCO),
-        ("evaluation/predict.py", COCO),
+        ("steps/search.py", SEARCH),
+        ("steps/evaluate.py", COCO | SEARCH),
+        ("evaluation/predict.py", COCO | SEARCH),
         ("steps/inputs.py", EVERY_DETECTOR),
         ("evaluation/bootstrap.py", {"summarize_results"}),
         ("evaluation/estimates.py", {"summarize_results", "render_report"}),
@@ -160,6 +162,7 @@ NOT_HASHED = {
 # What a module imports for steps other than the one that is looked at.
 OTHER_STEPS = {
     "evaluate_baseline": {"archives", "compensation", "data.download", "quantization"},
+    **{step: {"compensation", "data.download", "evaluation"} for step in SEARCH},
     "quantize_model": {"compensation", "data.download", "evaluation"},
     "evaluate_quantized": {"compensation", "data.download"},
     "rank_layers": {"compensation", "data.download", "evaluation"},

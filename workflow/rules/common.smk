@@ -14,7 +14,17 @@ from pathlib import Path
 # The library beside this workflow, not one that happens to be installed.
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
-from qwt_mmdet.config import combinations, exports, of_repeat, read_file, resolve
+from qwt_mmdet.config import (
+    QuantizationSettings,
+    Search,
+    as_plain,
+    combinations,
+    exports,
+    is_question,
+    of_repeat,
+    read_file,
+    resolve,
+)
 from qwt_mmdet.data.sources import number_of_images, open_source
 from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
@@ -196,6 +206,45 @@ def existing(path, key):
 def entry(section, wildcard):
     """Params function: the config entry that a wildcard names, whatever the repeat."""
     return lambda wildcards: config[section][without_repeat(wildcards[wildcard])]
+
+
+def plain_settings(wildcards):
+    """Params function: the settings of a quantization; None where it is a question, which a recipe answers."""
+    entry = config["quantization"][without_repeat(wildcards.quantization)]
+    return None if is_question(entry) else entry
+
+
+def searched_settings(entry):
+    """Return the settings of which all but the bits holds in the answer to a question; a plain entry's own."""
+    if not is_question(entry):
+        return entry
+    if "like" in entry:
+        return config["quantization"][entry["like"]]
+    return {**as_plain(QuantizationSettings(8, 8))}
+
+
+def question_settings(wildcards):
+    """Params function: the settings of which all but the bits holds in the answer to a question."""
+    return searched_settings(
+        config["quantization"][without_repeat(wildcards.quantization)]
+    )
+
+
+def candidates(wildcards):
+    """Params function: what is measured for a question."""
+    search = Search(**config["quantization"][without_repeat(wildcards.quantization)])
+    return {
+        "weight_bits": sorted(set(search.candidates)),
+        "activation_bits": search.activation_candidates(),
+        "images": search.images,
+    }
+
+
+def chosen_recipe(wildcards):
+    """Input function: the answer to a quantization that is a question."""
+    if plain_settings(wildcards) is not None:
+        return []
+    return f"results/{wildcards.model}/{wildcards.quantization}/recipe.yaml"
 
 
 def without_repeat(name):
@@ -448,7 +497,11 @@ def result_row(combination):
         **combination._asdict(),
         "dataset": dataset,
         "failed": missing and (causes(names) or ["the run stopped before it"]),
-        "settings": config["quantization"][quantization],
+        "settings": searched_settings(config["quantization"][quantization]),
+        "recipe": is_question(config["quantization"][quantization])
+        and finished(f"results/{model}/{quantization}/recipe.json")
+        or None,
+        "limit": config["quantization"][quantization].get("smallest"),
         "compensation_settings": config["compensation"].get(compensation),
         "annotations": finished(f"results/datasets/{dataset}/evaluation.json"),
         **evaluated,
@@ -569,6 +622,7 @@ def all_results():
             variants=["compensated"],
         ),
         *(["results/exports.csv"] if EXPORTS else []),
+        *row_files("recipe"),
         *exported_models(),
         *export_files(),
         *warmup_summaries(),

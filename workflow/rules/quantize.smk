@@ -3,6 +3,7 @@ rule quantize_model:
     input:
         **detector_input("calibration"),
         supplied=supplied_warmup,
+        recipe=chosen_recipe,
     output:
         warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
         summary="results/{model}/{quantization}/warmup.json",
@@ -17,6 +18,6 @@ rule quantize_model:
         **step_resources("quantize_model"),
     params:
         **detector_params("quantize_model"),
-        settings=entry("quantization", "quantization"),
+        settings=plain_settings,
     script:
         "../../scripts/quantize_model.py"

@@ -6,6 +6,7 @@ rule summarize_results:
         exports=export_files(),
         annotations=row_files("annotations"),
         warmups=warmup_summaries(),
+        recipes=row_files("recipe"),
         compensations=result_files("compensation.json", variants=["compensated"]),
     output:
         **({"exports": "results/exports.csv"} if EXPORTS else {}),

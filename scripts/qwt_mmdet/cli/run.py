@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from ..config import RECIPES, QuantizationSettings, as_entry, resolve
+from ..config import RECIPES, QuantizationSettings, Search, as_entry, resolve
 from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
 from ..config.export import Export, Runtime
 from ..config.models import Model
@@ -161,6 +161,7 @@ def make_configuration(
     bits = values[QuantizationSettings]
     pairs = _bit_pairs(bits.pop("weight_bits"), bits.pop("activation_bits"))
     quantizations = [QuantizationSettings(*pair, **bits) for pair in pairs]
+    quantization: dict[str, QuantizationSettings | Search]
     quantization = {quantization_name(settings): settings for settings in quantizations}
     if warmup and len(quantization) > 1:
         raise QwtError("--warmup-checkpoint is for one bit width; give --w-bit and --a-bit once.")

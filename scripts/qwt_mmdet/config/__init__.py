@@ -7,21 +7,26 @@ from .compensation import RECIPES, CompensationSettings, MaxCost
 from .datasets import of_repeat
 from .quantization import Override, QuantizationSettings
 from .reading import read_file
+from .search import Best, Search, Smallest, is_question
 from .section import as_entry, as_plain
 from .workflow import Combination, Configuration, combinations, exports, resolve
 
 __all__ = [
     "RECIPES",
+    "Best",
     "Combination",
     "CompensationSettings",
     "Configuration",
     "MaxCost",
     "Override",
     "QuantizationSettings",
+    "Search",
+    "Smallest",
     "as_entry",
     "as_plain",
     "combinations",
     "exports",
+    "is_question",
     "of_repeat",
     "read_file",
     "resolve",

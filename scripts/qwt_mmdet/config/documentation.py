@@ -15,7 +15,7 @@ import yaml
 from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined
 
-from . import compensation, datasets, export, models, quantization, workflow
+from . import compensation, datasets, export, models, quantization, search, workflow
 from .section import default_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,6 +28,9 @@ TABLES: dict[str, type] = {
     "model": models.Model,
     "quantization": quantization.QuantizationSettings,
     "override": quantization.Override,
+    "search": search.Search,
+    "smallest": search.Smallest,
+    "best": search.Best,
     "compensation": compensation.CompensationSettings,
     "max_cost": compensation.MaxCost,
     "targets": workflow.Targets,
@@ -76,7 +79,7 @@ def _default(section: Any, field: dataclasses.Field) -> str:
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
-        return f"`[{', '.join(value)}]`"
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{value}`" if isinstance(value, str) else str(value).lower()
 
 

@@ -126,7 +126,9 @@ def _located(location: tuple[str | int, ...], root: Any) -> tuple[list[str | int
     for key in location:
         below = _descend(annotation, key)
         if below is None:
-            tagged = [type_ for type_ in alternatives(annotation) if _tag(type_) == key]
+            tagged = [
+                type_ for type_ in alternatives(annotation) if key in (_tag(type_), _name(type_))
+            ]
             annotation = tagged[0] if tagged else annotation
             continue
         if isinstance(key, int) and annotation is root:  # a positional argument
@@ -134,6 +136,11 @@ def _located(location: tuple[str | int, ...], root: Any) -> tuple[list[str | int
         path.append(key)
         annotation = below
     return path, annotation
+
+
+def _name(type_: Any) -> str | None:
+    """The name of a section, by which it is told from others in a union without ``type``."""
+    return type_.__name__ if dataclasses.is_dataclass(type_) and isinstance(type_, type) else None
 
 
 def _tag(type_: Any) -> str | None:

@@ -8,7 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, Strict, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from ..errors import check_installed, suggestion
 from .compensation import CompensationSettings
@@ -18,6 +26,7 @@ from .models import Model
 from .names import Name
 from .quantization import LEAST_BITS, MOST_BITS, QuantizationSettings
 from .reading import check_values
+from .search import Search, is_question
 from .section import Flag, Gigabytes, Nested, Seed, Text, raise_problems, section, sentences, shown
 
 RESERVED_NAMES: dict[str, tuple[str, ...]] = {
@@ -37,6 +46,9 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
         "warmup.json",
         "sensitivity.csv",
         "sensitivity.yaml",
+        "candidates.json",
+        "recipe.yaml",
+        "recipe.json",
         "model.onnx",
         "model.json",
         "onnxruntime",
@@ -118,6 +130,15 @@ class Combination(NamedTuple):
     compensation: str | None
 
 
+Quantization = Annotated[
+    Annotated[
+        Annotated[QuantizationSettings, Tag("QuantizationSettings")]
+        | Annotated[Search, Tag("Search")],
+        Discriminator(lambda entry: "Search" if is_question(entry) else "QuantizationSettings"),
+    ],
+    Nested,
+]
+
 SECTIONS = ("models", "quantization", "compensation")
 """The sections that a combination takes an entry of, in the order of its fields."""
 
@@ -134,10 +155,8 @@ class Configuration:
     """Images in COCO format, by name."""
     models: Annotated[dict[Name, Annotated[Model, Nested]], Field(min_length=1)]
     """Trained MMDetection detectors, by name."""
-    quantization: Annotated[
-        dict[Name, Annotated[QuantizationSettings, Nested]], Field(min_length=1)
-    ]
-    """Quantization settings (the bit targets), by name."""
+    quantization: Annotated[dict[Name, Quantization], Field(min_length=1)]
+    """Quantization settings (the bit targets), or questions for them, by name."""
     compensation: dict[Name, Annotated[CompensationSettings, Nested]]
     """Compensation settings, by name; `{}` quantizes and compensates nothing."""
     seed: Seed = 0
@@ -202,6 +221,22 @@ class Configuration:
         for name, model in self.models.items():
             yield from self._unknown(f"models.{name}.dataset", "datasets", [model.dataset])
             yield from self._unknown(f"models.{name}.warmup", "quantization", model.warmup)
+            for quantization in model.warmup:
+                if isinstance(self.quantization.get(quantization), Search):
+                    yield (
+                        f"models.{name}.warmup.{quantization} supplies what a calibration gave, but "
+                        f"quantization.{quantization} is a question; paste the recipe that the file was made "
+                        "with, or remove the file."
+                    )
+        for name, entry in self.quantization.items():
+            if isinstance(entry, Search) and entry.like is not None:
+                plain = [n for n, e in self.quantization.items() if not isinstance(e, Search)]
+                if entry.like not in plain:
+                    yield (
+                        f"quantization.{name}.like names {shown(entry.like)}, which is not a plain entry of "
+                        f"quantization{suggestion(entry.like, plain) or '.'} Known: "
+                        f"{', '.join(plain) or 'none'}."
+                    )
         for name in ("targets", "export"):
             for index, target in enumerate(getattr(self, name) or ()):
                 for key, section_name in zip(Combination._fields, SECTIONS, strict=True):

@@ -38,7 +38,7 @@ from ..errors import QwtError
 from ..files import read_json
 from ..progress import progress
 from .coco import AP_METRICS, check_predictions, iou_types, load_ground_truth, match_in_chunks
-from .estimates import Comparison, Difference, Estimate
+from .estimates import Comparison, Difference, Estimate, Limit
 
 logger = logging.getLogger(__name__)
 
@@ -490,6 +490,16 @@ class Bootstrap:
         low, high = interval(samples_a - samples_b)
         spread = self._spread(iou_type, metric, a, b)
         return Difference(None if np.isnan(value) else value, low, high, spread)
+
+    def limit(self, baseline: str, variant: str, iou_type: str, max_drop: float) -> Limit:
+        """What the resamples say of the drop of AP from the baseline to a variant."""
+        difference = self.difference(baseline, variant, iou_type, "AP")
+        drops = self._get(baseline, iou_type, "AP")[1] - self._get(variant, iou_type, "AP")[1]
+        drops = drops[~np.isnan(drops)]
+        worst = least = None
+        if len(drops):
+            worst, least = map(float, np.quantile(drops, [CONFIDENCE, 1 - CONFIDENCE]))
+        return Limit(max_drop, -(difference.value or 0.0), worst, least, self.images)
 
     def recovered(
         self, baseline: str, quantized: str, compensated: str, iou_type: str, metric: str | int

@@ -4,6 +4,7 @@ Imports nothing heavy: Snakemake's own process prints such numbers.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -65,3 +66,42 @@ class Comparison:
         return Comparison(
             **{name: entry and entry.without_interval() for name, entry in vars(self).items()}
         )
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What resamples of the images say of a drop of AP that was to stay under a limit.
+
+    Args:
+        max_drop: the limit.
+        worst_drop, least_drop: 95 % of the resamples stay under the one and above the other; None where AP is
+            undefined in all of them.
+        images: number of images.
+    """
+
+    max_drop: float
+    drop: float
+    worst_drop: float | None
+    least_drop: float | None
+    images: int
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the limit is met; None where it cannot be told from luck."""
+        if self.worst_drop is not None and self.worst_drop <= self.max_drop:
+            return True
+        if self.least_drop is not None and self.least_drop > self.max_drop:
+            return False
+        return None
+
+    @property
+    def images_to_tell(self) -> int | None:
+        """About how many images would tell, had they the same drop; None where no number would.
+
+        The distance of an end of the interval falls with the square root of the number of images.
+        """
+        end = self.worst_drop if self.drop <= self.max_drop else self.least_drop
+        spare = abs(self.max_drop - self.drop)
+        if end is None or not spare:
+            return None
+        return math.ceil(self.images * ((end - self.drop) / spare) ** 2)

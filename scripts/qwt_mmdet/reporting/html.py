@@ -167,7 +167,8 @@ def answers(rows: Sequence[Row]) -> list[str]:
         for ap_type in text.AP_TYPES
         if (chosen := [row for row in rows if (row.quantization, row.metrics) == (name, ap_type)])
     ]
-    return [*filter(None, [recommendation(rows)]), *found]
+    limits = dict.fromkeys(map(text.limit_sentence, rows))
+    return [*filter(None, [*limits, recommendation(rows)]), *found]
 
 
 def _faults(collapsed: bool | None, not_finite: int | None) -> list[str]:
@@ -208,7 +209,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "variant": name,
                 "title": name,
                 "series": figures.QUANTIZED,
-                "note": f"W{row.weight_bits} A{row.activation_bits}, {row.scope}",
+                "note": f"W{row.weight_bits:g} A{row.activation_bits:g}, {row.scope}",
                 "ap": row.ap["AP"].quantized,
                 "loss": row.ap["AP"].quantized_minus_baseline,
                 "faults": _faults(row.collapsed_quantized, row.not_finite_quantized),

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import QwtError
-from ..evaluation.estimates import Comparison, Difference, Estimate
+from ..evaluation.estimates import Comparison, Difference, Estimate, Limit
 from ..files import MADE_BY_US, read_json, write_json
 
 
@@ -42,6 +42,7 @@ class Row:
     Args:
         quantized_dominated_by, compensated_dominated_by: the best variant of the same model that is at most as
             large and at least as good; None where there is none, or size or AP is not known.
+        limit: of a quantization whose bits were searched so that AP falls by at most so much.
         seconds: that the steps behind the row took, by rule; supplied warmup files took none.
         classes: those that have objects.
         lost_most, regained_most: names of the classes that changed most by quantization and by
@@ -52,8 +53,8 @@ class Row:
     quantization: str
     compensation: str | None
     metrics: str
-    weight_bits: int
-    activation_bits: int
+    weight_bits: int | float
+    activation_bits: int | float
     scope: str
     failed: str | None
     images: int | None
@@ -78,6 +79,7 @@ class Row:
     quantized_dominated_by: str | None = None
     compensated_dominated_by: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    limit: Limit | None = None
     classes: list[ClassResult] = field(default_factory=list)
     lost_most: list[str] = field(default_factory=list)
     regained_most: list[str] = field(default_factory=list)

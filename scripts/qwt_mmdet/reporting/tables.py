@@ -9,7 +9,7 @@ variant that was not evaluated).
 ``metrics``
     ``bbox`` for box AP, ``segm`` for mask AP.
 ``weight_bits``, ``activation_bits``, ``scope``
-    of the quantization.
+    of the quantization; where each layer has bits of its own, their means (over weights, and over multiply-adds).
 ``failed``
     in a run that failed: the failed steps that the row needs, and why they failed.
 ``images``, ``resamples``
@@ -65,7 +65,7 @@ from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, read_summary, worst_l
 from ..errors import QwtError
 from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS, iou_types
-from ..evaluation.estimates import Comparison
+from ..evaluation.estimates import Comparison, Limit
 from ..files import read_json, write_atomically
 from .summary import ClassResult, ExportedRow, Row, Summary, with_dominance
 
@@ -95,6 +95,25 @@ def _compare(
     return statistics.compare(
         row["baseline"], row["quantized"], row["compensated"], iou_type, metric
     )
+
+
+def _bit_fields(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Bits and scope of a row; means of the bits where a recipe gives each layer its own."""
+    fields = {key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")}
+    if recipe is not None:
+        fields |= {
+            key: round(recipe[f"average_{key}"], 2) for key in ("weight_bits", "activation_bits")
+        }
+    return fields
+
+
+def _limit(statistics: Bootstrap | None, row: Mapping[str, Any], iou_type: str) -> Limit | None:
+    """What is known of the drop that a row's bits were searched for."""
+    limit = row.get("limit")
+    variants = row["baseline"], row["quantized"]
+    if statistics is None or limit is None or limit["metric"] != iou_type or None in variants:
+        return None
+    return statistics.limit(*variants, iou_type, limit["max_drop"])
 
 
 def _cost_fields(
@@ -289,6 +308,11 @@ def _model_summary(
         for row in rows
         if (folder := row["compensated"]) is not None
     }
+    recipes = {
+        row["quantization"]: read_json(row["recipe"], what="recipe")
+        for row in rows
+        if row.get("recipe") is not None
+    }
     statistics = single = None
     if folders:
         single = bootstrap(
@@ -311,7 +335,7 @@ def _model_summary(
         quantized = warmup.get("summary", {})
         fields = {
             **{key: row[key] for key in ("model", "quantization", "compensation")},
-            **{key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")},
+            **_bit_fields(row, recipes.get(row["quantization"])),
             "failed": "; ".join(row.get("failed", ())) or None,
             "images": statistics.images if statistics else None,
             "resamples": statistics.resamples if statistics else None,
@@ -329,6 +353,7 @@ def _model_summary(
                     ap={
                         metric: _compare(statistics, row, iou_type, metric) for metric in AP_METRICS
                     },
+                    limit=_limit(statistics, row, iou_type),
                     classes=classes,
                     lost_most=_most_changed(classes, "quantized_minus_baseline", -1),
                     regained_most=_most_changed(classes, "compensated_minus_quantized", 1),
@@ -340,6 +365,7 @@ def _model_summary(
             "quantization": name,
             "not_quantized": warmup["summary"]["not_quantized"],
             "layer_sqnr": warmup["summary"].get("layer_sqnr", []),
+            "recipe": recipes.get(name),
         }
         for name, warmup in warmups.items()
     ]
@@ -365,7 +391,8 @@ def summarize(
         rows: one dictionary per combination: model, quantization, compensation (names), settings
             (of the quantization), annotations, warmup (files), and baseline,
             quantized and compensated (folders with metrics.json and predictions.json), or None for
-            what was not evaluated; ``repeats``, where there are some, has for each of these three the
+            what was not evaluated. Where the bits were searched, ``recipe`` is the file that
+            ``steps.search`` wrote, and ``limit`` has max_drop and metric, if that was asked; ``repeats``, where there are some, has for each of these three the
             folders of all repeats. Without compensation, compensation is None too. In a run that
             failed, ``failed`` holds sentences about why, and warmup may be None.
         table: the CSV file.

@@ -120,6 +120,36 @@ def collapses(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def limit_sentence(row: Row) -> str | None:
+    """Say whether a quantization whose bits were searched loses as little as it should; None without a limit.
+
+    ``mixed (4.6 bits on average, 0.64 MB) loses 0.006 (interval -0.001 to +0.014) of 0.269 box AP; …``
+    """
+    limit, loss = row.limit, row.ap["AP"].quantized_minus_baseline
+    if limit is None or loss is None or loss.value is None:
+        return None
+    ends = ""
+    if loss.low is not None and loss.high is not None:
+        ends = f" (interval {signed(-loss.high)} to {signed(-loss.low)})"
+    sentence = (
+        f"{row.quantization} ({row.weight_bits:.1f} bits on average, "
+        f"{megabytes(row.quantized_bytes)}) loses {number(limit.drop)}{ends} of "
+        f"{number(value_of(row.ap['AP'].baseline))} {AP_TYPES[row.metrics]} AP"
+    )
+    if limit.worst_drop is not None:
+        sentence += (
+            f"; the largest drop that 95 % of resamples stay under is {number(limit.worst_drop)}"
+        )
+    if limit.met is not None:
+        return (
+            f"{sentence}: it {'meets' if limit.met else 'misses'} the limit of {limit.max_drop:g}."
+        )
+    sentence += f". Whether it meets the limit of {limit.max_drop:g} cannot be told from luck with {limit.images} images"
+    if limit.images_to_tell is not None:
+        sentence += f"; about {max(limit.images_to_tell, limit.images + 1)} would tell"
+    return f"{sentence}."
+
+
 def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
     words = [number(value_of(estimate)), plus_minus(estimate), "collapsed" if collapsed else ""]
     return " ".join(filter(None, words))
@@ -200,6 +230,7 @@ def summary_table(summary: Summary) -> str:
         f"gain: compensated minus quantized AP; * the interval excludes 0 (paired bootstrap over {over})",
         *(["AP: mean ± standard deviation of these calibrations"] if repeats > 1 else []),
         *collapses(summary.rows),
+        *dict.fromkeys(filter(None, map(limit_sentence, summary.rows))),
     ]
     exported = []
     if summary.exports:

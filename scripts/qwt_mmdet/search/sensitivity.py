@@ -89,6 +89,55 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
     return sorted(ranked, key=lambda entry: -(entry.relative_noise or 0))
 
 
+@contextmanager
+def _exact_alone(unit: Unit, weight: torch.Tensor | None) -> Iterator[None]:
+    """Let one layer or attention module of a model that computes quantized compute in full precision.
+
+    Args:
+        weight: of the layer in full precision.
+    """
+    switched: list[QuantizedLayer | ActivationQuantizer]
+    with ExitStack() as stack:
+        if isinstance(unit, QuantizedLayer):
+            assert weight is not None, "a layer has a weight"
+            switched = [unit, unit.input_quantizer]
+            stack.callback(setattr, unit.weight, "data", unit.weight.data)
+            unit.weight.data = weight
+        else:
+            switched = [*unit.quantizers()]
+        for module in switched:
+            stack.callback(setattr, module, "enabled", True)
+            module.enabled = False
+        yield
+
+
+@torch.no_grad()
+def relieve_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Measure how much the noise at the heads falls where one layer of the quantized model is exact, by name.
+
+    Args:
+        model: as for :func:`rank_layers`; its weights are rounded afterwards.
+        loader: calibration batches; each is run twice more than there are layers.
+    """
+    units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
+    full: dict[str, torch.Tensor] = {}
+    expected = []
+    with full_precision(model, {}):
+        for batch in loader:
+            expected.append((batch, head_tensors(model, batch)))
+    for name, unit in units.items():
+        if isinstance(unit, QuantizedLayer):
+            full[name] = unit.weight.data.clone()
+            unit.restore_weight()
+    together, noise = HeadNoise(), {name: HeadNoise() for name in units}
+    for batch, tensors in progress(expected, "Relieving each layer alone", unit="batch"):
+        together.update(tensors, head_tensors(model, batch))
+        for name, unit in units.items():
+            with _exact_alone(unit, full.get(name)):
+                noise[name].update(tensors, head_tensors(model, batch))
+    return {name: together.relative() - without.relative() for name, without in noise.items()}
+
+
 def _sensitivity(name: str, unit: Unit, noise: HeadNoise) -> Sensitivity:
     weights = unit.weight.numel() if isinstance(unit, QuantizedLayer) else 0
     return Sensitivity(

@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..archives import WARMUP_FORMAT, add_account, copy_with_summary
 from ..config import QuantizationSettings, as_plain
@@ -38,3 +41,9 @@ def quantize(
     calibrate(model, loader)
     save_warmup(model, output, inputs.provenance(quantization=as_plain(resolved)))
     add_account(output, inputs.job.account())
+
+
+def read_recipe(path: Pathlike) -> dict[str, Any]:
+    """The settings in a file that the step choose_recipe wrote."""
+    (settings,) = yaml.safe_load(Path(path).read_text(encoding="utf-8")).values()
+    return settings

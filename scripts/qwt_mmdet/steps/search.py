@@ -1,0 +1,306 @@
+"""Search the bits of each layer: measure what they do to the heads, and choose a recipe."""
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mmdet.models import BaseDetector
+from pydantic import TypeAdapter
+
+from ..config import QuantizationSettings, Search, as_entry
+from ..errors import QwtError
+from ..files import read_json, write_atomically, write_json
+from ..quantization.calibrate import calibrate
+from ..quantization.convert import quantize_model
+from ..quantization.state import load_warmup, save_warmup
+from ..search.mixed import Front, Measurement, Recipe, measure_candidates, recipe_settings
+from .evaluate import evaluate_detector
+from .inputs import Inputs, Pathlike
+
+logger = logging.getLogger(__name__)
+
+LEAST_SCORED = 5
+"""Annotated images that a recipe must be scored on, at least; a half of all has to have so many."""
+_MEASUREMENT = TypeAdapter(Measurement)
+
+
+@contextmanager
+def halves(annotations: Pathlike) -> Iterator[tuple[Path, Path]]:
+    """Two annotation files with parts of the images: one to calibrate on, one to score on.
+
+    Every second image with annotated objects is scored on; all others calibrate.
+    """
+    content = read_json(annotations, what="annotation file")
+    objects = {a["image_id"] for a in content["annotations"] if not a.get("iscrowd")}
+    scored = {image["id"] for image in content["images"] if image["id"] in objects}
+    scored = set(sorted(scored)[1::2])
+    with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
+        paths = (Path(folder, "calibration.json"), Path(folder, "scoring.json"))
+        for path, wanted in zip(paths, (False, True), strict=True):
+            part = {
+                "images": [i for i in content["images"] if (i["id"] in scored) == wanted],
+                "annotations": [
+                    a for a in content["annotations"] if (a["image_id"] in scored) == wanted
+                ],
+            }
+            write_json(path, content | part)
+        yield paths
+
+
+def measure(
+    inputs: Inputs,
+    *,
+    settings: Mapping[str, Any],
+    weight_bits: Sequence[int],
+    activation_bits: Sequence[int],
+    images: int,
+    output: Pathlike,
+) -> None:
+    """Measure what each layer does to the heads at each number of bits; write it as JSON.
+
+    Args:
+        settings: of a plain quantization, of which all but the bits holds.
+        images: to calibrate and to measure on, the first that no recipe is scored on.
+    """
+    with halves(inputs.annotations) as (calibration, _):
+        part = dataclasses.replace(inputs, annotations=calibration, batch_size=1)
+        batches = list(islice(part.loader(inputs.load()), images))
+
+    def calibrated(settings: QuantizationSettings) -> BaseDetector:
+        with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
+            warmup = Path(folder, "warmup.pth")
+            save_warmup(calibrate(quantize_model(inputs.load(), settings), batches), warmup)
+            return load_warmup(inputs.load(), warmup, round_weights=False)
+
+    plain = QuantizationSettings.from_mapping(settings)
+    found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches)
+    write_json(output, _MEASUREMENT.dump_python(found, mode="json"), indent=1)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A recipe that was calibrated and evaluated.
+
+    Args:
+        drop: what it loses, in AP from 0 to 1, on the images that it was scored on.
+    """
+
+    index: int
+    average_weight_bits: float
+    weight_bytes: int
+    noise: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Asks for the recipe that answers a question.
+
+    Args:
+        name: of the quantization.
+        settings: plain ones, of which all but the bits holds.
+    """
+
+    name: str
+    search: Search
+    settings: QuantizationSettings
+    measurement: Measurement
+
+    def front(self) -> Front:
+        objective = {"size": "bytes"}.get(self.search.objective, self.search.objective)
+        return Front(self.measurement.candidates, objective)
+
+    def weight_bytes(self, recipe: Recipe) -> int:
+        """Of all weights of the detector."""
+        return round(recipe.bytes + self.measurement.fixed_bytes)
+
+    def average_weight_bits(self, recipe: Recipe) -> float:
+        """Of the layers that were searched."""
+        return 8 * recipe.bytes / sum(c.weights for c in self.measurement.candidates)
+
+    def within_budget(self) -> Recipe:
+        """The best recipe of the size that the question allows.
+
+        Raises:
+            QwtError: no recipe is so small, or all are smaller.
+        """
+        best, front = self.search.best, self.front()
+        assert best is not None, "the question names a budget"
+        if best.average_weight_bits is not None:
+            weights = sum(c.weights for c in self.measurement.candidates)
+            return front.within(best.average_weight_bits * weights / 8)
+        assert best.max_size_mb is not None, "one of both is given"
+        smallest, largest = (self.weight_bytes(front[index]) / 1e6 for index in (0, -1))
+        if not smallest <= best.max_size_mb <= largest:
+            raise QwtError(
+                f"quantization.{self.name}.best.max_size_mb is {best.max_size_mb:g}, but recipes of its candidates "
+                f"have from {smallest:.3g} to {largest:.3g} MB; choose a size in between, other candidates or a "
+                "larger scope."
+            )
+        return front.within(best.max_size_mb * 1e6 - self.measurement.fixed_bytes)
+
+    def smallest(self, inputs: Inputs) -> tuple[Recipe, list[Round]]:
+        """The cheapest recipe that loses at most what the question allows, by bisection.
+
+        Each round calibrates a recipe on one half of the images and scores it on the other. The next recipe has
+        the mean noise (in dB) of those that are left.
+
+        Raises:
+            QwtError: the detector lacks the metric, or too few images have annotations.
+        """
+        limit, front = self.search.smallest, self.front()
+        assert limit is not None, "the question names a limit"
+        noise = front.noise()
+        low, high = 0, len(front) - 1  # the answer is one of these
+        rounds: list[Round] = []
+        with halves(inputs.annotations) as (calibration, scoring):
+            judge = Judge(inputs, calibration, scoring, limit.metric)
+            while low < high and len(rounds) < self.search.rounds:
+                middle = (noise[low] * noise[high]) ** 0.5
+                index = next(i for i in range(low, high + 1) if noise[i] <= middle)
+                index = min(index, high - 1)
+                recipe = front[index]
+                drop = judge.drop(recipe_settings(self.settings, recipe))
+                rounds.append(
+                    Round(
+                        index,
+                        self.average_weight_bits(recipe),
+                        self.weight_bytes(recipe),
+                        recipe.noise,
+                        drop,
+                    )
+                )
+                low, high = (low, index) if drop <= limit.max_drop else (index + 1, high)
+                self._tell(rounds, judge)
+        best = best_round(rounds, limit.max_drop)
+        if best is None:
+            logger.warning(
+                "No recipe that was tried loses less than %g; the largest is taken.", limit.max_drop
+            )
+        return front[best.index if best else -1], rounds
+
+    def _tell(self, rounds: Sequence[Round], judge: "Judge") -> None:
+        assert self.search.smallest is not None
+        last, best = rounds[-1], best_round(rounds, self.search.smallest.max_drop)
+        logger.info(
+            "Round %d of %d: %.2f bits per weight, %.2f MB: AP falls by %.4f of %.3f on %d calibration images; "
+            "best so far: %s",
+            len(rounds), self.search.rounds, last.average_weight_bits, last.weight_bytes / 1e6, last.drop,
+            judge.baseline, judge.images, f"{best.weight_bytes / 1e6:.2f} MB" if best else "none",
+        )  # fmt: skip
+
+
+def best_round(rounds: Sequence[Round], max_drop: float) -> Round | None:
+    """The cheapest recipe that lost at most ``max_drop``, if any."""
+    return min((r for r in rounds if r.drop <= max_drop), key=lambda r: r.index, default=None)
+
+
+class Judge:
+    """Calibrates recipes on some images and scores them on others.
+
+    Attributes:
+        baseline: AP of the full-precision detector.
+        images: number of images that are scored on.
+
+    Raises:
+        QwtError: the detector lacks the metric, or too few images have annotations.
+    """
+
+    def __init__(self, inputs: Inputs, calibration: Path, scoring: Path, metric: str) -> None:
+        self._calibration = dataclasses.replace(inputs, annotations=calibration)
+        self._scoring = dataclasses.replace(inputs, annotations=scoring)
+        self._metric = metric
+        self.images = len(read_json(scoring)["images"])
+        if self.images < LEAST_SCORED:
+            raise QwtError(
+                f"A recipe would be scored on {self.images} calibration images, half of those that have "
+                f"annotations; `smallest` needs {LEAST_SCORED} at least, and hundreds to tell small losses from "
+                "luck: choose more calibration images, or ask for `best` with a size."
+            )
+        model = inputs.load()
+        if metric == "segm" and not model.with_mask:
+            raise QwtError("smallest.metric is segm, but this detector has no masks; use bbox.")
+        self.baseline = self._ap(model)
+        if not self.baseline:
+            raise QwtError(
+                f"The full-precision detector has no {metric} AP on the {self.images} calibration images that "
+                "recipes are scored on, so nothing can be lost; check their annotations."
+            )
+
+    def _ap(self, model: BaseDetector) -> float:
+        scoring = self._scoring
+        metrics, _ = evaluate_detector(model, scoring.annotations, workers=scoring.workers)
+        return metrics.get(self._metric, {}).get("AP") or 0.0
+
+    def drop(self, settings: QuantizationSettings) -> float:
+        """What the detector loses with these settings, in AP."""
+        model = self._calibration.load()
+        loader = self._calibration.loader(model)
+        return self.baseline - self._ap(calibrate(quantize_model(model, settings), loader))
+
+
+def choose(
+    inputs: Inputs,
+    *,
+    name: str,
+    search: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    candidates: Pathlike,
+    recipe: Pathlike,
+    summary: Pathlike,
+) -> None:
+    """Choose a recipe; write it as an entry that can be pasted (``recipe``, .yaml) and what it is (``summary``).
+
+    Args:
+        name: of the quantization that is a question.
+        search: the question.
+        settings: of the plain quantization of which all but the bits holds.
+        candidates: what :func:`measure` wrote.
+    """
+    chooser = Chooser(
+        name,
+        Search(**search),
+        QuantizationSettings.from_mapping(settings),
+        _MEASUREMENT.validate_python(read_json(candidates, what="measurement")),
+    )
+    rounds: list[Round] = []
+    if chooser.search.best is not None:
+        chosen = chooser.within_budget()
+    else:
+        chosen, rounds = chooser.smallest(inputs)
+    average, size = chooser.average_weight_bits(chosen), chooser.weight_bytes(chosen)
+    note = f"# {average:.2f} bits per weight on average, {size / 1e6:.2f} MB. It can stand under `quantization:`.\n"
+    entry = {f"{name}-recipe": as_entry(recipe_settings(chooser.settings, chosen))}
+    weights = {c.name: c.weights for c in chooser.measurement.candidates}
+    shares = {c.name: c.multiply_adds_percent for c in chooser.measurement.candidates}
+    about = {
+        "average_weight_bits": average,
+        "average_activation_bits": sum(
+            c.activation_bits * shares[n] / 100 for n, c in chosen.choices.items()
+        ),
+        "weight_bytes": size,
+        "bit_operations_percent": chosen.bit_operations,
+        "noise": chosen.noise,
+        "rounds": [dataclasses.asdict(r) for r in rounds],
+        "layers": [
+            {
+                "name": layer,
+                "weights": weights[layer],
+                "multiply_adds_percent": shares[layer],
+                **dataclasses.asdict(choice),
+            }
+            for layer, choice in chosen.choices.items()
+        ],
+        **inputs.job.account(),
+    }
+    with write_atomically(recipe) as partial:
+        partial.write_text(note + yaml.safe_dump(entry, sort_keys=False), encoding="utf-8")
+    write_json(summary, about, indent=1)
+    logger.info("%s: %.2f bits per weight on average, %.2f MB", name, average, size / 1e6)

@@ -1,0 +1,281 @@
+"""Quantizations that are questions: what is measured, what is chosen, and what is refused."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import yaml
+from qwt_mmdet.config import Best, Override, QuantizationSettings, Search, Smallest, as_entry
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.evaluation.estimates import Limit
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
+from qwt_mmdet.quantization.state import load_warmup, save_warmup, summarize_quantization
+from qwt_mmdet.search.mixed import (
+    Candidate,
+    Front,
+    Measurement,
+    measure_candidates,
+    recipe_settings,
+)
+from qwt_mmdet.steps import search as steps
+
+A8 = {8: 0.0}
+
+
+def candidate(name, weights, noise, relief=None, activation_noise=A8, share=50.0):
+    """A layer whose noise at 4 bits is ``noise`` and falls by 6 dB per bit."""
+    by_bits = {bits: noise * 4.0 ** (4 - bits) for bits in (3, 4, 6, 8)}
+    relief = by_bits[3] if relief is None else relief
+    return Candidate(name, weights, share, by_bits, activation_noise, relief)
+
+
+LAYERS = [
+    candidate("a", 10, 0.5),
+    candidate("b", 10, 0.01),
+    candidate("c", 10, 0.2),
+    candidate("d", 10, 1e-5),
+]
+
+
+def test_recipes_of_the_front_have_the_least_noise_of_all_for_their_bytes():
+    everything = [
+        (
+            sum(c.weights * bits / 8 for c, bits in zip(LAYERS, chosen, strict=True)),
+            sum(c.noise(bits, 8) for c, bits in zip(LAYERS, chosen, strict=True)),
+        )
+        for chosen in itertools.product((3, 4, 6, 8), repeat=4)
+    ]
+    front = Front(LAYERS, "bytes")
+    recipes = [front[index] for index in range(len(front))]
+    assert (recipes[0].bytes, recipes[-1].bytes) == (4 * 10 * 3 / 8, 4 * 10)
+    for recipe, noise in zip(recipes, front.noise(), strict=True):
+        best = min(noise for size, noise in everything if size <= recipe.bytes)
+        assert recipe.noise == pytest.approx(best) == pytest.approx(noise)
+
+
+def test_a_budget_is_used_but_not_exceeded():
+    for budget in (15, 17.5, 23, 40):
+        recipe = Front(LAYERS, "bytes").within(budget)
+        assert budget - 10 * 2 / 8 < recipe.bytes <= budget or recipe.bytes == 40
+    with pytest.raises(QwtError, match="below"):
+        Front(LAYERS, "bytes").within(14.9)
+
+
+def test_activation_bits_matter_for_bit_operations_alone():
+    both = {4: 0.004, 8: 0.001}
+    layers = [
+        candidate("busy", 10, 0.001, activation_noise=both, share=90),
+        candidate("idle", 10, 0.001, activation_noise=both, share=10),
+    ]
+    assert {c.activation_bits for c in Front(layers, "bytes")[-1].choices.values()} == {8}
+    front = Front(layers, "bit_operations")
+    assert front[-1].bit_operations == pytest.approx(100)
+    assert front[0].bit_operations == pytest.approx(100 * 3 * 4 / 64)
+    halfway = front.within(50).choices
+    product = {name: c.weight_bits * c.activation_bits for name, c in halfway.items()}
+    assert product["busy"] < product["idle"]
+
+
+def test_what_other_layers_hide_counts_half():
+    alone, hidden = candidate("a", 10, 0.1), candidate("a", 10, 0.1, relief=0.0)
+    assert hidden.noise(4, 8) == pytest.approx(alone.noise(4, 8) / 2)
+
+
+class Detector(tiny.TinyDetector):
+    def extract_feat(self, images):
+        return self.backbone(images)
+
+
+def detector():
+    torch.manual_seed(0)
+    return Detector(tiny.backbone("swin")).eval()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path = tmp_path_factory.mktemp("search") / "warmup.pth"
+
+    def calibrated(settings):
+        save_warmup(calibrate(quantize_model(detector(), settings), tiny.batches(1)), path)
+        return load_warmup(detector(), path, round_weights=False)
+
+    kept = Override("backbone.stages.0.blocks.0.ffn.layers.1", weight_bits=8)
+    settings = QuantizationSettings(8, 8, overrides=(kept,))
+    found = measure_candidates(calibrated, settings, (3, 5), (8,), tiny.batches(1))
+    return settings, found
+
+
+def test_noise_falls_with_bits_and_layers_that_overrides_name_keep_theirs(measured):
+    settings, found = measured
+    layers = [c for c in found.candidates if c.weights]
+    assert all(c.weight_noise[3] > c.weight_noise[5] for c in layers)
+    assert settings.overrides[0].pattern not in {c.name for c in layers}
+    assert sum(c.multiply_adds_percent for c in found.candidates) == pytest.approx(100)
+    assert [c for c in found.candidates if not c.weights]  # attention
+
+
+def test_the_recipe_quantizes_a_detector_to_the_bits_and_the_bytes_that_it_names(measured):
+    settings, found = measured
+    front = Front(found.candidates, "bytes")
+    recipe = front[len(front) // 2]
+    entry = yaml.safe_load(yaml.safe_dump(as_entry(recipe_settings(settings, recipe))))
+    model = quantize_model(detector(), QuantizationSettings.from_mapping(entry))
+    bits = {name: model.get_submodule(name).weight_bits for name in recipe.choices}
+    assert bits == {name: choice.weight_bits for name, choice in recipe.choices.items()}
+    assert {3, 5} <= set(bits.values())
+    assert model.get_submodule(settings.overrides[0].pattern).weight_bits == 8
+    size = summarize_quantization(calibrate(model, tiny.batches(1)))["weight_bytes"]
+    assert size == pytest.approx(recipe.bytes + found.fixed_bytes, abs=1)
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    """Ten images, of which eight have objects, one of these a crowd alone."""
+
+    def write(images=10, objects=8):
+        path = tmp_path / "calibration.json"
+        content = {
+            "images": [{"id": number} for number in range(images)],
+            "annotations": [
+                {"id": n, "image_id": n, "iscrowd": int(n == 0)} for n in range(objects)
+            ],
+        }
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+def test_no_image_both_calibrates_and_scores(annotations):
+    with steps.halves(annotations()) as paths:
+        calibration, scoring = (json.loads(path.read_text()) for path in paths)
+    ids = [{image["id"] for image in part["images"]} for part in (calibration, scoring)]
+    assert ids == [{0, 1, 3, 5, 7, 8, 9}, {2, 4, 6}]
+    assert {a["image_id"] for a in scoring["annotations"]} == ids[1]
+
+
+def chooser(**question):
+    return steps.Chooser(
+        "mixed", Search(**question), QuantizationSettings(8, 8), Measurement(LAYERS, 1000.0)
+    )
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A judge for whom AP falls in proportion to the noise; notes the recipes that it was asked for."""
+    asked = []
+
+    class Judge:
+        baseline, images = 0.5, 10
+
+        def __init__(self, *_):
+            pass
+
+        def drop(self, settings):
+            bits = {entry.pattern: entry.weight_bits for entry in settings.overrides}
+            asked.append(bits)
+            return sum(c.noise(bits.get(c.name, 8), 8) for c in LAYERS) / 10
+
+    monkeypatch.setattr(steps, "Judge", Judge)
+    return asked
+
+
+@pytest.mark.parametrize("max_drop", [0.001, 0.01, 0.1])
+def test_the_smallest_recipe_is_the_cheapest_that_loses_at_most_so_much(
+    max_drop, judge, annotations
+):
+    asks = chooser(smallest=Smallest(max_drop), rounds=20)
+    recipe, rounds = asks.smallest(SimpleNamespace(annotations=annotations()))
+    front = asks.front()
+    fitting = [index for index, noise in enumerate(front.noise()) if noise / 10 <= max_drop]
+    assert recipe == front[fitting[0]]
+    assert len(rounds) == len(judge) <= 4  # of 13 recipes
+
+
+def test_rounds_bound_the_calibrations_and_the_best_that_was_tried_is_taken(judge, annotations):
+    recipe, rounds = chooser(smallest=Smallest(0.01), rounds=1).smallest(
+        SimpleNamespace(annotations=annotations())
+    )
+    assert len(rounds) == len(judge) == 1
+    assert recipe.noise / 10 <= 0.01
+
+
+def test_where_every_recipe_loses_too_much_the_largest_is_taken(judge, annotations):
+    asks = chooser(smallest=Smallest(0.0001), rounds=2)
+    recipe, _ = asks.smallest(SimpleNamespace(annotations=annotations()))
+    assert recipe == asks.front()[-1]
+
+
+@pytest.mark.parametrize("size", [0.001, 0.002])
+def test_a_size_that_no_recipe_has_is_refused(size):
+    with pytest.raises(QwtError, match=r"max_size_mb is 0\.00\d, but .* from 0\.00102 to 0\.00104"):
+        chooser(best=Best(max_size_mb=size)).within_budget()
+
+
+def test_a_size_between_is_kept():
+    asks = chooser(best=Best(max_size_mb=0.00103))
+    assert asks.weight_bytes(asks.within_budget()) <= 1030
+
+
+def test_too_few_annotated_images_are_an_error(annotations):
+    with pytest.raises(QwtError, match="scored on 3 calibration images"):
+        chooser(smallest=Smallest(0.01)).smallest(
+            Unloaded("", {}, "", annotations(), None, 0, 1, 0)
+        )
+
+
+def test_a_metric_that_the_detector_lacks_is_an_error(annotations):
+    inputs = Unloaded("", {}, "", annotations(20, 20), None, 0, 1, 0)
+    with pytest.raises(QwtError, match="no masks; use bbox"):
+        chooser(smallest=Smallest(0.01, "segm")).smallest(inputs)
+
+
+class Unloaded(steps.Inputs):
+    """Inputs whose detector has no masks and cannot run."""
+
+    def load(self, **_):
+        return SimpleNamespace(with_mask=False)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({}, "either smallest or best"),
+        ({"smallest": Smallest(0.1), "best": Best(5)}, "either smallest or best"),
+        ({"best": Best(2.5)}, r"average_weight_bits is 2\.5, but candidates go from 3 to 8"),
+        ({"best": Best(5), "candidates": (4, 4)}, "two different"),
+        (
+            {"best": Best(5), "min_activation_bits": 8, "max_activation_bits": 6},
+            "min_activation_bits is 8, more than",
+        ),
+        ({"best": Best(5), "objective": "bit_operations"}, "contradicts"),
+    ],
+)
+def test_contradictions_are_told(question, message):
+    with pytest.raises(QwtError, match=message):
+        Search(**question)
+
+
+@pytest.mark.parametrize("budgets", [{}, {"average_weight_bits": 5, "max_size_mb": 3}])
+def test_one_budget_is_asked_for(budgets):
+    with pytest.raises(QwtError, match="either average_weight_bits or max_size_mb"):
+        Best(**budgets)
+
+
+@pytest.mark.parametrize(
+    ("drop", "worst", "least", "met", "images"),
+    [
+        (0.002, 0.008, -0.004, True, 57),
+        (0.030, 0.050, 0.015, False, 57),
+        (0.006, 0.014, -0.002, None, 400),  # (0.008 / 0.004)² times as many
+        (0.010, 0.020, 0.000, None, None),  # on the limit no number tells
+    ],
+)
+def test_a_limit_is_met_missed_or_not_known(drop, worst, least, met, images):
+    limit = Limit(0.01, drop, worst, least, 100)
+    assert limit.met is met
+    assert limit.images_to_tell == images
