@@ -86,8 +86,10 @@ def test_what_other_layers_hide_counts_half():
 
 
 class Detector(tiny.TinyDetector):
+    """Of whose two levels of features the heads read the first alone."""
+
     def extract_feat(self, images):
-        return self.backbone(images)
+        return self.backbone(images)[:1]
 
 
 def detector():
@@ -128,6 +130,9 @@ def test_the_recipe_quantizes_a_detector_to_the_bits_and_the_bytes_that_it_names
     assert bits == {name: choice.weight_bits for name, choice in recipe.choices.items()}
     assert {3, 5} <= set(bits.values())
     assert model.get_submodule(settings.overrides[0].pattern).weight_bits == 8
+    unseen = "backbone.stages.1.blocks.0.ffn.layers.1"
+    assert unseen not in bits
+    assert model.get_submodule(unseen).weight_bits == 8
     size = summarize_quantization(calibrate(model, tiny.batches(1)))["weight_bytes"]
     assert size == pytest.approx(recipe.bytes + found.fixed_bytes, abs=1)
 

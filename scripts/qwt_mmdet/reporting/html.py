@@ -209,7 +209,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "variant": name,
                 "title": name,
                 "series": figures.QUANTIZED,
-                "note": f"W{row.weight_bits:g} A{row.activation_bits:g}, {row.scope}",
+                "note": f"W{row.weight_bits} A{row.activation_bits}, {row.scope}",
                 "ap": row.ap["AP"].quantized,
                 "loss": row.ap["AP"].quantized_minus_baseline,
                 "faults": _faults(row.collapsed_quantized, row.not_finite_quantized),

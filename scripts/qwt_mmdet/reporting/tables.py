@@ -101,9 +101,9 @@ def _bit_fields(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dic
     """Bits and scope of a row; means of the bits where a recipe gives each layer its own."""
     fields = {key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")}
     if recipe is not None:
-        fields |= {
-            key: round(recipe[f"average_{key}"], 2) for key in ("weight_bits", "activation_bits")
-        }
+        for key in ("weight_bits", "activation_bits"):
+            mean = round(recipe[f"average_{key}"], 2)
+            fields[key] = int(mean) if mean.is_integer() else mean
     return fields
 
 
