@@ -31,7 +31,7 @@ class Job:
 
 
 def planned_jobs(config: Mapping[str, Any]) -> list[Job]:
-    """The jobs of a run, an evaluation as one job each, those that others wait for first.
+    """The jobs of a run, those that others wait for first. Each evaluation is one job.
 
     Args:
         config: resolved config of the workflow.

@@ -27,7 +27,7 @@ CoresOption = Annotated[int | None, typer.Option(min=1, help="CPU cores; default
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End with one sentence, and status 1 or after Ctrl-C 130, where the cause is no bug of ours."""
+    """Turn an error that is no bug of ours into one sentence and status 1; Ctrl-C gives status 130."""
     from ..runtime import known_cause, termination_interrupts
 
     try:

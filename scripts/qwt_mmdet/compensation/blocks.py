@@ -161,7 +161,7 @@ def _weights(modules: Iterable[nn.Module]) -> int:
 
 
 def _stacked(units: dict[str, nn.Module], component: nn.Module) -> list[str]:
-    """Modules of classes that follow each other in a list; the innermost ones."""
+    """The innermost modules whose class is repeated in a list of modules."""
     classes = {
         class_name
         for name, parent in component.named_modules()
@@ -178,7 +178,7 @@ def _stacked(units: dict[str, nn.Module], component: nn.Module) -> list[str]:
 
 
 def _repeated(units: dict[str, nn.Module], component: nn.Module) -> list[str]:
-    """Modules of classes that there are several of, wherever they stand; the outermost ones."""
+    """The outermost modules whose class is repeated anywhere."""
     times = Counter(type(module) for module in units.values())
     names = [name for name, module in units.items() if times[type(module)] > 1]
     return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
@@ -228,7 +228,7 @@ def _misfit(module: nn.Module, arguments: Arguments, output: Any) -> str | None:
 def _misfits(
     model: nn.Module, batch: dict[str, Any], components: Iterable[str]
 ) -> dict[str, str | None]:
-    """By name of each module with layers in ``components`` why it can be no block, or None where it can."""
+    """Why each module with layers in ``components`` can be no block, by its name; None where it can."""
     found: dict[str, str | None] = {}
     handles = []
     for component in components:

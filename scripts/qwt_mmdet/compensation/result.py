@@ -26,7 +26,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockError:
-    """What a block's output differs from its target by; None where that is not known.
+    """How far a block's output is from its target; None where that is not known.
 
     Attributes:
         error_before: mean squared difference per output element without the compensation.

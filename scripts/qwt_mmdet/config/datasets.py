@@ -181,7 +181,7 @@ class Coco:
 
 @section
 class OwnSource:
-    """A data set of which a module of the user's knows where it comes from."""
+    """A data set that comes from a source in the user's own module."""
 
     type: Annotated[Foreign, WithJsonSchema({"type": "string", "pattern": r".\..*"})]
     """Name under which a module registers the source, after the module's own: `mylab.voc` is registered by

@@ -20,7 +20,7 @@ Grids = Literal["any", "integer"]
 
 @section
 class Override:
-    """Other bit widths for the layers whose name matches ``pattern``, or none at all."""
+    """Other bit widths for the layers whose name matches ``pattern``, or full precision."""
 
     pattern: Text
     """Pattern (fnmatch) of module names, such as backbone.stages.3.*"""

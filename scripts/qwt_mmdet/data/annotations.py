@@ -108,7 +108,7 @@ def read_annotations(
 
 
 def few(values: Sequence[Any]) -> str:
-    """The first of some values, and how many there are if that is not all."""
+    """The first of some values, and how many there are in all if some are left out."""
     more = f", … ({len(values)} in all)" if len(values) > NAMED_IN_MESSAGES else ""
     return ", ".join(map(str, values[:NAMED_IN_MESSAGES])) + more
 

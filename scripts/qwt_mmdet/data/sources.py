@@ -60,7 +60,7 @@ class Source(ABC):
 
     @abstractmethod
     def prepare(self, part: Part, most_bytes: int) -> None:
-        """Have the annotation file of a part at its place.
+        """Put the annotation file of a part in its place.
 
         Args:
             most_bytes: largest size of a download, and of an annotation file in it.
@@ -72,7 +72,7 @@ class Source(ABC):
     def fetch(
         self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
     ) -> list[int]:
-        """Have images of a part at their place, and check each.
+        """Put images of a part in their place, and check each.
 
         Args:
             images: entries of the annotation file.
@@ -93,7 +93,7 @@ class Source(ABC):
         return self.settings.exif
 
     def identity(self, part: Part, file_name: str) -> str:
-        """What is the same for two image files only if they are the same image."""
+        """An identity of an image file: two files have the same one only if they are the same image."""
         return os.path.realpath(os.path.join(self.place(part).image_root, file_name))
 
     def local_annotations(self, part: Part) -> str | None:
@@ -171,7 +171,7 @@ def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
 
 
 def number_of_images(settings: Mapping[str, Any], part: Part) -> int | None:
-    """How many images a part of a data set has; None if nobody knows before its annotations are fetched.
+    """How many images a part of a data set has; None if that is not known before its annotations are fetched.
 
     Args:
         settings: the config's entry.
@@ -396,7 +396,7 @@ def _other(part: Part) -> Part:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let no other process pass that prepares the other part in the same folder."""
+    """Hold a lock: one process at a time prepares a part in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

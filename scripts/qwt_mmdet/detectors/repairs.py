@@ -1,4 +1,4 @@
-"""Faults of mmdet 3.3 that inference meets, and what is done about them."""
+"""Repairs of faults in mmdet 3.3 that inference meets."""
 
 from mmdet.models.dense_heads import SSDHead
 from mmdet.models.roi_heads.mask_heads import fcn_mask_head

@@ -1,4 +1,4 @@
-"""How fast a runtime computes an exported detector, and how fast the same one in full precision."""
+"""How fast a runtime computes an exported detector, beside the same one in full precision."""
 
 import os
 import statistics

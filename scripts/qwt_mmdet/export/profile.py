@@ -1,4 +1,4 @@
-"""Which multiply-adds of a graph a runtime computes with integers, as the runtime itself tells."""
+"""Which multiply-adds of a graph a runtime computes with integers, as the runtime itself reports."""
 
 import json
 import math
