@@ -386,4 +386,4 @@ def test_ci_lints_and_tests_and_offers_the_wheel_where_there_is_one(tmp_path, re
     )
     links = " ".join([own] * bool(own) + [str(wheels)] * ready)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"lint:{links}", f"test:{links}"]
+    assert done.stdout.splitlines() == [f"lint:{links}", f"test-all:{links}"]
