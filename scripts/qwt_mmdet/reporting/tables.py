@@ -392,8 +392,8 @@ def summarize(
             (of the quantization), annotations, warmup (files), and baseline,
             quantized and compensated (folders with metrics.json and predictions.json), or None for
             what was not evaluated. Where the bits were searched, ``recipe`` is the file that
-            ``steps.search`` wrote, and ``limit`` has max_drop and metric, if that was asked; ``repeats``, where there are some, has for each of these three the
-            folders of all repeats. Without compensation, compensation is None too. In a run that
+            ``steps.search`` wrote, and ``limit`` has max_drop and metric, if that was asked.
+            ``repeats``, where there are some, has for each of these three the folders of all repeats. Without compensation, compensation is None too. In a run that
             failed, ``failed`` holds sentences about why, and warmup may be None.
         table: the CSV file.
         document: the JSON file.

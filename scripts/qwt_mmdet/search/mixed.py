@@ -179,16 +179,10 @@ def measure_candidates(
         )
     fixed = summarize_quantization(model)["weight_bytes"]
     fixed -= sum(candidate.weights for candidate in candidates) * widths[0] / 8
-    for (
-        name,
-        unit,
-    ) in units.items():  # what the heads do not show gets the settings' own bits in the end
-        if (
-            name not in names
-            and isinstance(unit, QuantizedLayer)
-            and unit.is_calibrated
-            and matching_override(name, settings.overrides) is None
-        ):
+    # What the heads do not show gets the settings' own bits in the end.
+    for name, unit in units.items():
+        hidden = name not in names and matching_override(name, settings.overrides) is None
+        if hidden and isinstance(unit, QuantizedLayer) and unit.is_calibrated:
             fixed += unit.weight.numel() * (settings.weight_bits - widths[0]) / 8
     return Measurement(candidates, fixed)
 
