@@ -10,7 +10,7 @@ import pytest
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation import coco
 from qwt_mmdet.evaluation.bootstrap import ApTable, Bootstrap, bootstrap, draw_weights, interval
-from qwt_mmdet.evaluation.coco import AP_METRICS, coco_metrics
+from qwt_mmdet.evaluation.coco import AP_METRICS, Averaged, coco_metrics
 from qwt_mmdet.evaluation.estimates import Difference, Estimate
 from random_detections import compressed, detection, one_object, random_detections, write
 
@@ -465,3 +465,14 @@ def test_a_detector_that_finds_nothing_has_the_interval_0_to_0(tmp_path, masks):
         assert (regained.value, regained.low, regained.high) == (0, 0, 0)
         whole = found.recovered("baseline", "nothing", "baseline", kind, "AP")
         assert (whole.value, whole.low, whole.high) == (1, 1, 1)
+
+
+def test_a_metric_more_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(AP_METRICS, "AP60", Averaged(iou=0.6))
+    content, predictions = random_detections(images=8, detections=20, classes=3, seed=4, scores=5)
+    path = write(tmp_path, content)
+    once = np.ones((1, 8), dtype=int)
+    found = ApTable.build(path, predictions, "bbox").ap(once)[0]["AP60"]
+    evaluated = coco_metrics(path, predictions, masks=False)["bbox"]
+    assert found == pytest.approx(evaluated["AP60"])
+    assert evaluated["AP75"] < evaluated["AP60"] < evaluated["AP50"]

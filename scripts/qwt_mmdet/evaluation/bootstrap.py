@@ -49,7 +49,6 @@ Records = Sequence[dict[str, Any]] | str | os.PathLike[str]
 
 CONFIDENCE = 0.95
 FEW_IMAGES = 30
-AREAS = ("all", "small", "medium", "large")
 CHUNK_ELEMENTS = 1_000_000
 """Numbers in a work array: 8 MB, small enough for a processor's cache, large enough for numpy."""
 
@@ -305,10 +304,12 @@ class ApTable:
                     classes[category] = np.where(objects > 0, curves.mean(axis=0), np.nan)
         mean = np.full(total.shape, np.nan)
         np.divide(total, defined, out=mean, where=defined > 0)
-        everything, small, medium, large = (mean[self.areas.index(area)] for area in AREAS)
-        half, three_quarters = (np.isclose(self.iou_thresholds, iou) for iou in (0.5, 0.75))
-        selected = (everything, everything[half], everything[three_quarters], small, medium, large)
-        metrics = {name: ap.mean(axis=0) for name, ap in zip(AP_METRICS, selected, strict=True)}
+        metrics = {}
+        for name, over in AP_METRICS.items():
+            ap = mean[self.areas.index(over.area)]
+            if over.iou is not None:
+                ap = ap[np.isclose(self.iou_thresholds, over.iou)]
+            metrics[name] = ap.mean(axis=0)
         return metrics, classes
 
     def _curves(

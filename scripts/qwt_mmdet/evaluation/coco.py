@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -18,14 +18,31 @@ from ..errors import QwtError
 
 logger = logging.getLogger(__name__)
 
-METRICS = (
-    "AP", "AP50", "AP75", "APs", "APm", "APl",
-    "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
-)  # fmt: skip
-"""Names of COCOeval's twelve summary numbers, in its order."""
 
-AP_METRICS = METRICS[:6]
-"""Those that average precision."""
+class Averaged(NamedTuple):
+    """What an AP averages.
+
+    Attributes:
+        iou: the only IoU threshold; None for all ten.
+        area: size class of the objects, as COCOeval names it.
+    """
+
+    iou: float | None = None
+    area: str = "all"
+
+
+AP_METRICS = {
+    "AP": Averaged(),
+    "AP50": Averaged(iou=0.5),
+    "AP75": Averaged(iou=0.75),
+    "APs": Averaged(area="small"),
+    "APm": Averaged(area="medium"),
+    "APl": Averaged(area="large"),
+}
+"""COCO's averages of precision, by name."""
+
+AR_METRICS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""Names of the averages of recall, which are COCOeval's last six summary numbers."""
 
 IMAGES_AT_ONCE = 500
 """That are matched before only small arrays of them are kept."""
@@ -201,6 +218,16 @@ def _class_average_precisions(evaluator: COCOeval) -> dict[int, float | None]:
     return averages
 
 
+def _average_precision(evaluator: COCOeval, iou: float | None, area: str) -> float | None:
+    """Mean over IoU and recall thresholds and the categories that have objects, 100 detections."""
+    size_class = evaluator.params.areaRngLbl.index(area)
+    precision = evaluator.eval["precision"][:, :, :, size_class, -1]
+    if iou is not None:
+        precision = precision[np.isclose(evaluator.params.iouThrs, iou)]
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else None
+
+
 def coco_metrics(
     annotations: str | os.PathLike[str],
     predictions: Sequence[dict[str, Any]],
@@ -220,8 +247,8 @@ def coco_metrics(
     Returns:
         ``{"bbox": {metric: value}, "segm": the same with masks, "per_class": {name: {"bbox": AP,
         "segm": AP with masks, "annotations": number of objects that are not crowd regions}},
-        "images": number of images}``. The metrics are ``METRICS``, between 0 and 1, and None where
-        no object defines them.
+        "images": number of images}``. The metrics are ``AP_METRICS`` and ``AR_METRICS``, between 0 and 1,
+        and None where no object defines them.
 
     Raises:
         QwtError: see ``load_ground_truth`` and ``check_predictions``.
@@ -243,9 +270,10 @@ def coco_metrics(
         with _without_printing():
             evaluator.accumulate()
             evaluator.summarize()
+        recalls = zip(AR_METRICS, evaluator.stats[-len(AR_METRICS) :], strict=True)
         result[iou_type] = {
-            name: None if value == -1 else float(value)
-            for name, value in zip(METRICS, evaluator.stats, strict=True)
+            **{name: _average_precision(evaluator, *over) for name, over in AP_METRICS.items()},
+            **{name: None if value == -1 else float(value) for name, value in recalls},
         }
         for identifier, average in _class_average_precisions(evaluator).items():
             per_class[ground_truth.cats[identifier]["name"]][iou_type] = average
