@@ -147,6 +147,41 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
     assert not (tmp_path / "qwt_output").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Give one limit of --max-drop, --max-size-mb, --average-bits"),
+        (["--max-drop", "0.01", "--max-size-mb", "3"], "Give one limit"),
+        (["--max-drop", "2"], "max_drop is 2"),
+        (["--average-bits", "9"], "average_weight_bits is 9"),
+        (["--max-drop", "0.01", "--rounds", "0"], "--rounds is 0"),
+    ],
+)
+def test_a_limit_that_is_none_is_named(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco").mkdir()
+    failed = command("shrink", *MODEL, "--coco-root", "coco", *options)
+    assert failed.exit_code == 1
+    assert message in failed.output
+    assert not (tmp_path / "qwt_output").exists()
+
+
+def test_shrink_searches_quantizes_and_exports(coco, tmp_path):
+    arguments = [*MODEL, *SPLITS, "--coco-root", coco, "--output-dir", tmp_path / "output"]
+    arguments += ["--eval-samples", "all", "--max-drop", "0.01", "--device", "cpu"]
+    planned = subprocess.run(
+        [sys.executable, "-c", "from qwt_mmdet.cli import app; app()", "shrink", *arguments, "--dry-run"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert planned.returncode == 0, planned.stderr
+    for rule in ("choose_recipe", "quantize_model", "evaluate_exported"):
+        assert rule in planned.stdout
+    written = yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())
+    assert written["quantization"]["smallest"]["smallest"]["max_drop"] == 0.01
+    assert written["quantization"]["w8a8"]["scope"] == "detector"
+    assert written["targets"] == [{"quantization": ["smallest"]}], "w8a8 itself is not evaluated"
+
+
 def test_settings_that_are_not_the_default_make_another_name():
     assert quantization_name(QuantizationSettings(4, 8)) == "w4a8"
     settings = QuantizationSettings(4, 8, scope="backbone+neck", bias_correction=False)

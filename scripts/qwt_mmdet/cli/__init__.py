@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import apply, estimate, export, run, show, validate
+from . import apply, estimate, export, run, show, shrink, validate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 for command in (
     run.run,
+    shrink.shrink,
     validate.validate,
     estimate.estimate,
     show.show,

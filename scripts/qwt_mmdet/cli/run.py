@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -17,7 +17,7 @@ from ..config import RECIPES, QuantizationSettings, Search, as_entry, resolve
 from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
 from ..config.export import Export, Runtime
 from ..config.models import Model
-from ..config.workflow import Configuration, Evaluation, Loading
+from ..config.workflow import Configuration, Evaluation, Loading, Targets
 from ..devices import count_gpus
 from ..errors import QwtError, suggestion
 from ..files import is_url
@@ -126,8 +126,12 @@ def run(
             "evaluate_quantized": skip_quantized_eval,
         }
         with options_named(OPTIONS):
+            bits = values[QuantizationSettings]
+            pairs = _bit_pairs(bits.pop("weight_bits"), bits.pop("activation_bits"))
+            quantizations = [QuantizationSettings(*pair, **bits) for pair in pairs]
             configuration = make_configuration(
                 values,
+                {quantization_name(settings): settings for settings in quantizations},
                 recipes=compensation,
                 runtimes=export,
                 warmup=warmup_checkpoint,
@@ -138,31 +142,29 @@ def run(
 
 def make_configuration(
     values: Values,
+    quantization: Mapping[str, QuantizationSettings | Search],
     *,
-    recipes: Sequence[str],
+    recipes: Sequence[str] = (),
     runtimes: Sequence[str] = (),
     warmup: Path | None = None,
     skip: tuple[Evaluation, ...] = (),
+    targets: tuple[Targets, ...] | None = None,
 ) -> Configuration:
     """The configuration of one model on one data set.
 
     Args:
-        values: of the options in ``OPTIONS``.
+        values: of the options in ``OPTIONS``; those of the quantization do not count.
+        quantization: settings by name.
         recipes: of the compensation, by name.
         runtimes: of exported files; without any, none are made.
         warmup: file to use instead of calibrating, for one quantization alone.
         skip: evaluations to leave out.
+        targets: what is computed; None for every quantization with every compensation.
 
     Raises:
         QwtError: a value is outside of what is allowed, or two do not agree.
     """
-    values = {section: dict(keys) for section, keys in values.items()}
     general, model, data = values[Configuration], values[Model], values[Coco]
-    bits = values[QuantizationSettings]
-    pairs = _bit_pairs(bits.pop("weight_bits"), bits.pop("activation_bits"))
-    quantizations = [QuantizationSettings(*pair, **bits) for pair in pairs]
-    quantization: dict[str, QuantizationSettings | Search]
-    quantization = {quantization_name(settings): settings for settings in quantizations}
     if warmup and len(quantization) > 1:
         raise QwtError("--warmup-checkpoint is for one bit width; give --w-bit and --a-bit once.")
     known = [*RECIPES, NO_COMPENSATION]
@@ -170,8 +172,10 @@ def make_configuration(
         if recipe not in known:
             hint = suggestion(recipe, known) or "."
             raise QwtError(f"--compensation is {recipe!r}{hint} Known: {', '.join(known)}.")
-    for section in (CocoCalibration, CocoEvaluation):
-        values[section]["images"] = _count(values[section]["images"])
+    parts = {
+        section: {**values[section], "images": _count(values[section]["images"])}
+        for section in (CocoCalibration, CocoEvaluation)
+    }
     loading = Loading(**values[Loading])
     compensations = {name: RECIPES[name] for name in recipes if name != NO_COMPENSATION}
     exports: tuple[Export, ...] = ()
@@ -182,8 +186,8 @@ def make_configuration(
         datasets={
             "coco": Coco(
                 type="coco",
-                calibration=CocoCalibration(**values[CocoCalibration]),
-                evaluation=CocoEvaluation(**values[CocoEvaluation]),
+                calibration=CocoCalibration(**parts[CocoCalibration]),
+                evaluation=CocoEvaluation(**parts[CocoEvaluation]),
                 **{**data, "root": str(Path(data["root"]).resolve())},
             )
         },
@@ -196,9 +200,10 @@ def make_configuration(
                 warmup=dict.fromkeys(quantization, str(warmup.resolve())) if warmup else {},
             )
         },
-        quantization=quantization,
+        quantization=dict(quantization),
         compensation=compensations,
         export=exports,
+        targets=targets,
         skip=skip,
         calibration=loading,
         evaluation=loading,

@@ -1,0 +1,94 @@
+"""`qwt-mmdet shrink`: the smallest detector that loses at most so much, or the best one of a size, as a file."""
+
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import typer
+
+from ..config import Best, QuantizationSettings, Search, Smallest
+from ..config.export import Runtime
+from ..config.workflow import Targets
+from ..errors import QwtError
+from .common import CoresOption, DeviceOption, plain_errors
+from .options import Key, Table, Values, options_named, with_options
+from .run import OPTIONS, make_configuration, run_workflow
+
+LIKE = "w8a8"
+"""The plain quantization whose settings hold where the search leaves them."""
+
+SHRINK_OPTIONS: Table = {
+    **OPTIONS,
+    QuantizationSettings: {
+        "scope": Key("scope", default="detector"),
+        "grids": Key("grids"),
+    },
+    Search: {
+        "search_images": Key("images"),
+        "rounds": Key("rounds"),
+    },
+}
+"""The options that set a key of the configuration."""
+
+
+@with_options(SHRINK_OPTIONS)
+def shrink(
+    values: Values,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Most AP that may be lost: 0.01 is one point.")
+    ] = None,
+    metric: Annotated[
+        Literal["bbox", "segm"], typer.Option(help="Box AP or mask AP, which may fall.")
+    ] = "bbox",
+    max_size_mb: Annotated[
+        float | None, typer.Option(help="Instead: size of all weights in megabytes.")
+    ] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Instead: bits per weight, on average.")
+    ] = None,
+    export: Annotated[
+        list[str],
+        typer.Option(
+            metavar="|".join(get_args(Runtime)),
+            help="Runtime that evaluates and times the ONNX file; repeatable.",
+        ),
+    ] = ["onnxruntime"],  # noqa: B006
+    output_dir: Annotated[
+        Path, typer.Option(help="Where results, logs and the workflow's config go.")
+    ] = Path("qwt_output"),
+    device: DeviceOption = "auto",
+    cores: CoresOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
+) -> None:
+    """Choose the bits of each layer so that a detector gets small, and export it.
+
+    Give one limit: the AP that may be lost, or the size. The bits are chosen on calibration images; what
+    is lost is then measured on evaluation images. For example:
+
+        qwt-mmdet shrink --config yolox/yolox_nano_8xb8-300e_coco.py --checkpoint yolox_nano.pth
+        --coco-root /data/coco --max-drop 0.01 --eval-samples all
+    """
+    with plain_errors():
+        limits = {
+            "--max-drop": max_drop,
+            "--max-size-mb": max_size_mb,
+            "--average-bits": average_bits,
+        }
+        if sum(limit is not None for limit in limits.values()) != 1:
+            raise QwtError(f"Give one limit of {', '.join(limits)}.")
+        with options_named(SHRINK_OPTIONS):
+            plain = QuantizationSettings(8, 8, **values[QuantizationSettings])
+            smallest = Smallest(max_drop, metric) if max_drop is not None else None
+            best = Best(average_bits, max_size_mb) if smallest is None else None
+            name = "best" if smallest is None else "smallest"
+            question = Search(smallest=smallest, best=best, like=LIKE, **values[Search])
+            configuration = make_configuration(
+                values,
+                {LIKE: plain, name: question},
+                runtimes=export,
+                targets=(Targets(quantization=(name,)),),
+            )
+        run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
+        if not dry_run:
+            (model,) = configuration.models
+            folder = output_dir / "results" / model / name
+            typer.echo(f"\nRecipe: {folder / 'recipe.yaml'}\nFile: {folder / 'model.onnx'}")
