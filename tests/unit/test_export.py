@@ -244,9 +244,14 @@ def test_a_compensation_is_part_of_the_graph(bits, tmp_path, images):
     for block, kind in zip((maps, tokens), compensation_of(bits), strict=True):
         attach_compensation(block, kind)
     expected = model(image)[0]
-    onnx_ir.save(graph_of(model), tmp_path / "model.onnx")
+    graph = graph_of(model)
+    onnx_ir.save(graph, tmp_path / "model.onnx")
     found = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")({"image": image.numpy()})
     near(torch.from_numpy(found["output"]), expected)
+    stored = [value.const_value for value in graph.graph.initializers.values()]
+    codes = [value for value in stored if value.dtype == onnx_ir.DataType.INT8]
+    whole = maps.compensation_weight.shape
+    assert (bits == 8) == any(tuple(value.shape) == tuple(whole) for value in codes)
     assert (plain - expected).abs().mean() > 0.5 * expected.std()
 
 

@@ -122,7 +122,13 @@ def rounded_input(x: Tensor) -> Tensor:
 
 def _matrix(weight: Tensor, scale: Tensor | None) -> Tensor:
     """The values of a matrix [in, out], of which ``weight`` holds codes where there are scales [out]."""
-    return weight if scale is None else weight * scale
+    if scale is None:
+        return weight
+    if torch.onnx.is_in_onnx_export():  # a product of constants would become one in floating point
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", (weight, scale), {"axis": 1}, dtype=scale.dtype, shape=weight.shape, version=21
+        )  # fmt: skip
+    return weight * scale
 
 
 def _project(
