@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation import coco
 from qwt_mmdet.evaluation.bootstrap import ApTable, Bootstrap, bootstrap, draw_weights, interval
 from qwt_mmdet.evaluation.coco import AP_METRICS, Averaged, coco_metrics
-from qwt_mmdet.evaluation.estimates import Difference, Estimate
+from qwt_mmdet.evaluation.estimates import Difference, Estimate, Limit
+from qwt_mmdet.reporting.text import limit_sentence
 from random_detections import compressed, detection, one_object, random_detections, write
 
 BOX = [20.0, 30.0, 60.0, 50.0]
@@ -250,6 +252,51 @@ def test_a_resample_without_loss_widens_the_fraction_at_both_ends():
     widened = from_samples(fp=lost, q=0 * lost, c=gained * lost)
     recovered = widened.recovered("fp", "q", "c", "bbox", "AP")
     assert (recovered.low, recovered.high) == pytest.approx((0.005, 0.994), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("drop", "max_drop", "met", "words"),
+    [
+        # 95 % of the resamples lie within 0.045 of the drop, on either side
+        (0.037, 0.1, True, "loses 0.037 (interval -0.010 to +0.084) of 0.360 box AP"),
+        (0.080, 0.01, False, "loses 0.080 (interval +0.033 to +0.127) of 0.360 box AP"),
+        # 10 images, (0.045 / (0.037 - 0.01))² times as many would tell
+        (0.037, 0.01, None, "with 10 images; about 28 would tell"),
+        (-0.060, 0.01, True, "gains 0.060 (interval +0.013 to +0.107) on 0.360 box AP"),
+    ],
+)
+def test_a_drop_is_what_the_variant_has_less_than_the_baseline(drop, max_drop, met, words):
+    drops = np.concatenate([[drop], drop + np.arange(-50, 51) / 1000])
+    result = from_samples(fp=[0.36] * 102, q=0.36 - drops)
+    limit = result.limit("fp", "q", "bbox", max_drop)
+    assert limit.drop == pytest.approx(drop)
+    assert limit.worst_drop == pytest.approx(drop + 0.045, abs=1e-4)
+    assert limit.least_drop == pytest.approx(drop - 0.045, abs=1e-4)
+    assert limit.met is met
+    row = SimpleNamespace(
+        quantization="mixed", weight_bits=4.6, quantized_bytes=1e6, metrics="bbox", limit=limit,
+        ap={"AP": result.compare("fp", "q", None, "bbox", "AP")},
+    )  # fmt: skip
+    assert words in limit_sentence(row)
+
+
+def test_no_limit_is_judged_where_ap_is_undefined():
+    assert from_samples(fp=[np.nan] * 5, q=[0.1] * 5).limit("fp", "q", "bbox", 0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("drop", "worst", "least", "met", "images"),
+    [
+        (0.002, 0.008, -0.004, True, 57),
+        (0.030, 0.050, 0.015, False, 57),
+        (0.006, 0.014, -0.002, None, 400),  # (0.008 / 0.004)² times as many
+        (0.010, 0.020, 0.000, None, None),  # on the limit no number tells
+    ],
+)
+def test_a_limit_is_met_missed_or_not_known(drop, worst, least, met, images):
+    limit = Limit(0.01, drop, worst, least, 100)
+    assert limit.met is met
+    assert limit.images_to_tell == images
 
 
 def gain_of_repeats(deviations, images, samples=400):

@@ -10,7 +10,6 @@ import torch
 import yaml
 from qwt_mmdet.config import Best, Override, QuantizationSettings, Search, Smallest, as_entry
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.evaluation.estimates import Limit
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import load_warmup, save_warmup, summarize_quantization
@@ -269,18 +268,3 @@ def test_contradictions_are_told(question, message):
 def test_one_budget_is_asked_for(budgets):
     with pytest.raises(QwtError, match="either average_weight_bits or max_size_mb"):
         Best(**budgets)
-
-
-@pytest.mark.parametrize(
-    ("drop", "worst", "least", "met", "images"),
-    [
-        (0.002, 0.008, -0.004, True, 57),
-        (0.030, 0.050, 0.015, False, 57),
-        (0.006, 0.014, -0.002, None, 400),  # (0.008 / 0.004)² times as many
-        (0.010, 0.020, 0.000, None, None),  # on the limit no number tells
-    ],
-)
-def test_a_limit_is_met_missed_or_not_known(drop, worst, least, met, images):
-    limit = Limit(0.01, drop, worst, least, 100)
-    assert limit.met is met
-    assert limit.images_to_tell == images

@@ -492,15 +492,19 @@ class Bootstrap:
         spread = self._spread(iou_type, metric, a, b)
         return Difference(None if np.isnan(value) else value, low, high, spread)
 
-    def limit(self, baseline: str, variant: str, iou_type: str, max_drop: float) -> Limit:
-        """What the resamples say of the drop of AP from the baseline to a variant."""
-        difference = self.difference(baseline, variant, iou_type, "AP")
-        drops = self._get(baseline, iou_type, "AP")[1] - self._get(variant, iou_type, "AP")[1]
+    def limit(self, baseline: str, variant: str, iou_type: str, max_drop: float) -> Limit | None:
+        """What the resamples say of the drop of AP from the baseline to a variant; None where AP is undefined."""
+        (value_b, samples_b), (value_v, samples_v) = (
+            self._get(name, iou_type, "AP") for name in (baseline, variant)
+        )
+        if np.isnan(value_b - value_v):
+            return None
+        drops = samples_b - samples_v
         drops = drops[~np.isnan(drops)]
         worst = least = None
         if len(drops):
             worst, least = map(float, np.quantile(drops, [CONFIDENCE, 1 - CONFIDENCE]))
-        return Limit(max_drop, -(difference.value or 0.0), worst, least, self.images)
+        return Limit(max_drop, value_b - value_v, worst, least, self.images)
 
     def recovered(
         self, baseline: str, quantized: str, compensated: str, iou_type: str, metric: str | int

@@ -74,6 +74,7 @@ class Limit:
 
     Args:
         max_drop: the limit.
+        drop: AP of the one minus AP of the other, on all images; below 0 is a gain.
         worst_drop, least_drop: 95 % of the resamples stay under the one and above the other; None where AP is
             undefined in all of them.
         images: number of images.

@@ -128,13 +128,15 @@ def limit_sentence(row: Row) -> str | None:
     limit, loss = row.limit, row.ap["AP"].quantized_minus_baseline
     if limit is None or loss is None or loss.value is None:
         return None
+    gains = limit.drop < 0
     ends = ""
     if loss.low is not None and loss.high is not None:
-        ends = f" (interval {signed(-loss.high)} to {signed(-loss.low)})"
+        low, high = (loss.low, loss.high) if gains else (-loss.high, -loss.low)
+        ends = f" (interval {signed(low)} to {signed(high)})"
     sentence = (
         f"{row.quantization} ({row.weight_bits:.1f} bits on average, "
-        f"{megabytes(row.quantized_bytes)}) loses {number(limit.drop)}{ends} of "
-        f"{number(value_of(row.ap['AP'].baseline))} {AP_TYPES[row.metrics]} AP"
+        f"{megabytes(row.quantized_bytes)}) {'gains' if gains else 'loses'} {number(abs(limit.drop))}{ends} "
+        f"{'on' if gains else 'of'} {number(value_of(row.ap['AP'].baseline))} {AP_TYPES[row.metrics]} AP"
     )
     if limit.worst_drop is not None:
         sentence += (
