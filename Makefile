@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
@@ -25,13 +26,19 @@ $(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
 	  --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# OpenVINO and Snakemake's plugin for Slurm, which nothing but their tests needs.
+$(EXTRAS): $(STAMP)
+	@$(VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
+	  --no-build-isolation --editable '.[openvino,slurm]'
+	@touch $@
+
 PYTEST := $(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal
 
 test: env ## run the tests but for the slow ones, in under 10 minutes (ARGS="-k word" chooses some)
 	@$(PYTEST) -m "not slow and not zoo and not slurm" $(ARGS)
 
-test-all: env ## run the slow tests too: whole runs and ten architectures
-	@$(PYTEST) $(ARGS)
+test-all: $(EXTRAS) ## run the slow tests too: whole runs, ten architectures, OpenVINO, a Slurm of its own
+	@$(PYTEST) -m "not zoo" $(ARGS)
 
 bench: env ## measure time and memory on a Swin-T backbone, and exported files (over an hour on two cores)
 	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py

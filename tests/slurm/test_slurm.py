@@ -1,12 +1,15 @@
 """The tiny demo on a real Slurm, which runs in a private namespace: `pytest -m slurm` as root, some minutes."""
 
+import csv
 import importlib.util
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "configs" / "demo_tiny.yaml"
@@ -29,10 +32,10 @@ exec "$@"
 """
 
 
-def snakemake(folder: Path, *arguments: str) -> list[str]:
+def snakemake(folder: Path, *arguments: str, config: Path = CONFIG) -> list[str]:
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--nocolor"),
-        *("--directory", str(folder), "--configfile", str(CONFIG), *arguments),
+        *("--directory", str(folder), "--configfile", str(config), *arguments),
     ]
 
 
@@ -72,22 +75,39 @@ def test_a_run_on_slurm_with_a_killed_job_gives_the_bytes_of_a_local_run(tmp_pat
     for folder in folders.values():
         folder.mkdir()
         (folder / "workflow").symlink_to(ROOT / "workflow")
-    command = snakemake(
-        folders["slurm"],
+    on_slurm = (
         *("--workflow-profile", str(ROOT / "workflow" / "profiles" / "slurm")),
         *("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"),
         *("--latency-wait", "10", "--slurm-keep-successful-logs"),
     )
-    done = run([*with_slurm, "sh", "-c", KILL_ONE, "sh", *command], timeout=1200)
-    (tmp_path / "slurm.log").write_text(done.stdout)
+    broken = yaml.safe_load(CONFIG.read_text())
+    (tmp_path / "no_warmup.pth").write_text("no warmup file")
+    broken["models"]["demo"]["warmup"] = {"w4a4": str(tmp_path / "no_warmup.pth")}
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
+    whole = snakemake(folders["slurm"], *on_slurm)
+    failing = snakemake(
+        folders["slurm"], *on_slurm, "--retries", "0", config=tmp_path / "broken.yaml"
+    )
+    both = 'sh -c "$1" && cp -r "$3/results" "$3/of_slurm" && sh -c "$2"'
+    kill_one = ["sh", "-c", KILL_ONE, "sh", *whole]
+    commands = [shlex.join(kill_one), shlex.join(failing), str(folders["slurm"])]
+    done = run([*with_slurm, "sh", "-c", both, "sh", *commands], timeout=1200)
     if done.returncode == NO_PACKAGES:
         pytest.skip(f"Debian's packages of Slurm cannot be had: {done.stdout[-300:]}")
-    assert done.returncode == 0, done.stdout
     assert done.stdout.count("Trying to restart job") == 1, done.stdout
-    assert done.stdout.count("has been submitted with SLURM jobid") == 8, done.stdout
+    assert done.stdout.count("has been submitted with SLURM jobid") == 8 + 1, done.stdout
 
     local = run(snakemake(folders["local"], "--cores", "1"))
     assert local.returncode == 0, local.stdout
     for name in RESULTS:
-        one, other = (folder / "results" / name for folder in folders.values())
+        one, other = folders["local"] / "results" / name, folders["slurm"] / "of_slurm" / name
         assert one.read_bytes() == other.read_bytes(), name
+
+    # the second run failed, said why, and made a table of what it had
+    assert done.returncode == 1, done.stdout
+    *_, said = done.stdout.partition("has been submitted with SLURM jobid 9")
+    assert "no_warmup.pth" in said, said
+    assert "Traceback" not in said, said
+    rows = list(csv.DictReader((folders["slurm"] / "results/summary.csv").open()))
+    assert rows, said
+    assert all(row["failed"].startswith("quantize_model demo w4a4") for row in rows), rows

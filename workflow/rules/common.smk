@@ -151,7 +151,12 @@ def detector_threads(wildcards):
 
 
 def detector_jobs():
-    """Return how many runs of a detector this machine or the cluster computes side by side."""
+    """Return how many runs of a detector this machine or the cluster computes side by side.
+
+    Jobs read the workflow again, on nodes with other numbers of cores, so the first reading's number stays.
+    """
+    if JOBS in os.environ:
+        return int(os.environ[JOBS])
     if not runs_here():
         return workflow.resource_settings.nodes
     limit = workflow.global_resources.get("gpu")
@@ -370,7 +375,7 @@ def shards(wildcards):
 def shards_by_default(wildcards):
     """Return into how many jobs the evaluations of a model are split where the config leaves it open."""
     evaluations = len(result_files("metrics.json"))
-    jobs = int(os.environ[JOBS])
+    jobs = detector_jobs()
     if jobs < 2 * evaluations:
         return 1  # without counting images
     dataset = config["datasets"][config["models"][wildcards.model]["dataset"]]
@@ -387,8 +392,7 @@ def shard_input(wildcards):
     return files
 
 
-# Jobs read the workflow again, on nodes with other numbers of cores, so the first reading's number stays.
-os.environ.setdefault(JOBS, str(detector_jobs()))
+os.environ[JOBS] = str(detector_jobs())
 
 
 def evaluated_folders(combination):
@@ -679,7 +683,7 @@ def summarize_finished():
             [
                 *(sys.executable, "-m", "snakemake", *targets),
                 *("--snakefile", str(workflow.main_snakefile), "--configfile", given),
-                *("--directory", os.getcwd(), "--cores", str(workflow.cores)),
+                *("--directory", os.getcwd(), "--cores", str(all_cores(None))),
                 *("--allowed-rules", "summarize_results", "render_report"),
                 *("--nolock", "--notemp", "--no-hooks", "--quiet", "all"),
                 *(["--software-deployment-method", *methods] if methods else []),
