@@ -120,3 +120,33 @@ def worst_layers(signal_noise: Mapping[str, float | None], most: int = 3) -> str
     """``backbone.conv1 (-2.5 dB), …``: the layers with the lowest ratios in dB, the worst first."""
     measured = [(ratio, name) for name, ratio in signal_noise.items() if ratio is not None]
     return ", ".join(f"{name} ({ratio:.1f} dB)" for ratio, name in sorted(measured)[:most])
+
+
+UNSETTLED_DB = 3.0
+"""Ranges that lose so much on images that did not make them are not settled."""
+HARMLESS_DB = 23.0
+"""What is better than this on other images is harmless: noise of half a percent of the outputs' power."""
+
+
+def unsettled_ranges(check: Mapping[str, Any] | None) -> str | None:
+    """A sentence about ranges that too few images have made; None where they hold on other images, too.
+
+    Args:
+        check: the fields of a :class:`.record.RangeCheck`.
+    """
+    if check is None:
+        return None
+    if check["images"] < 2:
+        return (
+            "Ranges come from a single image, so nothing tells whether they hold on others; use more calibration "
+            "images."
+        )
+    seen, unseen = check["seen_db"], check["unseen_db"]
+    if seen is None or unseen is None:
+        return None
+    if seen - unseen < UNSETTLED_DB or unseen >= HARMLESS_DB:
+        return None
+    return (
+        f"Ranges are not settled: of half of the {check['images']} calibration images they give {seen:.1f} dB on "
+        f"images that made them, {unseen:.1f} dB on others; use more images."
+    )

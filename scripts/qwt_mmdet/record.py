@@ -31,6 +31,21 @@ class NotQuantized:
     multiply_adds_percent: float | None = None
 
 
+@dataclass(frozen=True)
+class RangeCheck:
+    """How ranges that half of the calibration images make do on images of either half.
+
+    Args:
+        images: number of calibration images.
+        seen_db, unseen_db: signal-to-quantization-noise ratio at the outputs of what is quantized, with weights in
+            full precision, on images that made the ranges and on others; None without noise, or of a single image.
+    """
+
+    images: int
+    seen_db: float | None
+    unseen_db: float | None
+
+
 @dataclass
 class Quantization:
     """What is known of a quantized detector.
@@ -41,12 +56,14 @@ class Quantization:
         not_quantized: what stays in full precision.
         signal_noise: signal-to-quantization-noise ratio in dB of each layer and each operand of attention,
             None where there is no noise; empty before calibration.
+        range_check: None before calibration.
     """
 
     settings: QuantizationSettings
     folds: list["Fold"] = field(default_factory=list)
     not_quantized: list[NotQuantized] = field(default_factory=list)
     signal_noise: dict[str, float | None] = field(default_factory=dict)
+    range_check: RangeCheck | None = None
 
     @property
     def folded_layers(self) -> set[str]:

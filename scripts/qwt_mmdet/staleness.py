@@ -101,6 +101,7 @@ STEP_MODULES = {
         "reporting.tables",
     ),
     "render_report": (
+        "archives",
         "data.annotations",
         "evaluation.coco",
         "evaluation.estimates",

@@ -52,6 +52,13 @@ def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
     return list(_tensors(features if head is None else head(features)))
 
 
+def scope_tensors(model: BaseDetector, batch: dict[str, Any], scope: str) -> list[Tensor]:
+    """What a scope hands on: the maps of backbone or neck; of the whole detector :func:`head_tensors`."""
+    if scope == "detector":
+        return head_tensors(model, batch)
+    return list(_tensors(forward_scope(model, batch, scope)))
+
+
 @contextlib.contextmanager
 def count_operations(model: nn.Module) -> Iterator[FlopCounterMode]:
     """Count what convolutions and matrix products inside compute; two operations are one multiply-add.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..archives import unsettled_ranges
 from ..data.batches import count_images, single_images
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
@@ -28,13 +29,12 @@ from .convert import (
 )
 from .folding import apply_fold, factors
 from .layers import QuantizedConv2d, QuantizedLayer, layer_by_name
-from .migration import choose_grid
 from .moments import InputMoments, measure_inputs
 from .noise import count_multiply_adds, measure_noise
 from .quantizer import ActivationQuantizer, Watch
-from .ranges import RangeObserver
 from .rounding import rounding_by_name
 from .sequential import FullPrecision, calibrate_sequentially, weigh_positions
+from .validation import FoldedObserver, RangeValidation
 from .weights import quantize_weight
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,9 @@ class Calibration:
     Attributes:
         first: name of the layer that runs first.
         observers: what each activation quantizer has seen.
+        validation: of the ranges, with those of half of the images.
         shares: by name of a module that is not quantized its share of the multiply-adds, in percent.
+        images_seen: number of calibration images that have run.
         moments: of the inputs of each layer, as far as rounding and bias correction ask for them.
         full: outputs of the layers in full precision, with ``refit: sequential``.
     """
@@ -61,7 +63,9 @@ class Calibration:
     loader: Iterable[dict[str, Any]]
     noise_images: int
     first: str | None = None
-    observers: dict[ActivationQuantizer, RangeObserver] = field(default_factory=dict)
+    observers: dict[ActivationQuantizer, FoldedObserver] = field(default_factory=dict)
+    validation: RangeValidation = field(default_factory=RangeValidation)
+    images_seen: int = 0
     shares: dict[str, float] = field(default_factory=dict)
     moments: dict[QuantizedLayer, InputMoments] = field(default_factory=dict)
     full: FullPrecision | None = None
@@ -91,12 +95,12 @@ def observe(run: Calibration) -> None:
         }
         quantizers = {name: quantizers[name] for name in quantizers.keys() - kept}
     run.observers = {
-        quantizer: RangeObserver(name.rpartition(".")[0], quantizer.channel_axis)
+        quantizer: FoldedObserver(name.rpartition(".")[0], quantizer.channel_axis)
         for name, quantizer in quantizers.items()
     }
 
-    def see(observer: RangeObserver, x: Tensor, output: Tensor) -> None:
-        observer.update(x)
+    def see(observer: FoldedObserver, x: Tensor, output: Tensor) -> None:
+        observer.update(run.images_seen, x)
 
     watch: dict[nn.Module, Watch] = {q: partial(see, seen) for q, seen in run.observers.items()}
     if run.full is not None:
@@ -107,23 +111,22 @@ def observe(run: Calibration) -> None:
         module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
         for name, module in quantized_layers(run.model).items()
     ]
-    images = 0
     try:
         with full_precision(run.model, watch):
             for image in run.images("Calibrating"):
                 with contextlib.ExitStack() as stack:
-                    if images == 0 and skipped:  # counting slows a pass
+                    if run.images_seen == 0 and skipped:  # counting slows a pass
                         run.shares = stack.enter_context(count_multiply_adds(run.model, skipped))
                     run.forward(image)
                 if run.full is not None:
                     run.full.add_image(image)
-                images += 1
+                run.images_seen += 1
                 while handles:
                     handles.pop().remove()
     finally:
         for handle in handles:
             handle.remove()
-    if images == 0:
+    if run.images_seen == 0:
         raise QwtError("There are no calibration images; choose at least one.")
     run.first = order[0] if order else None
 
@@ -145,10 +148,9 @@ def choose_ranges(run: Calibration) -> None:
         if isinstance(layer, QuantizedConv2d) and layer.migrates
     }
     for quantizer in progress(run.observers, "Choosing ranges", unit="quantizer"):
-        observer = run.observers[quantizer]
-        if observer.is_empty:
-            continue
-        choose_grid(quantizer, observer, migrating.get(quantizer), settings)
+        run.validation.choose_grid(
+            quantizer, run.observers[quantizer], migrating.get(quantizer), settings
+        )
     run.observers = {}
 
 
@@ -197,7 +199,21 @@ def weigh(run: Calibration) -> None:
 def refit(run: Calibration) -> None:
     """Take all layers in sequence: range, weights and bias on what the layers before it hand over."""
     if run.full is not None:
-        calibrate_sequentially(run.model, run.full, run.about.settings)
+        calibrate_sequentially(run.model, run.full, run.about.settings, run.validation)
+
+
+def check_ranges(run: Calibration) -> None:
+    """Warn of ranges that do not hold on images that did not make them."""
+    folded = {f"{name}.input_quantizer" for name in run.about.folded_layers}
+    run.about.range_check = check = run.validation.check(
+        run.model,
+        single_images(run.loader),
+        run.images_seen,
+        run.about.settings.scope,
+        spared=folded,  # what they read has been rescaled since
+    )
+    if sentence := unsettled_ranges(dataclasses.asdict(check)):
+        logger.warning("%s", sentence)
 
 
 def measure_layers(run: Calibration) -> None:
@@ -238,6 +254,7 @@ WEIGHT_PASSES: dict[str, tuple[Callable[[Calibration], None], ...]] = {
 }
 """What chooses codes and biases, by the setting ``refit``."""
 LAST_PASSES: tuple[Callable[[Calibration], None], ...] = (
+    check_ranges,
     measure_layers,  # full-precision weights and codes side by side
     round_weights,
     list_what_is_not_quantized,

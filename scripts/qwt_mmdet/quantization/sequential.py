@@ -29,14 +29,13 @@ from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memor
 from ..replay.walk import ReachedError, Walk, outermost_modules
 from .convert import activation_quantizers, full_precision, quantized_layers
 from .layers import QuantizedConv2d, QuantizedLayer
-from .migration import choose_grid
 from .moments import MAX_COLUMNS
 from .quantizer import ActivationQuantizer, Watch
-from .ranges import RangeObserver
 from .regression import RegressionSums, ridge_towards
 from .rounding import rounding_by_name
 from .rows import input_rows, output_rows, output_size, quantized_rows, sampled_positions
 from .scores import score_map, scores_at
+from .validation import FoldedObserver, RangeValidation
 from .weights import choose_codes
 
 logger = logging.getLogger(__name__)
@@ -213,14 +212,14 @@ def choose_range(
     layer: QuantizedLayer,
     visit: Callable[[See], None],
     settings: QuantizationSettings,
+    validation: RangeValidation,
 ) -> None:
     """Choose the grid of a layer's input from all that ``visit`` shows."""
     quantizer = layer.input_quantizer
-    observer = RangeObserver(quantizer.name.removeprefix("Layer "), quantizer.channel_axis)
-    visit(lambda image, call, x: observer.update(x))
-    if not observer.is_empty:
-        migrating = layer if isinstance(layer, QuantizedConv2d) and layer.migrates else None
-        choose_grid(quantizer, observer, migrating, settings)
+    folds = FoldedObserver(quantizer.name.removeprefix("Layer "), quantizer.channel_axis)
+    visit(lambda image, call, x: folds.update(image, x))
+    migrating = layer if isinstance(layer, QuantizedConv2d) and layer.migrates else None
+    validation.choose_grid(quantizer, folds, migrating, settings)
 
 
 def weigh_positions(model: nn.Module, full: FullPrecision) -> None:
@@ -235,7 +234,10 @@ def weigh_positions(model: nn.Module, full: FullPrecision) -> None:
 
 
 def calibrate_sequentially(
-    model: nn.Module, full: FullPrecision, settings: QuantizationSettings
+    model: nn.Module,
+    full: FullPrecision,
+    settings: QuantizationSettings,
+    validation: RangeValidation,
 ) -> None:
     """Choose ranges, codes and biases of all layers, in the order in which they run.
 
@@ -282,7 +284,7 @@ def calibrate_sequentially(
             for name, layer in progress(full.order.items(), "Calibrating layers", unit="layer"):
                 quantizer = layer.input_quantizer
                 if not quantizer.is_calibrated:
-                    choose_range(layer, partial(visit, name), settings)
+                    choose_range(layer, partial(visit, name), settings, validation)
                 if not quantizer.is_calibrated:  # it has seen empty tensors alone
                     continue
                 fit = LayerFit(name, layer, full, settings.refit_weighting)

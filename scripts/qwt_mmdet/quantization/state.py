@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..archives import WARMUP_FORMAT, load_archive, save_with_summary
 from ..config import QuantizationSettings, as_plain
 from ..errors import QwtError
-from ..record import NotQuantized, quantization_of, record_of
+from ..record import NotQuantized, RangeCheck, quantization_of, record_of
 from .attention import QuantizedAttention
 from .convert import activation_quantizers, quantize_model, quantized_layers, quantized_units
 from .folding import apply_fold
@@ -50,12 +50,14 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
         if not layer.had_bias and layer.effective_bias() is not None:
             saved -= len(layer.weight) * 4
     attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
+    check = quantization_of(model).range_check
     return {
         "baseline_weight_bytes": full,
         "weight_bytes": round(full - saved),
         "layers": sum(layer.is_calibrated for layer in layers.values()),
         "attention": len(attention),
         "layer_sqnr": _layer_noise(model),
+        "range_check": check and dataclasses.asdict(check),
         "not_quantized": [
             dataclasses.asdict(entry) for entry in quantization_of(model).not_quantized
         ],
@@ -165,4 +167,6 @@ def load_warmup(
                 layer.restore_weight()
     about.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
     about.signal_noise = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
+    check = content["summary"].get("range_check")
+    about.range_check = check and RangeCheck(**check)
     return model

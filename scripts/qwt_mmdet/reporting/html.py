@@ -470,7 +470,8 @@ class Model:
         self.compensated = [row for row in self._combinations if row["compensated"] is not None]
 
     def answers(self) -> list[str]:
-        return answers(self._rows)
+        own = [entry for entry in self._summary.quantizations if entry["model"] == self.name]
+        return [*answers(self._rows), *text.unsettled(own)]
 
     def results(self) -> list[dict[str, Any]]:
         """Rows and lines of each type of AP that the model has."""

@@ -236,7 +236,8 @@ class Summary:
         quantizations: of each model and quantization: ``not_quantized`` (name, type, reason,
             multiply_adds_percent: its share in the scope, null where it is not known) and, where it
             was measured, ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer and
-            each operand of attention). An operand has no weight_bits, an exact layer no ratio.
+            each operand of attention). An operand has no weight_bits, an exact layer no ratio. ``range_check``:
+            the fields of a :class:`..record.RangeCheck`.
         exports: the exported detectors.
     """
 

@@ -365,6 +365,7 @@ def _model_summary(
             "quantization": name,
             "not_quantized": warmup["summary"]["not_quantized"],
             "layer_sqnr": warmup["summary"].get("layer_sqnr", []),
+            "range_check": warmup["summary"].get("range_check"),
             "recipe": recipes.get(name),
         }
         for name, warmup in warmups.items()

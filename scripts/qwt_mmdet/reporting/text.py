@@ -7,12 +7,13 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from ..archives import unsettled_ranges
 from ..errors import QwtError
 from ..evaluation.estimates import Estimate, value_of
 from .summary import ExportedRow, Row, Summary, read_summary
@@ -117,6 +118,15 @@ def collapses(rows: Iterable[Row]) -> list[str]:
         + (f"Lowest signal-to-noise ratios: {worst[key]}. " if worst[key] else "")
         + "Give such layers 8 bits with overrides, or raise the bits."
         for key, names in collapsed.items()
+    ]
+
+
+def unsettled(quantizations: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence about each quantization whose ranges too few images have made."""
+    return [
+        f"{entry['model']}, {entry['quantization']}: {sentence[0].lower()}{sentence[1:]}"
+        for entry in quantizations
+        if (sentence := unsettled_ranges(entry.get("range_check")))
     ]
 
 
@@ -232,6 +242,7 @@ def summary_table(summary: Summary) -> str:
         f"gain: compensated minus quantized AP; * the interval excludes 0 (paired bootstrap over {over})",
         *(["AP: mean ± standard deviation of these calibrations"] if repeats > 1 else []),
         *collapses(summary.rows),
+        *unsettled(summary.quantizations),
         *dict.fromkeys(filter(None, map(limit_sentence, summary.rows))),
     ]
     exported = []
