@@ -120,7 +120,7 @@ class RangeValidation:
                         outputs.append(scope_tensors(model, image, scope))
                     noise[number % 2].update(*outputs)
             finally:
-                for quantizer, scale in own.items():
-                    quantizer.scale = scale
+                for quantizer, kept in own.items():
+                    quantizer.scale = kept
         seen, unseen = (decibels(of.relative()) for of in noise)
         return RangeCheck(count, seen, unseen)
