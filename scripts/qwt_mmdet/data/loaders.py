@@ -76,15 +76,6 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def transforms_by_name(config: Config) -> dict[str, dict[str, Any]]:
-    """The transforms of :func:`inference_pipeline`, by their names.
-
-    Raises:
-        QwtError: as there.
-    """
-    return {transform_name(transform): transform for transform in inference_pipeline(config)}
-
-
 def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The pipeline, with images turned by their EXIF orientation or not, as ``info.exif`` says."""
     suffix = "_ignore_orientation"

@@ -21,7 +21,6 @@ from torch.nn.modules.module import (
 from ..archives import summary_path
 from ..config import as_plain
 from ..config.export import LEAST_OPSET, MOST_OPSET
-from ..data.loaders import transforms_by_name
 from ..errors import QwtError, check_installed, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..record import record_of
@@ -44,7 +43,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIG_KEYS = ("model", "test_dataloader", "test_pipeline", "test_cfg", "default_scope")
+CONFIG_KEYS = (
+    "custom_imports",
+    "model",
+    "test_dataloader",
+    "test_pipeline",
+    "test_cfg",
+    "default_scope",
+)
 """What of a detector's config :func:`.loading.load_exported` needs."""
 
 
@@ -79,12 +85,17 @@ def export_onnx(
         details: of the description, such as an AP.
 
     Raises:
-        QwtError: the detector cannot be exported (the message names the module), there is no such opset, or
-            a package is missing.
+        QwtError: the detector cannot be exported (the message names the module), there is no such opset, a
+            package is missing, or ``path`` ends with .json.
     """
+    if summary_path(path) == Path(path):
+        raise QwtError(
+            f"The file to write is {path}, where its description goes; end it with .onnx."
+        )
     check_opset(opset)
     refuse_what_has_no_form(model)
     suppression = check_suppression(model) if nms else None
+    prepared = preprocessing(model)
     check_installed("onnxscript")
     fixed = one_size_only(model)
     if dynamic and fixed:
@@ -93,7 +104,7 @@ def export_onnx(
             "the detector for a fixed size."
         )
     if size is None or dynamic is None:
-        found, varies = image_size(model)
+        found, varies = image_size(prepared)
         size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
     copied = copy.deepcopy(model).cpu().eval()
     first, image = (Candidates if nms else FirstGraph)(copied), torch.zeros(1, 3, *size)
@@ -136,7 +147,7 @@ def export_onnx(
         "fingerprint": record.fingerprint,
         "quantization": record.quantization and as_plain(record.quantization.settings),
         "input": {"name": "image", "size": list(size), "dynamic": dynamic},
-        "preprocessing": preprocessing(model),
+        "preprocessing": prepared,
         "outputs": outputs,
         "suppression": suppression,
         "features": first.features,
@@ -157,27 +168,32 @@ def _save(graph: "onnx_ir.Model", path: str | os.PathLike[str]) -> None:
         onnx_ir.save(graph, partial)
 
 
-def image_size(model: BaseDetector) -> tuple[tuple[int, int], bool]:
+def image_size(preprocessing: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
     """Height and width of the images that a detector's test pipeline makes, and whether others occur.
 
     Where it keeps an image's proportions without padding it, they are those of the widest image.
 
+    Args:
+        preprocessing: of :func:`.processing.preprocessing`.
+
     Raises:
         QwtError: the pipeline says no size.
     """
-    transforms = transforms_by_name(model.cfg)
-    divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
-    padded, scale = (
-        transforms.get(name, {}).get(key) for name, key in (("Pad", "size"), ("Resize", "scale"))
-    )
-    ends = padded or scale
-    if ends is None:
+    resize, pad = preprocessing["resize"], preprocessing["pad"] or {}
+    if pad.get("size"):
+        sides, varies = pad["size"], False
+    elif resize and "or" not in pad:
+        sides, varies = [resize["height"], resize["width"]], resize["keep_ratio"]
+        if pad.get("square"):
+            sides, varies = [max(sides)] * 2, varies and sides[0] != sides[1]
+    else:
         raise QwtError(
             "The test pipeline neither resizes nor pads images to a size; give the size to export for."
         )
-    width, height = (-(-side // divisor) * divisor for side in ends)
-    fixed = padded is not None or transforms.get("Pad", {}).get("pad_to_square", False)
-    return (height, width), not fixed and transforms["Resize"].get("keep_ratio", False)
+    for divisor in (pad.get("divisor") or 1, preprocessing["size_divisor"]):
+        sides = [-(-side // divisor) * divisor for side in sides]
+    height, width = sides
+    return (height, width), varies
 
 
 def check_opset(opset: int) -> None:

@@ -3,56 +3,178 @@
 For those who run an exported file without mmdet; :func:`.loading.load_exported` takes mmdet's own code.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
-from mmdet.models import BaseDetector
-from mmdet.models.dense_heads import YOLOXHead
+import mmcv.transforms
+import numpy as np
+from mmdet.datasets import transforms
+from mmdet.models import BaseDetector, DetDataPreprocessor
+from mmdet.models.dense_heads import RPNHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
+from mmdet.registry import TRANSFORMS
+from mmengine.registry import DefaultScope
 from torch import nn
 
-from ..data.loaders import transforms_by_name
+from ..data.loaders import inference_pipeline, transform_name
+from ..errors import QwtError, reason
 from .cut import dense_head
 
 RESIZE = (
     "with keep_ratio: scale = min(long / max(w, h), short / min(w, h)) for the longer and the shorter of width "
     "and height, new sides int(side * scale + 0.5); without: to width and height"
 )
+AROUND = (
+    "around: a side becomes (side | or) + plus, or the next multiple of divisor; pixel side // 2 becomes pixel new "
+    "side // 2, and the image keeps at most new side // 2 pixels before it and as many from it on"
+)
+
+Found = dict[str, Any]
+"""What is known of the way of an image; the key ``mean`` is there once it is normalised."""
+
+
+def _refusal(step: Any, why: str = "") -> QwtError:
+    return QwtError(
+        f"The test pipeline has {type(step).__name__}{why}, and the description of an exported file cannot tell what "
+        "that does to an image; take a pipeline without it (test_dataloader.dataset.pipeline in the model config)."
+    )
+
+
+def _load(found: Found, step: Any) -> None:
+    found["load"] = {
+        "decoder": step.imdecode_backend,
+        "color_type": step.color_type,
+        "to_float32": step.to_float32,
+    }
+
+
+def _resize(found: Found, step: Any) -> None:
+    if found["resize"] or found["pad"] or "mean" in found:
+        raise _refusal(step, " behind another Resize, a padding or a normalisation")
+    if step.scale is None or not all(math.isfinite(side) for side in step.scale):
+        raise _refusal(step, " without a scale in pixels")
+    width, height = step.scale
+    found["resize"] = {
+        "width": width,
+        "height": height,
+        "keep_ratio": step.keep_ratio,
+        "interpolation": step.interpolation,
+        "library": step.backend,
+        "rule": RESIZE,
+    }
+
+
+def _pad(found: Found, step: Any) -> None:
+    if step.padding_mode != "constant":
+        raise _refusal(step, f" with padding_mode {step.padding_mode}")
+    rule = {
+        "size": step.size and list(step.size)[::-1],
+        "square": step.pad_to_square,
+        "divisor": step.size_divisor,
+    }
+    _add_padding(found, step, step.pad_val.get("img", 0), rule, "right and below")
+
+
+def _pad_around(found: Found, step: Any) -> None:
+    if not step.test_mode:
+        raise _refusal(step, " without test_mode")
+    mode, number = step.test_pad_mode
+    rule: dict[str, Any] = {"size": None, "square": False, "divisor": None}
+    rule |= (
+        {"divisor": number}
+        if mode == "size_divisor"
+        else {"or": number, "plus": step.test_pad_add_pix}
+    )
+    _add_padding(found, step, list(step.mean), rule, AROUND)
+
+
+def _add_padding(found: Found, step: Any, value: Any, rule: dict[str, Any], where: str) -> None:
+    if found["pad"]:
+        raise _refusal(step, " behind another padding")
+    if "mean" in found:  # what is told as a pixel is one before it is normalised
+        pixel = value * np.asarray(found["std"]) + found["mean"]
+        value = (pixel[::-1] if found["colors"] == "RGB" else pixel).tolist()
+    found["pad"] = {**rule, "value": value, "where": where}
+
+
+def _normalize(found: Found, step: Any) -> None:
+    _add_normalization(found, step.to_rgb, step.mean, step.std)
+
+
+def _add_normalization(found: Found, swaps: bool, mean: Any, std: Any) -> None:
+    """Add one whose means and deviations are those of the colours as it swaps them, behind those before it."""
+    mean, std = (np.asarray(values, np.float64).flatten() for values in (mean, std))
+    colors = found.get("colors", "BGR")
+    before = [
+        np.asarray(found.get(key, [start] * 3)) for key, start in (("mean", 0.0), ("std", 1.0))
+    ]
+    if swaps:
+        colors, before = colors[::-1], [values[::-1] for values in before]
+    found["colors"] = colors
+    found["mean"] = (before[0] + before[1] * mean).tolist()
+    found["std"] = (before[1] * std).tolist()
+
+
+def _flip(found: Found, step: Any) -> None:
+    if np.any(step.prob):
+        raise _refusal(step, f" with the probability {step.prob}")
+
+
+def _nothing(found: Found, step: Any) -> None:
+    """Of transforms that change no pixel."""
+
+
+STEPS: dict[type, Callable[[Found, Any], None]] = {
+    mmcv.transforms.LoadImageFromFile: _load,
+    mmcv.transforms.Resize: _resize,
+    transforms.Resize: _resize,
+    mmcv.transforms.Pad: _pad,
+    transforms.Pad: _pad,
+    transforms.RandomCenterCropPad: _pad_around,
+    mmcv.transforms.Normalize: _normalize,
+    mmcv.transforms.RandomFlip: _flip,
+    transforms.RandomFlip: _flip,
+    transforms.PackDetInputs: _nothing,
+    transforms.FilterAnnotations: _nothing,
+    transforms.LoadEmptyAnnotations: _nothing,
+}
+"""What each transform adds to the description; all others are refused."""
 
 
 def preprocessing(model: BaseDetector) -> dict[str, Any]:
-    """What happens to an image before the graph, in this order: resize, pad, colours, mean and std, pad."""
+    """What happens to an image before the graph, in this order: load, resize, pad, colours, mean and std, pad.
+
+    Raises:
+        QwtError: the test pipeline or the data preprocessor does something else.
+    """
+    found: Found = {"layout": "NCHW", "type": "float32", "load": None, "resize": None, "pad": None}
+    for transform in inference_pipeline(model.cfg):
+        try:
+            with DefaultScope.overwrite_default_scope("mmdet"):
+                step = TRANSFORMS.build(transform)
+        except Exception as error:
+            raise QwtError(
+                f"The transform {transform_name(transform)} of the test pipeline cannot be built: {reason(error)}."
+            ) from error
+        if type(step) not in STEPS:
+            raise _refusal(step)
+        STEPS[type(step)](found, step)
     given = model.data_preprocessor
-    transforms = transforms_by_name(model.cfg)
+    if type(given).forward is not DetDataPreprocessor.forward:
+        raise QwtError(
+            f"The data preprocessor is a {type(given).__name__}, and the description of an exported file cannot tell "
+            "what that does to an image; only a DetDataPreprocessor can be exported."
+        )
     normalises = getattr(given, "_enable_normalize", False)
-    resize, pad = (transforms.get(name) for name in ("Resize", "Pad"))
-    found: dict[str, Any] = {"layout": "NCHW", "type": "float32", "resize": None, "pad": None}
-    if resize is not None and "scale" in resize:
-        width, height = resize["scale"]
-        found["resize"] = {
-            "width": width,
-            "height": height,
-            "keep_ratio": resize.get("keep_ratio", False),
-            "interpolation": resize.get("interpolation", "bilinear"),
-            "rule": RESIZE,
-        }
-    if pad is not None:
-        value = pad.get("pad_val", 0)
-        found["pad"] = {
-            "size": pad.get("size") and list(pad["size"])[::-1],
-            "square": pad.get("pad_to_square", False),
-            "divisor": pad.get("size_divisor"),
-            "value": value.get("img", 0) if isinstance(value, dict) else value,
-            "where": "right and below",
-        }
-    return {
-        **found,
-        "colors": "RGB" if getattr(given, "_channel_conversion", False) else "BGR",
-        "mean": given.mean.flatten().tolist() if normalises else [0.0, 0.0, 0.0],
-        "std": given.std.flatten().tolist() if normalises else [1.0, 1.0, 1.0],
-        "size_divisor": given.pad_size_divisor,
-        "pad_value": given.pad_value,
-    }
+    _add_normalization(
+        found,
+        given._channel_conversion,
+        given.mean.tolist() if normalises else 0,
+        given.std.tolist() if normalises else 1,
+    )
+    return {**found, "size_divisor": given.pad_size_divisor, "pad_value": given.pad_value}
 
 
 def _yolox(head: YOLOXHead) -> dict[str, Any]:
@@ -101,6 +223,14 @@ def _decodes_as_mmdet_does(head: nn.Module) -> bool:
     )
 
 
+def _suppression(head: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the non-maximum suppression, and which boxes suppress each other."""
+    agnostic = settings.pop("class_agnostic", False)
+    if isinstance(head, RPNHead):  # which has no classes
+        return {**settings, "class_by_class": False, "level_by_level": not agnostic}
+    return {**settings, "class_by_class": not agnostic}
+
+
 def postprocessing(model: BaseDetector) -> dict[str, Any]:
     """How boxes, in pixels of the graph's input, and scores come from the outputs of the first graph's head.
 
@@ -121,6 +251,6 @@ def postprocessing(model: BaseDetector) -> dict[str, Any]:
         **rules,
         "score_threshold": test.get("score_thr"),
         "candidates_per_level": test.get("nms_pre"),
-        "nms": nms and {**nms, "class_by_class": True},
+        "nms": nms and _suppression(head, dict(nms)),
         "boxes_per_image": test.get("max_per_img"),
     }
