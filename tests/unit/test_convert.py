@@ -311,6 +311,37 @@ def test_calibration_does_not_depend_on_the_batch_size():
         assert all(torch.equal(state[name], tensor) for name, tensor in found[0][0].items())
 
 
+class Regions(nn.Module):
+    """A convolution, and heads for two regions of its map; an image that is dark has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.convolution, self.linear = nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, image):
+        corner = self.first(image)[:, :, :5, :5]
+        regions = torch.cat([corner, corner.flip(2)])[: 0 if image.mean() < 0 else 2]
+        return self.linear(self.convolution(regions).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("refit", ["none", "sequential"])
+def test_an_image_without_proposals_tells_heads_of_regions_nothing(refit):
+    images = [image + 1 for image in tiny.batches(3)[1]["inputs"]]
+    dark = {"inputs": [-image for image in images]}
+    found = []
+    for loader in ([dark, {"inputs": images}], [{"inputs": images}]):
+        torch.manual_seed(0)
+        model = tiny.TinyDetector(Regions()).eval().to(tiny.device)
+        quantize_model(model, QuantizationSettings(4, 4, rounding="gptq", refit=refit))
+        calibrate(model, loader)
+        heads = model.backbone.convolution, model.backbone.linear
+        found.append([tensor for head in heads for tensor in (head.weight, head.bias_correction)])
+    assert all(tensor.isfinite().all() for tensor in found[0])
+    if refit == "none":  # else the first layer is another, too
+        torch.testing.assert_close(found[0], found[1])
+
+
 def test_no_calibration_images_is_an_error():
     with pytest.raises(QwtError, match="calibration images"):
         calibrate(quantize_model(tiny.detector("resnet"), settings()), [])

@@ -106,12 +106,14 @@ def measure_inputs(
         x: the layer's input in full precision. output: what it returned.
         second: also to the second moments.
     """
+    if not x.numel():  # a head of regions, where an image has none
+        return
     quantized = layer.input_quantizer.quantized(x)
     if isinstance(layer, QuantizedConv2d):
         padded, padded_quantized = pad(layer, x), pad(layer, quantized)
         size = output.shape[2:]
         full, rounded = (_tap_sums(layer, t, size) for t in (padded, padded_quantized))
-        moments.update_means(full, rounded, len(x) * output[0, 0].numel())
+        moments.update_means(full, rounded, len(x) * size.numel())
         if second:
             chosen = chosen_rows(len(x) * size.numel(), x.device)
             moments.update_second(convolution_rows(layer, padded_quantized, size, chosen))
