@@ -1,4 +1,7 @@
-"""Run an exported YOLOX with onnxruntime, numpy and OpenCV: run_exported.py model.onnx photo.jpg"""
+"""Run an exported YOLOX, or any file of `qwt-mmdet export --nms`, with onnxruntime, numpy and OpenCV.
+
+python run_exported.py model.onnx photo.jpg
+"""
 
 import json
 import sys
@@ -9,30 +12,60 @@ import numpy as np
 import onnxruntime
 
 
-def detect(path, photo):
-    """Scores, boxes (x1, y1, x2, y2 in pixels of the photo) and class names, the best first."""
-    about = json.loads(Path(path).with_suffix(".json").read_text())
-    rule, (height, width) = about["postprocessing"], about["input"]["size"]
-    image = cv2.imread(str(photo))  # BGR, as the file wants it
-    scale = min(height / image.shape[0], width / image.shape[1])
-    sides = [int(side * scale + 0.5) for side in image.shape[1::-1]]
-    square = np.full((height, width, 3), about["preprocessing"]["pad"]["value"], np.float32)
-    square[: sides[1], : sides[0]] = cv2.resize(image, sides)
-    outputs = onnxruntime.InferenceSession(path).run(None, {"image": cv2.dnn.blobFromImage(square)})
+def prepared(image, rule, taken):
+    """The graph's input, and how much wider and higher the photo became."""
+    photo = sides = np.array(image.shape[1::-1])  # width and height
+    if resize := rule["resize"]:
+        size = np.array([resize["width"], resize["height"]])
+        scale = min(size.max() / photo.max(), size.min() / photo.min())
+        sides = (photo * scale + 0.5).astype(int) if resize["keep_ratio"] else size
+    multiple = max(rule["size_divisor"], (rule["pad"] or {}).get("divisor") or 1)
+    padded = -(-sides // multiple) * multiple if taken["dynamic"] else taken["size"][::-1]
+    if (sides > padded).any():
+        sys.exit(f"The photo gets {sides} pixels, and the graph takes {padded} alone.")
+    turn = -1 if rule["colors"] == "RGB" else 1  # OpenCV reads BGR
+    around = rule["pad"]["value"] if rule["pad"] else rule["mean"][::turn]
+    canvas = np.full((padded[1], padded[0], 3), around, np.float32)
+    canvas[: sides[1], : sides[0]] = cv2.resize(image, sides.tolist())
+    values = (canvas[:, :, ::turn] - rule["mean"]) / rule["std"]
+    return values.transpose(2, 0, 1)[None].astype(np.float32), sides / photo
+
+
+def yolox(outputs, strides):
+    """Boxes [n, 4] in pixels of the graph's input, and scores [n, classes]."""
     scores, boxes = [], []
-    for level, stride in enumerate(rule["strides"]):
-        classes, box, objects = (values[0] for values in outputs[level :: len(rule["strides"])])
+    for level, stride in enumerate(strides):
+        classes, box, objects = (values[0] for values in outputs[level :: len(strides)])
         y, x = np.mgrid[: box.shape[1], : box.shape[2]]
         centre, half = (box[:2] + np.stack([x, y])) * stride, np.exp(box[2:]) * stride / 2
         boxes += np.concatenate([centre - half, centre + half]).reshape(4, -1).T.tolist()
         probabilities = 1 / ((1 + np.exp(-classes)) * (1 + np.exp(-objects)))  # two sigmoids
         scores += probabilities.reshape(len(classes), -1).T.tolist()
-    boxes = np.array(boxes) / np.tile(np.divide(sides, image.shape[1::-1]), 2)
-    best, labels = np.max(scores, axis=1), np.argmax(scores, axis=1)
-    corners = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
-    least, overlap = rule["score_threshold"], rule["nms"]["iou_threshold"]
-    kept = np.array(cv2.dnn.NMSBoxesBatched(corners, best, labels, least, overlap), int)
-    return best[kept], boxes[kept], [about["classes"][label] for label in labels[kept]]
+    return np.array(boxes), np.array(scores)
+
+
+def detect(path, photo):
+    """Scores, boxes (x1, y1, x2, y2 in pixels of the photo) and class names, the best first."""
+    about = json.loads(Path(path).with_suffix(".json").read_text())
+    rule = about["postprocessing"]
+    if not about["suppression"] and rule["head"] != "YOLOXHead":
+        sys.exit(f"{path} returns what a {rule['head']} does; export it with --nms to get boxes.")
+    image = cv2.imread(str(photo))
+    if image is None:
+        sys.exit(f"{photo} is no image that OpenCV can read.")
+    image, scales = prepared(image, about["preprocessing"], about["input"])
+    outputs = onnxruntime.InferenceSession(path).run(None, {"image": image})
+    if about["suppression"]:
+        boxes, best, labels = outputs
+    else:
+        boxes, scores = yolox(outputs, rule["strides"])
+        best, labels = scores.max(axis=1), scores.argmax(axis=1)
+        corners = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+        least, overlap = rule["score_threshold"], rule["nms"]["iou_threshold"]
+        groups = labels * rule["nms"]["class_by_class"]
+        kept = np.array(cv2.dnn.NMSBoxesBatched(corners, best, groups, least, overlap), int)
+        boxes, best, labels = boxes[kept], best[kept], labels[kept]
+    return best, boxes / np.tile(scales, 2), [about["classes"][label] for label in labels]
 
 
 if __name__ == "__main__":

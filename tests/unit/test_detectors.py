@@ -176,6 +176,27 @@ def test_what_cannot_be_built_is_one_short_sentence(tmp_path, lines, message):
     assert len(str(caught.value)) < 500 + 2 * len(str(config))
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (
+            "mmdet.configs.rtmdet.rtmdet_tiny_8xb32_300e_coco",
+            "wheel does not hold.*_base_ = 'mmdet::",
+        ),
+        (".missing", r"takes \.missing as its base \(read_base\), but there is no such file"),
+        ("mmnowhere.configs.some", "Python module mmnowhere"),
+    ],
+)
+def test_a_base_that_python_would_import_is_named(tmp_path, base, message):
+    config = tmp_path / "own.py"
+    config.write_text(
+        f"from mmengine.config import read_base\nwith read_base():\n    from {base} import *\n"
+    )
+    with pytest.raises(QwtError, match=message) as caught:
+        random_detector(config)
+    assert str(caught.value).endswith(".")
+
+
 def test_a_line_of_several_thousand_letters_is_cut():
     assert len(reason(ValueError(torch.rand(10_000).tolist()))) == LONGEST_REASON
 

@@ -1,14 +1,22 @@
 """The example that runs an exported file without mmdet finds what mmdet's own code does."""
 
 import importlib.util
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector
+from mmdet.models import BaseDetector
+from mmdet.registry import MODELS
 from qwt_mmdet import export_onnx, load_exported
 from qwt_mmdet.detectors.build import random_detector
+from qwt_mmdet.errors import QwtError
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -18,13 +26,24 @@ SIZE = 128
 
 
 @pytest.fixture
-def exported(tmp_path: Path) -> Path:
-    """A small YOLOX with random weights, which is sure enough of some objects."""
+def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BaseDetector]:
+    """A small YOLOX with random weights, which is sure enough of some objects, and a backbone of its own module."""
+    (tmp_path / "own_darknet.py").write_text(
+        "from mmdet.models.backbones import CSPDarknet\n"
+        "from mmdet.registry import MODELS\n"
+        "@MODELS.register_module()\n"
+        "class OwnDarknet(CSPDarknet):\n"
+        "    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("own_darknet")
     torch.manual_seed(0)
     pad = {"type": "Pad", "pad_to_square": True, "pad_val": {"img": (114.0, 114.0, 114.0)}}
     model = random_detector(
         "yolox/yolox_nano_8xb8-300e_coco.py",
         {
+            "custom_imports": {"imports": ["own_darknet"]},
+            "model.backbone.type": "OwnDarknet",
             "model.backbone.deepen_factor": 0.1,
             "model.backbone.widen_factor": 0.125,
             "model.backbone.use_depthwise": False,
@@ -57,22 +76,29 @@ def exported(tmp_path: Path) -> Path:
     ):
         torch.nn.init.normal_(convolution.weight, std=0.3)
         torch.nn.init.constant_(convolution.bias, -2)
-    export_onnx(model, tmp_path / "model.onnx")
-    return tmp_path / "model.onnx"
+    yield model
+    MODELS.module_dict.pop("OwnDarknet", None)
+    sys.modules.pop("own_darknet", None)
+
+
+@pytest.fixture
+def example() -> Any:
+    """The example as a module."""
+    specification = importlib.util.spec_from_file_location("run_exported", EXAMPLE)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
-def test_the_example_finds_what_mmdet_does(exported, tmp_path):
-    assert len(EXAMPLE.read_text().splitlines()) <= 40
-    photo = tmp_path / "photo.png"
+@pytest.mark.parametrize("nms", [False, True])
+def test_the_example_finds_what_mmdet_does(detector, example, nms, tmp_path):
+    photo, path = tmp_path / "photo.png", tmp_path / "model.onnx"
     cv2.imwrite(str(photo), np.random.default_rng(0).integers(0, 256, (140, 150, 3), np.uint8))
-    specification = importlib.util.spec_from_file_location("run_exported", EXAMPLE)
-    example = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(example)
-    scores, boxes, names = example.detect(exported, photo)
-    detector = load_exported(exported)
-    expected = detector(str(photo)).pred_instances
-    classes = detector.description["classes"]
+    export_onnx(detector, path, nms=nms)
+    scores, boxes, names = example.detect(path, photo)
+    expected = inference_detector(detector, str(photo)).pred_instances
+    classes = detector.dataset_meta["classes"]
     assert len(scores) > 5
     np.testing.assert_allclose(scores, expected.scores, atol=1e-5)
     # equal scores may come in another order
@@ -80,3 +106,24 @@ def test_the_example_finds_what_mmdet_does(exported, tmp_path):
     wanted = np.column_stack([expected.bboxes, expected.labels])
     distances = np.abs(found[:, None] - wanted).max(axis=2)
     assert max(distances.min(axis=0).max(), distances.min(axis=1).max()) < 0.01
+    if nms:
+        return
+    # as a process that has only the file, and the folder of the modules in PYTHONPATH
+    del MODELS.module_dict["OwnDarknet"], sys.modules["own_darknet"]
+    again = load_exported(path)(str(photo)).pred_instances
+    torch.testing.assert_close(again.bboxes, expected.bboxes, atol=0.01, rtol=0)
+    del MODELS.module_dict["OwnDarknet"], sys.modules["own_darknet"]
+    (tmp_path / "own_darknet.py").unlink()
+    with pytest.raises(QwtError, match="needs the Python module own_darknet"):
+        load_exported(path)
+
+
+def test_the_example_says_what_it_cannot_do(example, tmp_path):
+    about = {"suppression": None, "postprocessing": {"head": "FCOSHead"}}
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    with pytest.raises(SystemExit, match="a FCOSHead does; export it with --nms"):
+        example.detect(tmp_path / "model.onnx", tmp_path / "photo.png")
+    about["suppression"] = {"most": 100}
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    with pytest.raises(SystemExit, match=r"photo\.png is no image"):
+        example.detect(tmp_path / "model.onnx", tmp_path / "photo.png")

@@ -15,6 +15,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from ..data.loaders import inference_pipeline, transform_name
@@ -124,8 +125,10 @@ def _missing_package(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and error.name:
             return error.name.partition(".")[0]
-        if match := re.match(r"(\w+) is not installed", str(error)):  # as mmdet says it
-            return match[1]
+        # as mmdet says it, and as pkg_resources does for mmengine
+        said = r"(\w+) is not installed|The '(\w+)' distribution was not found"
+        if match := re.match(said, str(error)):
+            return match[1] or match[2]
         error = error.__cause__ or error.__context__
     return None
 
@@ -133,6 +136,19 @@ def _missing_package(error: BaseException | None) -> str | None:
 def _failed(config: str | os.PathLike[str], what: str, error: Exception) -> QwtError:
     """What to say where a config cannot be read or built: the package that is missing, if any."""
     package = _missing_package(error)
+    if base := re.search(
+        r"from (\S+) import \.\.\.", str(error)
+    ):  # as mmengine shows `with read_base():`
+        wheel = base[1].startswith("mmdet.configs.")
+        return QwtError(
+            f"The model config {config} takes {base[1]} as its base (read_base), "
+            + (
+                "which MMDetection's wheel does not hold: mmdet.configs is in its source alone; take the config "
+                "of the same name from its zoo, as _base_ = 'mmdet::folder/name.py' or as the model config itself."
+                if wheel
+                else "but there is no such file; check the name."
+            )
+        )
     if package is None:
         return QwtError(f"The model config {config} cannot be {what}: {reason(error)}.")
     if package in PACKAGES:
@@ -168,6 +184,18 @@ def read_config(
         )
     inference_pipeline(parsed)
     return parsed
+
+
+def import_custom_modules(config: str | os.PathLike[str], parsed: Config) -> None:
+    """Import what a config names in ``custom_imports``, which mmengine does where it reads the config's file.
+
+    Raises:
+        QwtError: a module cannot be imported.
+    """
+    try:
+        import_modules_from_strings(**(parsed.get("custom_imports") or {"imports": None}))
+    except Exception as error:
+        raise _failed(config, "built", error) from error
 
 
 def without_training(node: Any) -> None:

@@ -21,6 +21,17 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         QwtError: a file is missing, truncated or does not belong to the others.
     """
+    if summary_path(path) == Path(path):
+        raise QwtError(
+            f"{path} is the description of an exported file; give the .onnx file itself."
+        )
+    if not Path(path).is_file():
+        raise QwtError(f"The exported file {path} does not exist; check the path.")
+    if not summary_path(path).is_file():
+        raise QwtError(
+            f"The description {summary_path(path)} of the exported file {path} does not exist; it lies beside it "
+            "where that was written, so copy both, or export again."
+        )
     description = read_summary(path, EXPORT_FORMAT, "exported")
     entries = [description, *description["region_heads"].values()]
     for file, entry in zip(graph_files(path, description), entries, strict=True):
@@ -46,17 +57,17 @@ def exported_bytes(path: str | os.PathLike[str], description: Mapping[str, Any])
 
 
 def as_json(node: Any) -> Any:
-    """A part of an mmdet config for JSON, where tuples become ``{"tuple": […]}``."""
+    """A part of an mmdet config for JSON, where tuples become ``{"tuple": […]}`` and classes their names."""
     if isinstance(node, Mapping):
         return {str(key): as_json(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
         entries = [as_json(value) for value in node]
         return {"tuple": entries} if isinstance(node, tuple) else entries
-    return node
+    return f"{node.__module__}.{node.__qualname__}" if isinstance(node, type) else node
 
 
 def from_json(node: Any) -> Any:
-    """The inverse of :func:`as_json`."""
+    """The inverse of :func:`as_json`, but for classes, whose names mmengine takes as well."""
     if isinstance(node, list):
         return [from_json(value) for value in node]
     if not isinstance(node, dict):

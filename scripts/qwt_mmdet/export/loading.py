@@ -13,7 +13,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from ..config import QuantizationSettings
-from ..detectors.build import build_detector
+from ..detectors.build import build_detector, import_custom_modules
 from ..errors import QwtError
 from ..record import Quantization, record_of
 from .cut import dense_head, with_tensors
@@ -97,8 +97,8 @@ def load_exported(
         runtime: ``onnxruntime`` or ``openvino``.
 
     Raises:
-        QwtError: a file is missing, truncated or does not belong to the other, the runtime is not installed,
-            or the graph returns boxes itself.
+        QwtError: a file is missing, truncated or does not belong to the other, the runtime or a module of the
+            config's ``custom_imports`` is not installed, or the graph returns boxes itself.
     """
     description = read_description(path)
     if description["suppression"]:
@@ -109,6 +109,7 @@ def load_exported(
     runs = [open_graph(file, runtime, threads=threads) for file in graph_files(path, description)]
     register_all_modules(init_default_scope=True)
     config = Config(from_json(description["config"]))
+    import_custom_modules(path, config)
     model = build_detector(path, config, description["classes"])
     model.dataset_meta = {"classes": tuple(description["classes"])}
     if description["quantization"] is not None:
