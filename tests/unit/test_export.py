@@ -4,23 +4,33 @@ import copy
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tiny
 import torch
 from mmcv.ops import batched_nms
+from mmdet.models import RetinaNet
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from qwt_mmdet import errors
+from qwt_mmdet.cli import app
 from qwt_mmdet.compensation.kinds import Linear, LowRank
 from qwt_mmdet.compensation.modules import attach_compensation
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.build import random_detector
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.files import write_json
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model, quantized_layers
+from qwt_mmdet.runtime import Job
+from qwt_mmdet.steps.export import export
+from qwt_mmdet.steps.inputs import Inputs
+from qwt_mmdet.steps.quantize import quantize
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
@@ -326,10 +336,11 @@ def photos() -> list[dict]:
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path):
+def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path, caplog):
     model = two_stages()
     path = tmp_path / "model.onnx"
     onnx_file.export_onnx(model, path, size=SIZE)
+    assert "There are no calibration images" in caplog.text
     files = description.graph_files(path, description.read_description(path))
     assert [file.name for file in files] == [
         "model.onnx", "model.roi_head.bbox_head.onnx", "model.roi_head.mask_head.onnx",
@@ -438,6 +449,37 @@ def test_a_graph_with_suppression_returns_what_mmdet_does(tmp_path):
         loading.load_exported(path)
 
 
+@pytest.mark.slow
+def test_the_command_writes_what_the_workflow_does(tmp_path):
+    model = one_stage("RetinaNet")
+    files = {name: tmp_path / name for name in ("config.py", "weights.pth", "warmup.pth", "a.json")}
+    model.cfg.dump(files["config.py"])
+    torch.save({"state_dict": model.state_dict()}, files["weights.pth"])
+    images = [{"id": i, "file_name": f"{i}.png", "height": 64, "width": 96} for i in range(3)]
+    for image in images:
+        pixels = np.random.default_rng(image["id"]).integers(0, 256, (64, 96, 3), np.uint8)
+        cv2.imwrite(str(tmp_path / image["file_name"]), pixels)
+    classes = [{"id": i, "name": name} for i, name in enumerate(model.dataset_meta["classes"])]
+    content = {"images": images, "annotations": [], "categories": classes}
+    write_json(files["a.json"], {"info": {"image_root": str(tmp_path)}, **content})
+    inputs = Inputs(
+        str(files["config.py"]), {}, files["weights.pth"], files["a.json"], Job("cpu", 0.0),
+        seed=0, batch_size=2, workers=0,
+    )  # fmt: skip
+    settings = {"weight_bits": 8, "activation_bits": 8, "scope": "detector", "grids": "integer"}
+    quantize(inputs, settings=settings, output=files["warmup.pth"])
+    export(inputs, output=tmp_path / "ours.onnx", opset=21, warmup=files["warmup.pth"])
+    command = ["export", "--config", files["config.py"], "--checkpoint", files["weights.pth"]]
+    command += ["--warmup", files["warmup.pth"], "--output", tmp_path / "model.onnx"]
+    done = CliRunner().invoke(app, [*map(str, command), "--calibration", str(files["a.json"])])
+    assert done.exit_code == 0, done.output
+    ours, theirs = (tmp_path / f"{name}.onnx" for name in ("ours", "model"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    about, other = (json.loads(file.with_suffix(".json").read_text()) for file in (ours, theirs))
+    assert about.keys() - other.keys() == {"provenance"}
+    assert all(about[key] == other[key] for key in other)
+
+
 def test_suppression_is_refused_where_there_is_no_graph_for_it():
     model = one_stage("FCOS")
     model.bbox_head.test_cfg.nms.type = "soft_nms"
@@ -454,12 +496,20 @@ def near(actual: object, expected: object) -> None:
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path):
     path = tmp_path / "model.onnx"
-    with pytest.raises(QwtError, match="does not exist"):
+    with pytest.raises(QwtError, match=r"exported file .*model\.onnx does not exist"):
         loading.load_exported(path)
+    path.touch()
+    with pytest.raises(QwtError, match=r"description .*model\.json of the exported file"):
+        loading.load_exported(path)
+    path.unlink()
     about = {"format": EXPORT_FORMAT, "sha256": "0" * 64, "suppression": None, "region_heads": {}}
     path.with_suffix(".json").write_text(json.dumps(about))
-    with pytest.raises(QwtError, match="does not exist"):
+    with pytest.raises(QwtError, match=r"model\.onnx does not exist"):
         loading.load_exported(path)
+    with pytest.raises(QwtError, match=r"give the \.onnx file itself"):
+        loading.load_exported(path.with_suffix(".json"))
+    with pytest.raises(QwtError, match=r"end it with \.onnx"):
+        onnx_file.export_onnx(Network(), path.with_suffix(".json"))
     path.write_bytes(b"half of a graph")
     with pytest.raises(QwtError, match="another sha256"):
         loading.load_exported(path)
@@ -478,3 +528,7 @@ def test_unknown_and_missing_runtimes(monkeypatch):
 def test_configs_keep_their_tuples_in_json():
     config = {"scale": (416, 416), "steps": [{"pad": (0, 1), "keep": True}], "none": None}
     assert description.from_json(json.loads(json.dumps(description.as_json(config)))) == config
+
+
+def test_a_class_in_a_config_is_found_by_its_name_in_json():
+    assert MODELS.get(description.as_json({"type": RetinaNet})["type"]) is RetinaNet

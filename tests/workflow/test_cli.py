@@ -11,11 +11,13 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 from qwt_mmdet.cli import app
+from qwt_mmdet.cli.export import choose_images
 from qwt_mmdet.cli.run import OPTIONS, quantization_name, run
 from qwt_mmdet.config import QuantizationSettings
-from qwt_mmdet.config.datasets import PARTS
+from qwt_mmdet.config.datasets import PARTS, Coco, CocoCalibration, CocoEvaluation
 from qwt_mmdet.config.section import default_of
 from qwt_mmdet.steps.prepare import prepare_dataset
+from qwt_mmdet.steps.select import select_images
 from running import ROOT
 from typer.testing import CliRunner, Result
 
@@ -209,6 +211,27 @@ def test_an_option_says_what_the_key_of_the_configuration_says(section, option, 
         )
         if "maximum" in allowed:
             assert f"From {allowed['minimum']} to {allowed['maximum']}." in info.help
+
+
+def test_an_export_chooses_the_images_that_a_run_chooses(coco, tmp_path):
+    split = {"split": "calibration"}
+    files = [tmp_path / f"{name}.json" for name in ("source", "images", "files")]
+    for seed in (0, 1):
+        parts = {"calibration": {**split, "images": 2}, "evaluation": {"split": "val"}}
+        settings = {"type": "coco", "seed": seed, "root": str(coco), **parts}
+        prepare_dataset(settings, "calibration", folder=tmp_path, output=files[0])
+        select_images(
+            settings, "calibration", name="coco", source=files[0], folder=tmp_path,
+            annotations=files[1], files=files[2],
+        )  # fmt: skip
+        given = {
+            Coco: {"root": str(coco), "seed": seed, "exif": "apply", "allow_outside_root": False},
+            CocoCalibration: {**split, "images": "2"},
+            CocoEvaluation: {"split": "val"},
+        }
+        (tmp_path / str(seed)).mkdir()
+        chosen = choose_images(given, tmp_path / str(seed))
+        assert chosen.read_bytes() == files[1].read_bytes()
 
 
 def test_other_files_are_not_shown(tmp_path):

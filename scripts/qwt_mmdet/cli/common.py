@@ -56,6 +56,11 @@ def config_options(pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def count_or_all(text: str) -> int | str:
+    """A number of images, or what else was given in its place: ``all``."""
+    return int(text) if text.isdecimal() else text
+
+
 def check_files(content: Mapping[str, Any]) -> None:
     """Check that what a config names is there.
 

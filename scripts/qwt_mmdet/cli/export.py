@@ -1,28 +1,52 @@
 """`qwt-mmdet export`: a detector as an ONNX file with integer weights."""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..archives import WARMUP_FORMAT, load_archive
+from ..config import as_entry
+from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
 from ..config.export import Export
+from ..errors import QwtError
+from ..files import read_json, sha256_file
 from .common import (
     MODEL,
     CheckpointOption,
     CompensationOption,
     WarmupOption,
+    count_or_all,
     load_model,
     plain_errors,
 )
-from .options import Key, Values, with_options
+from .options import Key, Table, Values, options_named, with_options
+from .run import OPTIONS
+
+EXPORT_OPTIONS: Table = {
+    **MODEL,
+    Export: {"opset": Key("opset")},
+    Coco: {**OPTIONS[Coco], "coco_root": Key("root")},
+    CocoCalibration: OPTIONS[CocoCalibration],
+    CocoEvaluation: {"eval_split": Key("split")},
+}
+"""The options that set a key of the configuration; those of images as `qwt-mmdet run` has them."""
 
 
-@with_options({**MODEL, Export: {"opset": Key("opset")}})
+@with_options(EXPORT_OPTIONS)
 def export(
     values: Values,
     checkpoint: CheckpointOption,
     warmup: WarmupOption = None,
     compensation: CompensationOption = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="The calibration images of a run, results/datasets/NAME/calibration.json; instead of them "
+            "--coco-root and the options of its choice."
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option(help="The file to write; its description gets the ending .json.")
     ] = Path("model.onnx"),
@@ -38,12 +62,78 @@ def export(
         bool, typer.Option("--nms", help="Let a one-stage detector's graph return boxes itself.")
     ] = False,
 ) -> None:
-    """Write a detector, quantized and compensated or not, as an ONNX file."""
-    with plain_errors():
+    """Write a detector, quantized and compensated or not, as an ONNX file.
+
+    With the calibration images of a run it is the file that the workflow writes.
+    """
+    with plain_errors(), tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
+        if values[Coco]["root"] is not None:
+            if calibration is not None:
+                raise QwtError("Give --calibration or --coco-root, not both.")
+            calibration = choose_images(values, Path(folder))
+        elif calibration is not None and warmup is not None:
+            warn_of_other_images(warmup, calibration)
         model = load_model(values, checkpoint, warmup, compensation)
         from ..export.description import exported_bytes, read_description
         from ..export.onnx_file import export_onnx
+        from ..steps.export import calibration_images
 
-        export_onnx(model, output, size=size, dynamic=dynamic, nms=nms, **values[Export])
+        images = () if calibration is None else calibration_images(model, calibration)
+        export_onnx(
+            model,
+            output,
+            size=size,
+            dynamic=dynamic,
+            nms=nms,
+            calibration=images,
+            **values[Export],
+        )
         megabytes = exported_bytes(output, read_description(output)) / 1e6
         typer.echo(f"{output}: {megabytes:.2f} MB (description: {output.with_suffix('.json')})")
+
+
+def warn_of_other_images(warmup: Path, calibration: Path) -> None:
+    """Say so where a warmup file was made from other images than those that are given."""
+    read_json(calibration, what="annotation file", remedy="give another one")  # it is there
+    made = load_archive(warmup, WARMUP_FORMAT, "warmup")["provenance"].get("annotations_sha256")
+    if made not in (None, sha256_file(calibration)):
+        typer.secho(
+            f"Warning: {warmup} was calibrated on other images than those of {calibration}, so the file may differ "
+            "from what the workflow writes.",
+            err=True,
+            fg="yellow",
+        )
+
+
+def choose_images(values: Values, folder: Path) -> Path:
+    """Choose the calibration images that `qwt-mmdet run` chooses with the same options.
+
+    Returns:
+        Their annotation file, in ``folder``.
+
+    Raises:
+        QwtError: there are too few of them, or one cannot be read.
+    """
+    from ..steps.prepare import prepare_dataset
+    from ..steps.select import select_images
+
+    part = {**values[CocoCalibration], "images": count_or_all(values[CocoCalibration]["images"])}
+    with options_named(EXPORT_OPTIONS):
+        dataset = Coco(
+            type="coco",
+            calibration=CocoCalibration(**part),
+            evaluation=CocoEvaluation(**values[CocoEvaluation], images=1),
+            **values[Coco],
+        )
+    settings, source, chosen = as_entry(dataset), folder / "source.json", folder / "images.json"
+    prepare_dataset(settings, "calibration", folder=folder, output=source)
+    select_images(
+        settings,
+        "calibration",
+        name="coco",
+        source=source,
+        folder=folder,
+        annotations=chosen,
+        files=folder / "files.json",
+    )
+    return chosen

@@ -31,6 +31,7 @@ from .common import (
     check_cuda,
     check_files,
     config_options,
+    count_or_all,
     plain_errors,
 )
 from .options import Key, Table, Values, options_named, with_options
@@ -173,7 +174,7 @@ def make_configuration(
             hint = suggestion(recipe, known) or "."
             raise QwtError(f"--compensation is {recipe!r}{hint} Known: {', '.join(known)}.")
     parts = {
-        section: {**values[section], "images": _count(values[section]["images"])}
+        section: {**values[section], "images": count_or_all(values[section]["images"])}
         for section in (CocoCalibration, CocoEvaluation)
     }
     loading = Loading(**values[Loading])
@@ -229,10 +230,6 @@ def _bit_pairs(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> li
             "give --a-bit once, or once for each --w-bit."
         )
     return list(zip_longest(weight_bits, activation_bits, fillvalue=activation_bits[0]))
-
-
-def _count(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _absolute(path: str) -> str:

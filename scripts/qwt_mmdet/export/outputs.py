@@ -5,6 +5,7 @@ the next layer's input. What is added to others, as in residual blocks, is not, 
 stage takes.
 """
 
+import logging
 from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
@@ -16,6 +17,8 @@ from ..quantization.ranges import RangeObserver
 from . import passes
 from .runtimes import open_model
 
+logger = logging.getLogger(__name__)
+
 BITS = 8
 
 
@@ -25,7 +28,7 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
     Args:
         model: the graph of a quantized network.
         images: inputs of the graph, [batch, 3, height, width], whose values give the ranges; without any,
-            nothing changes.
+            nothing changes but for a warning.
         maps: names of the outputs of the graph that a second stage takes.
     """
     values = {str(value.name): value for value in passes.outputs_without_grid(model, maps)}
@@ -33,6 +36,13 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
         return
     inputs = [image[None].numpy() for batch in images for image in batch]
     if not inputs:
+        logger.warning(
+            "There are no calibration images, so the outputs of %d convolutions, which are added to others or go to "
+            "a second stage, stay in floating point, and with them these convolutions in ONNX Runtime. The workflow "
+            "gives them 8 bits: give the calibration images (`qwt-mmdet export` takes --calibration or "
+            "--coco-root), and the file is the one that it writes.",
+            len(values),
+        )
         return
     probe = model.clone()
     probe.graph.outputs.clear()

@@ -1,14 +1,28 @@
 """Export a detector."""
 
-import itertools
 from typing import Any
 
+from mmdet.models import BaseDetector
+from torch.utils.data import DataLoader
+
+from ..data.loaders import make_loader
 from ..export.onnx_file import export_onnx
 from ..files import read_json, sha256_file
 from .inputs import Inputs, Pathlike
 
 IMAGES = 16
 """Calibration images from which the ranges of what only integer kernels quantize are estimated."""
+
+
+def calibration_images(
+    model: BaseDetector, annotations: Pathlike, *, workers: int = 0
+) -> DataLoader:
+    """The first images of a calibration, one by one, as :func:`..export.onnx_file.export_onnx` takes them.
+
+    Args:
+        annotations: COCO annotation file that the step select_images wrote.
+    """
+    return make_loader(model.cfg, annotations, workers=workers, images=slice(IMAGES))
 
 
 def export(
@@ -47,5 +61,5 @@ def export(
             },
         }
     dynamic = None if input_size is None else input_size == "dynamic"
-    batches = () if warmup is None else itertools.islice(inputs.loader(model), IMAGES)
-    export_onnx(model, output, dynamic=dynamic, opset=opset, calibration=batches, details=details)
+    images = calibration_images(model, inputs.annotations, workers=inputs.workers)
+    export_onnx(model, output, dynamic=dynamic, opset=opset, calibration=images, details=details)
