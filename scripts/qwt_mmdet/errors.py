@@ -54,5 +54,5 @@ LONGEST_REASON = 300
 def reason(error: BaseException) -> str:
     """Type and first line of another library's error, short enough to stand in a sentence."""
     lines = str(error).strip().splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0].strip()}".rstrip(".: ")
+    text = f"{type(error).__name__}: {' '.join(lines[0].split())}".rstrip(".: ")
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"

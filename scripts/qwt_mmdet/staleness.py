@@ -29,6 +29,7 @@ _DETECTOR = (
     "devices",
     "fingerprint",
     "data.loaders",
+    "data.trial",
     "record",
     "steps.inputs",
 )

@@ -9,6 +9,8 @@ from mmcv.transforms import Compose
 from mmdet.registry import TRANSFORMS  # noqa: F401  (its import registers mmdet's transforms)
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
+from mmengine.fileio import FileClient
+from mmengine.fileio.backends.registry_utils import backends
 from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,14 +41,39 @@ def transform_name(transform: Mapping[str, Any]) -> str:
     return getattr(transform["type"], "__name__", str(transform["type"])).split(".")[-1]
 
 
-def inference_pipeline(config: Config) -> list[dict[str, Any]]:
-    """The config's test pipeline without the transforms that load ground truth.
+def far_backends(transform: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a transform with which it would not read images from this machine's files.
+
+    These name a backend of mmengine's for that, or one that nobody has registered.
+    """
+    found = {}
+    for key in ("backend_args", "file_client_args"):
+        given = transform.get(key)
+        if not isinstance(given, Mapping):
+            continue
+        name = str(given.get("backend") or given.get("prefix") or "local")
+        known = backends.get(name) or FileClient._backends.get(name)
+        own = known is not None and not known.__module__.startswith("mmengine.")
+        if name not in ("local", "disk") and not own:
+            found[key] = given
+    return found
+
+
+def reading_files(transform: dict[str, Any]) -> dict[str, Any]:
+    """A transform without the arguments of :func:`far_backends`."""
+    far = far_backends(transform)
+    return {**transform, **dict.fromkeys(far)} if far else transform
+
+
+def pipeline_steps(config: Config) -> list[tuple[str, dict[str, Any]]]:
+    """The transforms of the config's test pipeline but those that load ground truth, each with its key.
 
     Raises:
         QwtError: there is none, several data sets have different ones, or it needs more than an image.
     """
     (place, dataset), *others = test_datasets(config)
     pipeline = dataset.get("pipeline") or config.get("test_pipeline")
+    key = f"{place}.pipeline" if dataset.get("pipeline") else "test_pipeline"
     if not pipeline:
         raise QwtError(f"The model config has no test pipeline; add {place}.pipeline.")
     for other, another in others:
@@ -70,10 +97,21 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
             "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py."
         )
     return [
-        transform
-        for transform, name in zip(pipeline, names, strict=True)
+        (f"{key}.{number}", transform)
+        for number, (transform, name) in enumerate(zip(pipeline, names, strict=True))
         if not name.endswith("LoadAnnotations")
     ]
+
+
+def inference_pipeline(config: Config) -> list[dict[str, Any]]:
+    """The config's test pipeline without the transforms that load ground truth.
+
+    All images are files of this machine, so backends that read from elsewhere are left out.
+
+    Raises:
+        QwtError: as :func:`pipeline_steps`.
+    """
+    return [reading_files(transform) for _, transform in pipeline_steps(config)]
 
 
 def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> list[dict[str, Any]]:

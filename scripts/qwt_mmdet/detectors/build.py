@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import mmdet
-from mmdet.models import BaseDetector
+from mmdet.models import (
+    BaseDetector,
+    DetectionTransformer,
+    SingleStageDetector,
+    TwoStageDetector,
+)
 from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import DefaultScope
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from ..data.loaders import inference_pipeline, transform_name
+from ..data.trial import try_pipeline
 from ..devices import use_full_precision
 from ..errors import QwtError, reason
 from ..fingerprint import settings_fingerprint, weights_fingerprint
@@ -26,6 +33,7 @@ from ..record import record_of
 from .checkpoint import read_checkpoint
 from .classes import class_names, head_outputs
 from .repairs import repair
+from .shape import check_shape
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -46,6 +54,9 @@ OTHER_METRICS = {"VOCMetric", "LVISMetric", "OpenImagesMetric", "CrowdHumanMetri
 
 TRACKING_METRICS = {"MOTChallengeMetric", "CocoVideoMetric", "YouTubeVISMetric"}
 """Metrics of mmdet for videos."""
+
+USUAL = (SingleStageDetector, TwoStageDetector, DetectionTransformer)
+"""Detectors that take images from a data preprocessor of mmdet's alone."""
 
 
 def resolve_config(config: str | os.PathLike[str]) -> Path:
@@ -168,7 +179,8 @@ def read_config(
     """Read an mmdet config and apply ``{dotted.key: value}`` changes.
 
     Raises:
-        QwtError: the file cannot be parsed, or describes no detector.
+        QwtError: the file cannot be parsed, or describes no detector; or its test pipeline does not work (see
+            :func:`.trial.try_pipeline`).
     """
     path = resolve_config(config)
     try:
@@ -176,13 +188,14 @@ def read_config(
         parsed.merge_from_dict(dict(config_options or {}))
     except Exception as error:
         raise _failed(path, "read", error) from error
+    check_shape(parsed, str(path))
     _refuse_other_tasks(path, parsed)
-    if "model" not in parsed or not (parsed.get("test_dataloader") or {}).get("dataset"):
+    if not parsed.get("model") or not (parsed.get("test_dataloader") or {}).get("dataset"):
         raise QwtError(
             f"The model config {path} has no 'model' or no 'test_dataloader' with a 'dataset'; give a "
             "complete mmdet 3.x config, not a base file."
         )
-    inference_pipeline(parsed)
+    try_pipeline(parsed)
     return parsed
 
 
@@ -243,13 +256,18 @@ def build_detector(
         trained: class names that its checkpoint carries.
     """
     without_training(parsed.model)
-    if "TimmBackbone" in str(parsed.model.get("backbone", {}).get("type")):
+    if "TimmBackbone" in str((parsed.model.get("backbone") or {}).get("type")):
         from . import timm_backbone  # noqa: F401  registers it; timm takes seconds to import
     with DefaultScope.overwrite_default_scope("mmdet"):
         try:
             model = MODELS.build(parsed.model)
         except Exception as error:
             raise _failed(config, "built", error) from error
+        if type(model.data_preprocessor) is BaseDataPreprocessor and isinstance(model, USUAL):
+            raise QwtError(
+                f"The model config {config} has no model.data_preprocessor, which normalises images and puts them "
+                "into batches; set it as in training, such as dict(type='DetDataPreprocessor', mean=[…], std=[…])."
+            )
         repair(model)
         _check_channels(config, parsed, model)
         try:
