@@ -111,8 +111,37 @@ def test_an_empty_mask_is_none(tmp_path, empty):
 def test_what_is_harmful_is_a_sentence_that_names_the_annotation(
     tmp_path, labelled, change, message
 ):
+    masks = "segmentation" in change
     with pytest.raises(QwtError, match=rf"annotations\.json is wrong: annotation 1 .*{message}"):
-        read(tmp_path, "annotations", change, labelled=labelled)
+        read(tmp_path, "annotations", change, labelled=labelled, masks=masks)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segmentation": [[1, 2, 3, 4]]},
+        {"segmentation": [[NAN, *TRIANGLE[1:]]]},
+        {"segmentation": "polygon"},
+        {"segmentation": [[1e30, *TRIANGLE[1:]]]},
+        rle([0, PIXELS], (WIDTH, HEIGHT)),
+        rle([NAN, PIXELS]),
+    ],
+)
+def test_what_is_no_mask_is_read_where_nobody_needs_masks(tmp_path, caplog, change, labelled):
+    """It stays as it is, for those who need masks and read the file that is written of it."""
+    content = one_object(BOX)
+    content["annotations"][0] |= change
+    found = read_annotations(write(tmp_path, content), labelled=labelled)
+    assert "a detector with masks could not be evaluated, since annotation 1 has" in caplog.text
+    with pytest.raises(QwtError) as before:
+        read_annotations(write(tmp_path, content), masks=True)
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(QwtError) as after:
+        read_annotations(write(tmp_path, found), masks=True)
+    assert str(after.value)[:100] == str(before.value)[:100]
+    metrics = coco_metrics(write(tmp_path, content), [detection(BOX, 0.9)], masks=False)
+    assert metrics["bbox"]["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("change", [{"bbox": None}, {"area": None}])
@@ -182,11 +211,12 @@ def test_compressed_masks_of_pycocotools_are_read_and_cut_ones_are_not(tmp_path)
         counts = mask_utils.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
         annotation = {**content["annotations"][0], "id": number, **rle(counts)}
         content["annotations"].append(annotation)
-    read_annotations(write(tmp_path, content))
+    del content["annotations"][0]  # has no mask
     broken = copy.deepcopy(content)
     broken["annotations"][-1] |= rle(counts[:-1])
+    read_annotations(write(tmp_path, content), masks=True)
     with pytest.raises(QwtError, match="annotation 19 has an RLE mask whose counts"):
-        read_annotations(write(tmp_path, broken))
+        read_annotations(write(tmp_path, broken), masks=True)
 
 
 @pytest.mark.parametrize(

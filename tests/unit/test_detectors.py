@@ -165,6 +165,31 @@ def test_the_names_of_the_checkpoint_are_those_of_its_labels(tmp_path):
             "backbone=dict(type='ResNet', depth=18, in_channels=1, _delete_=True))",
             "set its color_type to 'grayscale'",
         ),
+        ("model = [1]", "a model that is .*should be a dict"),
+        (
+            "model = dict(backbone='ResNet')",
+            r"a model\.backbone that is 'ResNet'; it should be a dict",
+        ),
+        ("model = dict(backbone=None)", "cannot be built"),
+        ("model = dict(data_preprocessor=None)", r"no model\.data_preprocessor.*set it"),
+        ("metainfo = 'person'", "a metainfo that is 'person'; it should be a dict"),
+        (
+            "test_dataloader = dict(dataset=dict(metainfo=['person']))",
+            r"a test_dataloader\.dataset\.metainfo that is .*should be a dict",
+        ),
+        (
+            "test_dataloader = dict(_delete_=True, dataset=[dict(type='CocoDataset')])",
+            r"a test_dataloader\.dataset that is .*should be a dict",
+        ),
+        (
+            "test_dataloader = dict(dataset=dict(pipeline=['LoadImageFromFile']))",
+            r"pipeline\.0 that is 'LoadImageFromFile'; it should be a dict",
+        ),
+        (
+            "test_dataloader = dict(dataset=dict(pipeline=[dict(scale=3)]))",
+            r"has no test_dataloader\.dataset\.pipeline\.0\.type; add it",
+        ),
+        ("test_evaluator = 'CocoMetric'", "a test_evaluator that is .*a dict or list of dicts"),
     ],
 )
 def test_what_cannot_be_built_is_one_short_sentence(tmp_path, lines, message):

@@ -5,6 +5,7 @@ null, empty polygons, Windows' backslashes in file names, a byte order mark. Wha
 step fail, or change AP without a word, is a sentence that names the entry.
 """
 
+import json
 import logging
 import math
 import os
@@ -39,11 +40,11 @@ def read_annotations(
     """Read a COCO instances file and check all that later steps rely on.
 
     A box or mask that covers no pixel of its image is read with a warning: COCO's AP counts it as an
-    object that was missed.
+    object that was missed. So is a segmentation that is no mask, where nobody needs masks.
 
     Args:
         labelled: the file must have annotations and categories, and boxes and areas in them.
-        masks: every annotation must have a mask.
+        masks: every annotation must have a mask. Without it, a segmentation that is none stays as it is.
         objects: False for those who need the images alone: ``annotations`` is empty then, and not checked.
 
     Returns:
@@ -80,12 +81,25 @@ def read_annotations(
         categories = _read_entries(content["categories"], "category", _category)
         _check_unique(content["categories"], "category", "name")
         unfindable: list[int] = []
+        unreadable: list[str] = []
 
         def annotation(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
             found = _annotation(entry, number, images, categories, labelled=labelled)
-            if masks and not found.get("segmentation"):
+            image, given = images[found["image_id"]], entry.get("segmentation")
+            try:
+                mask = _segmentation(given, image, f"annotation {number}")
+            except _Fault as fault:
+                if masks:
+                    raise
+                unreadable.append(str(fault))
+                mask = None
+                # NaN, which no JSON has, as a text
+                found["segmentation"] = json.loads(json.dumps(given), parse_constant=str)
+            if mask:
+                found["segmentation"] = mask
+            elif masks:
                 raise _Fault(f"annotation {number} has no mask, which a mask detector needs")
-            if not _is_visible(found, images[found["image_id"]]):
+            if not _is_visible(found.get("bbox"), mask, image):
                 unfindable.append(number)
             return found
 
@@ -99,6 +113,11 @@ def read_annotations(
             "%s: %d boxes or masks have no pixel in their image, and AP counts them as missed; "
             "annotations %s",
             path, len(unfindable), few(unfindable),
+        )  # fmt: skip
+    if unreadable:
+        logger.warning(
+            "%s: a detector with masks could not be evaluated, since %s%s",
+            path, unreadable[0], f" ({len(unreadable)} annotations are like that)" * (len(unreadable) > 1),
         )  # fmt: skip
     info = content.get("info")
     return {
@@ -194,9 +213,6 @@ def _annotation(
         if not 0 <= area <= largest:
             raise _Fault(f"{here} has an area of {area} pixels, which its image cannot hold")
         found["area"] = area
-    mask = _segmentation(entry.get("segmentation"), image, here)
-    if mask:
-        found["segmentation"] = mask
     return found
 
 
@@ -324,17 +340,16 @@ def _check_range(
         )
 
 
-def _is_visible(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> bool:
+def _is_visible(box: Sequence[float] | None, mask: Any, image: Mapping[str, Any]) -> bool:
     """Whether box and mask, as far as there are any, cover some of the image."""
     ranges = []
-    if "bbox" in annotation:
-        x, y, width, height = annotation["bbox"]
+    if box is not None:
+        x, y, width, height = box
         ranges.append((x, x + width, y, y + height))
-    mask = annotation.get("segmentation")
-    if isinstance(mask, list):
-        x = [value for polygon in mask for value in polygon[::2]]
-        y = [value for polygon in mask for value in polygon[1::2]]
-        ranges.append((min(x), max(x), min(y), max(y)))
+    if mask and isinstance(mask, list):
+        xs = [value for polygon in mask for value in polygon[::2]]
+        ys = [value for polygon in mask for value in polygon[1::2]]
+        ranges.append((min(xs), max(xs), min(ys), max(ys)))
     return all(
         min(right, image["width"]) > max(left, 0) and min(bottom, image["height"]) > max(top, 0)
         for left, right, top, bottom in ranges
