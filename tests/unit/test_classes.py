@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModule
 from qwt_mmdet.detectors.classes import (
     category_ids,
+    check_annotations,
     class_names,
     config_names,
     head_outputs,
@@ -168,3 +169,14 @@ def test_classes_that_both_sides_lack_may_be_misspelled(classes):
         QwtError, match=f"Only the model has: .*{classes[-1]}.*Only the annotations"
     ):
         category_ids(classes, annotations("cat", "dog"))
+
+
+def test_masks_are_needed_where_the_detector_predicts_some():
+    boxes = {**annotations("dog"), "annotations": [{"bbox": [0, 0, 1, 1]}]}
+    detector = Detector(dataset_meta={"classes": ("dog",)}, with_mask=False)
+    check_annotations(detector, boxes)
+    detector.with_mask = True
+    with pytest.raises(QwtError, match="predicts masks, but the annotations have none; take"):
+        check_annotations(detector, boxes)
+    boxes["annotations"].append({"segmentation": [[0, 0, 1, 0, 1, 1]]})
+    check_annotations(detector, boxes)

@@ -1,7 +1,7 @@
 """`qwt-mmdet validate`: is a config sound?"""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from tabulate import tabulate
@@ -25,7 +25,7 @@ def validate(
     with plain_errors():
         from ..data.annotations import read_annotations
         from ..detectors.build import load_detector, random_detector
-        from ..detectors.classes import category_ids
+        from ..detectors.classes import check_annotations
 
         resolved = resolve(read_file(config))
         check_files(resolved)
@@ -46,8 +46,7 @@ def validate(
                         model["config"], model["checkpoint"], config_options=options
                     )
                 if model["dataset"] in evaluated:
-                    meta: Any = built.dataset_meta
-                    category_ids(meta["classes"], evaluated[model["dataset"]])
+                    check_annotations(built, evaluated[model["dataset"]])
             except QwtError as error:
                 raise QwtError(f"models.{name}: {error}") from error
         rows = combinations(resolved)

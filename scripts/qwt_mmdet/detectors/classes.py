@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdet.models import BaseDetector
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from torch import nn
@@ -246,6 +247,23 @@ def category_ids(classes: Sequence[str], annotations: Mapping[str, Any]) -> list
             "spelling; otherwise use annotations with the model's classes, or with some of them."
         )
     return [by_name.get(name) for name in classes]
+
+
+def check_annotations(model: BaseDetector, annotations: Mapping[str, Any]) -> None:
+    """Check that a detector can be evaluated on the annotations of a file, whichever of its images are chosen.
+
+    Args:
+        annotations: from :func:`.annotations.read_annotations`.
+
+    Raises:
+        QwtError: the classes differ (see :func:`category_ids`), or it predicts masks and the annotations have none.
+    """
+    category_ids(model.dataset_meta["classes"], annotations)
+    if model.with_mask and not any(one.get("segmentation") for one in annotations["annotations"]):
+        raise QwtError(
+            "The detector predicts masks, but the annotations have none; take annotations with masks (segmentation), "
+            "or a detector without them."
+        )
 
 
 def log_left_out(classes: Sequence[str], annotations: Mapping[str, Any]) -> None:

@@ -20,6 +20,17 @@ from .inputs import Inputs, Pathlike
 logger = logging.getLogger(__name__)
 
 
+def check_ground_truth(model: BaseDetector, annotations: Pathlike) -> None:
+    """Tell what is wrong with annotations, or does not fit the detector, before the work.
+
+    Raises:
+        QwtError: the classes differ, or :func:`.coco.load_ground_truth` finds a fault.
+    """
+    classes = model.dataset_meta["classes"]
+    category_ids(classes, read_json(annotations, what="annotation file"))
+    load_ground_truth(annotations, masks=model.with_mask, classes=classes)
+
+
 def evaluate_detector(
     model: BaseDetector,
     annotations: Pathlike,
@@ -46,9 +57,7 @@ def evaluate_detector(
             makes no detection or one that is not finite.
     """
     classes = model.dataset_meta["classes"]
-    # what is wrong with the annotations is told before the work
-    category_ids(classes, read_json(annotations, what="annotation file"))
-    load_ground_truth(annotations, masks=model.with_mask, classes=classes)
+    check_ground_truth(model, annotations)
     if found is None:
         loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
         found = predict(model, loader, annotations, total=count_images(loader))
@@ -83,6 +92,7 @@ def evaluate_shard(
         shard: its number from 1 on, and how many there are.
     """
     model = inputs.load(warmup=warmup, compensation=compensation)
+    check_ground_truth(model, inputs.annotations)
     count = len(read_json(inputs.annotations, what="annotation file")["images"])
     loader = make_loader(
         model.cfg,

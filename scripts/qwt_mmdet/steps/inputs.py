@@ -17,13 +17,19 @@ from torch.utils.data import DataLoader
 
 from .. import __version__
 from ..compensation.state import load_compensation
+from ..data.annotations import read_annotations
 from ..data.loaders import make_loader
+from ..data.sources import open_source
 from ..detectors.build import load_detector
+from ..detectors.classes import check_annotations
 from ..files import read_json, sha256_file
 from ..quantization.state import load_warmup
 from ..runtime import Job
 
 Pathlike = str | os.PathLike[str]
+
+LARGEST_READ_AHEAD = 10**8
+"""Bytes of an annotation file that a step reads which could do without; five times COCO's val2017."""
 
 
 def load_quantized(
@@ -48,12 +54,28 @@ def load_quantized(
     return model
 
 
+def _evaluated_on(config: Mapping[str, Any], model: str) -> str | None:
+    """The annotation file from which the images are chosen that a model is evaluated on.
+
+    Snakemake knows nothing of it: it decides no result, and another choice of images shall calibrate nothing again.
+
+    Returns:
+        None where the file is not there yet, or is very large.
+    """
+    dataset = config["models"][model]["dataset"]
+    source = open_source(config["datasets"][dataset], f"results/datasets/{dataset}")
+    path = source.place("evaluation").annotations
+    there = os.path.isfile(path) and os.path.getsize(path) < LARGEST_READ_AHEAD
+    return path if there else None
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The detector and the images of a step, and how it runs them.
 
     Args:
         annotations: COCO annotation file of the images.
+        evaluated_on: the annotation file from which the images of the evaluation are chosen, if it is there already.
         job: that does the step; it knows the device.
         batch_size: images that are run at a time.
         workers: processes that read images.
@@ -67,6 +89,7 @@ class Inputs:
     seed: int
     batch_size: int
     workers: int
+    evaluated_on: Pathlike | None = None
 
     @classmethod
     def of(cls, snakemake: Any, job: Job, section: str) -> "Inputs":
@@ -85,6 +108,9 @@ class Inputs:
             seed=snakemake.params.get("seed", 0),
             batch_size=loading["batch_size"],
             workers=min(loading["workers"], snakemake.threads),
+            evaluated_on=_evaluated_on(snakemake.config, snakemake.wildcards.model)
+            if section == "calibration"
+            else None,
         )
 
     def load(
@@ -99,6 +125,15 @@ class Inputs:
             device=self.job.device,
             config_options=self.config_options,
         )
+
+    def check_evaluation(self, model: nn.Module) -> None:
+        """Check that the detector can be evaluated later, before hours go into what is evaluated.
+
+        Raises:
+            QwtError: it cannot; see :func:`.classes.check_annotations`.
+        """
+        if self.evaluated_on is not None:
+            check_annotations(model, read_annotations(self.evaluated_on))
 
     def loader(self, model: nn.Module) -> DataLoader:
         """Return what reads the images in batches, as the model wants them."""

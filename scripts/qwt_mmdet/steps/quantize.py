@@ -31,6 +31,7 @@ def quantize(
     """
     resolved = QuantizationSettings.from_mapping(settings)
     model = inputs.load()
+    inputs.check_evaluation(model)
     if supplied is not None:
         load_warmup(model, supplied, resolved)
         logger.info("The warmup file %s fits and is used as it is", supplied)

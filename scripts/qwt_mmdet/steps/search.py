@@ -21,7 +21,7 @@ from ..quantization.calibrate import calibrate
 from ..quantization.convert import quantize_model
 from ..quantization.state import load_warmup, save_warmup
 from ..search.mixed import Front, Measurement, Recipe, measure_candidates, recipe_settings
-from .evaluate import evaluate_detector
+from .evaluate import check_ground_truth, evaluate_detector
 from .inputs import Inputs, Pathlike
 
 logger = logging.getLogger(__name__)
@@ -62,16 +62,22 @@ def measure(
     activation_bits: Sequence[int],
     images: int,
     output: Pathlike,
+    metric: str | None = None,
 ) -> None:
     """Measure what each layer does to the heads at each number of bits; write it as JSON.
 
     Args:
         settings: of a plain quantization, of which all but the bits holds.
         images: to calibrate and to measure on, the first that no recipe is scored on.
+        metric: by which recipes will be scored; None: by none.
     """
-    with halves(inputs.annotations) as (calibration, _):
+    model = inputs.load()
+    inputs.check_evaluation(model)
+    with halves(inputs.annotations) as (calibration, scoring):
+        if metric is not None:
+            check_scoring(model, scoring, metric)
         part = dataclasses.replace(inputs, annotations=calibration, batch_size=1)
-        batches = list(islice(part.loader(inputs.load()), images))
+        batches = list(islice(part.loader(model), images))
 
     def calibrated(settings: QuantizationSettings) -> BaseDetector:
         with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
@@ -202,6 +208,24 @@ def best_round(rounds: Sequence[Round], max_drop: float) -> Round | None:
     return min((r for r in rounds if r.drop <= max_drop), key=lambda r: r.index, default=None)
 
 
+def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> None:
+    """Check that recipes can be scored on an annotation file.
+
+    Raises:
+        QwtError: too few images have annotations, these do not fit the detector, or it lacks the metric.
+    """
+    images = len(read_json(scoring)["images"])
+    if images < LEAST_SCORED:
+        raise QwtError(
+            f"A recipe would be scored on {images} calibration images, half of those that have annotations; "
+            f"`smallest` needs {LEAST_SCORED} at least, and hundreds to tell small losses from luck: choose more "
+            "calibration images, or ask for `best` with a size."
+        )
+    if metric == "segm" and not model.with_mask:
+        raise QwtError("smallest.metric is segm, but this detector has no masks; use bbox.")
+    check_ground_truth(model, scoring)
+
+
 class Judge:
     """Calibrates recipes on some images and scores them on others.
 
@@ -218,15 +242,8 @@ class Judge:
         self._scoring = dataclasses.replace(inputs, annotations=scoring)
         self._metric = metric
         self.images = len(read_json(scoring)["images"])
-        if self.images < LEAST_SCORED:
-            raise QwtError(
-                f"A recipe would be scored on {self.images} calibration images, half of those that have "
-                f"annotations; `smallest` needs {LEAST_SCORED} at least, and hundreds to tell small losses from "
-                "luck: choose more calibration images, or ask for `best` with a size."
-            )
         model = inputs.load()
-        if metric == "segm" and not model.with_mask:
-            raise QwtError("smallest.metric is segm, but this detector has no masks; use bbox.")
+        check_scoring(model, scoring, metric)
         self.baseline = self._ap(model)
         if not self.baseline:
             raise QwtError(
