@@ -4,7 +4,7 @@ Tables and report need the summaries alone, and so neither torch nor mmdet.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ SUMMARY_KEYS = ("format", "fingerprint", "settings", "summary", "provenance")
 """What of an archive is plain values, for people and for reports."""
 
 
-def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) -> dict[str, Any]:
+def load_archive(
+    path: str | os.PathLike[str], expected_format: str, what: str, keys: Sequence[str] = ()
+) -> dict[str, Any]:
     """Read one of our .pth files without running any code that it may hold.
 
+    Args:
+        keys: what it has to hold.
+
     Raises:
-        QwtError: missing, truncated, another sort of file, or of another format version.
+        QwtError: missing, truncated, another sort of file, of another format version, or without a key.
     """
     import torch  # takes seconds; summaries are read without it
 
@@ -41,6 +46,8 @@ def load_archive(path: str | os.PathLike[str], expected_format: str, what: str) 
             f"file of this tool; {REMEDY}."
         ) from error
     _check_format(content, path, expected_format, what)
+    if missing := [key for key in keys if key not in content]:
+        raise QwtError(f"The {what} file {path} holds no {' and no '.join(missing)}; {REMEDY}.")
     return content
 
 

@@ -9,6 +9,7 @@ import tiny
 import torch
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.kinds import KINDS, Affine, Bias, Linear, LowRank
+from qwt_mmdet.compensation.result import BlockFit
 from qwt_mmdet.compensation.solve import SOLVERS, candidates
 from qwt_mmdet.compensation.state import apply_compensation, load_compensation, save_compensation
 from qwt_mmdet.compensation.statistics import (
@@ -266,6 +267,38 @@ def test_saved_kinds_compute_the_same(kind, backbone, tmp_path):
     for block in fitted.blocks:
         matrices = [t for t in block.plain()["tensors"].values() if t.dim() == 2]
         assert all(matrix.dtype == torch.int8 for matrix in matrices)
+
+
+def test_what_cannot_be_computed_with_is_neither_saved_nor_loaded(tmp_path):
+    settings = CompensationSettings(kind="lowrank", rank=2, gate="none", bits=8)
+    model, _, fitted = tiny_fit(settings)
+    path = tmp_path / "c.pth"
+    save_compensation(model, fitted, path)
+    block = fitted.blocks[0].name
+
+    def refused(key, value, message):
+        content = torch.load(path, weights_only=True)
+        content["blocks"][0]["tensors"][key][-1] = value
+        torch.save(content, tmp_path / "damaged.pth")
+        with pytest.raises(QwtError, match=rf"damaged\.pth .*{key} of block {block} {message}"):
+            load_compensation(copy.deepcopy(model), tmp_path / "damaged.pth")
+
+    refused("bias", float("nan"), "holds nan, which is not a finite number")
+    refused("left_scale", float("inf"), "holds inf, which is not a positive number")
+    refused("right_scale", -1.0, "holds -1")
+    fitted.blocks[0].kind.bias[-1] = float("nan")
+    with pytest.raises(QwtError, match=r"bias of block .* larger ridge"):
+        save_compensation(model, fitted, tmp_path / "new.pth")
+    with pytest.raises(QwtError, match="not one layer is calibrated"):
+        save_compensation(
+            quantize_model(tiny.detector("resnet"), QuantizationSettings(4, 4)), fitted, path
+        )
+
+
+def test_a_kind_that_is_not_registered_is_named_not_passed_over():
+    plain = {"kind": "lineer", "tensors": {}, "fit": {}, "holdout": {}}
+    with pytest.raises(QwtError, match="did you mean linear"):
+        BlockFit.from_plain(plain)
 
 
 @pytest.mark.parametrize(

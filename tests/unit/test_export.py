@@ -276,7 +276,10 @@ def test_a_failure_names_the_module(images):
         graph_of(model)
 
 
-def test_a_network_is_refused_before_it_runs(images):
+def test_a_network_is_refused_before_it_runs(images, tmp_path):
+    settings = QuantizationSettings(8, 8, scope="detector")
+    with pytest.raises(QwtError, match="not one layer is calibrated"):
+        onnx_file.export_onnx(quantize_model(Network(), settings), tmp_path / "model.onnx")
     with pytest.raises(QwtError, match="A Network cannot be exported"):
         cut.refuse_what_has_no_form(Network())
     with pytest.raises(QwtError, match="no opset 7"):

@@ -33,6 +33,8 @@ class Kind:
     """Base of the kinds; a subclass registers itself under its ``name``."""
 
     name: ClassVar[str]
+    grids: ClassVar[tuple[str, ...]] = ()
+    """Fields that are scales of codes, which are positive where they are set."""
 
     def __init_subclass__(cls, name: str) -> None:
         cls.name = name
@@ -198,6 +200,8 @@ class LowRank(Kind, name="lowrank"):
         left_scale: [r], right_scale: [out]; None where the factors are no codes.
     """
 
+    grids = ("left_scale", "right_scale")
+
     left: Tensor
     right: Tensor
     bias: Tensor
@@ -236,6 +240,8 @@ class Linear(Kind, name="linear"):
         weight: W [in, out]. bias: [out].
         scale: [out]; None where the weight is no codes.
     """
+
+    grids = ("scale",)
 
     weight: Tensor
     bias: Tensor

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..config import CompensationSettings
+from ..errors import registered
 from .kinds import KINDS, Kind
 
 BYTES_PER_PARAMETER = 4
@@ -107,13 +108,17 @@ class BlockFit:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "BlockFit":
-        """The inverse of :meth:`plain` and of :meth:`unfinished`."""
+        """The inverse of :meth:`plain` and of :meth:`unfinished`.
+
+        Raises:
+            QwtError: no kind of this name is registered.
+        """
         values = {"trial": None, "options": (), "option": 0, **values}
         tensors, kind, trial = (values.pop(key) for key in ("tensors", "kind", "trial"))
         values["options"] = tuple(Option(*option) for option in values["options"])
         values |= {key: BlockError(**values[key]) for key in ("fit", "holdout")}
         return cls(
-            kind=KINDS[kind](**tensors) if kind in KINDS else None,
+            kind=None if kind == "none" else registered("kind", kind, KINDS)(**tensors),
             trial=KINDS[trial[0]](**trial[1]) if trial else None,
             **values,
         )

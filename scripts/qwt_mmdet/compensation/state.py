@@ -5,14 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from ..archives import COMPENSATION_FORMAT, load_archive, save_with_summary
+from ..archives import COMPENSATION_FORMAT, REMEDY, load_archive, save_with_summary
 from ..config import CompensationSettings, as_plain
 from ..errors import QwtError
 from ..fingerprint import weights_fingerprint
-from ..quantization.state import quantizer_state
+from ..quantization.state import check_grids, quantizer_state
 from ..record import record_of
 from .modules import attach_compensation
 from .result import BlockFit, Compensation
+
+COMPENSATION_KEYS = ("fingerprint", "settings", "blocks", "backbone_multiply_adds", "heads")
+"""What :func:`load_compensation` reads of a file."""
 
 
 def quantized_fingerprint(model: nn.Module) -> dict[str, str]:
@@ -21,6 +24,21 @@ def quantized_fingerprint(model: nn.Module) -> dict[str, str]:
         **record_of(model).fingerprint,
         "quantization": weights_fingerprint(quantizer_state(model)),
     }
+
+
+def _fault(compensation: Compensation) -> str | None:
+    """What of a compensation cannot be computed with, if anything."""
+    for block in compensation.blocks:
+        if block.kind is None:
+            continue
+        for key, tensor in block.kind.tensors().items():
+            is_grid = key in block.kind.grids
+            sound = tensor.isfinite() & (tensor > 0) if is_grid else tensor.isfinite()
+            if not sound.all():
+                expected = "a positive number" if is_grid else "a finite number"
+                value = tensor[~sound][0].item()
+                return f"{key} of block {block.name} holds {value:g}, which is not {expected}"
+    return None
 
 
 def apply_compensation(model: nn.Module, compensation: Compensation) -> nn.Module:
@@ -41,7 +59,15 @@ def save_compensation(
 
     The file holds per block its tensors, the decision, the errors and the cost; it loads with
     ``torch.load(weights_only=True)``. Call it before the compensation is applied or after.
+
+    Raises:
+        QwtError: the model is quantized but not calibrated, or the compensation holds what cannot be
+            computed with.
     """
+    if record_of(model).quantization is not None:
+        check_grids(model)
+    if fault := _fault(compensation):
+        raise QwtError(f"The compensation cannot be saved: {fault}; fit it with a larger ridge.")
     content = {
         "format": COMPENSATION_FORMAT,
         "fingerprint": quantized_fingerprint(model),
@@ -59,9 +85,10 @@ def load_compensation(model: nn.Module, path: str | os.PathLike[str]) -> Compens
     """Read a compensation file and apply it to the quantized detector that it was fitted for.
 
     Raises:
-        QwtError: the file is unreadable, or was fitted for another model or quantization.
+        QwtError: the file is unreadable, was fitted for another model or quantization, or holds what cannot
+            be computed with.
     """
-    content = load_archive(path, COMPENSATION_FORMAT, "compensation")
+    content = load_archive(path, COMPENSATION_FORMAT, "compensation", COMPENSATION_KEYS)
     ours = quantized_fingerprint(model)
     differing = [key for key, value in ours.items() if content["fingerprint"].get(key) != value]
     if differing:
@@ -75,5 +102,7 @@ def load_compensation(model: nn.Module, path: str | os.PathLike[str]) -> Compens
         content["backbone_multiply_adds"],
         content["heads"],
     )
+    if fault := _fault(compensation):
+        raise QwtError(f"The compensation file {path} cannot be used: {fault}; {REMEDY}.")
     apply_compensation(model, compensation)
     return compensation

@@ -23,6 +23,7 @@ from ..config import as_plain
 from ..config.export import LEAST_OPSET, MOST_OPSET
 from ..errors import QwtError, check_installed, reason
 from ..files import sha256_file, write_atomically, write_json
+from ..quantization.state import check_grids
 from ..record import record_of
 from .cut import (
     FirstGraph,
@@ -85,14 +86,16 @@ def export_onnx(
         details: of the description, such as an AP.
 
     Raises:
-        QwtError: the detector cannot be exported (the message names the module), there is no such opset, a
-            package is missing, or ``path`` ends with .json.
+        QwtError: the detector cannot be exported (the message names the module) or is not calibrated, there
+            is no such opset, a package is missing, or ``path`` ends with .json.
     """
     if summary_path(path) == Path(path):
         raise QwtError(
             f"The file to write is {path}, where its description goes; end it with .onnx."
         )
     check_opset(opset)
+    if record_of(model).quantization is not None:
+        check_grids(model)
     refuse_what_has_no_form(model)
     suppression = check_suppression(model) if nms else None
     prepared = preprocessing(model)

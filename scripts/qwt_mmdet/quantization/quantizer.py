@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ..errors import QwtError
 from .primitives import fake_quantize, fake_quantize_log_sqrt2, quantization_parameters
 
 Watch = Callable[[Tensor, Tensor], None]
@@ -51,12 +52,13 @@ class ActivationQuantizer(nn.Module):
         """Scale and zero point, [channels] or, for one grid of the whole tensor, [1].
 
         Raises:
-            RuntimeError: calibration has found none.
+            QwtError: calibration has found none.
         """
         if self.scale is None or self.zero_point is None:
-            raise RuntimeError(
+            raise QwtError(
                 f"{self.name} runs now but did not run on any calibration image, so it has no "
-                "range; use more calibration images or exclude it with an override (skip: true)."
+                "range; calibrate the model, with more images than before, or exclude the layer with an "
+                "override (skip: true)."
             )
         return self.scale, self.zero_point
 

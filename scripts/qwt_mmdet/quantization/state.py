@@ -2,18 +2,23 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..archives import WARMUP_FORMAT, load_archive, save_with_summary
+from ..archives import REMEDY, WARMUP_FORMAT, load_archive, save_with_summary
 from ..config import QuantizationSettings, as_plain
+from ..config.quantization import LEAST_BITS, MOST_BITS
 from ..errors import QwtError
 from ..record import NotQuantized, RangeCheck, quantization_of, record_of
 from .attention import QuantizedAttention
 from .convert import activation_quantizers, quantize_model, quantized_layers, quantized_units
 from .folding import apply_fold
-from .layers import LAYER_BUFFERS
+from .layers import LAYER_BUFFERS, layer_by_name
+
+WARMUP_KEYS = ("fingerprint", "settings", "bits", "state", "summary")
+"""What :func:`load_warmup` reads of a file."""
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
@@ -28,6 +33,75 @@ def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
             scale, zero_point = quantizer.grid
             state[f"{name}.scale"], state[f"{name}.zero_point"] = scale.cpu(), zero_point.cpu()
     return state
+
+
+def _grids(model: nn.Module) -> Iterator[tuple[str, Tensor | None, tuple[int, ...], str, int]]:
+    """What calibration has found, and must have: name, tensor, shape, what its values are, and their bits."""
+    channels, calibrated = {}, set()
+    layers = quantized_layers(model)
+    folded = [
+        fold.layers[0]
+        for fold in quantization_of(model).folds
+        if all(layers[name].is_calibrated for name in fold.layers)
+    ]
+    for name, layer in layers.items():
+        quantizer, (outputs, inputs) = layer.input_quantizer, layer.weight.shape[:2]
+        channels[quantizer] = inputs = inputs * layer.weight_groups
+        for key, shape, kind in (
+            ("weight_codes", tuple(layer.weight.shape), "code"),
+            ("weight_scale", (outputs,), "scale"),
+            ("weight_zero_point", (outputs,), "code"),
+            ("bias_correction", (outputs,), "number"),
+            ("fold_factor", (inputs,), "scale"),
+            ("fold_shift", (inputs,), "number"),
+        ):
+            tensor = getattr(layer, key)
+            if tensor is not None:
+                calibrated.add(quantizer)
+            needed = key.startswith("weight") and layer.is_calibrated
+            if tensor is not None or needed or (key.startswith("fold") and name in folded):
+                yield f"{name}.{key}", tensor, shape, kind, layer.weight_bits
+    for name, quantizer in activation_quantizers(model).items():
+        if quantizer.is_calibrated or quantizer in calibrated:
+            shape = (1,) if quantizer.channel_axis is None else (channels[quantizer],)
+            yield f"{name}.scale", quantizer.scale, shape, "scale", quantizer.bits
+            yield f"{name}.zero_point", quantizer.zero_point, shape, "code", quantizer.bits
+
+
+def grid_fault(model: nn.Module) -> str | None:
+    """What of a quantized model's scales, zero points and codes cannot be computed with, if anything."""
+    grids = list(_grids(model))
+    for name, tensor, shape, kind, bits in grids:
+        if bits not in range(LEAST_BITS, MOST_BITS + 1):
+            return f"{name} has {bits} bits, not {LEAST_BITS} to {MOST_BITS}"
+        if tensor is None:
+            return f"{name} is missing"
+        if tuple(tensor.shape) != shape:
+            return f"{name} has the shape {tuple(tensor.shape)}, not {shape}"
+        expected, sound = {
+            "number": ("a finite number", tensor.isfinite()),
+            "scale": ("a positive number", tensor.isfinite() & (tensor > 0)),
+            "code": (
+                f"a whole number from 0 to {2**bits - 1}",
+                (tensor >= 0) & (tensor <= 2**bits - 1) & (tensor == tensor.round()),
+            ),
+        }[kind]
+        if not sound.all():
+            return f"{name} holds {tensor[~sound][0].item():g}, which is not {expected}"
+    return None if grids else "not one layer is calibrated"
+
+
+def check_grids(model: nn.Module) -> None:
+    """Check that a quantized model is calibrated and can be computed with.
+
+    Raises:
+        QwtError: it is not; says what is wrong with which tensor.
+    """
+    if fault := grid_fault(model):
+        raise QwtError(
+            f"This quantized model cannot be used: {fault}; calibrate it first (`calibrate`), on images that "
+            "are sound."
+        )
 
 
 def summarize_quantization(model: nn.Module) -> dict[str, Any]:
@@ -86,7 +160,12 @@ def save_warmup(
 
     The file loads with ``torch.load(weights_only=True)`` and carries a fingerprint of the model,
     its full-precision weights and the settings.
+
+    Raises:
+        QwtError: the model is not quantized or not calibrated, or holds what cannot be computed with.
     """
+    quantization_of(model)
+    check_grids(model)
     content = {
         "format": WARMUP_FORMAT,
         "fingerprint": record_of(model).fingerprint,
@@ -119,9 +198,9 @@ def load_warmup(
 
     Raises:
         QwtError: the file belongs to another model, other weights or other settings (the message
-            names what differs), or cannot be read.
+            names what differs), cannot be read, or holds what cannot be computed with.
     """
-    content = load_archive(path, WARMUP_FORMAT, "warmup")
+    content = load_archive(path, WARMUP_FORMAT, "warmup", WARMUP_KEYS)
     fingerprint = record_of(model).fingerprint
     if content["fingerprint"] != fingerprint:
         differing = [
@@ -146,24 +225,25 @@ def load_warmup(
     quantize_model(model, found)
     about = quantization_of(model)
     device = next(model.parameters()).device
-    state, bits = content["state"], content["bits"]
-    for fold in about.folds:
-        keys = [f"{fold.layers[0]}.{key}" for key in ("fold_factor", "fold_shift")]
-        if keys[0] in state:
-            apply_fold(model, fold, *(state[key].to(device) for key in keys))
+    bits = content["bits"]
+    state: dict[str, Any] = {key: tensor.to(device) for key, tensor in content["state"].items()}
     for name, quantizer in activation_quantizers(model).items():
-        quantizer.bits = bits[name]
+        quantizer.bits = bits.get(name)
         if f"{name}.scale" in state:
-            quantizer.set_parameters(
-                *(state[f"{name}.{key}"].to(device) for key in ("scale", "zero_point"))
-            )
+            quantizer.set_parameters(state[f"{name}.scale"], state.get(f"{name}.zero_point"))
     for name, layer in quantized_layers(model).items():
-        layer.weight_bits = bits[f"{name}.weight"]
-        if f"{name}.weight_codes" in state:
-            for key in LAYER_BUFFERS:
-                if f"{name}.{key}" in state:
-                    setattr(layer, key, state[f"{name}.{key}"].to(device))
-            if round_weights:
+        layer.weight_bits = bits.get(f"{name}.weight")
+        for key in LAYER_BUFFERS:
+            setattr(layer, key, state.get(f"{name}.{key}"))
+    if fault := grid_fault(model):
+        raise QwtError(f"The warmup file {path} cannot be used: {fault}; {REMEDY}.")
+    for fold in about.folds:
+        first = layer_by_name(model, fold.layers[0])
+        if first.fold_factor is not None and first.fold_shift is not None:
+            apply_fold(model, fold, first.fold_factor, first.fold_shift)
+    if round_weights:
+        for layer in quantized_layers(model).values():
+            if layer.is_calibrated:
                 layer.restore_weight()
     about.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
     about.signal_noise = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
