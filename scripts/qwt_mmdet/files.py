@@ -18,7 +18,8 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside ``path``; rename it to ``path`` when the body succeeds.
 
     Whatever raises inside the body leaves ``path`` as it was and removes the partial file. An
-    OSError that names no file, as that of a full disk, then names ``path``.
+    OSError that names no file, as that of a full disk, then names ``path``, also where something else was
+    raised because of it.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -33,9 +34,11 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(mask)
         partial.chmod(0o666 & ~mask)  # mkstemp makes the file private; results are ordinary files
         partial.replace(target)
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(target)
+    except Exception as error:
+        # torch fails a second time, at the end of a file that it could not write.
+        for fault in (error, error.__context__):
+            if isinstance(fault, OSError) and fault.filename is None:
+                fault.filename = str(target)
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ EVALUATIONS = (
     "evaluate_quantized",
     "evaluate_compensated",
     "evaluate_exported",
+    "evaluate_shard",
 )
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -94,16 +95,29 @@ def _logging_to(path: Path, name: str) -> Iterator[None]:
         to_file.close()
 
 
-def known_cause(error: BaseException, rule: str = "") -> str | None:
-    """Return a sentence about what is wrong and what to do, or None where it is a bug of ours.
+STAYS = {"fit_compensation": "finished blocks", "choose_recipe": "finished rounds"}
+"""What an interrupted step keeps of its own work."""
 
-    Args:
-        rule: of the step that failed, which decides what takes less memory.
-    """
-    if isinstance(error, QwtError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "Interrupted; run again to go on, what is finished stays."
+_FULL = "The disk or the quota of {place} is full; free some space and run again."
+DISK = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "A file in {place} got larger than it may be; raise the limit (ulimit -f) and run again.",
+    errno.EIO: "The disk of {place} cannot be read or written; check it and its connection, and run again.",
+    errno.ESTALE: "The folder {place} was mounted anew while this ran; run again.",
+}
+"""What is wrong with the disk, by the number of the error, and what to do."""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it arose from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _machine_fault(error: BaseException, rule: str) -> str | None:
+    """A sentence about what the machine lacks, or None where it is not that."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
         remedies = {"fit_compensation": "lower activation_cache.device_gb in the config"}
@@ -113,18 +127,73 @@ def known_cause(error: BaseException, rule: str = "") -> str | None:
             "CPU with --resources gpu=0."
         )
     number = error.errno if isinstance(error, OSError) else None
+    killed = re.search(
+        r"DataLoader worker \(pid.*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)", text
+    )
+    if killed and killed[1] not in (None, "Killed", "Bus error"):
+        return (
+            f"A process that reads images was stopped ({killed[1]}); run again, with workers: 0 in the config "
+            "if it happens anew, which tells where."
+        )
     if (
-        isinstance(error, MemoryError)
+        killed
+        or isinstance(error, MemoryError)
         or number == errno.ENOMEM
-        or re.search("can't allocate memory|failed to map segment|bad_alloc", text)
+        or re.search(
+            "an't allocate memory|failed to map segment|bad_alloc|Insufficient memory", text
+        )
     ):
         remedies = {"fit_compensation": "activation_cache.memory_gb and calibration.workers"}
         remedies |= dict.fromkeys(EVALUATIONS, "batch_size and workers of evaluation")
+        happened = "The machine ran out of memory"
+        if killed:
+            happened = "A process that reads images was killed, most likely because memory ran out"
+            if killed[1] == "Bus error":
+                happened = "A process that reads images ran out of shared memory (/dev/shm)"
         return (
-            f"The machine ran out of memory; lower {remedies.get(rule, 'calibration.workers')} in the "
+            f"{happened}; lower {remedies.get(rule, 'calibration.workers')} in the "
             "config, run fewer jobs at a time with a smaller --cores, or raise the limit (ulimit -v, or "
             "that of the container or the cluster's job)."
         )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return (
+            f"Too many files are open ({text}); raise the limit (ulimit -n), or lower the workers of "
+            "calibration and evaluation in the config."
+        )
+    if "No usable temporary directory found" in text:
+        return (
+            f"There is no folder for temporary files ({text}); let TMPDIR name one with free space."
+        )
+    full = re.search(r"PytorchStreamWriter failed|inline_container.*unexpected pos", text)
+    if number in DISK or full:
+        place = getattr(error, "filename", None)
+        place = (
+            Path(place).absolute().parent if place else f"{Path.cwd()} or {tempfile.gettempdir()}"
+        )
+        return DISK[number or errno.ENOSPC].format(place=place)
+    return None
+
+
+def known_cause(error: BaseException, rule: str = "") -> str | None:
+    """Return a sentence about what is wrong and what to do, or None where it is a bug of ours.
+
+    Args:
+        rule: of the step that failed, which decides what takes less memory.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        stays = "what is finished stays"
+        if rule:
+            own = f"and {STAYS[rule]} of this one" if rule in STAYS else "and this one starts anew"
+            stays = f"finished steps stay, {own}"
+        return f"Interrupted; run again to go on: {stays}."
+    # The cause is told first: a disk's fault makes torch fail a second time.
+    for cause in reversed(list(_causes(error))):
+        if fault := _machine_fault(cause, rule):
+            return fault
+    if isinstance(error, QwtError):
+        return str(error)
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
     missing = re.fullmatch(r"(\w+): implementation for device (\w+) not found.\s*", text)
     if missing:
         operator = missing[1].removesuffix("_impl")
@@ -134,11 +203,6 @@ def known_cause(error: BaseException, rule: str = "") -> str | None:
             + ("a GPU." if missing[2] == "cpu" else "the CPU with --resources gpu=0.")
         )
     place = getattr(error, "filename", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "PytorchStreamWriter failed" in text:
-        place = (
-            Path(place).absolute().parent if place else f"{Path.cwd()} or {tempfile.gettempdir()}"
-        )
-        return f"The disk or the quota of {place} is full; free some space and run again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
             f"{place or Path.cwd()} cannot be used ({os.strerror(number)}); change the rights of the file and "

@@ -25,6 +25,7 @@ PACKAGE = Path(__file__).resolve().parent
 _DETECTOR = (
     "data.annotations",
     "data.batches",
+    "data.images",
     "detectors",
     "devices",
     "fingerprint",

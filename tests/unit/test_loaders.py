@@ -1,4 +1,5 @@
 import json
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -52,6 +53,44 @@ def test_annotation_file_that_does_not_say_where_its_images_are(annotations):
         QwtError, match=r"annotations\.json has no info\.image_root; put the folder"
     ):
         make_loader(read_config(NANO), annotations)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_not_what_it_was_is_named(annotations, workers):
+    image = annotations.parent / "images" / "1.png"
+    whole = image.read_bytes()
+
+    def read():
+        return list(make_loader(read_config(NANO), annotations, workers=workers))
+
+    for content in (b"", whole[: len(whole) // 2], b"<html>"):
+        image.write_bytes(content)
+        with pytest.raises(QwtError, match=r"1\.png cannot be .* Put it back") as caught:
+            read()
+        assert "Traceback" not in str(caught.value)
+    image.unlink()
+    with pytest.raises(QwtError, match=r"1\.png .*No such file.* Put it back"):
+        read()
+    content = json.loads(annotations.read_text())
+    content["images"][1] |= {"width": 1, "height": 3000}
+    annotations.write_text(json.dumps(content))
+    cv2.imwrite(str(image), np.zeros((3000, 1, 3), np.uint8))
+    with pytest.raises(
+        QwtError, match=r"cannot prepare .*1\.png \(1x3000 pixels\).*take this image"
+    ):
+        read()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_faults_of_the_machine_come_out_of_a_reading_process_as_they_are(
+    annotations, workers, monkeypatch
+):
+    loader = make_loader(read_config(NANO), annotations, workers=workers)
+    for error in (OSError(24, "Too many open files", "1.png"), MemoryError("no room")):
+        monkeypatch.setattr(loader.dataset, "pipeline", Mock(side_effect=error))
+        with pytest.raises(type(error)) as caught:
+            list(loader)
+        assert caught.value.args == error.args
 
 
 def test_exif_decides_how_the_pipeline_reads_whatever_it_says_itself(tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ import numpy as np
 import pytest
 import torch
 from qwt_mmdet import runtime
+from qwt_mmdet.archives import save_archive
 from qwt_mmdet.data.annotations import read_annotations
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import read_json, write_atomically
+
+FILE_SIZES = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
 def job(tmp_path, *, gpu=None, seed=0, threads=1):
@@ -84,6 +88,42 @@ def test_a_bug_is_not_presented_as_the_users_mistake(tmp_path, capsys):
         (OSError(28, "No space left on device"), "", tempfile.gettempdir()),
         (OSError(122, "Disk quota exceeded", "results/x.pth"), "", "/results is full"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "", "is full"),
+        (OSError(27, "File too large", "results/x.pth"), "", "ulimit -f"),
+        (
+            OSError(5, "Input/output error", "results/x.pth"),
+            "",
+            "/results cannot be read or written",
+        ),
+        (OSError(116, "Stale file handle", "results/x.pth"), "", "mounted anew"),
+        (OSError(24, "Too many open files"), "", "ulimit -n"),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "", "TMPDIR"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6 vs 5"),
+            "",
+            "is full",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"),
+            "evaluate_shard",
+            "lower batch_size and workers of evaluation",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+            "",
+            "was killed, most likely because memory ran out; lower calibration.workers",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible"
+            ),
+            "",
+            "/dev/shm",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Segmentation fault. "),
+            "",
+            "stopped (Segmentation fault)",
+        ),
         (
             PermissionError(13, "Permission denied", "results/x.pth"),
             "",
@@ -106,6 +146,39 @@ def test_a_full_disk_names_the_folder_of_the_file_that_was_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_saved_for_want_of_room_is_no_bug_of_ours(tmp_path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, FILE_SIZES[1]))
+    try:
+        with pytest.raises(RuntimeError, match="enforce fail") as caught:
+            save_archive({"weights": torch.zeros(10_000)}, tmp_path / "x.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, FILE_SIZES)
+    assert f"{tmp_path} got larger than it may be" in runtime.explain(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_machines_fault_is_told_whatever_was_raised_because_of_it():
+    full = QwtError("The file x.pth cannot be read; get it again.")
+    full.__cause__ = OSError(28, "No space left on device", "/data/x.pth")
+    assert "The disk or the quota of /data is full" in runtime.explain(full)
+    rights = QwtError("The file x.pth cannot be read.")
+    rights.__cause__ = PermissionError(13, "Permission denied", "/data/x.pth")
+    assert runtime.explain(rights) == "The file x.pth cannot be read."
+
+
+@pytest.mark.parametrize(
+    ("rule", "stays"),
+    [
+        ("", "what is finished stays"),
+        ("choose_recipe", "finished steps stay, and finished rounds of this one"),
+        ("fit_compensation", "finished blocks"),
+        ("quantize_model", "this one starts anew"),
+    ],
+)
+def test_an_interrupt_says_what_stays(rule, stays):
+    assert stays in runtime.explain(KeyboardInterrupt(), rule)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_one_line_and_status_130(tmp_path, capsys, request, number):
     before = signal.getsignal(signal.SIGTERM)
@@ -117,7 +190,8 @@ def test_an_interrupt_is_one_line_and_status_130(tmp_path, capsys, request, numb
         signal.raise_signal(number)
     assert caught.value.code == 130
     assert capsys.readouterr().err.splitlines() == [
-        "[quantize_model demo w4a4] Interrupted; run again to go on, what is finished stays."
+        "[quantize_model demo w4a4] Interrupted; run again to go on: finished steps stay, and this one "
+        "starts anew."
     ]
     assert signal.getsignal(signal.SIGTERM) is before
 

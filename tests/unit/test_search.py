@@ -174,7 +174,7 @@ def judge(monkeypatch):
     asked = []
 
     class Judge:
-        baseline, images = 0.5, 10
+        baseline, images, fingerprint = 0.5, 10, {"model": "tiny"}
 
         def __init__(self, *_):
             pass
@@ -212,6 +212,71 @@ def test_where_every_recipe_loses_too_much_the_largest_is_taken(judge, annotatio
     asks = chooser(smallest=Smallest(0.0001), rounds=2)
     recipe, _ = asks.smallest(SimpleNamespace(annotations=annotations()))
     assert recipe == asks.front()[-1]
+
+
+def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
+    judge, annotations, tmp_path, monkeypatch
+):
+    (tmp_path / "images").mkdir()
+    path = annotations()
+    content = json.loads(path.read_text())
+    content["info"] = {"image_root": str(tmp_path / "images")}
+    for image in content["images"]:
+        image["file_name"] = f"{image['id']}.jpg"
+        (tmp_path / "images" / image["file_name"]).write_bytes(b"pixels")
+    path.write_text(json.dumps(content))
+    inputs = SimpleNamespace(annotations=path, job=SimpleNamespace(device="cpu"), seed=0)
+    candidates, recipe, summary = (tmp_path / name for name in ("c.json", "r.yaml", "r.json"))
+    dump = steps._MEASUREMENT.dump_json
+    candidates.write_bytes(dump(Measurement(LAYERS, 1000.0)))
+    monkeypatch.setattr(inputs.job, "account", dict, raising=False)
+
+    def choose(stop=None, **changes):
+        """Choose a recipe, or be stopped in round ``stop``; return how many recipes were calibrated."""
+        drop = steps.Judge.drop
+
+        def stopped(self, settings):
+            if stop is not None and len(judge) == stop:
+                raise KeyboardInterrupt
+            return drop(self, settings)
+
+        judge.clear()
+        question = {"smallest": {"max_drop": 0.001}, "rounds": 20} | changes
+        with monkeypatch.context() as patch:
+            patch.setattr(steps.Judge, "drop", stopped)
+            steps.choose(
+                inputs, name="mixed", search=question, settings={"weight_bits": 8, "activation_bits": 8},
+                candidates=candidates, recipe=recipe, summary=summary,
+            )  # fmt: skip
+        return len(judge)
+
+    whole = choose()
+    expected = recipe.read_text(), summary.read_text()
+    assert whole > 2
+
+    def stop_after_two():
+        with pytest.raises(KeyboardInterrupt):
+            choose(stop=2)
+
+    stop_after_two()
+    assert choose() == whole - 2
+    assert (recipe.read_text(), summary.read_text()) == expected
+    assert not (tmp_path / "r.json.unfinished").exists()
+
+    stop_after_two()
+    assert choose(rounds=21) == whole  # other settings
+    stop_after_two()
+    (tmp_path / "images" / "3.jpg").write_bytes(b"others")
+    assert choose() == whole
+    stop_after_two()
+    candidates.write_bytes(dump(Measurement(LAYERS, 1001.0)))
+    assert choose() == whole
+    stop_after_two()
+    steps.Judge.fingerprint = {"model": "other"}
+    assert choose() == whole
+    stop_after_two()
+    (tmp_path / "r.json.unfinished").write_text('{"inputs"')  # cut off
+    assert choose() == whole
 
 
 @pytest.mark.parametrize("size", [0.001, 0.002])

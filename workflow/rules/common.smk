@@ -28,7 +28,7 @@ from qwt_mmdet.config import (
 from qwt_mmdet.data.sources import number_of_images, open_source
 from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.files import is_url
+from qwt_mmdet.files import is_url, write_json
 from qwt_mmdet.reporting.text import UNFINISHED, last_error, run_summary
 from qwt_mmdet.resources import (
     ESTIMATE,
@@ -38,7 +38,7 @@ from qwt_mmdet.resources import (
     minutes,
     read_estimate,
 )
-from qwt_mmdet.runtime import COMMAND
+from qwt_mmdet.runtime import COMMAND, explain
 from qwt_mmdet.staleness import (
     changed_images,
     config_files,
@@ -636,7 +636,10 @@ def all_results():
 
 def forget_failures():
     """Remove the note of the failures of an earlier run."""
-    Path(UNFINISHED).unlink(missing_ok=True)
+    try:
+        Path(UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        sys.exit(explain(error))
 
 
 def summarize_finished():
@@ -664,8 +667,11 @@ def summarize_finished():
         ],
         "pending": pending,
     }
-    Path("results").mkdir(exist_ok=True)
-    Path(UNFINISHED).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    try:
+        write_json(UNFINISHED, note, indent=1)
+    except OSError as error:
+        print(f"\nThe results cannot be summarized. {explain(error)}")
+        return
     targets = [
         path
         for path in ("results/summary.csv", "results/report.html")

@@ -1,5 +1,6 @@
 """Images as the model's own test pipeline prepares them."""
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,10 +15,14 @@ from mmengine.fileio.backends.registry_utils import backends
 from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import QwtError
+from ..config.datasets import Exif
+from ..errors import QwtError, reason
 from .annotations import read_annotations
+from .images import check_image
 
 AUGMENTATION = ("TestTimeAug", "MultiScaleFlipAug")
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
+"""Numbers of errors that are about an image file, not about the machine."""
 NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations
 
 
@@ -157,6 +162,7 @@ class ImageDataset(Dataset):
             )
         self.images = content["images"][images]
         self.root = Path(content["info"]["image_root"])
+        self.exif: Exif = content["info"].get("exif", "apply")
         with DefaultScope.overwrite_default_scope("mmdet"):
             self.pipeline = Compose(_follow_exif(inference_pipeline(config), content["info"]))
 
@@ -164,15 +170,53 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """The prepared image.
+
+        Raises:
+            QwtError: the file is not what it was when it was chosen, or the pipeline cannot prepare it.
+        """
         image = self.images[index]
-        return self.pipeline(
-            {
-                "img_path": str(self.root / image["file_name"]),
-                "img_id": image["id"],
-                "height": image["height"],
-                "width": image["width"],
-            }
-        )
+        path, width, height = self.root / image["file_name"], image["width"], image["height"]
+        given = {"img_path": str(path), "img_id": image["id"], "height": height, "width": width}
+        try:
+            return self.pipeline(given)
+        except (QwtError, MemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno not in GONE:
+                raise  # the machine's fault, not the image's
+            try:
+                check_image(path, width, height, exif=self.exif)
+            except QwtError as damage:
+                raise QwtError(
+                    f"{str(damage).rstrip('.')}; it was another when the images were chosen. Put it back, or run "
+                    "again, and images are chosen anew."
+                ) from error
+            raise QwtError(
+                f"The model's test pipeline cannot prepare {path} ({width}x{height} pixels): {reason(error)}; "
+                "take this image out of the annotation file, or change the pipeline in the model config."
+            ) from error
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]] | Exception:
+        """What a loader's process asks for. Errors are handed over: raised there, they become mere texts."""
+        try:
+            return [self[index] for index in indices]
+        except (QwtError, OSError, MemoryError) as error:
+            return error
+
+
+def _collate(images: list[dict[str, Any]] | Exception) -> Any:
+    return images if isinstance(images, Exception) else pseudo_collate(images)
+
+
+class ImageLoader(DataLoader):
+    """A loader that raises what its processes have handed over."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
 
 def make_loader(
@@ -193,11 +237,12 @@ def make_loader(
         "data_samples": [DetDataSample]}.
 
     Raises:
-        QwtError: the annotation file is unreadable or wrong, or the config has no test pipeline.
+        QwtError: the annotation file is unreadable or wrong, or the config has no test pipeline; while it is
+            gone through: an image cannot be read or prepared.
     """
-    return DataLoader(
+    return ImageLoader(
         ImageDataset(config, annotations, images),
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=pseudo_collate,
+        collate_fn=_collate,
     )

@@ -226,11 +226,12 @@ def load_warmup(
     about = quantization_of(model)
     device = next(model.parameters()).device
     bits = content["bits"]
-    state: dict[str, Any] = {key: tensor.to(device) for key, tensor in content["state"].items()}
+    state = {key: tensor.to(device) for key, tensor in content["state"].items()}
     for name, quantizer in activation_quantizers(model).items():
         quantizer.bits = bits.get(name)
-        if f"{name}.scale" in state:
-            quantizer.set_parameters(state[f"{name}.scale"], state.get(f"{name}.zero_point"))
+        grid: Any = [state.get(f"{name}.{key}") for key in ("scale", "zero_point")]
+        if grid[0] is not None:
+            quantizer.set_parameters(*grid)
     for name, layer in quantized_layers(model).items():
         layer.weight_bits = bits.get(f"{name}.weight")
         for key in LAYER_BUFFERS:

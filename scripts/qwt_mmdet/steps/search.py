@@ -1,6 +1,7 @@
 """Search the bits of each layer: measure what they do to the heads, and choose a recipe."""
 
 import dataclasses
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +15,16 @@ import yaml
 from mmdet.models import BaseDetector
 from pydantic import TypeAdapter
 
-from ..config import QuantizationSettings, Search, as_entry
+from ..config import QuantizationSettings, Search, as_entry, as_plain
 from ..errors import QwtError
-from ..files import read_json, write_atomically, write_json
+from ..files import read_json, sha256_file, write_atomically, write_json
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import quantize_model
 from ..quantization.state import load_warmup, save_warmup
+from ..record import record_of
 from ..search.mixed import Front, Measurement, Recipe, measure_candidates, recipe_settings
+from ..search.resume import FinishedRounds
+from ..staleness import source_hash
 from .evaluate import check_ground_truth, evaluate_detector
 from .inputs import Inputs, Pathlike
 
@@ -152,11 +156,17 @@ class Chooser:
             )
         return front.within(best.max_size_mb * 1e6 - self.measurement.fixed_bytes)
 
-    def smallest(self, inputs: Inputs) -> tuple[Recipe, list[Round]]:
+    def smallest(
+        self, inputs: Inputs, unfinished: Path | None = None
+    ) -> tuple[Recipe, list[Round]]:
         """The cheapest recipe that loses at most what the question allows, by bisection.
 
         Each round calibrates a recipe on one half of the images and scores it on the other. The next recipe has
         the mean noise (in dB) of those that are left.
+
+        Args:
+            unfinished: file that keeps the finished rounds. If it is there and of the same detector, settings,
+                images and candidates, the search goes on after them.
 
         Raises:
             QwtError: the detector lacks the metric, or too few images have annotations.
@@ -168,12 +178,15 @@ class Chooser:
         rounds: list[Round] = []
         with halves(inputs.annotations) as (calibration, scoring):
             judge = Judge(inputs, calibration, scoring, limit.metric)
+            known = FinishedRounds(unfinished, self._decides(inputs, judge) if unfinished else {})
             while low < high and len(rounds) < self.search.rounds:
                 middle = (noise[low] * noise[high]) ** 0.5
                 index = next(i for i in range(low, high + 1) if noise[i] <= middle)
                 index = min(index, high - 1)
                 recipe = front[index]
-                drop = judge.drop(recipe_settings(self.settings, recipe))
+                if index not in known.drops:
+                    known.add(index, judge.drop(recipe_settings(self.settings, recipe)))
+                drop = known.drops[index]
                 rounds.append(
                     Round(
                         index,
@@ -191,6 +204,26 @@ class Chooser:
                 "No recipe that was tried loses less than %g; the largest is taken.", limit.max_drop
             )
         return front[best.index if best else -1], rounds
+
+    def _decides(self, inputs: Inputs, judge: "Judge") -> dict[str, Any]:
+        """All that decides what a recipe loses, as plain values."""
+        content = read_json(inputs.annotations, what="annotation file")
+        root = Path(content["info"]["image_root"])
+        digest = hashlib.sha256(_MEASUREMENT.dump_json(self.measurement))
+        for path in (
+            inputs.annotations,
+            *(root / image["file_name"] for image in content["images"]),
+        ):
+            digest.update(sha256_file(path).encode())
+        return {
+            "search": as_plain(self.search),
+            "settings": as_plain(self.settings),
+            "detector": judge.fingerprint,
+            "seed": inputs.seed,
+            "candidates and images": digest.hexdigest(),
+            "device": inputs.job.device.partition(":")[0],  # any card can go on
+            "code": source_hash("choose_recipe"),
+        }
 
     def _tell(self, rounds: Sequence[Round], judge: "Judge") -> None:
         assert self.search.smallest is not None
@@ -231,6 +264,7 @@ class Judge:
 
     Attributes:
         baseline: AP of the full-precision detector.
+        fingerprint: of the detector.
         images: number of images that are scored on.
 
     Raises:
@@ -244,6 +278,7 @@ class Judge:
         self.images = len(read_json(scoring)["images"])
         model = inputs.load()
         check_scoring(model, scoring, metric)
+        self.fingerprint = record_of(model).fingerprint
         self.baseline = self._ap(model)
         if not self.baseline:
             raise QwtError(
@@ -275,6 +310,9 @@ def choose(
 ) -> None:
     """Choose a recipe; write it as an entry that can be pasted (``recipe``, .yaml) and what it is (``summary``).
 
+    A search that was interrupted goes on after its last finished round; until the end these lie in
+    ``{summary}.unfinished``.
+
     Args:
         name: of the quantization that is a question.
         search: the question.
@@ -288,10 +326,11 @@ def choose(
         _MEASUREMENT.validate_python(read_json(candidates, what="measurement")),
     )
     rounds: list[Round] = []
+    unfinished = Path(f"{summary}.unfinished")
     if chooser.search.best is not None:
         chosen = chooser.within_budget()
     else:
-        chosen, rounds = chooser.smallest(inputs)
+        chosen, rounds = chooser.smallest(inputs, unfinished)
     average, size = chooser.average_weight_bits(chosen), chooser.weight_bytes(chosen)
     note = f"# {average:.2f} bits per weight on average, {size / 1e6:.2f} MB. It can stand under `quantization:`.\n"
     entry = {f"{name}-recipe": as_entry(recipe_settings(chooser.settings, chosen))}
@@ -320,4 +359,5 @@ def choose(
     with write_atomically(recipe) as partial:
         partial.write_text(note + yaml.safe_dump(entry, sort_keys=False), encoding="utf-8")
     write_json(summary, about, indent=1)
+    unfinished.unlink(missing_ok=True)
     logger.info("%s: %.2f bits per weight on average, %.2f MB", name, average, size / 1e6)
