@@ -8,7 +8,15 @@ import tiny
 import torch
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.replay.cache import ActivationCache
-from qwt_mmdet.replay.forwards import replaced_forwards
+from qwt_mmdet.replay.forwards import (
+    has_untied,
+    made_of,
+    new_leaf,
+    outlined,
+    replaced_forwards,
+    tied,
+    unknown,
+)
 from qwt_mmdet.replay.walk import ReachedError, Walk, outermost_modules
 from torch import nn
 
@@ -141,3 +149,53 @@ def test_layers_that_run_several_times_in_an_order_that_varies():
                     assert len(seen) == len(expected)
                     assert all(map(torch.equal, seen, expected))
                 walk.unsettled.discard(name)
+
+
+class Erased(nn.Module):
+    """Maps whose memory is used for other values, and a module with a tensor that stays on the CPU."""
+
+    class Sizes(nn.Module):
+        def forward(self, x):
+            return x + 1, torch.tensor([float(side) for side in x.shape]), x.shape[-1]
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third, self.last = (nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.sizes = self.Sizes()
+
+    def forward(self, x):
+        a, b = self.first(x), self.second(x)
+        a, b = a.zero_().add_(x), b.zero_().sub_(x)
+        y, sizes, width = self.sizes(self.third(a + b))
+        return self.last(y * sizes[-1] / width)
+
+
+def test_memory_and_devices_of_outputs_that_nobody_reads_any_more():
+    model, images = tiny.TinyDetector(Erased()).to(tiny.device), tiny.batches(2, size=(8, 8))
+    seen, _ = walk_all(model, images)
+    for number, image in enumerate(images):
+        for name, x in inputs_of_layers(model, image):
+            assert torch.equal(seen[name, number][0], x), name
+
+
+def test_tensors_of_any_type_and_device_are_followed(device):
+    values = [torch.ones(2, device=device), torch.ones(2), torch.ones(2, dtype=torch.float16)]
+    leaves = [new_leaf(), new_leaf()]
+    ties = tied([*values, torch.arange(2)], leaves[0])
+    assert made_of(ties, leaves) == made_of(ties[1:], leaves) == [True, False]
+    assert made_of([tied(values[2], leaves[1]), *ties], leaves) == [True, True]
+    assert [(t.dtype, t.device) for t in ties[:3]] == [(v.dtype, v.device) for v in values]
+    assert has_untied(ties)
+    assert not has_untied(values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float32, True), (torch.float16, True), (torch.int64, False), (torch.bool, False)],
+)
+def test_what_is_not_known_is_nan_and_memory_of_its_own(dtype, expected, device):
+    first, second = unknown(outlined([torch.ones(2, dtype=dtype, device=device)] * 2))
+    assert (first.dtype, first.device, first.isnan().all()) == (dtype, device, expected)
+    first.fill_(1)
+    assert second.isnan().all() if expected else not second.any()

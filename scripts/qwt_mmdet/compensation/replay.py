@@ -4,13 +4,11 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from ..detectors.forward import forward_scope
 from ..replay.cache import ActivationCache
-from ..replay.forwards import Forward, detached, replaced_forwards
+from ..replay.forwards import Forward, detached, outlined, replaced_forwards, unknown
 from .kinds import Kind
 from .modules import Arguments, compensated
 from .trace import Call, Plan
@@ -87,9 +85,7 @@ class Stream:
     def remember(self, call: Call, target: int, image: int, output: Any, *, raw: bool) -> bool:
         """Cache a call's output if a later block needs it; tell whether it was cached."""
         key = (self.tag, image, call)
-        self._outlines[key] = tree_map(
-            lambda v: v.to("meta") if isinstance(v, Tensor) else v, output
-        )
+        self._outlines[key] = outlined(output)
         if self._last_use.get(call, len(self.plan.blocks)) <= target:
             return False
         self.cache[key] = output
@@ -108,8 +104,7 @@ class Stream:
         if key in self.cache:
             return True, self.cache.pop(key) if last <= target else self.cache[key]
         if key in self._outlines and last < target:
-            device = next(self.model.parameters()).device
-            return True, tree_map(lambda v: _placeholder(v, device), self._outlines[key])
+            return True, unknown(self._outlines[key])
         return False, None
 
     def finish(self, call: Call, target: int, image: int, arguments: Arguments, output: Any) -> Any:
@@ -170,10 +165,3 @@ class _Replay:
             return detached(output) if cached else output
 
         return forward
-
-
-def _placeholder(value: Any, device: torch.device) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    # Not one number expanded: the code between modules may work in place (DetectoRS' neck does).
-    return torch.full(value.shape, float("nan"), dtype=value.dtype, device=device)

@@ -1,5 +1,6 @@
 """What runs between the blocks of a detector, in which order, and what depends on what."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,11 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
-from ..replay.forwards import Forward, detached, replaced_forwards
+from ..replay.forwards import (
+    Forward,
+    detached,
+    has_untied,
+    made_of,
+    new_leaf,
+    replaced_forwards,
+    tied,
+)
 from .modules import Arguments, aligned_input, block_output, channel_axis
 
 
@@ -132,31 +140,14 @@ class _Tracer:
         return forward
 
     def _sources(self, arguments: Arguments) -> tuple[int, ...]:
-        values = [v for v in tree_leaves(arguments) if isinstance(v, Tensor) and v.requires_grad]
-        if not values or not self.leaves:
-            return tuple(sorted(self.opaque))
-        with torch.enable_grad():
-            total = sum((value.sum().to(torch.float32) for value in values), torch.zeros(()))
-            gradients = torch.autograd.grad(
-                total, self.leaves, allow_unused=True, retain_graph=True
-            )
-        found = {index for index, gradient in enumerate(gradients) if gradient is not None}
+        found = set(itertools.compress(range(len(self.leaves)), made_of(arguments, self.leaves)))
         return tuple(sorted(found | self.opaque))
 
     def _tied(self, output: Any) -> Any:
-        leaf = torch.zeros((), requires_grad=True, device=next(self.model.parameters()).device)
-        index = len(self.leaves)
-        self.leaves.append(leaf)
-
-        def tie(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if not value.is_floating_point():
-                self.opaque.add(index)  # no gradients: whatever comes later may depend on it
-                return value
-            return value.detach() + leaf
-
-        return tree_map(tie, output)
+        if has_untied(output):
+            self.opaque.add(len(self.leaves))  # no gradients: whatever comes later may depend on it
+        self.leaves.append(new_leaf())
+        return tied(output, self.leaves[-1])
 
     def _check(self, name: str, module: nn.Module, arguments: Arguments, output: Any) -> None:
         tensor = block_output(name, output)

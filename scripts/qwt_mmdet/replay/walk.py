@@ -5,6 +5,7 @@ returns what it returned then. Once a module has returned, what the modules in i
 few are asked on the way, however deep the layer lies.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -14,10 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .cache import ActivationCache
-from .forwards import Forward, detached, replaced_forwards
+from .forwards import (
+    Forward,
+    detached,
+    has_untied,
+    made_of,
+    new_leaf,
+    outlined,
+    replaced_forwards,
+    tied,
+    unknown,
+)
 
 
 class ReachedError(Exception):
@@ -82,15 +92,9 @@ class Uses:
 
     def read(self, values: Any, time: float) -> None:
         """Note that nested tensors are read."""
-        tensors = [v for v in tree_leaves(values) if isinstance(v, Tensor) and v.requires_grad]
-        if not tensors:
-            return
-        total = torch.stack([value.sum().float() for value in tensors]).sum()
-        leaves = list(self._leaves.values())
-        gradients = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
-        for key, gradient in zip(self._leaves, gradients, strict=True):
-            if gradient is not None:
-                self.last[key] = max(self.last[key], time)
+        is_made_of = made_of(values, list(self._leaves.values()))
+        for key in itertools.compress(self._leaves, is_made_of):
+            self.last[key] = max(self.last[key], time)
 
     def called(self, layer: str | None, arguments: Any) -> None:
         """Note that a module is called, or the layer of this name."""
@@ -104,17 +108,9 @@ class Uses:
         self.time += 1
         self.read(output, self.time)
         self.ends[key], self.last[key] = self.time, self.time
-
-        def tie(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if not value.is_floating_point():
-                self.last[key] = math.inf  # no gradients: whatever comes later may depend on it
-                return value
-            leaf = self._leaves.setdefault(key, value.new_zeros((), requires_grad=True))
-            return value.detach() + leaf
-
-        return tree_map(tie, output)
+        if has_untied(output):
+            self.last[key] = math.inf  # no gradients: whatever comes later may depend on it
+        return tied(output, self._leaves.setdefault(key, new_leaf()))
 
     def is_needed(self, key: str) -> bool:
         """Whether a layer that is called after a call has returned reads what it has returned."""
@@ -152,7 +148,6 @@ class Walk:
         self._reached: dict[int, int] = {}  # how far each image has come
         self._is_settled = True
         self._outlines: dict[tuple[int, str], Any] = {}
-        self._unknown = torch.empty(0)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -217,7 +212,7 @@ class Walk:
                 self._forget(inner)
             parent.kept.append(key)
             if not self._uses.is_needed(key):
-                self._outlines[self._image, key] = _outline(output)
+                self._outlines[self._image, key] = outlined(output)
                 return output
             self._cache[self._image, key] = output
             return detached(output)  # the code between modules may work in place
@@ -247,35 +242,10 @@ class Walk:
         if place in self._cache:
             if self._uses.last.get(key, math.inf) >= self._reached.get(self._image, 0):
                 return self._cache[place]
-            self._outlines[place] = _outline(self._cache.pop(place))
-        return tree_map(self._placeholder, self._outlines[place])
+            self._outlines[place] = outlined(self._cache.pop(place))
+        return unknown(self._outlines[place])
 
     def _forget(self, key: str) -> None:
         if (self._image, key) in self._cache:
             del self._cache[self._image, key]
         self._outlines.pop((self._image, key), None)
-
-    def _placeholder(self, value: Any) -> Any:
-        if not isinstance(value, _Outline):
-            return value
-        if value.dtype != torch.float32:
-            return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-        count = math.prod(value.shape)
-        if self._unknown.numel() < count or self._unknown.device != value.device:
-            self._unknown = torch.full((count,), math.nan, device=value.device)
-        return self._unknown[:count].view(value.shape)
-
-
-@dataclass(frozen=True)
-class _Outline:
-    """What is left of a tensor that nobody reads any more."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _outline(output: Any) -> Any:
-    return tree_map(
-        lambda v: _Outline(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v, output
-    )
