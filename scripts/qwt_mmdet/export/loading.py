@@ -46,9 +46,9 @@ class _FirstGraph:
                 f"An image has height {image.shape[2]} and width {image.shape[3]} behind the test pipeline, "
                 f"but this graph takes {height} and {width} alone; export it for that size, or as dynamic."
             )
-        found = [self.run({"image": one[None].numpy()}) for one in image]
+        found = [self.run({"image": one[None].numpy()}) for one in image.cpu()]
         tensors = {
-            name: torch.cat([torch.from_numpy(values[name]) for values in found])
+            name: torch.cat([torch.from_numpy(values[name]) for values in found]).to(image.device)
             for name in found[0]
         }
         features = _Features(with_tensors(self.description["features"], tensors))
@@ -65,8 +65,9 @@ class _RegionGraph:
     def __call__(self, *regions: Tensor) -> Any:
         """What the head returns for maps of regions, [regions, channels, height, width]."""
         names = self.description["inputs"]
-        found = self.run({name: x.numpy() for name, x in zip(names, regions, strict=True)})
-        tensors = {name: torch.from_numpy(values) for name, values in found.items()}
+        found = self.run({name: x.cpu().numpy() for name, x in zip(names, regions, strict=True)})
+        device = regions[0].device
+        tensors = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
         return with_tensors(self.description["outputs"], tensors)
 
 

@@ -116,7 +116,7 @@ def export_onnx(
         inputs_of_heads = region_inputs(copied, image)
     names = [*flat_names(first.outputs), *flat_names(first.features)]
     sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
-    images = (model.data_preprocessor(batch, False)["inputs"] for batch in calibration)
+    images = (copied.data_preprocessor(batch, False)["inputs"] for batch in calibration)
     graph = trace(
         first,
         {"image": image},
