@@ -14,4 +14,5 @@ with step(snakemake) as job:
         warmup=snakemake.input.get("warmup"),
         compensation=snakemake.input.get("compensation"),
         metrics=snakemake.input.get("metrics"),
+        graphs=snakemake.params.graphs,
     )

@@ -10,6 +10,6 @@ with step(snakemake) as job:
     quantize(
         Inputs.of(snakemake, job, "calibration"),
         settings=read_recipe(recipe) if recipe else snakemake.params.settings,
-        supplied=snakemake.input.supplied or None,
+        supplied=snakemake.params.supplied["path"],
         output=snakemake.output.warmup,
     )

@@ -1,7 +1,14 @@
 """Post-training quantization of MMDetection detectors with closed-form compensation (QwT)."""
 
+import os
 from importlib import import_module
 from typing import Any
+
+if os.name != "posix":  # fcntl, resource, os.getuid and more are missing
+    raise ImportError(
+        "qwt-mmdet runs on Linux and, untested, on macOS; on Windows, install it inside of WSL 2 "
+        "(https://learn.microsoft.com/windows/wsl/install)."
+    )
 
 __version__ = "0.1.0"
 

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -132,6 +133,14 @@ def choose_device(gpu: int, wanted: str = "auto") -> str:
         return "cpu"
     logger.info("Device: cuda:%d, %s", index, torch.cuda.get_device_name())
     return f"cuda:{index}"
+
+
+def peak_gigabytes() -> float:
+    """Most memory that this process has had at a time, in 10^9 bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes
 
 
 def seed_everything(seed: int) -> None:

@@ -3,16 +3,38 @@
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+MAX_QUOTED = 160
+
+
+def printable(text: str) -> str:
+    """Text with escapes in the place of characters that control a terminal; lines stay."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t\u00a0" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
+def quoted(text: Any) -> str:
+    """Text from a file or a server for a message: one line of at most ``MAX_QUOTED`` characters."""
+    text = str(text) if not isinstance(text, str) else text
+    safe = printable(text[:MAX_QUOTED]).replace("\n", "\\n").replace("\t", "\\t")
+    return safe if len(text) <= MAX_QUOTED else f"{safe}… ({len(text)} characters)"
 
 
 class QwtError(Exception):
     """Something the user can mend: the message names the thing and says what to do.
 
-    Everything else that is raised in this package is a bug of ours.
+    Everything else that is raised in this package is a bug of ours. What a message quotes cannot control
+    a terminal.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:

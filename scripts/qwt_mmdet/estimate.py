@@ -10,7 +10,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections import Counter
@@ -33,6 +32,7 @@ from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
 from .data.sources import number_of_images
 from .detectors.build import random_detector
+from .devices import peak_gigabytes
 from .errors import QwtError
 from .evaluation.predict import predict
 from .export.benchmark import benchmark
@@ -206,7 +206,7 @@ def measure(trial: Trial, step: str) -> Cost:
     return Cost(
         seconds=starting + max(0.0, few - counts[0] * per_image),
         seconds_per_image=per_image,
-        gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        gigabytes=peak_gigabytes(),
         device_gigabytes=on_device,
     )
 

@@ -55,6 +55,23 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
         partial.write_text(text + "\n", encoding="utf-8")
 
 
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        what: the role of the file, for messages.
+
+    Raises:
+        QwtError: the file is missing or unreadable.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise QwtError(f"The {what} {path} does not exist; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise QwtError(f"The {what} {path} cannot be read: {error}.") from error
+
+
 MADE_BY_US = "delete it and run again, and the workflow makes it anew"
 
 
@@ -80,13 +97,9 @@ def read_json(path: str | os.PathLike[str], *, what: str = "file", remedy: str =
             )
         return value
 
+    text = read_text(path, what)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise QwtError(f"The {what} {path} does not exist; check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise QwtError(f"The {what} {path} cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:  # also of numbers and nesting without end
         raise QwtError(
             f"The {what} {path} is not valid JSON ({error}); it may be truncated, so {remedy}."

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .devices import choose_device, seed_everything, set_up_torch
 from .errors import QwtError
+from .staleness import add_to_note, imported_files
 
 logger = logging.getLogger(__name__)
 
@@ -257,10 +258,12 @@ class Job:
     Args:
         device: to compute on, ``"cuda:0"`` or ``"cpu"``.
         started: in seconds of ``time.monotonic``.
+        files: the user's files that decide the result, as far as they were read: path to state.
     """
 
     device: str
     started: float
+    files: dict[str, Any] = field(default_factory=dict)
 
     def account(self) -> dict[str, Any]:
         """What it took: seconds since the start, the machine, and the command that the user gave."""
@@ -276,6 +279,7 @@ def step(snakemake: Any) -> Iterator[Job]:
     """Run the body of a script: log to the rule's log and explain what fails.
 
     A step that asks for a GPU (``resources.gpu``, granted or not) also gets mmdet imported and torch set up.
+    Where ``params.read`` names a note, the user's files that the step has read are added to it.
 
     Yields:
         the job, which knows the device to compute on.
@@ -298,7 +302,10 @@ def step(snakemake: Any) -> Iterator[Job]:
                 import_mmdet()
                 set_up_torch(snakemake.threads, seed)
                 device = choose_device(gpu, snakemake.config["device"])
-            yield Job(device, started)
+            job, known = Job(device, started), set(sys.modules)
+            yield job
+            if read := snakemake.params.get("read"):
+                add_to_note(read["note"], read["seen"], imported_files(known) | job.files)
         except (Exception, KeyboardInterrupt) as error:
             logger.error("%s", explain(error, snakemake.rule))
             logging.getLogger("traceback").info("", exc_info=error)

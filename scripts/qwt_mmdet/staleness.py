@@ -1,22 +1,20 @@
-"""What each step depends on: its code, the files of a model's config, the images that were chosen.
+"""What each step depends on: its code, the files that it reads of a model, the images that were chosen.
 
 Light on purpose (no torch, no mmdet): Snakemake asks whenever it reads the workflow.
 """
 
-import ast
 import contextlib
+import functools
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import os
-import re
+import sys
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
+from .files import write_json
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -114,133 +112,78 @@ STEP_MODULES = {
 }
 
 
-def _assigned(tree: ast.Module, name: str) -> Any:
-    """Value of a variable of an mmengine config, or None where it is no literal."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == name for target in node.targets
-        ):
-            value = node.value
-            try:
-                if isinstance(value, ast.Call):  # dict(imports=[…])
-                    return {k.arg: ast.literal_eval(k.value) for k in value.keywords}
-                return ast.literal_eval(value)
-            except ValueError:
-                return None
-    return None
-
-
-def _names(value: Any) -> list[str]:
-    """A text, or the texts in a list."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return [item for item in values if isinstance(item, str)]
-
-
-def _base_files(path: Path, value: Any) -> list[Path]:
-    """Files that a ``_base_`` names."""
-    names = [
-        re.sub(r"{{\s*fileDirname\s*}}", str(path.parent.absolute()), name)
-        for name in _names(value)
-    ]
-    return [path.parent / name for name in names]
-
-
-def _module_files(name: str) -> list[Path]:
-    """Files of a module and of the packages around it, found without running any of them."""
-    first, *others = name.split(".")
-    try:
-        spec = importlib.util.find_spec(first)
-    except (ImportError, ValueError):
-        return []
-    found = []
-    for depth in range(len(others) + 1):
-        if spec is None:
-            break
-        if spec.has_location and spec.origin:
-            found.append(Path(spec.origin))
-        if depth < len(others) and spec.submodule_search_locations is not None:
-            full_name = ".".join([first, *others[: depth + 1]])
-            locations = list(spec.submodule_search_locations)
-            spec = importlib.machinery.PathFinder.find_spec(full_name, locations)
-        else:
-            spec = None
-    return found
-
-
-def _imported_files(path: Path, tree: ast.Module) -> list[Path]:
-    """Files that the import statements of a file name; ``read_base()`` makes bases of them."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [file for alias in node.names for file in _module_files(alias.name)]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            folder = path.parent.joinpath(*[".."] * (node.level - 1))
-            module = folder.joinpath(*(node.module or "").split("."))
-            for base in (module, *(module / alias.name for alias in node.names)):
-                found += [base.with_name(f"{base.name}.py"), base / "__init__.py"]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            found += [file for name in names for file in _module_files(name)]
-    return found
-
-
-def _used_files(path: Path) -> list[Path]:
-    """Files that an mmengine config, or a module, names; read without running it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".py":
-            content: Any = yaml.safe_load(text)  # JSON is YAML
-            content = content if isinstance(content, dict) else {}
-            bases, modules, imported = content.get("_base_"), content.get("custom_imports"), []
-        else:
-            tree = ast.parse(text)
-            bases, modules = _assigned(tree, "_base_"), _assigned(tree, "custom_imports")
-            imported = _imported_files(path, tree)
-    except (OSError, SyntaxError, ValueError, yaml.YAMLError):
-        return []  # building the detector reports what is wrong with the file
-    imports = modules.get("imports") if isinstance(modules, dict) else None
-    return [
-        *_base_files(path, bases),
-        *(file for name in _names(imports) for file in _module_files(name)),
-        *imported,
-    ]
-
-
 def _is_installed(path: Path) -> bool:
     """Whether a file is Python's, an installed package's (provenance has versions) or our own."""
     places = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
     return any(path.resolve().is_relative_to(p.resolve()) for p in (*places, PACKAGE))
 
 
-def config_files(location: str) -> list[str]:
-    """Return the local files that an MMDetection config consists of.
+def _is_users(path: Path) -> bool:
+    """Whether a file that a process read is the user's, who may edit it."""
+    return (
+        path.is_file()
+        and path.suffix != ".pyc"
+        and path.parts[1:2] not in (("proc",), ("sys",), ("dev",))
+        and not any(part.endswith((".egg-info", ".dist-info")) for part in path.parts)
+        and not _is_installed(path)
+    )
 
-    It follows ``_base_``, ``read_base()``, ``custom_imports`` and import statements, but not into
-    installed packages. Empty for a config that MMDetection ships.
+
+_recorders: list[tuple[set[str], set[str]]] = []  # of files that are read, and that are written
+
+
+def _record(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook of the process: note the files that it opens, as long as somebody wants to know."""
+    if event != "open" or not _recorders or isinstance(arguments[0], int):
+        return
+    path, mode, flags = arguments
+    written = flags & (os.O_WRONLY | os.O_RDWR) if mode is None else set(mode) & set("wax+")
+    for read_files, written_files in _recorders:
+        (written_files if written else read_files).add(os.path.abspath(os.fsdecode(path)))
+
+
+_install_hook = functools.cache(lambda: sys.addaudithook(_record))  # it cannot be removed
+
+
+def _states(paths: Iterable[str]) -> dict[str, Any]:
+    """The state of each file that is the user's, by its name."""
+    names = [
+        os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+        for path in sorted(paths)
+        if _is_users(Path(path))
+    ]
+    return {name: file_state(name) for name in names}
+
+
+def imported_files(known: Collection[str]) -> dict[str, Any]:
+    """The user's modules that were imported besides those whose names are known: path to state."""
+    new = [module for name, module in sys.modules.items() if name not in known]
+    return _states({str(getattr(module, "__file__", None)) for module in new})
+
+
+@contextlib.contextmanager
+def recorded_files(
+    files: dict[str, Any], without: Iterable[str | os.PathLike[str]] = ()
+) -> Iterator[None]:
+    """Record which of the user's files are read inside of the context: opened, or imported as modules.
+
+    A config of MMDetection may name files in many ways; whoever reads it knows them all.
+
+    Args:
+        files: gets the state of each file, by its path, which is relative in the current folder. One that
+            is in it stays as it is.
+        without: paths of files that do not count.
     """
-    return _local_files([Path(location)])
-
-
-def source_files(type_: str) -> list[str]:
-    """Return the local files of the module that registers a data set's type (``mylab.voc``).
-
-    It follows import statements as :func:`config_files` does. Empty for a type of the library.
-    """
-    module = type_.rpartition(".")[0]
-    return _local_files(_module_files(module) if module else [])
-
-
-def _local_files(pending: list[Path]) -> list[str]:
-    """Return the files in ``pending`` and those that they name, without installed ones."""
-    files: dict[str, None] = {}
-    while pending:
-        path = Path(os.path.normpath(pending.pop()))
-        with contextlib.suppress(ValueError):  # one file has one name, whatever leads to it
-            path = path.relative_to(Path.cwd())
-        if path.is_file() and str(path) not in files and not _is_installed(path):
-            files[str(path)] = None
-            pending += _used_files(path)
-    return list(files)
+    _install_hook()
+    opened: tuple[set[str], set[str]] = (set(), set())
+    known = set(sys.modules)
+    _recorders.append(opened)
+    try:
+        yield
+    finally:
+        _recorders.remove(opened)
+    found = _states(opened[0] - opened[1] - set(map(os.path.abspath, without)))
+    files |= {**found, **imported_files(known), **files}
 
 
 def share_with_scripts() -> None:
@@ -274,37 +217,53 @@ def source_hash(step: str, package: Path = PACKAGE) -> str:
     return digest.hexdigest()[:16]
 
 
-def _state(path: str) -> list[int] | None:
-    """Size in bytes and time of the last change in ns; None for a file that is not there."""
+LARGEST_READ = 2**20
+"""Bytes of a file whose content is compared; of a larger one, as the time of its last change."""
+
+How = Literal["time", "content", "size"]
+
+
+def file_state(path: str, how: How = "content") -> Any:
+    """How a file is, to be compared with how it is later; None if it is not there.
+
+    Args:
+        path: of the file, or ``$NAME`` for an environment variable.
+        how: what is compared: the size alone, size and time of the last change, or the content.
+    """
+    if path.startswith("$"):
+        value = os.environ.get(path[1:])
+        return value and hashlib.sha256(value.encode()).hexdigest()
     try:
         status = os.stat(path)
+        if how == "size":
+            return status.st_size
+        if how == "content" and status.st_size <= LARGEST_READ:
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
 
 
-def image_files(root: str, names: Iterable[str], seen: str = "") -> dict[str, Any]:
-    """Note how image files are, for :func:`changed_images`.
+def file_note(names: Iterable[str], *, root: str = "", seen: str = "", how: How) -> dict[str, Any]:
+    """Note how files are, for :func:`changed_files`.
 
     Args:
-        names: relative to the folder ``root``.
-        seen: what :func:`changed_images` said when they were chosen.
+        names: relative to the folder ``root``; ``$NAME`` is an environment variable.
+        seen: what :func:`changed_files` said when they were used.
+        how: see :func:`file_state`.
     """
-    return {
-        "image_root": root,
-        "seen": seen,
-        "files": {name: _state(os.path.join(root, name)) for name in names},
-    }
+    files = {name: file_state(os.path.join(root, name), how) for name in names}
+    return {"root": root, "how": how, "seen": seen, "files": files}
 
 
-def changed_images(path: str | os.PathLike[str]) -> str:
-    """Tell images that are as they were when they were chosen from images that are not.
+def changed_files(path: str | os.PathLike[str]) -> str:
+    """Tell files that are as they were when they were used from files that are not.
 
     Snakemake compares the answer with that of the last run, so it stays the same as long as the
-    images do, also once a change was dealt with.
+    files do, also once a change was dealt with.
 
     Args:
-        path: where the note of :func:`image_files` is, or will be.
+        path: where the note of :func:`file_note` is, or will be.
 
     Returns:
         ``seen`` of the note if no file was changed or removed since, nothing if there is no note,
@@ -312,14 +271,34 @@ def changed_images(path: str | os.PathLike[str]) -> str:
     """
     try:
         note = json.loads(Path(path).read_text(encoding="utf-8"))
-        now = image_files(note["image_root"], note["files"], note["seen"])
+        now = file_note(note["files"], root=note["root"], seen=note["seen"], how=note["how"])
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, TypeError, KeyError):
-        return "unreadable"  # as after a disk that was full; the images are chosen again
+        return "unreadable"  # as after a disk that was full; the files are used again
     if now == note:
         return note["seen"]
     return hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]
+
+
+def add_to_note(path: str | os.PathLike[str], seen: str, files: Mapping[str, Any]) -> None:
+    """Add files that a job has read to the note that it shares with others.
+
+    A file that is in it already keeps its state: what another job has read decides as well.
+
+    Args:
+        seen: what :func:`changed_files` said when the job began. A note that was made before that
+            change is replaced.
+        files: path to state, as :func:`recorded_files` gives it.
+    """
+    known: dict[str, Any] = {}
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, KeyError
+    ):  # there is none, or it is cut off
+        note = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = note["files"] if note["seen"] == seen else {}
+    if files.keys() - known.keys():
+        write_json(path, {"root": "", "how": "content", "seen": seen, "files": {**files, **known}})
 
 
 def shards_note(

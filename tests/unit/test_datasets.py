@@ -19,7 +19,7 @@ from qwt_mmdet.data.annotations import read_annotations
 from qwt_mmdet.data.sampling import choose_ids
 from qwt_mmdet.data.sources import SOURCES, open_source
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.staleness import changed_images
+from qwt_mmdet.staleness import changed_files
 from qwt_mmdet.steps.prepare import prepare_dataset
 from qwt_mmdet.steps.select import select_images
 
@@ -798,16 +798,16 @@ def test_a_downloaded_image_that_is_gone_is_noticed_and_fetched_again(root, tmp_
     with FlakyServer({ARCHIVE: zipped(root)}, folder=root) as server:
         config = settings(3, 4, url=server.base)
         _, before = run(config, out)
-        assert changed_images(note) == ""
+        assert changed_files(note) == ""
         gone = before["images"][1]["file_name"]
         (out / "images/val2017" / gone).unlink()
-        said = changed_images(note)  # a parameter of the rule: another value runs it again
+        said = changed_files(note)  # a parameter of the rule: another value runs it again
         assert said != ""
         requests = len(server.requests)
         assert select(config, "evaluation", out, seen=said) == before
         assert [path for path, _ in server.requests[requests:]] == [f"val2017/{gone}"]
     assert (out / "images/val2017" / gone).read_bytes() == (root / "val2017" / gone).read_bytes()
-    assert changed_images(note) == said  # so that nothing runs a third time
+    assert changed_files(note) == said  # so that nothing runs a third time
 
 
 def test_downloaded_annotations_that_are_gone_are_fetched_again(root, tmp_path):

@@ -3,9 +3,11 @@
 import ast
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 from qwt_mmdet import staleness
 
 ROOT = Path(__file__).parents[2]
@@ -25,80 +27,77 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def test_config_files_follow_base_files_but_not_mmdets_own(write):
-    write(
-        **{
-            "base.py": "_base_ = ['mmdet::_base_/default_runtime.py']\n",
-            "models/mine.py": "_base_ = '../base.py'\nmodel = dict()\n",
-            "models/here.py": "_base_ = ['{{ fileDirname }}/mine.py', '../other.yaml']\n",
-            "other.yaml": "_base_: base.py\n",
-        }
-    )
-    assert staleness.config_files("models/mine.py") == ["models/mine.py", "base.py"]
-    assert set(staleness.config_files("models/here.py")) == {
-        "models/here.py", "models/mine.py", "other.yaml", "base.py",
-    }  # fmt: skip
-    assert staleness.config_files("yolox/yolox_nano_8xb8-300e_coco.py") == []
-
-
-def test_config_files_follow_read_base_without_running_anything(write):
-    stop = "raise SystemExit\n"
-    write(
-        **{
-            "configs/mine.py": "from mmengine.config import read_base\n"
-            "with read_base():\n"
-            "    from .base import *\n"
-            "    from .._base_.models.net import *\n"
-            "    from mmdet.configs._base_.default_runtime import *\n",
-            "configs/base.py": stop + "with read_base():\n    from .deeper import *\n",
-            "configs/deeper.py": stop,
-            "_base_/models/net.py": stop,
-        }
-    )
-    assert set(staleness.config_files("configs/mine.py")) == {
-        "configs/mine.py", "configs/base.py", "configs/deeper.py", "_base_/models/net.py",
-    }  # fmt: skip
+MODULES = {
+    "code/ownnets/__init__.py": "",
+    "code/ownnets/wide.py": "from .parts import x\ndef later():\n    import ownnets.late\n",
+    "code/ownnets/parts.py": "from pathlib import Path\nx = Path('anchors.csv').read_text()\n",
+    "code/ownnets/late.py": "",
+    "anchors.csv": "1,2",
+}
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("text", "files"),
     [
-        "custom_imports = dict(imports=['ownnets.wide'], allow_failed_imports=False)",
-        "custom_imports = {'imports': 'ownnets.wide'}",
-        "from ownnets.wide import Wide",
-        "from ownnets import wide",
+        ("_base_ = ['a.py'] + ['b.py']", {"a.py", "b.py"}),
+        ("_base_ = '{{ fileDirname }}/deep.json'", {"deep.json", "a.py"}),
+        ("_base_ = 'mmdet::_base_/default_runtime.py'", set()),
+        ("x = open('deep.json').read()", {"deep.json"}),
+        ("from mmengine.config import read_base\nwith read_base():\n    from .a import *\n", {"a.py"}),
+        ("custom_imports = dict(imports=['ownnets' + '.wide'])", MODULES.keys() - {"code/ownnets/late.py"}),
     ],
-)
-def test_config_files_follow_modules_of_ones_own(write, tmp_path, monkeypatch, line):
-    stop = "raise SystemExit\n"
+)  # fmt: skip
+def test_what_a_config_reads_is_recorded_however_it_names_it(
+    write, tmp_path, monkeypatch, text, files
+):
     write(
-        **{
-            "own.py": f"import os\n{line}\n",
-            "code/ownnets/__init__.py": "",
-            "code/ownnets/wide.py": stop + "import torch\nfrom .parts import x\n",
-            "code/ownnets/parts.py": stop,
-        }
+        **MODULES,
+        **{"own.py": text, "a.py": "a = 1", "b.py": "b = 1", "deep.json": '{"_base_": "a.py"}'},
     )
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
-    assert set(staleness.config_files("own.py")) == {
-        "own.py", "code/ownnets/__init__.py", "code/ownnets/wide.py", "code/ownnets/parts.py",
-    }  # fmt: skip
+    found = {"a.py": "its state before"}
+    with staleness.recorded_files(found, without=["none.pth"]):
+        Config.fromfile("own.py")
+    assert found["a.py"] == "its state before"
+    assert found.keys() - {"a.py"} == {"own.py", *files} - {"a.py"}
+    known = set(sys.modules)
+    if module := sys.modules.pop("ownnets.wide", None):
+        module.later()
+        assert set(staleness.imported_files(known)) == {"code/ownnets/late.py"}
+    for name in [name for name in sys.modules if name.startswith("ownnets")]:
+        del sys.modules[name]
 
 
-def test_source_files_are_those_of_the_module_that_registers_a_type(write, tmp_path, monkeypatch):
-    stop = "raise SystemExit\n"
-    write(
-        **{
-            "code/mylab/__init__.py": stop,
-            "code/mylab/voc.py": stop + "from .boxes import x\n",
-            "code/mylab/boxes.py": stop,
-        }
-    )
-    monkeypatch.syspath_prepend(str(tmp_path / "code"))
-    assert set(staleness.source_files("mylab.voc.drawn")) == {
-        "code/mylab/__init__.py", "code/mylab/voc.py", "code/mylab/boxes.py",
-    }  # fmt: skip
-    assert staleness.source_files("coco") == []
+def test_what_is_written_or_said_to_be_without_is_not_recorded(write):
+    write(**{"read.txt": "", "cache.txt": "", "result.pth": ""})
+    found = {}
+    with staleness.recorded_files(found, without=[Path("result.pth")]):
+        for name in ("read.txt", "cache.txt", "result.pth", "/proc/cpuinfo"):
+            open(name).close()
+        open("cache.txt", "w").close()
+        Path("gone.txt").write_text("")
+        Path("gone.txt").read_text()
+        Path("gone.txt").unlink()
+    assert set(found) == {"read.txt"}
+
+
+def test_jobs_share_a_note_until_what_they_read_changes(write, monkeypatch):
+    write(**{"a.py": "1", "b.txt": "1"})
+
+    def states(*names):
+        return staleness.file_note(names, how="content")["files"]
+
+    staleness.add_to_note("note.json", "", states("a.py", "$QWT_TEST"))
+    write(**{"a.py": "2"})
+    staleness.add_to_note("note.json", "", states("a.py", "b.txt"))  # of a job that began later
+    said = staleness.changed_files("note.json")
+    assert said, "the first job has read another file"
+    staleness.add_to_note("note.json", said, states("a.py", "$QWT_TEST"))
+    assert staleness.changed_files("note.json") == said
+    write(**{"b.txt": "2"})
+    assert staleness.changed_files("note.json") == said, "nobody reads it any more"
+    monkeypatch.setenv("QWT_TEST", "x")
+    assert staleness.changed_files("note.json") not in ("", said)
 
 
 FIT = {"fit_compensation", "evaluate_compensated", "evaluate_shard", "export_model"}
@@ -249,32 +248,36 @@ def chosen(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_text(name)
     note = tmp_path / "files.json"
-    note.write_text(json.dumps(staleness.image_files(str(tmp_path), ["a.jpg", "b.jpg"])))
+    note.write_text(
+        json.dumps(staleness.file_note(["a.jpg", "b.jpg"], root=str(tmp_path), how="time"))
+    )
     return tmp_path, note
 
 
 def test_images_that_stay_as_they_were_chosen_say_nothing(chosen):
     folder, note = chosen
     (folder / "c.jpg").write_text("another image")
-    assert staleness.changed_images(note) == ""
-    assert staleness.changed_images(folder / "not_chosen_yet.json") == ""
+    assert staleness.changed_files(note) == ""
+    assert staleness.changed_files(folder / "not_chosen_yet.json") == ""
 
 
 @pytest.mark.parametrize("change", [Path.unlink, Path.touch, lambda path: path.write_text("x")])
 def test_a_change_of_a_chosen_image_says_the_same_until_and_after_it_was_dealt_with(chosen, change):
     folder, note = chosen
     change(folder / "a.jpg")
-    said = staleness.changed_images(note)
+    said = staleness.changed_files(note)
     assert said
-    assert staleness.changed_images(note) == said
+    assert staleness.changed_files(note) == said
     (folder / "a.jpg").write_text("again")
-    note.write_text(json.dumps(staleness.image_files(str(folder), ["a.jpg", "b.jpg"], said)))
-    assert staleness.changed_images(note) == said
+    note.write_text(
+        json.dumps(staleness.file_note(["a.jpg", "b.jpg"], root=str(folder), seen=said, how="time"))
+    )
+    assert staleness.changed_files(note) == said
     change(folder / "a.jpg")
-    assert staleness.changed_images(note) not in ("", said)
+    assert staleness.changed_files(note) not in ("", said)
 
 
 def test_a_note_that_is_cut_off_asks_for_another_choice(chosen):
     _, note = chosen
     note.write_text(note.read_text()[:20])
-    assert staleness.changed_images(note)
+    assert staleness.changed_files(note)

@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 from qwt_mmdet.config import combinations, resolve
-from qwt_mmdet.staleness import image_files, shards_note
+from qwt_mmdet.staleness import file_note, shards_note
 from running import Workflow
 
 CONFIG = yaml.safe_load(
@@ -43,8 +43,18 @@ def finished(copied_tree, tmp_path_factory) -> Workflow:
             path.parent.mkdir(parents=True, exist_ok=True)
         annotations.write_text(split)
         (workflow.folder / split / "1.jpg").write_text("an image")
-        note = image_files(str(workflow.folder / split), ["1.jpg"])
+        note = file_note(["1.jpg"], root=str(workflow.folder / split), how="time")
         (notes / f"{part}_files.json").write_text(json.dumps(note))
+    # as jobs leave them: a file that the config of the first model reads, and a graph that no rule names
+    base = workflow.folder / "base.py"
+    head = workflow.folder / "results" / "first" / "w4a8" / "qwt" / "model.roi_head.bbox_head.onnx"
+    head.parent.mkdir(parents=True)
+    notes = {workflow.folder / "results" / "first" / "config_files.json": base}
+    for note, path in {**notes, head.with_name("graphs.json"): head}.items():
+        path.write_text("")
+        names = [str(path.relative_to(workflow.folder))]
+        content = file_note(names, root=str(workflow.folder), how="content")
+        note.write_text(json.dumps(content))
     workflow.configure(CONFIG)
     listed = workflow.run("--summary")
     assert listed.returncode == 0, listed.stdout
@@ -99,12 +109,32 @@ def test_a_changed_quantization_runs_again_with_all_that_follows(finished, confi
     }
 
 
-def test_an_export_runs_only_what_is_new(finished, config):
-    entry = {"model": ["first"], "quantization": ["w4a8"], "compensation": ["qwt"]}
-    config["export"] = [entry]
+@pytest.fixture
+def exported(finished, config):
+    """The config with an export; whatever a test makes of it is gone afterwards."""
+    config["export"] = [{"model": ["first"], "quantization": ["w4a8"], "compensation": ["qwt"]}]
     finished.configure(config)
-    new = {"export_model": 2, "evaluate_exported": 1, "benchmark_exported": 1}
-    assert finished.jobs() == {**new, **TABLES}
+    folders = [finished.folder / "results" / "first" / name for name in ("baseline", "w4a8/qwt")]
+    runtime = ("metrics.json", "predictions.json", "benchmark.json")
+    names = ["model.onnx", "model.json", *(f"onnxruntime/{name}" for name in runtime)]
+    files = [folder / name for folder in folders for name in names]
+    files.append(finished.folder / "results" / "exports.csv")
+    yield files
+    finished.configure(CONFIG)
+    for path in files:
+        path.unlink(missing_ok=True)
+    assert finished.run("--touch", "--forceall", "--cores", "1").returncode == 0
+
+
+def test_an_export_runs_only_what_is_new_and_a_graph_that_is_gone(finished, exported, without):
+    new = {"evaluate_exported": 1, "benchmark_exported": 1, **TABLES}
+    assert finished.jobs() == {"export_model": 2, **new}
+    for path in exported:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("made")
+    assert finished.run("--touch", "--forceall", "--cores", "1").returncode == 0
+    without("first/w4a8/qwt/model.roi_head.bbox_head.onnx")
+    assert finished.jobs() == {"export_model": 1, **new}
 
 
 def test_a_changed_compensation_runs_again_alone(finished, config):
@@ -265,11 +295,6 @@ def edited_checkpoint(finished):
     yield from edited(finished.folder / "second.pth", "other weights")
 
 
-@pytest.fixture
-def edited_model_config(finished):
-    yield from edited(finished.folder / "own.py", "# edited\n")
-
-
 def test_edited_compensation_code_fits_again_but_quantizes_nothing(
     finished, edited_compensation_code
 ):
@@ -288,7 +313,9 @@ def test_a_changed_checkpoint_runs_its_own_model_again(finished, edited_checkpoi
     }
 
 
-def test_an_edited_model_config_runs_its_models_again(finished, edited_model_config):
-    jobs = finished.jobs()
+@pytest.mark.parametrize(("name", "models"), [("own.py", 2), ("base.py", 1)])
+def test_an_edited_file_of_a_model_config_runs_its_models_again(finished, name, models):
+    for _ in edited(finished.folder / name, "# edited\n"):
+        jobs = finished.jobs()
     assert "fetch_checkpoint" not in jobs
-    assert jobs["evaluate_baseline"] == 2
+    assert jobs["evaluate_baseline"] == models

@@ -40,12 +40,11 @@ from qwt_mmdet.resources import (
 )
 from qwt_mmdet.runtime import COMMAND, explain
 from qwt_mmdet.staleness import (
-    changed_images,
-    config_files,
+    changed_files,
     count_shards,
+    file_state,
     share_with_scripts,
     shards_note,
-    source_files,
     source_hash,
 )
 
@@ -305,34 +304,45 @@ def files_note(wildcards):
 
 def images_since(wildcards):
     """Params function: tells chosen images that were changed or removed from those that were not."""
-    return changed_images(files_note(wildcards))
+    return changed_files(files_note(wildcards))
 
 
+# Files of the user are no inputs: Snakemake would read {x} and <x> in their names as its own signs.
 def local_checkpoint(wildcards):
-    """Input function: the model's checkpoint if it is a file here, nothing if it is an address."""
+    """Params function: the state of the model's checkpoint if it is a file here."""
     location = config["models"][wildcards.model]["checkpoint"]
     if is_url(location):
-        return []
-    return existing(location, f"models.{wildcards.model}.checkpoint")
-
-
-def local_config(wildcards):
-    """Input function: the files of the model's config, unless MMDetection ships it."""
-    return config_files(config["models"][wildcards.model]["config"])
-
-
-def source_module(wildcards):
-    """Input function: the files of the module that registers the dataset's type, unless it is ours."""
-    return source_files(config["datasets"][wildcards.dataset]["type"])
+        return None
+    return file_state(existing(location, f"models.{wildcards.model}.checkpoint"))
 
 
 def local_annotations(wildcards):
-    """Input function: the annotation file of a part of a dataset that is a folder here."""
+    """Params function: the state of the annotation file of a part of a dataset that is a folder here."""
     source, part = data_source(wildcards)
     path = source.local_annotations(part)
     if path is None:
-        return []
-    return existing(path, f"The annotation file of datasets.{wildcards.dataset}.{part}")
+        return None
+    key = f"The annotation file of datasets.{wildcards.dataset}.{part}"
+    return file_state(existing(path, key))
+
+
+def supplied_warmup(wildcards):
+    """Params function: the warmup file that the config supplies, if any, and its state."""
+    path = config["models"][wildcards.model]["warmup"].get(wildcards.quantization)
+    if path is None:
+        return {"path": None}
+    key = f"models.{wildcards.model}.warmup.{wildcards.quantization}"
+    return {"path": existing(path, key), "state": file_state(path)}
+
+
+def noted(pattern):
+    """Params function: where jobs note which files they read, or left beside their output, and what tells changes."""
+
+    def note(wildcards):
+        path = pattern.format(**wildcards)
+        return {"note": path, "seen": changed_files(path)}
+
+    return note
 
 
 def detector_input(part):
@@ -340,7 +350,6 @@ def detector_input(part):
     return {
         "checkpoint": "results/{model}/checkpoint.pth",
         "annotations": images(part),
-        "config_files": local_config,
     }
 
 
@@ -349,19 +358,13 @@ def detector_params(step):
     return {
         "config": model_setting("config"),
         "config_options": model_setting("config_options"),
+        "config_state": lambda wildcards: file_state(
+            config["models"][wildcards.model]["config"]
+        ),
+        "read": noted("results/{model}/config_files.json"),
         "seed": config["seed"],
         "code": source_hash(step),
     }
-
-
-def supplied_warmup(wildcards):
-    """Input function: the warmup file that the config supplies, if any."""
-    supplied = config["models"][wildcards.model]["warmup"].get(wildcards.quantization)
-    if supplied is None:
-        return []
-    return existing(
-        supplied, f"models.{wildcards.model}.warmup.{wildcards.quantization}"
-    )
 
 
 def shards(wildcards):
@@ -627,6 +630,7 @@ def all_results():
         ),
         *(["results/exports.csv"] if EXPORTS else []),
         *row_files("recipe"),
+        *(f"{os.path.splitext(path)[0]}.yaml" for path in row_files("recipe")),
         *exported_models(),
         *export_files(),
         *warmup_summaries(),

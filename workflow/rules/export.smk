@@ -20,6 +20,8 @@ rule export_model:
     params:
         **detector_params("export_model"),
         settings=export_settings,
+        # heads of a second stage are graphs beside it, as many as there are
+        graphs=noted("results/{model}/{variant}/graphs.json"),
     script:
         "../../scripts/export_model.py"
 

@@ -7,8 +7,6 @@ localrules:
 
 rule fetch_checkpoint:
     """Copy or download a model's weights, verify them, and keep the weights alone."""
-    input:
-        checkpoint=local_checkpoint,
     output:
         checkpoint="results/{model}/checkpoint.pth",
     log:
@@ -19,6 +17,7 @@ rule fetch_checkpoint:
         "../../envs/qwt.yaml"
     params:
         source=model_setting("checkpoint"),
+        state=local_checkpoint,
         sha256=lambda wildcards: config["models"][wildcards.model].get("sha256"),
         code=source_hash("fetch_checkpoint"),
     script:
@@ -27,9 +26,6 @@ rule fetch_checkpoint:
 
 rule prepare_dataset:
     """Generate a part of a dataset, fetch its annotations, or check the local folder that holds it."""
-    input:
-        annotations=local_annotations,
-        module=source_module,
     output:
         source="results/datasets/{dataset}/{part}_source.json",
     log:
@@ -40,6 +36,8 @@ rule prepare_dataset:
         "../../envs/qwt.yaml"
     params:
         settings=part_source,
+        state=local_annotations,
+        read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("prepare_dataset"),
     script:
         "../../scripts/prepare_dataset.py"
@@ -49,7 +47,6 @@ rule select_images:
     """Choose a part's images, of which the other part has none, and fetch them if remote."""
     input:
         source=source_file,
-        module=source_module,
     output:
         annotations="results/datasets/{dataset}/{part}.json",
     log:
@@ -63,6 +60,7 @@ rule select_images:
         # no output: Snakemake would remove it before the job could tell what had changed
         files=files_note,
         images=images_since,
+        read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("select_images"),
     script:
         "../../scripts/select_images.py"

@@ -2,7 +2,6 @@ rule quantize_model:
     """Calibrate a detector's quantizers, or take the warmup file that the config supplies."""
     input:
         **detector_input("calibration"),
-        supplied=supplied_warmup,
         recipe=chosen_recipe,
     output:
         warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
@@ -19,5 +18,6 @@ rule quantize_model:
     params:
         **detector_params("quantize_model"),
         settings=plain_settings,
+        supplied=supplied_warmup,
     script:
         "../../scripts/quantize_model.py"

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import math
 import os
-import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from torch import nn
 
 from ..config import CompensationSettings, as_plain
 from ..data.batches import single_images
-from ..detectors.forward import head_tensors
+from ..detectors.forward import check_precision, head_tensors
+from ..devices import peak_gigabytes
 from ..errors import QwtError
 from ..progress import progress
 from ..quantization.noise import HeadNoise, decibels
@@ -106,7 +106,7 @@ def _error(after: float | None, sums: BlockStatistics) -> BlockError:
 def _peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
+    return f"{peak_gigabytes():.2f} GB"
 
 
 @torch.no_grad()
@@ -139,6 +139,8 @@ def fit_compensation(
             the full-precision detector that are not finite. Where the quantized one's are not, a
             block stays without compensation.
     """
+    for detector in (model, reference):
+        check_precision(detector)
     with ActivationCache(device_gb, memory_gb) as cache:
         digest = hashlib.sha256()
         images = 0

@@ -39,7 +39,7 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
         "exports.csv",
         "report.html",
     ),
-    "quantization": ("baseline", "checkpoint.pth", "checkpoint.pth.download"),
+    "quantization": ("baseline", "checkpoint.pth", "checkpoint.pth.download", "config_files.json"),
     "compensation": (
         "quantized",
         "warmup.pth",
@@ -51,6 +51,7 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
         "recipe.json",
         "model.onnx",
         "model.json",
+        "graphs.json",
         "onnxruntime",
         "openvino",
     ),

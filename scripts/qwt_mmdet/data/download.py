@@ -18,7 +18,7 @@ import tenacity
 import urllib3
 
 from .. import progress as progress_module
-from ..errors import QwtError
+from ..errors import QwtError, quoted
 from ..files import is_url, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -315,7 +315,7 @@ class _Transfer:
         status = response.status_code
         if status in PASSING_STATUS or status >= 500:
             raise _PassingError(
-                f"the server answered {status} {response.reason[:100]}", _retry_after(response)
+                f"the server answered {status} {quoted(response.reason)}", _retry_after(response)
             )
         if status == 416 and offset:
             if _total_bytes(response) == offset:
@@ -324,7 +324,7 @@ class _Transfer:
             raise _PassingError("the remote file has changed")
         if status not in (200, 206):
             raise QwtError(
-                f"{self.shown_url} answered {status} {response.reason[:100]}; check the address."
+                f"{self.shown_url} answered {status} {quoted(response.reason)}; check the address."
             )
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise QwtError(
@@ -418,7 +418,7 @@ def _reason(error: Exception) -> str:
     cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
     cause = getattr(cause, "reason", cause)
     text = next((part for part in cause.args if isinstance(part, str)), str(cause))
-    return f"{type(cause).__name__}: {text:.200}"
+    return f"{type(cause).__name__}: {quoted(text)}"
 
 
 def _validator(response: requests.Response) -> str | None:

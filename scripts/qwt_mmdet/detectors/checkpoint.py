@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import QwtError
+from ..errors import QwtError, quoted
 from .unpickling import (
     LEGACY_MAGIC,
     ZIP_MAGIC,
@@ -21,7 +22,6 @@ from .unpickling import (
     StoredTensor,
     TorchFile,
     described,
-    quoted,
 )
 from .weights import below, some
 
@@ -81,6 +81,7 @@ def read_checkpoint(
         else:
             with TorchFile(path) as file:
                 stored, metadata = _chosen(file.content, name)
+                _require_weight_types(stored, name)
                 weights = OrderedDict(file.tensors(stored))
                 classes = _classes(file.content, name)
             if metadata is not None:
@@ -106,13 +107,14 @@ def read_checkpoint(
         ) from error
     except OSError as error:
         raise QwtError(f"The checkpoint {name} cannot be read: {error}.") from error
-    _require_finite(weights, name)
+    _require_usable(weights, name)
     return weights, classes
 
 
 def _read_safetensors(path: Path, name: str) -> tuple[OrderedDict[str, Tensor], list[str] | None]:
     with safe_open(path, framework="pt") as file:
         stored, _ = _chosen(Dictionary(file.get_tensors()), name)
+        _require_weight_types(stored, name)
         meta = file.metadata() or {}
     decoded = {}
     for key in {"classes", "CLASSES", "dataset_meta", "meta"} & meta.keys():
@@ -224,10 +226,38 @@ def _unwrapped(state: Dictionary, name: str) -> tuple[dict[str, Any], OrderedDic
     )
 
 
-def _require_finite(weights: Mapping[str, Tensor], name: str) -> None:
+_WEIGHT_TYPES = re.compile(r"torch\.(bfloat16|float(16|32|64|8_\w+)|u?int8|int(16|32|64)|bool)")
+
+
+def _require_weight_types(stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
+    """Refuse tensors of types that hold no weights, before they are read: torch cannot read them all."""
+    wrong = [
+        f"{quoted(key)} ({str(tensor.dtype).removeprefix('torch.')})"
+        for key, tensor in stored.items()
+        if not _WEIGHT_TYPES.fullmatch(str(tensor.dtype))
+    ]
+    if wrong:
+        raise QwtError(
+            f"The checkpoint {name} has {len(wrong)} tensors of types that no detector computes with: "
+            f"{some(wrong)}. Take the weights in floating point of 16 or 32 bits."
+        )
+
+
+def _require_usable(weights: Mapping[str, Tensor], name: str) -> None:
+    """Refuse numbers that cannot be weights, or statistics of a normalization layer."""
     wrong = []
+    negative = [
+        f"{quoted(key)} ({tensor.min().item():.3g})"
+        for key, tensor in weights.items()
+        if key.endswith("running_var") and tensor.numel() and bool((tensor < 0).any())
+    ]
+    if negative:
+        raise QwtError(
+            f"The checkpoint {name} has {len(negative)} variances of normalization layers below 0: "
+            f"{some(negative)}. The file is damaged or was converted wrongly; get it again."
+        )
     for key, tensor in weights.items():
-        if tensor.is_floating_point() or tensor.is_complex():
+        if tensor.is_floating_point():
             # torch cannot ask its 8-bit types
             values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             count = values.numel() - int(values.isfinite().sum())

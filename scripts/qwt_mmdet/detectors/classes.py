@@ -6,9 +6,9 @@ annotations are compared here, before anything runs.
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mmdet.models import BaseDetector
@@ -19,6 +19,7 @@ from torch import nn
 from ..data.annotations import NAMED_IN_MESSAGES, few
 from ..data.loaders import test_datasets
 from ..errors import QwtError
+from ..files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ def _as_names(value: Any, place: str) -> tuple[str, ...]:
         QwtError: it is something else, or holds a name twice.
     """
     if isinstance(value, str):
-        file = Path(value)
-        value = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [value]
+        is_file = os.path.isfile(value)
+        value = read_text(value, "list of classes").split("\n") if is_file else [value]
         value = [name for name in value if name]
     if (
         not isinstance(value, list | tuple)

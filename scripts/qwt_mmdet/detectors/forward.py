@@ -4,10 +4,28 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from mmdet.models import BaseDetector
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import QwtError
+
+
+def check_precision(model: nn.Module) -> None:
+    """Check that a model computes with float32, as all of this package does.
+
+    Raises:
+        QwtError: it does not, as after ``model.double()`` or ``model.half()``.
+    """
+    others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if others:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        raise QwtError(
+            f"The model has parameters in {names}; this package computes with float32, so call "
+            "model.float() first."
+        )
 
 
 def forward_scope(model: BaseDetector, inputs: dict[str, Any] | None, scope: str) -> Any:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import quoted
+
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -28,7 +30,6 @@ MAX_OPCODES = 2_000_000
 EXPANSION = 4
 """How many times the size of their file all tensors together may take (views may overlap)."""
 MAX_DIMENSIONS = 64  # as many as torch allows
-MAX_QUOTED = 160
 
 
 class Refused(Exception):
@@ -37,16 +38,6 @@ class Refused(Exception):
 
 class Damaged(Exception):
     """A file is not whole or no checkpoint; the message is the reason."""
-
-
-def quoted(text: Any) -> str:
-    """Text from a file for a message: at most ``MAX_QUOTED`` characters, none of which controls a terminal."""
-    text = str(text) if not isinstance(text, str) else text
-    cut = text[:MAX_QUOTED]
-    safe = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut
-    )
-    return safe if len(text) == len(cut) else f"{safe}… ({len(text)} characters)"
 
 
 class Dictionary(dict[str, Any]):

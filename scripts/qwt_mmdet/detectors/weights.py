@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import QwtError
-from .unpickling import quoted
+from ..errors import QwtError, quoted
 
 logger = logging.getLogger(__name__)
 

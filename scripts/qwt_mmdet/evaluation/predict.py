@@ -12,6 +12,7 @@ from pycocotools import mask as mask_api
 
 from ..data.batches import same_shapes
 from ..detectors.classes import category_ids, log_left_out
+from ..detectors.forward import check_precision
 from ..files import read_json
 from ..progress import progress
 
@@ -91,8 +92,9 @@ def predict(
         total: number of images, for the time left.
 
     Raises:
-        QwtError: the classes do not fit.
+        QwtError: the classes do not fit, or the model is not in float32.
     """
+    check_precision(model)
     content = read_json(annotations, what="annotation file")
     classes = model.dataset_meta["classes"]
     label_to_category = category_ids(classes, content)

@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 from ..archives import summary_path
 from ..config import as_plain
 from ..config.export import LEAST_OPSET, MOST_OPSET
+from ..detectors.forward import check_precision
 from ..errors import QwtError, check_installed, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..quantization.state import check_grids
@@ -94,6 +95,7 @@ def export_onnx(
             f"The file to write is {path}, where its description goes; end it with .onnx."
         )
     check_opset(opset)
+    check_precision(model)
     if record_of(model).quantization is not None:
         check_grids(model)
     refuse_what_has_no_form(model)

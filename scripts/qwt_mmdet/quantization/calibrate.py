@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..archives import unsettled_ranges
 from ..data.batches import count_images, single_images
-from ..detectors.forward import forward_scope
+from ..detectors.forward import check_precision, forward_scope
 from ..errors import QwtError
 from ..progress import progress
 from ..record import NotQuantized, Quantization, quantization_of
@@ -286,8 +286,9 @@ def calibrate(
         ``model``, ready to run quantized.
 
     Raises:
-        QwtError: no image came, or an activation is not finite.
+        QwtError: no image came, an activation is not finite, or the model is not in float32.
     """
+    check_precision(model)
     run = Calibration(model, loader, noise_images)
     refit_method = run.about.settings.refit
     with ActivationCache(device_gb, memory_gb) as cache:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import Override, QuantizationSettings
+from ..detectors.forward import check_precision
 from ..errors import QwtError
 from ..record import NotQuantized, Quantization, record_of
 from .attention import ATTENTION, QuantizedAttention, split_projections
@@ -67,10 +68,12 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         ``model`` itself.
 
     Raises:
-        QwtError: an override matches no layer, or the scope holds no layer to quantize.
+        QwtError: an override matches no layer, the scope holds no layer to quantize, or the model is not
+            in float32.
     """
     if record_of(model).quantization is not None:
         raise QwtError("This model is quantized already; load it again in full precision first.")
+    check_precision(model)
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
         from . import timm_models  # noqa: F401  registers what it knows
     candidates: list[tuple[str, nn.Module]] = []

@@ -1,13 +1,16 @@
 """Export a detector."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmdet.models import BaseDetector
 from torch.utils.data import DataLoader
 
 from ..data.loaders import make_loader
+from ..export.description import graph_files, read_description
 from ..export.onnx_file import export_onnx
-from ..files import read_json, sha256_file
+from ..files import read_json, sha256_file, write_json
+from ..staleness import file_note
 from .inputs import Inputs, Pathlike
 
 IMAGES = 16
@@ -34,12 +37,15 @@ def export(
     warmup: Pathlike | None = None,
     compensation: Pathlike | None = None,
     metrics: Pathlike | None = None,
+    graphs: Mapping[str, str],
 ) -> None:
     """Write a detector as ``output`` (.onnx) with its description beside it (.json).
 
     Args:
         input_size: ``fixed`` or ``dynamic``; None: as the model's test pipeline asks for.
         metrics: of an evaluation of the same detector, whose AP the description tells.
+        graphs: the note to write of the graphs beside ``output``, which no rule can name beforehand, so that
+            one that is gone is noticed; and what :func:`.staleness.changed_files` said before.
     """
     model = inputs.load(warmup=warmup, compensation=compensation)
     details: dict[str, Any] = {
@@ -63,3 +69,5 @@ def export(
     dynamic = None if input_size is None else input_size == "dynamic"
     images = calibration_images(model, inputs.annotations, workers=inputs.workers)
     export_onnx(model, output, dynamic=dynamic, opset=opset, calibration=images, details=details)
+    _, *heads = map(str, graph_files(output, read_description(output)))
+    write_json(graphs["note"], file_note(heads, seen=graphs["seen"], how="size"))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,11 +26,14 @@ from ..detectors.classes import check_annotations
 from ..files import read_json, sha256_file
 from ..quantization.state import load_warmup
 from ..runtime import Job
+from ..staleness import file_note, recorded_files
 
 Pathlike = str | os.PathLike[str]
 
 LARGEST_READ_AHEAD = 10**8
 """Bytes of an annotation file that a step reads which could do without; five times COCO's val2017."""
+_VARIABLE = re.compile(r"\{\{['\"]?\s*(\$\w+)")
+"""How an MMDetection config names an environment variable: ``{{$NAME:default}}``."""
 
 
 def load_quantized(
@@ -116,15 +120,20 @@ class Inputs:
     def load(
         self, *, warmup: Pathlike | None = None, compensation: Pathlike | None = None
     ) -> nn.Module:
-        """Return the detector; see :func:`load_quantized`."""
-        return load_quantized(
-            self.config,
-            self.checkpoint,
-            warmup=warmup,
-            compensation=compensation,
-            device=self.job.device,
-            config_options=self.config_options,
-        )
+        """Return the detector; see :func:`load_quantized`. What decides it is noted in ``job.files``."""
+        ours = list(filter(None, (self.checkpoint, warmup, compensation)))
+        with recorded_files(self.job.files, without=ours):
+            model = load_quantized(
+                self.config,
+                self.checkpoint,
+                warmup=warmup,
+                compensation=compensation,
+                device=self.job.device,
+                config_options=self.config_options,
+            )
+        variables = file_note(_VARIABLE.findall(model.cfg.text), how="content")["files"]
+        self.job.files.update(variables)
+        return model
 
     def check_evaluation(self, model: nn.Module) -> None:
         """Check that the detector can be evaluated later, before hours go into what is evaluated.
@@ -137,9 +146,10 @@ class Inputs:
 
     def loader(self, model: nn.Module) -> DataLoader:
         """Return what reads the images in batches, as the model wants them."""
-        return make_loader(
-            model.cfg, self.annotations, batch_size=self.batch_size, workers=self.workers
-        )
+        with recorded_files(self.job.files, without=[self.annotations]):
+            return make_loader(
+                model.cfg, self.annotations, batch_size=self.batch_size, workers=self.workers
+            )
 
     def provenance(self, **settings: Any) -> dict[str, Any]:
         """Where a result comes from: settings, seed, versions, hashes, device and number of images.

@@ -14,7 +14,7 @@ from ..data.sampling import choose, missing_classes
 from ..data.sources import open_source
 from ..errors import QwtError
 from ..files import read_json, sha256_file, write_json
-from ..staleness import image_files
+from ..staleness import file_note
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def select_images(
         folder: where generated and downloaded files are.
         annotations: the annotation file to write.
         files: the file to write that tells which image files were chosen, and how they are (see
-            :func:`.staleness.image_files`).
+            :func:`.staleness.file_note`).
         seen: the change of these files that made this choice necessary.
         most_bytes: largest size of a download, should the annotation file be gone.
         workers: images to download or to check at a time.
@@ -101,7 +101,7 @@ def select_images(
     }
     write_json(annotations, subset)
     names = [image["file_name"] for image in images]
-    write_json(files, image_files(place.image_root, names, seen))
+    write_json(files, file_note(names, root=place.image_root, seen=seen, how="time"))
 
 
 def _report_orientations(
