@@ -27,7 +27,15 @@ from mmengine.logging import MMLogger
 
 from .compensation.fit import fit_compensation
 from .compensation.state import save_compensation
-from .config import CompensationSettings, QuantizationSettings, combinations, exports
+from .config import (
+    CompensationSettings,
+    QuantizationSettings,
+    Search,
+    combinations,
+    exports,
+    is_question,
+    searched_settings,
+)
 from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
 from .data.sources import number_of_images
@@ -40,7 +48,7 @@ from .export.loading import load_exported
 from .export.onnx_file import export_onnx
 from .files import write_json
 from .quantization.calibrate import calibrate
-from .quantization.convert import quantize_model
+from .quantization.convert import quantize_model, quantized_units
 from .quantization.state import save_warmup
 from .resources import default_shards
 from .runtime import hardware
@@ -60,6 +68,7 @@ STEPS = (
     "evaluate_compensated",
 )
 SHARDED = ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated")
+SEARCH_STEPS = ("measure_candidates", "choose_recipe")
 EXPORT_STEPS = ("export_model", "evaluate_exported", "benchmark_exported")
 
 
@@ -101,6 +110,7 @@ class Trial:
     batch_sizes: Mapping[str, int]
     threads: int
     runtime: str = "onnxruntime"
+    search: Search | None = None
 
     def images(self, part: str) -> tuple[int, int]:
         """Numbers of images of the two measurements: whole batches, if these are large."""
@@ -112,8 +122,8 @@ class Trial:
         return self.folder / name
 
 
-def prepare(trial: Trial) -> None:
-    """Write random weights and generated images for the other steps."""
+def prepare(trial: Trial) -> int:
+    """Write random weights and generated images for the other steps; return how many layers are quantized."""
     torch.manual_seed(0)
     MMLogger.get_current_instance().setLevel("ERROR")  # it would list every parameter
     model = random_detector(trial.config, trial.config_options)
@@ -136,6 +146,7 @@ def prepare(trial: Trial) -> None:
         )
     for count in counts:
         write_json(trial.path(f"{count}.json"), {**content, "images": content["images"][:count]})
+    return len(quantized_units(quantize_model(model, trial.quantization)))
 
 
 def _load(trial: Trial, step: str) -> Any:
@@ -224,8 +235,38 @@ def measure_model(trial: Trial, steps: Sequence[str] = STEPS) -> dict[str, Cost]
     Raises:
         QwtError: the config cannot be built, or the model cannot be quantized or compensated.
     """
-    _in_process(prepare, trial)
-    return {step: _in_process(measure, trial, step) for step in steps}
+    layers = _in_process(prepare, trial)
+    costs = {step: _in_process(measure, trial, step) for step in steps if step not in SEARCH_STEPS}
+    return costs | (search_costs(trial.search, layers, costs) if trial.search else {})
+
+
+def rankings(search: Search) -> int:
+    """How often a search quantizes each layer alone."""
+    return len({*search.candidates}) + len(search.activation_candidates()) - 1
+
+
+def search_costs(search: Search, layers: int, costs: Mapping[str, Cost]) -> dict[str, Cost]:
+    """Costs of the two steps of a search, from those of the steps that it repeats.
+
+    Args:
+        layers: number of those that are quantized.
+    """
+    full, calibration, quantized = (costs[step] for step in STEPS[:3])
+    times, rounds = rankings(search), search.rounds if search.smallest else 0
+    measured = dataclasses.replace(
+        calibration,
+        seconds=full.seconds + times * calibration.seconds,
+        seconds_per_image=times * calibration.seconds_per_image
+        + (times + 1) * (layers + 1) * full.seconds_per_image,
+    )
+    # A half of the images calibrates the recipe of each round, and it is scored on the others.
+    chosen = dataclasses.replace(
+        calibration,
+        seconds=full.seconds + rounds * (calibration.seconds + quantized.seconds),
+        seconds_per_image=bool(rounds) * full.seconds_per_image / 2
+        + rounds * (calibration.seconds_per_image + quantized.seconds_per_image) / 2,
+    )
+    return dict(zip(SEARCH_STEPS, (measured, chosen), strict=True))
 
 
 def images_of(dataset: Mapping[str, Any], part: Part) -> int:
@@ -281,7 +322,7 @@ def estimate_run(
     """Estimate the steps of a run that compute, model by model.
 
     Each model is tried with the first of its quantizations and compensations; others cost about as
-    much.
+    much. Of several searches the one with the most candidates counts.
 
     Args:
         config: resolved config of the workflow.
@@ -299,7 +340,13 @@ def estimate_run(
         exported = {row: about for row, about in exports(config).items() if row.model == name}
         tried = next(iter(exported), own[0])
         entry = config["models"][name]
-        quantization = QuantizationSettings.from_mapping(config["quantization"][tried.quantization])
+        quantizations = config["quantization"]
+        quantization = QuantizationSettings.from_mapping(
+            searched_settings(quantizations, tried.quantization)
+        )
+        entries = (quantizations[row.quantization] for row in own)
+        searches = [Search(**entry) for entry in entries if is_question(entry)]
+        search = max(searches, key=rankings, default=None)
         compensation = None
         if own[0].compensation:
             compensation = CompensationSettings.from_mapping(
@@ -318,14 +365,18 @@ def estimate_run(
                 {part: config[part]["batch_size"] for part in PARTS},
                 threads,
                 next((about.runtime[0] for about in exported.values()), "onnxruntime"),
+                search,
             )
-            steps = STEPS if compensation else STEPS[:3]
-            costs = measure_model(trial, steps + EXPORT_STEPS if exported else steps)
+            steps: tuple[str, ...] = STEPS if compensation else STEPS[:3]
+            steps += (SEARCH_STEPS if search else ()) + (EXPORT_STEPS if exported else ())
+            costs = measure_model(trial, steps)
         dataset = config["datasets"][entry["dataset"]]
         for step, cost in costs.items():
             if step in config["skip"]:
                 continue
             images = images_of(dataset, part_of(step))
+            if step == "measure_candidates" and search:
+                images = min(images, search.images)
             found.append(StepCost(name, step, jobs[name, step], images, cost))
     return found
 

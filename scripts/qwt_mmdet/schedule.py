@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import combinations, exports
+from .config import combinations, exports, is_question
 
 BENCHMARK = "benchmark_exported"
 
@@ -49,7 +49,11 @@ def planned_jobs(config: Mapping[str, Any]) -> list[Job]:
         add(row.model, "evaluate_baseline")
         for repeat in range(1, config["repeats"] + 1):
             name = f"{row.quantization}@{repeat}"
-            made = quantized = add(row.model, "quantize_model", name)
+            answer: tuple[Job, ...] = ()
+            if is_question(config["quantization"][row.quantization]):
+                candidates = add(row.model, "measure_candidates", name)
+                answer = (add(row.model, "choose_recipe", name, (candidates,)),)
+            made = quantized = add(row.model, "quantize_model", name, answer)
             add(row.model, "evaluate_quantized", name, (quantized,))
             if row.compensation:
                 name += f"/{row.compensation}"

@@ -6,9 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 from qwt_mmdet import cli, estimate
-from qwt_mmdet.config import QuantizationSettings, read_file, resolve
+from qwt_mmdet.config import QuantizationSettings, Search, Smallest, read_file, resolve
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.estimate import Cost, Trial, estimate_run, images_of, measure_model
+from qwt_mmdet.estimate import (
+    Cost,
+    Trial,
+    estimate_run,
+    images_of,
+    measure_model,
+    search_costs,
+)
 from qwt_mmdet.schedule import planned_jobs, wall_seconds
 from typer.testing import CliRunner
 
@@ -61,6 +68,50 @@ def test_each_exported_detector_is_evaluated_and_timed_in_each_runtime(measured,
     assert found["evaluate_exported"].images == 5000
     (trial,) = measured
     assert trial.quantization.weight_bits == 6, "what is exported is tried, and can be"
+
+
+QUESTIONS = {
+    "small": {"smallest": {"max_drop": 0.01}, "candidates": [4, 8], "rounds": 3, "images": 2},
+    "best": {"best": {"average_weight_bits": 5}, "like": "w4a4"},
+    "w4a4": {"weight_bits": 4, "activation_bits": 4, "scope": "backbone+neck"},
+}
+
+
+def test_a_search_is_two_more_steps_before_its_quantization(measured, config):
+    content = yaml.safe_load(config.read_text())
+    content |= {"quantization": QUESTIONS, "evaluation": {"shards": 1}}
+    resolved = resolve(content)
+    found = {one.step: one for one in estimate_run(resolved, device="cpu")}
+    assert {step: (found[step].jobs, found[step].images) for step in estimate.SEARCH_STEPS} == {
+        "measure_candidates": (2, 4),
+        "choose_recipe": (2, 512),
+    }
+    wall, _ = estimate.run_seconds(resolved, list(found.values()), 99)
+    chain = ("measure_candidates", "choose_recipe", *estimate.STEPS[1:2], *estimate.STEPS[3:])
+    assert wall == pytest.approx(sum(found[step].cost.total(found[step].images) for step in chain))
+    (trial,) = measured
+    assert trial.search.candidates == (3, 4, 5, 6, 8), "of two searches the one that takes longer"
+    jobs = planned_jobs(resolved)
+    (choice,) = {job for job in jobs if job.step == "choose_recipe" and "best" in job.variant}
+    assert all(
+        (choice in job.after) == ("best" in job.variant)
+        for job in jobs
+        if job.step == "quantize_model"
+    )
+
+
+def test_a_search_costs_what_it_repeats():
+    """Two widths and three numbers of activation bits: four times every layer alone, and once more each exact."""
+    search = Search(
+        smallest=Smallest(0.01), candidates=(6, 8), min_activation_bits=4,
+        objective="bit_operations", rounds=2,
+    )  # fmt: skip
+    found = search_costs(search, 9, dict.fromkeys(estimate.STEPS[:3], COST))
+    seconds = {step: (cost.seconds, cost.seconds_per_image) for step, cost in found.items()}
+    assert seconds == {
+        "measure_candidates": (10 + 4 * 10, 4 * 0.5 + 5 * 10 * 0.5),
+        "choose_recipe": (10 + 2 * 20, 0.25 + 2 * 0.5),
+    }
 
 
 def test_the_command_prints_a_table_and_the_sum(measured, config):

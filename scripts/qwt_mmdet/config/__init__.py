@@ -7,7 +7,7 @@ from .compensation import RECIPES, CompensationSettings, MaxCost
 from .datasets import of_repeat
 from .quantization import Override, QuantizationSettings
 from .reading import read_file
-from .search import Best, Search, Smallest, is_question
+from .search import Best, Search, Smallest, is_question, searched_settings
 from .section import as_entry, as_plain
 from .workflow import Combination, Configuration, combinations, exports, resolve
 
@@ -30,4 +30,5 @@ __all__ = [
     "of_repeat",
     "read_file",
     "resolve",
+    "searched_settings",
 ]

@@ -1,11 +1,12 @@
 """Quantizations that are questions: the bits of each layer are searched."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from .quantization import LEAST_BITS, MOST_BITS, Bits
-from .section import Nested, Text, section
+from .quantization import LEAST_BITS, MOST_BITS, Bits, QuantizationSettings
+from .section import Nested, Text, as_plain, section
 
 
 @section
@@ -98,6 +99,22 @@ class Search:
             if self.min_activation_bits < bits < self.max_activation_bits
         }
         return sorted({self.min_activation_bits, *between, self.max_activation_bits})
+
+
+def searched_settings(
+    quantizations: Mapping[str, Mapping[str, Any]], name: str
+) -> Mapping[str, Any]:
+    """The plain settings of which all but the bits holds in the answer to a question; a plain entry's own.
+
+    Args:
+        quantizations: resolved entries by name.
+    """
+    entry = quantizations[name]
+    if not is_question(entry):
+        return entry
+    if "like" in entry:
+        return quantizations[entry["like"]]
+    return as_plain(QuantizationSettings(8, 8))
 
 
 def is_question(entry: Any) -> bool:
