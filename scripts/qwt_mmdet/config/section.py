@@ -179,6 +179,7 @@ _PLAINER = {
     r"match pattern .*64.*": "be 64 hexadecimal digits, in quotes",
     r"match pattern .*cuda.*": "be auto, cpu, cuda or a card such as cuda:1",
     r"^(Dictionary|Tuple) should have at least 1 item.*": "it should have at least one entry",
+    r"^Tuple should have at least (\d+) items.*": r"it should have at least \1 entries",
 }
 """pydantic's words (patterns), and what they are to those who write YAML."""
 
@@ -217,14 +218,16 @@ def sentences(error: ValidationError, root: Any) -> list[str]:
     """What is wrong with a section: a sentence for each key, naming it, its value and the remedy."""
     found: dict[str, str] = {}
     wanted: dict[str, list[str]] = {}
-    for entry in error.errors():
+    errors = error.errors()
+    for entry in errors:
         location, code, value = entry["loc"], entry["type"], entry["input"]
         message = _plainer(entry["msg"])
         path, annotation = _located(location, root)
         if code.startswith(("less_than", "greater_than")):
             message = f"it should be {_bounds(annotation)}"
-        if code == "too_short" and value:  # what is in it is wrong, and is told
-            continue
+        inside = (e["loc"] for e in errors if len(e["loc"]) > len(location))
+        if code == "too_short" and any(loc[: len(location)] == location for loc in inside):
+            continue  # what is in it is wrong, and is told
         if code == "union_tag_invalid":
             path, value = [*path, "type"], entry["ctx"]["tag"]
             message = f"it should be one of {entry['ctx']['expected_tags']}"
