@@ -14,4 +14,5 @@ with step(snakemake) as job:
         candidates=snakemake.input.candidates,
         recipe=snakemake.output.recipe,
         summary=snakemake.output.summary,
+        activation_cache=snakemake.config["activation_cache"],
     )

@@ -12,4 +12,5 @@ with step(snakemake) as job:
         settings=read_recipe(recipe) if recipe else snakemake.params.settings,
         supplied=snakemake.params.supplied["path"],
         output=snakemake.output.warmup,
+        activation_cache=snakemake.config["activation_cache"],
     )

@@ -33,6 +33,8 @@ mmdet takes goes into collecting."""
 COMMAND = "QWT_MMDET_COMMAND"
 """Environment variable in which the workflow leaves the user's command line for its jobs."""
 
+REFITS = ("quantize_model", "choose_recipe")
+"""Steps that keep activations in the cache with ``refit: sequential``."""
 EVALUATIONS = (
     "evaluate_baseline",
     "evaluate_quantized",
@@ -121,7 +123,11 @@ def _machine_fault(error: BaseException, rule: str) -> str | None:
     """A sentence about what the machine lacks, or None where it is not that."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
-        remedies = {"fit_compensation": "lower activation_cache.device_gb in the config"}
+        lower = "lower activation_cache.device_gb in the config"
+        remedies = {"fit_compensation": lower}
+        remedies |= dict.fromkeys(
+            REFITS, f"end what else uses it, or with refit: sequential {lower}"
+        )
         remedies |= dict.fromkeys(EVALUATIONS, "lower evaluation.batch_size in the config")
         return (
             f"The GPU ran out of memory; {remedies.get(rule, 'end what else uses it')}, or run on the "
@@ -144,7 +150,8 @@ def _machine_fault(error: BaseException, rule: str) -> str | None:
             "an't allocate memory|failed to map segment|bad_alloc|Insufficient memory", text
         )
     ):
-        remedies = {"fit_compensation": "activation_cache.memory_gb and calibration.workers"}
+        cache = "activation_cache.memory_gb and calibration.workers"
+        remedies = dict.fromkeys(("fit_compensation", *REFITS), cache)
         remedies |= dict.fromkeys(EVALUATIONS, "batch_size and workers of evaluation")
         happened = "The machine ran out of memory"
         if killed:

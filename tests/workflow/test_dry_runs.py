@@ -102,14 +102,30 @@ def test_a_run_that_would_evaluate_nothing_is_refused(workflow: Workflow):
 
 
 def test_jobs_ask_for_what_the_estimate_measured(workflow: Workflow):
-    """Twice the time and 1.25 times the memory; a fit has room for its cache, too."""
+    """Twice the time and 1.25 times the memory; a fit and a refit have room for their cache, too."""
     cost = {"seconds": 60, "seconds_per_image": 30, "gigabytes": 2, "images": 100}
     steps = [{"model": "demo", "step": s, **cost} for s in ("quantize_model", "fit_compensation")]
     (workflow.folder / "results").mkdir()
     (workflow.folder / "results" / "estimate.json").write_text(json.dumps({"steps": steps}))
-    done = workflow.run("-n", "--cores", "2", "--configfile", str(CONFIGS / "demo_tiny.yaml"))
+    config = yaml.safe_load((CONFIGS / "demo_tiny.yaml").read_text())
+    refit = {"weight_bits": 4, "activation_bits": 4, "refit": "sequential"}
+    question = {"smallest": {"max_drop": 0.1}, "like": "refit"}
+    config["quantization"] |= {"refit": refit, "question": question}
+    workflow.configure(config)
+    done = workflow.run("-n", "--cores", "2")
+    quantized = re.findall(
+        r"rule (quantize_model|choose_recipe):.*?quantization=(\w+).*?mem_mb=(\d+)",
+        done.stdout,
+        re.DOTALL,
+    )
+    cached = {(rule, name): int(megabytes) for rule, name, megabytes in quantized}
+    assert cached == {
+        ("quantize_model", "w4a4"): 2500,
+        ("quantize_model", "refit"): 6500,
+        ("quantize_model", "question"): 6500,
+        ("choose_recipe", "question"): 7000,  # not measured
+    }
     asked = dict(re.findall(r"rule (\w+):.*?resources: (.*?)\n", done.stdout, re.DOTALL))
-    assert "mem_mb=2500" in asked["quantize_model"]
     assert "runtime=6" in asked["quantize_model"]  # of 4 images: 2 x (1 + 2) minutes
     assert "mem_mb=6500" in asked["fit_compensation"]
     assert "mem_mb=3000" in asked["evaluate_baseline"]

@@ -15,15 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import (
-    QuantizationSettings,
     Search,
-    as_plain,
     combinations,
     exports,
     is_question,
     of_repeat,
     read_file,
     resolve,
+    searched_settings,
 )
 from qwt_mmdet.data.sources import number_of_images, open_source
 from qwt_mmdet.devices import count_gpus
@@ -168,14 +167,16 @@ def detector_jobs():
 def step_resources(step, gpu=detector_gpu):
     """Return the resources of a step that runs a detector, from what `qwt-mmdet estimate` measured."""
     part = "evaluation" if step.startswith("evaluate") else "calibration"
-    cache_gb = (
-        config["activation_cache"]["memory_gb"] if step == "fit_compensation" else 0
-    )
 
     def measured(wildcards):
         return MEASURED.get((wildcards.get("model"), step))
 
     def megabytes(wildcards, attempt):
+        caches = step == "fit_compensation" or (
+            step in ("quantize_model", "choose_recipe")
+            and question_settings(wildcards)["refit"] != "none"
+        )
+        cache_gb = config["activation_cache"]["memory_gb"] if caches else 0
         return memory_mb(measured(wildcards), attempt, cache_gb=cache_gb)
 
     def limit(wildcards, attempt):
@@ -183,7 +184,8 @@ def step_resources(step, gpu=detector_gpu):
             return None
         dataset = config["models"][wildcards.model]["dataset"]
         count = config["datasets"][dataset][part]["images"]
-        images = None if count == "all" else count
+        as_measured = count == "all" or step == "measure_candidates"
+        images = None if as_measured else count
         return minutes(measured(wildcards), images, attempt)
 
     return {"gpu": gpu, "mem_mb": megabytes, "runtime": limit}
@@ -218,20 +220,10 @@ def plain_settings(wildcards):
     return None if is_question(entry) else entry
 
 
-def searched_settings(entry):
-    """Return the settings of which all but the bits holds in the answer to a question; a plain entry's own."""
-    if not is_question(entry):
-        return entry
-    if "like" in entry:
-        return config["quantization"][entry["like"]]
-    return {**as_plain(QuantizationSettings(8, 8))}
-
-
 def question_settings(wildcards):
     """Params function: the settings of which all but the bits holds in the answer to a question."""
-    return searched_settings(
-        config["quantization"][without_repeat(wildcards.quantization)]
-    )
+    name = without_repeat(wildcards.quantization)
+    return searched_settings(config["quantization"], name)
 
 
 def candidates(wildcards):
@@ -504,7 +496,7 @@ def result_row(combination):
         **combination._asdict(),
         "dataset": dataset,
         "failed": missing and (causes(names) or ["the run stopped before it"]),
-        "settings": searched_settings(config["quantization"][quantization]),
+        "settings": searched_settings(config["quantization"], quantization),
         "recipe": is_question(config["quantization"][quantization])
         and finished(f"results/{model}/{quantization}/recipe.json")
         or None,

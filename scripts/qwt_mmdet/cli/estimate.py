@@ -87,5 +87,6 @@ def estimate(
             )
         cache = content["activation_cache"]["memory_gb"]
         typer.echo(
-            f"Each fit of a compensation takes up to {cache:g} GB more (activation_cache.memory_gb)."
+            f"Each fit of a compensation, and each calibration with refit: sequential, takes up to {cache:g} GB more "
+            "(activation_cache.memory_gb)."
         )

@@ -80,7 +80,7 @@ class Loading:
 
 @section
 class ActivationCache:
-    """Where activations wait between two blocks while a compensation is fitted.
+    """Where activations wait while a compensation is fitted or layers are refit (`refit: sequential`).
 
     It never changes a result. What fits in neither place waits in a temporary folder (TMPDIR names another
     one).
@@ -186,7 +186,7 @@ class Configuration:
     evaluation: Annotated[Loading, Nested] = Field(default_factory=Loading)
     """How evaluation images are read. Another batch size evaluates anew, as kernels then round differently."""
     activation_cache: Annotated[ActivationCache, Nested] = Field(default_factory=ActivationCache)
-    """Where activations wait between two blocks while a compensation is fitted."""
+    """Where activations wait while a compensation is fitted or layers are refit (`refit: sequential`)."""
     sensitivity: Annotated[Sensitivity, Nested] = Field(default_factory=Sensitivity)
     """What `snakemake sensitivity` does."""
     bootstrap: Annotated[Bootstrap, Nested] = Field(default_factory=Bootstrap)

@@ -23,11 +23,13 @@ def quantize(
     settings: Mapping[str, Any],
     output: Pathlike,
     supplied: Pathlike | None = None,
+    activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
     """Quantize and calibrate a detector and write its warmup state.
 
     Args:
         supplied: an existing warmup file to check and take instead of calibrating.
+        activation_cache: {device_gb, memory_gb}, limits beyond which activations of a refit wait elsewhere.
     """
     resolved = QuantizationSettings.from_mapping(settings)
     model = inputs.load()
@@ -39,7 +41,7 @@ def quantize(
         return
     loader = inputs.loader(model)
     quantize_model(model, resolved)
-    calibrate(model, loader)
+    calibrate(model, loader, **(activation_cache or {}))
     save_warmup(model, output, inputs.provenance(quantization=as_plain(resolved)))
     add_account(output, inputs.job.account())
 

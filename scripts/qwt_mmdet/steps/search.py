@@ -20,7 +20,6 @@ from ..errors import QwtError
 from ..files import read_json, sha256_file, write_atomically, write_json
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import quantize_model
-from ..quantization.state import load_warmup, save_warmup
 from ..record import record_of
 from ..search.mixed import Front, Measurement, Recipe, measure_candidates, recipe_settings
 from ..search.resume import FinishedRounds
@@ -84,10 +83,8 @@ def measure(
         batches = list(islice(part.loader(model), images))
 
     def calibrated(settings: QuantizationSettings) -> BaseDetector:
-        with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
-            warmup = Path(folder, "warmup.pth")
-            save_warmup(calibrate(quantize_model(inputs.load(), settings), batches), warmup)
-            return load_warmup(inputs.load(), warmup, round_weights=False)
+        model = quantize_model(inputs.load(), settings)
+        return calibrate(model, batches, noise_images=0, keep_weights=True)
 
     plain = QuantizationSettings.from_mapping(settings)
     found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches)
@@ -157,7 +154,10 @@ class Chooser:
         return front.within(best.max_size_mb * 1e6 - self.measurement.fixed_bytes)
 
     def smallest(
-        self, inputs: Inputs, unfinished: Path | None = None
+        self,
+        inputs: Inputs,
+        unfinished: Path | None = None,
+        activation_cache: Mapping[str, Any] | None = None,
     ) -> tuple[Recipe, list[Round]]:
         """The cheapest recipe that loses at most what the question allows, by bisection.
 
@@ -177,7 +177,7 @@ class Chooser:
         low, high = 0, len(front) - 1  # the answer is one of these
         rounds: list[Round] = []
         with halves(inputs.annotations) as (calibration, scoring):
-            judge = Judge(inputs, calibration, scoring, limit.metric)
+            judge = Judge(inputs, calibration, scoring, limit.metric, activation_cache)
             known = FinishedRounds(unfinished, self._decides(inputs, judge) if unfinished else {})
             while low < high and len(rounds) < self.search.rounds:
                 middle = (noise[low] * noise[high]) ** 0.5
@@ -271,10 +271,17 @@ class Judge:
         QwtError: the detector lacks the metric, or too few images have annotations.
     """
 
-    def __init__(self, inputs: Inputs, calibration: Path, scoring: Path, metric: str) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        calibration: Path,
+        scoring: Path,
+        metric: str,
+        activation_cache: Mapping[str, Any] | None,
+    ) -> None:
         self._calibration = dataclasses.replace(inputs, annotations=calibration)
         self._scoring = dataclasses.replace(inputs, annotations=scoring)
-        self._metric = metric
+        self._metric, self._cache = metric, activation_cache or {}
         self.images = len(read_json(scoring)["images"])
         model = inputs.load()
         check_scoring(model, scoring, metric)
@@ -295,7 +302,10 @@ class Judge:
         """What the detector loses with these settings, in AP."""
         model = self._calibration.load()
         loader = self._calibration.loader(model)
-        return self.baseline - self._ap(calibrate(quantize_model(model, settings), loader))
+        quantized = calibrate(
+            quantize_model(model, settings), loader, noise_images=0, **self._cache
+        )
+        return self.baseline - self._ap(quantized)
 
 
 def choose(
@@ -307,6 +317,7 @@ def choose(
     candidates: Pathlike,
     recipe: Pathlike,
     summary: Pathlike,
+    activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
     """Choose a recipe; write it as an entry that can be pasted (``recipe``, .yaml) and what it is (``summary``).
 
@@ -318,6 +329,7 @@ def choose(
         search: the question.
         settings: of the plain quantization of which all but the bits holds.
         candidates: what :func:`measure` wrote.
+        activation_cache: {device_gb, memory_gb}, limits beyond which activations of a refit wait elsewhere.
     """
     chooser = Chooser(
         name,
@@ -330,7 +342,7 @@ def choose(
     if chooser.search.best is not None:
         chosen = chooser.within_budget()
     else:
-        chosen, rounds = chooser.smallest(inputs, unfinished)
+        chosen, rounds = chooser.smallest(inputs, unfinished, activation_cache)
     average, size = chooser.average_weight_bits(chosen), chooser.weight_bytes(chosen)
     note = f"# {average:.2f} bits per weight on average, {size / 1e6:.2f} MB. It can stand under `quantization:`.\n"
     entry = {f"{name}-recipe": as_entry(recipe_settings(chooser.settings, chosen))}
