@@ -54,8 +54,8 @@ class Quantization:
         settings: that it was quantized with.
         folds: LayerNorms whose ranges per channel fold into the layers around them.
         not_quantized: what stays in full precision.
-        signal_noise: signal-to-quantization-noise ratio in dB of each layer and each operand of attention,
-            None where there is no noise; empty before calibration.
+        signal_noise: signal-to-quantization-noise ratio in dB of each layer and each operand of attention
+            (:func:`.quantization.noise.measure_noise`), None where there is no noise; empty before calibration.
         range_check: None before calibration.
     """
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from mmdet.models.backbones import PyramidVisionTransformerV2
-from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.config import Override, QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import (
@@ -108,6 +108,20 @@ def test_calibrated_model_quantizes_channels_as_if_each_had_a_scale_of_its_own(k
         for m in (model, plain)
     ]
     assert errors[0] < errors[1]
+
+
+def test_readers_of_one_norm_may_have_different_bits():
+    """Each has the grid of its own bits, about as if all readers had as many."""
+    keys = tuple(
+        Override(f"backbone.layers.3.1.0.attn.attn.{n}_proj", activation_bits=8) for n in "kv"
+    )
+    found = {}
+    for bits, overrides in ((4, keys), (8, ())):
+        settings = QuantizationSettings(8, bits, activation_range="repq", overrides=overrides)
+        model = calibrate(quantize_model(detector("pvt"), settings), tiny.batches(2))
+        found[bits] = quantization_of(model).signal_noise
+    for override in keys:
+        assert found[4][override.pattern] == pytest.approx(found[8][override.pattern], abs=2)
 
 
 def test_with_many_bits_the_quantized_model_is_the_full_precision_one():

@@ -12,7 +12,7 @@ from qwt_mmdet.config import Best, Override, QuantizationSettings, Search, Small
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.quantization.state import load_warmup, save_warmup, summarize_quantization
+from qwt_mmdet.quantization.state import summarize_quantization
 from qwt_mmdet.search.mixed import (
     Candidate,
     Front,
@@ -20,6 +20,7 @@ from qwt_mmdet.search.mixed import (
     measure_candidates,
     recipe_settings,
 )
+from qwt_mmdet.search.sensitivity import rank_layers
 from qwt_mmdet.steps import search as steps
 
 A8 = {8: 0.0}
@@ -96,17 +97,19 @@ def detector():
     return Detector(tiny.backbone("swin")).eval()
 
 
+STEM = "backbone.patch_embed.projection"
+"""The layer that sees the image."""
+
+
+def calibrated(settings):
+    return calibrate(quantize_model(detector(), settings), tiny.batches(1), keep_weights=True)
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    path = tmp_path_factory.mktemp("search") / "warmup.pth"
-
-    def calibrated(settings):
-        save_warmup(calibrate(quantize_model(detector(), settings), tiny.batches(1)), path)
-        return load_warmup(detector(), path, round_weights=False)
-
-    kept = Override("backbone.stages.0.blocks.0.ffn.layers.1", weight_bits=8)
+def measured():
+    kept = Override("backbone.stages.0.blocks.0.ffn.layers.1", activation_bits=6)
     settings = QuantizationSettings(8, 8, overrides=(kept,))
-    found = measure_candidates(calibrated, settings, (3, 5), (8,), tiny.batches(1))
+    found = measure_candidates(calibrated, settings, (3, 5), (4, 8), tiny.batches(1))
     return settings, found
 
 
@@ -117,6 +120,38 @@ def test_noise_falls_with_bits_and_layers_that_overrides_name_keep_theirs(measur
     assert settings.overrides[0].pattern not in {c.name for c in layers}
     assert sum(c.multiply_adds_percent for c in found.candidates) == pytest.approx(100)
     assert [c for c in found.candidates if not c.weights]  # attention
+
+
+@pytest.mark.parametrize("objective", ["bytes", "bit_operations"])
+def test_what_was_measured_is_what_the_chosen_recipe_does(measured, objective):
+    settings, found = measured
+    recipe = Front(found.candidates, objective)[0]
+    ranked = rank_layers(calibrated(recipe_settings(settings, recipe)), tiny.batches(1))
+    runs = {entry.name: entry for entry in ranked}
+    for layer in found.candidates:
+        bits = recipe.choices[layer.name].weight_bits, recipe.choices[layer.name].activation_bits
+        assert (runs[layer.name].weight_bits, runs[layer.name].activation_bits) == bits
+        if bits[1] == 8:
+            said = layer.weight_noise[bits[0]] if layer.weights else layer.activation_noise[8]
+            assert runs[layer.name].relative_noise == pytest.approx(said)
+    assert runs[STEM].activation_bits == settings.input_bits == 8
+    assert recipe.choices[STEM].bit_operations == pytest.approx(
+        next(c.multiply_adds_percent for c in found.candidates if c.name == STEM) * 3 * 8 / 64
+    )
+
+
+def test_one_number_of_bits_for_weights_leaves_the_activations_to_search():
+    found = measure_candidates(
+        calibrated, QuantizationSettings(8, 8), (8,), (4, 8), tiny.batches(1)
+    )
+    bits = {(*c.weight_noise, *c.activation_noise) for c in found.candidates if c.weights}
+    assert bits == {(8, 4, 8), (8, 8)}  # the second of the layer that sees the image
+
+
+@pytest.mark.parametrize("bits", [((), (8,)), ((4, 8), ())])
+def test_no_number_of_bits_is_an_error(bits):
+    with pytest.raises(QwtError, match="needs a number of bits"):
+        measure_candidates(calibrated, QuantizationSettings(8, 8), *bits, [])
 
 
 def test_the_recipe_quantizes_a_detector_to_the_bits_and_the_bytes_that_it_names(measured):
@@ -303,6 +338,17 @@ def test_a_metric_that_the_detector_lacks_is_an_error(annotations):
         chooser(smallest=Smallest(0.01, "segm")).smallest(inputs)
 
 
+def test_a_recipe_is_calibrated_within_the_activation_cache(annotations, monkeypatch):
+    limits, seen = {"device_gb": 1.0, "memory_gb": 0.5}, []
+    monkeypatch.setattr(steps.Judge, "_ap", lambda *_: 0.5)
+    monkeypatch.setattr(steps.Inputs, "loader", lambda *_: [])
+    monkeypatch.setattr(steps, "quantize_model", lambda model, settings: model)
+    monkeypatch.setattr(steps, "calibrate", lambda *_, **options: seen.append(options))
+    inputs = Unloaded("", {}, "", annotations(20, 20), None, 0, 1, 0)
+    chooser(smallest=Smallest(0.01), rounds=1).smallest(inputs, limits)
+    assert limits.items() <= seen[0].items()
+
+
 class Unloaded(steps.Inputs):
     """Inputs whose detector has no masks and cannot run."""
 
@@ -317,6 +363,8 @@ class Unloaded(steps.Inputs):
         ({"smallest": Smallest(0.1), "best": Best(5)}, "either smallest or best"),
         ({"best": Best(2.5)}, r"average_weight_bits is 2\.5, but candidates go from 3 to 8"),
         ({"best": Best(5), "candidates": (4, 4)}, "two different"),
+        ({"best": Best(5), "candidates": (8,)}, r"candidates is \(8,\); .* at least 2 entries"),
+        ({"best": Best(5), "candidates": (8, 9)}, r"candidates\[1\] is 9; .* 8\.$"),
         (
             {"best": Best(5), "min_activation_bits": 8, "max_activation_bits": 6},
             "min_activation_bits is 8, more than",

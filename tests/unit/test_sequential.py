@@ -1,13 +1,14 @@
 """Layers that are fitted on what the quantized layers before them hand over."""
 
 import copy
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from mmdet.models.dense_heads import RetinaHead, YOLOXHead
-from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.config import Override, QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization import sequential
@@ -17,7 +18,9 @@ from qwt_mmdet.quantization.regression import RegressionSums, ridge_towards
 from qwt_mmdet.quantization.scores import score_map, scores_at
 from qwt_mmdet.quantization.sequential import FullPrecision, LayerFit, corresponds
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
+from qwt_mmdet.record import quantization_of
 from qwt_mmdet.replay.cache import ActivationCache
+from qwt_mmdet.steps import quantize as step
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -176,6 +179,23 @@ def test_the_error_on_images_that_were_not_seen_falls():
     assert error(calibrated({}, images), net(), others) < 0.85 * plain
 
 
+def test_a_layer_of_eight_bits_is_not_blamed_for_what_it_repairs():
+    """Nor does a layer that few bits hurt look better for what others repair."""
+    images = tiny.batches(6, size=(32, 32))
+    eight = tuple(
+        Override(f"backbone.{name}", weight_bits=8, activation_bits=8)
+        for name in ("shared", "query", "key", "last")
+    )
+    noise = {
+        refit: quantization_of(
+            calibrated({"refit": refit, "overrides": eight}, images)
+        ).signal_noise
+        for refit in ("none", "sequential")
+    }
+    for name, decibels in noise["none"].items():
+        assert noise["sequential"][name] == pytest.approx(decibels, abs=3)
+
+
 @pytest.mark.parametrize(
     "changes", [{"rounding": "nearest"}, {"bias_correction": False}, {"grids": "integer"}]
 )
@@ -195,6 +215,16 @@ def test_limits_of_memory_and_batches_change_nothing():
     assert first
     for state in others:
         assert all(torch.equal(value, first[key]) for key, value in state.items())
+
+
+def test_the_step_calibrates_within_the_activation_cache(monkeypatch, tmp_path):
+    limits, seen = {"device_gb": 1.0, "memory_gb": 0.5}, []
+    monkeypatch.setattr(step, "calibrate", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(step, "save_warmup", lambda *_: None)
+    monkeypatch.setattr(step, "add_account", lambda *_: None)
+    inputs = MagicMock(load=net)
+    step.quantize(inputs, settings=vars(settings()), output="", activation_cache=limits)
+    assert seen == [limits]
 
 
 def test_what_was_fitted_is_saved_and_comes_back(tmp_path):
@@ -232,6 +262,11 @@ def test_a_layer_whose_positions_do_not_correspond_aims_at_its_own_output():
             fit.see(image, 0, x)
         fit.finish(settings(8, bias_correction=False))
     assert (quantized.rounded_weight() - layer.weight).abs().max() < 0.02
+
+
+def test_no_image_is_an_error():
+    with pytest.raises(QwtError, match="no calibration images"):
+        calibrated({}, [])
 
 
 def test_a_network_that_is_not_finite_is_refused():

@@ -26,8 +26,9 @@ from .convert import (
     matching_override,
     quantized_layers,
     quantized_units,
+    running_order,
 )
-from .folding import apply_fold, factors
+from .folding import apply_fold, factors, folded_range
 from .layers import QuantizedConv2d, QuantizedLayer, layer_by_name
 from .moments import InputMoments, measure_inputs
 from .noise import count_multiply_adds, measure_noise
@@ -40,7 +41,7 @@ from .weights import quantize_weight
 logger = logging.getLogger(__name__)
 
 NOISE_IMAGES = 8
-"""Calibration images that the signal-to-noise ratios of the report are measured on."""
+"""Calibration images that signal-to-noise ratios are measured on, of layers and of ranges."""
 UNKNOWN_IMAGES = 128
 """So many are expected of a loader that doesn't know."""
 
@@ -107,25 +108,17 @@ def observe(run: Calibration) -> None:
         watch |= run.full.watches(run.model)
     skipped = [entry.name for entry in run.about.not_quantized]
     order: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-        for name, module in quantized_layers(run.model).items()
-    ]
-    try:
-        with full_precision(run.model, watch):
-            for image in run.images("Calibrating"):
-                with contextlib.ExitStack() as stack:
-                    if run.images_seen == 0 and skipped:  # counting slows a pass
-                        run.shares = stack.enter_context(count_multiply_adds(run.model, skipped))
-                    run.forward(image)
-                if run.full is not None:
-                    run.full.add_image(image)
-                run.images_seen += 1
-                while handles:
-                    handles.pop().remove()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with full_precision(run.model, watch):
+        for image in run.images("Calibrating"):
+            with contextlib.ExitStack() as stack:
+                if run.images_seen == 0:
+                    order = stack.enter_context(running_order(run.model))
+                if run.images_seen == 0 and skipped:  # counting slows a pass
+                    run.shares = stack.enter_context(count_multiply_adds(run.model, skipped))
+                run.forward(image)
+            if run.full is not None:
+                run.full.add_image(image)
+            run.images_seen += 1
     if run.images_seen == 0:
         raise QwtError("There are no calibration images; choose at least one.")
     run.first = order[0] if order else None
@@ -160,9 +153,13 @@ def fold_norms(run: Calibration) -> None:
         quantizers = [layer_by_name(run.model, name).input_quantizer for name in fold.layers]
         if not all(quantizer.is_calibrated for quantizer in quantizers):
             continue
-        scale, zero_point, factor, shift = factors(*quantizers[0].grid)
+        finest = max(quantizers, key=lambda quantizer: quantizer.bits)
+        scale, zero_point, factor, shift = factors(*finest.grid)
         for quantizer in quantizers:  # they have all seen the same values
-            quantizer.set_parameters(scale, zero_point)
+            if quantizer.bits == finest.bits:
+                quantizer.set_parameters(scale, zero_point)
+            else:
+                quantizer.set_range(*folded_range(quantizer, factor, shift))
         apply_fold(run.model, fold, factor, shift)
 
 
@@ -181,6 +178,7 @@ def measure_moments(run: Calibration) -> None:
     with full_precision(run.model, {layer: partial(measure, layer) for layer in layers}):
         for image in run.images("Measuring quantized inputs"):
             run.forward(image)
+    run.moments = {layer: seen for layer, seen in run.moments.items() if seen.positions}
 
 
 def quantize_weights(run: Calibration) -> None:
@@ -207,7 +205,7 @@ def check_ranges(run: Calibration) -> None:
     folded = {f"{name}.input_quantizer" for name in run.about.folded_layers}
     run.about.range_check = check = run.validation.check(
         run.model,
-        single_images(run.loader),
+        islice(single_images(run.loader), run.noise_images),
         run.images_seen,
         run.about.settings.scope,
         spared=folded,  # what they read has been rescaled since
@@ -217,9 +215,10 @@ def check_ranges(run: Calibration) -> None:
 
 
 def measure_layers(run: Calibration) -> None:
-    """Measure the noise of every layer alone, on the first images, for the report."""
+    """Measure the noise that every layer adds, on the first images, for the report."""
     images = islice(single_images(run.loader), run.noise_images)
-    run.about.signal_noise = measure_noise(run.model, images, run.about.settings.scope)
+    fitted = run.full.fitted if run.full is not None else None
+    run.about.signal_noise = measure_noise(run.model, images, run.about.settings.scope, fitted)
 
 
 def round_weights(run: Calibration) -> None:
@@ -269,6 +268,7 @@ def calibrate(
     noise_images: int = NOISE_IMAGES,
     device_gb: float = 4.0,
     memory_gb: float = 4.0,
+    keep_weights: bool = False,
 ) -> nn.Module:
     """Find all ranges on calibration images, in full precision, then quantize the weights.
 
@@ -281,6 +281,7 @@ def calibrate(
         noise_images: number of these.
         device_gb, memory_gb: with ``refit: sequential``, activations beyond this wait elsewhere (see
             :class:`..replay.cache.ActivationCache`).
+        keep_weights: leave the weights in full precision, as ``load_warmup(…, round_weights=False)`` does.
 
     Returns:
         ``model``, ready to run quantized.
@@ -296,11 +297,23 @@ def calibrate(
             run.full = FullPrecision(
                 cache, count_images(loader) or length_hint(loader, UNKNOWN_IMAGES)
             )
-        for run_pass in (*RANGE_PASSES, *WEIGHT_PASSES[refit_method]):
-            run_pass(run)
-    for run_pass in LAST_PASSES:
-        run_pass(run)
+        for run_pass in (*RANGE_PASSES, *WEIGHT_PASSES[refit_method], *LAST_PASSES):
+            if run_pass is not round_weights or not keep_weights:
+                run_pass(run)
     return model
+
+
+@torch.no_grad()
+def quantize_weights_alone(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
+    """Choose codes and bias corrections anew as without a refit: each layer for itself.
+
+    Args:
+        model: calibrated; its weights are not rounded.
+        loader: as for :func:`calibrate`.
+    """
+    run = Calibration(model, loader, 0)
+    for run_pass in WEIGHT_PASSES["none"]:
+        run_pass(run)
 
 
 @torch.no_grad()

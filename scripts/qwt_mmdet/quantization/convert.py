@@ -166,6 +166,42 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 @contextlib.contextmanager
+def running_order(model: nn.Module) -> Iterator[list[str]]:
+    """Inside: note the name of each quantized layer whenever it runs. The first one sees the image."""
+    order: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name, layer in quantized_layers(model).items():
+            handle = layer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+            stack.callback(handle.remove)
+        yield order
+
+
+@contextlib.contextmanager
+def rounded_weights(model: nn.Module, watch: Mapping[nn.Module, Watch]) -> Iterator[None]:
+    """Let a calibrated model whose weights are not rounded yet compute quantized.
+
+    What calibration has not seen stays in full precision.
+
+    Args:
+        watch: as of :func:`full_precision`.
+    """
+    layers = [*quantized_layers(model).values()]
+    weights = [layer.weight.data for layer in layers]
+    with full_precision(model, watch):
+        for layer in layers:
+            layer.enabled = layer.is_calibrated
+            if layer.is_calibrated:
+                layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
+        for quantizer in activation_quantizers(model).values():
+            quantizer.enabled = quantizer.is_calibrated
+        try:
+            yield
+        finally:
+            for layer, weight in zip(layers, weights, strict=True):
+                layer.weight.data = weight
+
+
+@contextlib.contextmanager
 def full_precision(model: nn.Module, watch: Mapping[nn.Module, Watch]) -> Iterator[None]:
     """Let a model whose weights are not rounded yet compute in full precision.
 

@@ -18,6 +18,7 @@ from mmdet.models.layers.transformer.utils import PatchMerging
 from torch import Tensor, nn
 
 from .layers import QuantizedConv2d, QuantizedLinear, become, layer_by_name
+from .quantizer import ActivationQuantizer
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,20 @@ def factors(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     tensor_zero_point = zero_point.mean(0, keepdim=True).round()
     shift = scale * (zero_point - tensor_zero_point)
     return tensor_scale, tensor_zero_point, scale / tensor_scale, shift
+
+
+def folded_range(
+    quantizer: ActivationQuantizer, factor: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The clipping range of the folded tensor, [1] each, from a quantizer's own ranges per channel.
+
+    Args:
+        factor, shift: of a reader with another number of bits (:func:`factors`).
+    """
+    scale, zero_point = quantizer.grid
+    ends = (-zero_point, 2**quantizer.bits - 1 - zero_point)
+    low, high = (((scale * end + shift) / factor).mean(0, keepdim=True) for end in ends)
+    return low, high
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from ..detectors.forward import count_operations, forward_scope
 from .attention import QuantizedAttention
-from .convert import full_precision, quantized_layers
-from .quantizer import Watch
+from .convert import full_precision, quantized_layers, rounded_weights
+from .layers import QuantizedLayer
+from .quantizer import ActivationQuantizer, Watch
 
 
 class SignalNoise:
@@ -56,27 +58,40 @@ class HeadNoise:
 
 
 def measure_noise(
-    model: nn.Module, images: Iterable[dict[str, Any]], scope: str
+    model: nn.Module,
+    images: Iterable[dict[str, Any]],
+    scope: str,
+    fitted: Callable[[str], tuple[Tensor, Tensor | None]] | None = None,
 ) -> dict[str, float | None]:
     """Signal-to-quantization-noise ratio in dB of every layer's output and attention's operands.
 
-    Each is quantized alone: its input is what the full-precision model computes.
+    The noise is what rounding this layer's weights and this input changes, and nothing else.
+
+    Args:
+        model: calibrated; its weights are not rounded.
+        fitted: of a sequential refit, by name a layer's weights and bias before they were rounded. Then all
+            layers compute quantized, and each is compared with its fitted weights on the input that it gets.
+            None: each is quantized alone, on what the full-precision model computes.
     """
     noise: dict[str, SignalNoise] = {}
     watch: dict[nn.Module, Watch] = {}
 
-    def measure(name: str, module: nn.Module, quantized: Callable[[Tensor], Tensor]) -> None:
-        total = noise[name] = SignalNoise()
-        watch[module] = lambda x, output: total.update(output, quantized(x))
+    def see_layer(name: str, layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
+        exact = output if fitted is None else layer._compute(x, *fitted(name))
+        noise[name].update(exact, layer.quantized_output(x))
+
+    def see_operand(name: str, quantizer: ActivationQuantizer, x: Tensor, _: Tensor) -> None:
+        noise[name].update(x, quantizer.quantized(x))
 
     for name, layer in quantized_layers(model).items():
         if layer.is_calibrated:
-            measure(name, layer, layer.quantized_output)
+            noise[name], watch[layer] = SignalNoise(), partial(see_layer, name, layer)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedAttention) and module.is_calibrated:
             for operand, quantizer in zip(module.operands, module.quantizers(), strict=True):
-                measure(f"{name} ({operand})", quantizer, quantizer.quantized)
-    with full_precision(model, watch):
+                key = f"{name} ({operand})"
+                noise[key], watch[quantizer] = SignalNoise(), partial(see_operand, key, quantizer)
+    with (full_precision if fitted is None else rounded_weights)(model, watch):
         for image in images:
             forward_scope(model, image, scope)
     return {name: total.decibels() for name, total in noise.items()}

@@ -8,7 +8,7 @@ from ..errors import QwtError
 from .primitives import fake_quantize, fake_quantize_log_sqrt2, quantization_parameters
 
 Watch = Callable[[Tensor, Tensor], None]
-"""Called with input and output of a layer or quantizer whenever it has run with ``enabled`` off."""
+"""Called with input and output of a layer or quantizer whenever it has run."""
 
 
 class ActivationQuantizer(nn.Module):
@@ -78,11 +78,13 @@ class ActivationQuantizer(nn.Module):
         Args:
             overwrite: nobody else needs ``x``; the result may take its place.
         """
-        if not self.enabled:
-            if self.watch is not None:
-                self.watch(x, x)
-            return x
-        return self.quantized(x, overwrite=overwrite)
+        if self.enabled:
+            output = self.quantized(x, overwrite=overwrite and self.watch is None)
+        else:
+            output = x
+        if self.watch is not None:
+            self.watch(x, output)
+        return output
 
     def quantized(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """Return ``x`` on its grid, also when disabled."""

@@ -48,6 +48,9 @@ RIDGE = 0.01
 """Strength of the ridge, relative to the mean variance of a layer's inputs."""
 
 
+Affine = tuple[Tensor, Tensor | None]
+"""Weights of a layer and its bias."""
+
 See = Callable[[int, int, Tensor], None]
 """Takes the number of an image, the number of a layer's call for it, and the layer's input."""
 
@@ -70,7 +73,7 @@ class FullPrecision:
         self.images = 0
         self.order: dict[str, QuantizedLayer] = {}
         self.calls: Counter[tuple[int, str]] = Counter()
-        self._rows = math.ceil(ROWS / images)
+        self._rows = math.ceil(ROWS / max(1, images))
 
     def watches(self, model: nn.Module) -> dict[nn.Module, Watch]:
         """What samples each layer's outputs in a full-precision pass of the next image."""
@@ -112,6 +115,10 @@ class FullPrecision:
         key = ("output", image, name, call)
         found, rows = self.cache.pop(key) if key in self.cache else (None, None)
         return rows if found == size else None
+
+    def fitted(self, name: str) -> Affine:
+        """Weights and bias of a layer after its regression, before they were rounded."""
+        return self.cache["fitted", name]
 
     @property
     def rows(self) -> int:
@@ -180,12 +187,12 @@ class LayerFit:
             return None
         return 1 - self.weighting + self.weighting * scores[chosen] / scores.mean().clamp(min=1e-12)
 
-    def finish(self, settings: QuantizationSettings) -> None:
-        """Give the layer its codes and its bias."""
+    def finish(self, settings: QuantizationSettings) -> Affine:
+        """Give the layer its codes and its bias; return weights and bias as fitted, before they are rounded."""
         layer, centred = self.layer, settings.bias_correction
         if self.sums.is_empty:
             choose_codes(layer, layer.weight, settings, None)
-            return
+            return layer.weight.data, layer.bias
         squares, cross = self.sums.moments(centred=centred)
         mean_x, mean_y = self.sums.means()
         bias = torch.zeros_like(mean_y)
@@ -196,16 +203,20 @@ class LayerFit:
             if not centred:
                 cross = cross - mean_x[:, :, None] * bias[:, None]
             weight = ridge_towards(weight, squares[0], cross, RIDGE)
+        fitted = weight.float().view_as(layer.weight)
         choose_codes(
             layer,
-            weight.float().view_as(layer.weight),
+            fitted,
             settings,
             squares if rounding_by_name(settings.rounding).needs_moments else None,
         )
-        if centred:
-            rounded = layer.rounded_weight().double().view_as(weight)
-            shift = mean_y - torch.einsum("goi,gi->go", rounded, mean_x) - bias
-            layer.bias_correction = shift.flatten().float()
+        if not centred:
+            return fitted, layer.bias
+        rounded = layer.rounded_weight().double().view_as(weight)
+        shift = mean_y - torch.einsum("goi,gi->go", rounded, mean_x) - bias
+        layer.bias_correction = shift.flatten().float()
+        exact = mean_y - torch.einsum("goi,gi->go", weight, mean_x)
+        return fitted, exact.flatten().float()
 
 
 def choose_range(
@@ -241,7 +252,8 @@ def calibrate_sequentially(
 ) -> None:
     """Choose ranges, codes and biases of all layers, in the order in which they run.
 
-    An input that has its range already keeps it. Weights keep their full-precision values.
+    An input that has its range already keeps it. Weights keep their full-precision values; ``full.fitted`` has
+    what they were fitted to.
     """
     layers = quantized_layers(model)
     walk = Walk(outermost_modules(model, layers, ActivationQuantizer), full.order, full.cache)
@@ -289,7 +301,7 @@ def calibrate_sequentially(
                     continue
                 fit = LayerFit(name, layer, full, settings.refit_weighting)
                 visit(name, fit.see)
-                fit.finish(settings)
+                full.cache["fitted", name] = fit.finish(settings)
                 layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
                 layer.enabled = quantizer.enabled = True
                 walk.unsettled.discard(name)

@@ -9,7 +9,6 @@ these images and in all: the search for a range costs more than the check may.
 """
 
 from collections.abc import Collection, Iterable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from .noise import HeadNoise, decibels
 from .quantizer import ActivationQuantizer
 from .ranges import RangeObserver
 
-IMAGES = 4
-"""That made the ranges, and as many that did not."""
 PERCENTILE = 99.99
 
 
@@ -96,8 +93,8 @@ class RangeValidation:
 
         Args:
             model: with full-precision weights.
-            images: the calibration images in their order, batches of one.
-            count: their number.
+            images: the first calibration images in their order, batches of one.
+            count: the number of all.
             spared: names of quantizers that keep their scales.
         """
         if count < 2:
@@ -112,7 +109,7 @@ class RangeValidation:
             try:
                 for quantizer, scale in scales.items():
                     quantizer.scale = scale
-                for number, image in enumerate(islice(images, 2 * IMAGES)):
+                for number, image in enumerate(images):
                     outputs = []
                     for enabled in (False, True):
                         for quantizer in own:

@@ -22,7 +22,7 @@ from ..quantization.convert import matching_override, quantized_units
 from ..quantization.layers import QuantizedLayer
 from ..quantization.noise import count_multiply_adds
 from ..quantization.state import summarize_quantization
-from .sensitivity import rank_layers, relieve_layers
+from .sensitivity import Sensitivity, rank_layers, relieve_layers
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,9 @@ def measure_candidates(
 ) -> Measurement:
     """Measure the noise of each layer at each number of bits, alone and among layers with few bits.
 
-    Layers that overrides of the settings name, and those that the heads do not notice, keep their bits.
+    Layers that overrides of the settings name, and those that the heads do not notice, keep their bits. A layer
+    whose activations do not follow the settings' bits (the first one has ``input_bits``) has the choices that
+    it was measured with. Nothing is refit, also where the settings say so: with a refit, no layer is alone.
 
     Args:
         calibrated: returns the detector with these settings, calibrated, whose weights are not rounded yet.
@@ -136,27 +138,35 @@ def measure_candidates(
         images: batches to measure on; each is run about once for each layer and number of bits.
 
     Raises:
-        QwtError: there is no layer to search.
+        QwtError: there is no layer or no number of bits to search.
     """
-    widths, activations = sorted(weight_bits), sorted(activation_bits)
+    widths, activations = sorted({*weight_bits}), sorted({*activation_bits})
+    if not widths or not activations:
+        raise QwtError("A search needs a number of bits for weights and one for activations.")
 
-    def ranked(weight_bits: int, activation_bits: int) -> tuple[nn.Module, dict[str, float]]:
+    def ranked(weight_bits: int, activation_bits: int) -> tuple[nn.Module, dict[str, Sensitivity]]:
         model = calibrated(
-            replace(settings, weight_bits=weight_bits, activation_bits=activation_bits)
+            replace(
+                settings, weight_bits=weight_bits, activation_bits=activation_bits, refit="none"
+            )
         )
         logger.info("Measuring W%dA%d", weight_bits, activation_bits)
-        return model, {e.name: e.relative_noise or 0.0 for e in rank_layers(model, images)}
+        return model, {entry.name: entry for entry in rank_layers(model, images)}
 
-    by_activations = {bits: ranked(widths[-1], bits)[1] for bits in activations}
-    by_weights = {widths[-1]: by_activations[activations[-1]]}
+    by_activations, by_weights = [], []
+    for bits in activations:
+        model, found = ranked(widths[-1], bits)
+        by_activations.append(found)
+    by_weights.append(found)
     for bits in widths[-2::-1]:
-        model, by_weights[bits] = ranked(bits, activations[-1])
+        model, found = ranked(bits, activations[-1])
+        by_weights.append(found)
     relief = relieve_layers(model, images)
     units = quantized_units(model)
     names = [
         name
-        for name, noise in by_weights[widths[0]].items()
-        if noise > 0 and matching_override(name, settings.overrides) is None
+        for name, entry in found.items()
+        if entry.relative_noise and matching_override(name, settings.overrides) is None
     ]
     if not any(isinstance(units[name], QuantizedLayer) for name in names):
         raise QwtError(
@@ -172,19 +182,28 @@ def measure_candidates(
                 name,
                 layer.weight.numel() if layer else 0,
                 share,
-                {bits: by_weights[bits][name] for bits in widths} if layer else {},
-                {bits: by_activations[bits][name] for bits in activations},
+                _noise_by("weight_bits", name, by_weights) if layer else {},
+                _noise_by("activation_bits", name, by_activations),
                 relief[name],
             )
         )
     fixed = summarize_quantization(model)["weight_bytes"]
     fixed -= sum(candidate.weights for candidate in candidates) * widths[0] / 8
-    # What the heads do not show gets the settings' own bits in the end.
+    # What is not searched gets the settings' own bits in the end.
     for name, unit in units.items():
-        hidden = name not in names and matching_override(name, settings.overrides) is None
-        if hidden and isinstance(unit, QuantizedLayer) and unit.is_calibrated:
-            fixed += unit.weight.numel() * (settings.weight_bits - widths[0]) / 8
+        if name not in names and isinstance(unit, QuantizedLayer) and unit.is_calibrated:
+            override = matching_override(name, settings.overrides)
+            bits = (override and override.weight_bits) or settings.weight_bits
+            fixed += unit.weight.numel() * (bits - unit.weight_bits) / 8
     return Measurement(candidates, fixed)
+
+
+def _noise_by(
+    key: str, name: str, measured: Iterable[Mapping[str, Sensitivity]]
+) -> dict[int, float]:
+    """Noise of a layer by the bits that it had, in rising order."""
+    entries = [found[name] for found in measured]
+    return dict(sorted((getattr(entry, key), entry.relative_noise or 0.0) for entry in entries))
 
 
 def _own_multiply_adds(

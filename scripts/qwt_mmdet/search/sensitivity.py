@@ -13,10 +13,12 @@ from ..config import Override, QuantizationSettings
 from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..progress import progress
-from ..quantization.convert import Unit, full_precision, quantized_units
+from ..quantization.calibrate import quantize_weights_alone
+from ..quantization.convert import Unit, full_precision, quantized_units, running_order
 from ..quantization.layers import QuantizedLayer
 from ..quantization.noise import HeadNoise, decibels
 from ..quantization.quantizer import ActivationQuantizer
+from ..record import quantization_of
 
 LEAST_BITS, MOST_BITS = 2, 8
 
@@ -31,6 +33,7 @@ class Sensitivity:
         weights: number of weights.
         relative_noise: noise by signal power at the heads, averaged over their tensors; None where
             nothing that is measured depends on the layer.
+        sees_image: whether it is the layer whose activations have ``input_bits``.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Sensitivity:
     activation_bits: int
     weights: int
     relative_noise: float | None
+    sees_image: bool = False
 
     @property
     def sqnr_db(self) -> float | None:
@@ -66,6 +70,9 @@ def _quantized_alone(unit: Unit) -> Iterator[None]:
 def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[Sensitivity]:
     """Quantize each layer alone and measure the noise at the heads; the most harmful one first.
 
+    What a sequential refit makes of a layer's weights repairs the layers before it, and alone would be noise. So
+    after a refit the layers get codes of their original weights, which they keep.
+
     Args:
         model: from ``load_warmup(…, round_weights=False)``.
         loader: calibration batches; each is run once more than there are layers.
@@ -73,19 +80,33 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
     Raises:
         QwtError: no image came.
     """
+    if quantization_of(model).settings.refit != "none":
+        loader = [*loader]
+        quantize_weights_alone(model, loader)
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
     noise = {name: HeadNoise() for name in units}
     images = 0
     with full_precision(model, {}):
         for batch in progress(loader, "Quantizing each layer alone", unit="batch"):
-            expected = head_tensors(model, batch)
+            with running_order(model) as order:
+                expected = head_tensors(model, batch)
             images += 1
             for name, unit in units.items():
                 with _quantized_alone(unit):
                     noise[name].update(expected, head_tensors(model, batch))
     if images == 0:
         raise QwtError("There are no calibration images; choose at least one.")
-    ranked = [_sensitivity(name, unit, noise[name]) for name, unit in units.items()]
+    ranked = [
+        Sensitivity(
+            name,
+            unit.weight_bits,
+            unit.activation_bits,
+            unit.weight.numel() if isinstance(unit, QuantizedLayer) else 0,
+            noise[name].relative() or None,
+            sees_image=name in order[:1],
+        )
+        for name, unit in units.items()
+    ]
     return sorted(ranked, key=lambda entry: -(entry.relative_noise or 0))
 
 
@@ -138,13 +159,6 @@ def relieve_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> dic
     return {name: together.relative() - without.relative() for name, without in noise.items()}
 
 
-def _sensitivity(name: str, unit: Unit, noise: HeadNoise) -> Sensitivity:
-    weights = unit.weight.numel() if isinstance(unit, QuantizedLayer) else 0
-    return Sensitivity(
-        name, unit.weight_bits, unit.activation_bits, weights, noise.relative() or None
-    )
-
-
 def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str, int]:
     """Weight bits of each layer that make the sum of the noise small, for an average bit width.
 
@@ -194,7 +208,8 @@ def mixed_precision(
 ) -> QuantizationSettings:
     """The settings with an override for every layer whose bits change.
 
-    A layer's activations keep their distance from its weights' bits (8 at most, 2 at least).
+    A layer's activations keep their distance from its weights' bits (8 at most, 2 at least); the image keeps
+    its bits.
     """
     overrides = []
     for entry in ranked:
@@ -203,8 +218,10 @@ def mixed_precision(
         bits = chosen.get(entry.name, entry.weight_bits)
         if bits == entry.weight_bits:
             continue
-        activation_bits = bits + entry.activation_bits - entry.weight_bits
-        activation_bits = min(MOST_BITS, max(LEAST_BITS, activation_bits))
+        distance = entry.activation_bits - entry.weight_bits
+        activation_bits = min(MOST_BITS, max(LEAST_BITS, bits + distance))
+        if entry.sees_image:
+            activation_bits = entry.activation_bits
         overrides.append(Override(entry.name, bits, activation_bits))
     values = {**vars(settings), "overrides": (*settings.overrides, *overrides)}
     return QuantizationSettings(**values)
