@@ -202,6 +202,8 @@ def refit(run: Calibration) -> None:
 
 def check_ranges(run: Calibration) -> None:
     """Warn of ranges that do not hold on images that did not make them."""
+    if not run.noise_images:
+        return
     folded = {f"{name}.input_quantizer" for name in run.about.folded_layers}
     run.about.range_check = check = run.validation.check(
         run.model,
