@@ -12,7 +12,7 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DefaultScope
 
-from .data.loaders import inference_pipeline
+from .data.loaders import inference_pipeline, unprepared
 from .errors import QwtError
 from .evaluation.predict import detections, finite
 from .files import write_json
@@ -38,7 +38,7 @@ def run_on_images(
         The number of detections.
 
     Raises:
-        QwtError: an image cannot be read.
+        QwtError: an image cannot be read or prepared.
     """
     with DefaultScope.overwrite_default_scope("mmdet"):
         pipeline = Compose(inference_pipeline(model.cfg))
@@ -52,7 +52,11 @@ def run_on_images(
         image = cv2.imread(str(path))
         if image is None:
             raise QwtError(f"The image {path} cannot be read; convert it to JPEG or PNG.")
-        data = pipeline({"img_path": str(path), "img_id": number})
+        height, width = image.shape[:2]
+        try:
+            data = pipeline({"img_path": str(path), "img_id": number})
+        except cv2.error as error:
+            raise unprepared(path, width, height, error) from error
         with torch.no_grad():
             (sample,) = model.test_step(pseudo_collate([data]))
         instances = finite(sample.pred_instances)
@@ -60,7 +64,6 @@ def run_on_images(
             logger.warning("%s: %d detections are NaN or infinite and left out.", path, lost)
             sample.pred_instances = instances
         found += detections(sample.pred_instances, number, list(range(1, len(classes) + 1)))
-        height, width = image.shape[:2]
         entries.append({"id": number, "file_name": str(path), "height": height, "width": width})
         visualizer.add_datasample(
             path.name,

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import cv2
@@ -9,6 +10,7 @@ from PIL import Image
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import read_config
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.inference import run_on_images
 
 NANO = "yolox/yolox_nano_8xb8-300e_coco.py"
 
@@ -79,6 +81,9 @@ def test_an_image_that_is_not_what_it_was_is_named(annotations, workers):
         QwtError, match=r"cannot prepare .*1\.png \(1x3000 pixels\).*take this image"
     ):
         read()
+    model = SimpleNamespace(cfg=read_config(NANO), dataset_meta={"classes": ("thing",)})
+    with pytest.raises(QwtError, match=r"cannot prepare .*1\.png \(1x3000 pixels\)"):
+        run_on_images(model, [image], annotations.parent / "found")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -13,6 +13,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -157,6 +158,14 @@ def test_what_cannot_be_saved_for_want_of_room_is_no_bug_of_ours(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, FILE_SIZES)
     assert f"{tmp_path} got larger than it may be" in runtime.explain(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_names_the_file(tmp_path, monkeypatch):
+    refused = PermissionError(13, "Permission denied", ".x.json.abc.json")
+    monkeypatch.setattr(tempfile, "mkstemp", Mock(side_effect=refused))
+    with pytest.raises(PermissionError) as caught, write_atomically(tmp_path / "x.json"):
+        pass
+    assert f"{tmp_path / 'x.json'} cannot be used" in runtime.explain(caught.value)
 
 
 def test_the_machines_fault_is_told_whatever_was_raised_because_of_it():

@@ -119,6 +119,14 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
     return [reading_files(transform) for _, transform in pipeline_steps(config)]
 
 
+def unprepared(path: Path, width: int, height: int, error: Exception) -> QwtError:
+    """What to raise where a sound image does not get through the pipeline, such as one that is 1 pixel wide."""
+    return QwtError(
+        f"The model's test pipeline cannot prepare {path} ({width}x{height} pixels): {reason(error)}; take this "
+        "image out, or change the pipeline in the model config."
+    )
+
+
 def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The pipeline, with images turned by their EXIF orientation or not, as ``info.exif`` says."""
     suffix = "_ignore_orientation"
@@ -192,10 +200,7 @@ class ImageDataset(Dataset):
                     f"{str(damage).rstrip('.')}; it was another when the images were chosen. Put it back, or run "
                     "again, and images are chosen anew."
                 ) from error
-            raise QwtError(
-                f"The model's test pipeline cannot prepare {path} ({width}x{height} pixels): {reason(error)}; "
-                "take this image out of the annotation file, or change the pipeline in the model config."
-            ) from error
+            raise unprepared(path, width, height, error) from error
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]] | Exception:
         """What a loader's process asks for. Errors are handed over: raised there, they become mere texts."""
