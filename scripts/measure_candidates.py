@@ -15,5 +15,6 @@ with step(snakemake) as job:
         settings=snakemake.params.settings,
         output=snakemake.output.candidates,
         metric=smallest and smallest.metric,
+        activation_cache=snakemake.config["activation_cache"],
         **snakemake.params.candidates,
     )

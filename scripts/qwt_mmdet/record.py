@@ -7,7 +7,7 @@ expects them.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import QuantizationSettings
 from .errors import QwtError
@@ -57,6 +57,8 @@ class Quantization:
         signal_noise: signal-to-quantization-noise ratio in dB of each layer and each operand of attention
             (:func:`.quantization.noise.measure_noise`), None where there is no noise; empty before calibration.
         range_check: None before calibration.
+        fitted: weights and bias of each layer after a sequential refit, before they were rounded, where calibration
+            keeps the weights in full precision.
     """
 
     settings: QuantizationSettings
@@ -64,6 +66,7 @@ class Quantization:
     not_quantized: list[NotQuantized] = field(default_factory=list)
     signal_noise: dict[str, float | None] = field(default_factory=dict)
     range_check: RangeCheck | None = None
+    fitted: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     @property
     def folded_layers(self) -> set[str]:

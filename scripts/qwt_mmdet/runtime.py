@@ -33,7 +33,7 @@ mmdet takes goes into collecting."""
 COMMAND = "QWT_MMDET_COMMAND"
 """Environment variable in which the workflow leaves the user's command line for its jobs."""
 
-REFITS = ("quantize_model", "choose_recipe")
+REFITS = ("quantize_model", "measure_candidates", "choose_recipe")
 """Steps that keep activations in the cache with ``refit: sequential``."""
 EVALUATIONS = (
     "evaluate_baseline",

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from qwt_mmdet.config import QuantizationSettings, as_entry
+from qwt_mmdet.config import Override, QuantizationSettings, as_entry
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
@@ -16,6 +16,7 @@ from qwt_mmdet.search.sensitivity import (
     choose_bits,
     mixed_precision,
     rank_layers,
+    relieve_layers,
 )
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -87,17 +88,30 @@ def test_the_ranking_falls_and_leaves_the_model_as_it_was(tmp_path, activation_r
     assert any(entry.weight_bits is None for entry in ranked)  # attention has its place
 
 
-def test_what_a_refit_repairs_is_no_harm_of_a_layer(tmp_path):
-    """Each layer alone does what it does without a refit, but for ranges chosen on other inputs."""
-    plain, refit = (
-        {
-            e.name: e.relative_noise
-            for e in rank_layers(warmed_up(tmp_path, refit=refit), tiny.batches(1))
-        }
-        for refit in ("none", "sequential")
+@pytest.mark.parametrize("fitted", ["kept", "lost"])
+def test_what_a_refit_repairs_is_no_harm_of_a_layer(tmp_path, fitted):
+    """Each layer alone does about what it does without a refit."""
+    refit = warmed_up(tmp_path, refit="sequential")
+    if fitted == "kept":
+        settings = quantization_of(refit).settings
+        refit = calibrate(quantize_model(detector(), settings), tiny.batches(2), keep_weights=True)
+    plain, found = (
+        {entry.name: entry.relative_noise for entry in rank_layers(model, tiny.batches(1))}
+        for model in (warmed_up(tmp_path), refit)
     )
     for name, noise in plain.items():
-        assert refit[name] == pytest.approx(noise, rel=0.5)
+        assert found[name] == pytest.approx(noise, rel=0.5)
+
+
+def test_where_a_refit_layer_is_exact_the_noise_of_its_rounding_goes():
+    """One layer has weights of 2 bits, all others of 8: its rounding is most of the noise."""
+    name = "backbone.stages.0.blocks.1.ffn.layers.1"
+    coarse = Override(name, weight_bits=2)
+    settings = QuantizationSettings(8, 8, refit="sequential", overrides=(coarse,))
+    model = calibrate(quantize_model(detector(), settings), tiny.batches(2), keep_weights=True)
+    relief = relieve_layers(model, tiny.batches(1))
+    others = sorted(abs(fall) for layer, fall in relief.items() if layer != name)
+    assert relief[name] > 2 * others[-1]
 
 
 def entry(name, weights, noise, bits=4):

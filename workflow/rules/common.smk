@@ -37,7 +37,7 @@ from qwt_mmdet.resources import (
     minutes,
     read_estimate,
 )
-from qwt_mmdet.runtime import COMMAND, explain
+from qwt_mmdet.runtime import COMMAND, REFITS, explain
 from qwt_mmdet.staleness import (
     changed_files,
     count_shards,
@@ -173,7 +173,7 @@ def step_resources(step, gpu=detector_gpu):
 
     def megabytes(wildcards, attempt):
         caches = step == "fit_compensation" or (
-            step in ("quantize_model", "choose_recipe")
+            step in REFITS
             and question_settings(wildcards)["refit"] != "none"
         )
         cache_gb = config["activation_cache"]["memory_gb"] if caches else 0

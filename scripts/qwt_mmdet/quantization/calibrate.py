@@ -302,6 +302,10 @@ def calibrate(
         for run_pass in (*RANGE_PASSES, *WEIGHT_PASSES[refit_method], *LAST_PASSES):
             if run_pass is not round_weights or not keep_weights:
                 run_pass(run)
+        if run.full is not None and keep_weights:
+            layers = quantized_layers(model).items()
+            names = [name for name, layer in layers if layer.is_calibrated]
+            run.about.fitted = {name: run.full.fitted(name) for name in names}
     return model
 
 

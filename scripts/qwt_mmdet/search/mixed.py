@@ -130,7 +130,7 @@ def measure_candidates(
 
     Layers that overrides of the settings name, and those that the heads do not notice, keep their bits. A layer
     whose activations do not follow the settings' bits (the first one has ``input_bits``) has the choices that
-    it was measured with. Nothing is refit, also where the settings say so: with a refit, no layer is alone.
+    it was measured with.
 
     Args:
         calibrated: returns the detector with these settings, calibrated, whose weights are not rounded yet.
@@ -146,9 +146,7 @@ def measure_candidates(
 
     def ranked(weight_bits: int, activation_bits: int) -> tuple[nn.Module, dict[str, Sensitivity]]:
         model = calibrated(
-            replace(
-                settings, weight_bits=weight_bits, activation_bits=activation_bits, refit="none"
-            )
+            replace(settings, weight_bits=weight_bits, activation_bits=activation_bits)
         )
         logger.info("Measuring W%dA%d", weight_bits, activation_bits)
         return model, {entry.name: entry for entry in rank_layers(model, images)}

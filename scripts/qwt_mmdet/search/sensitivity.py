@@ -1,13 +1,14 @@
 """How much each layer's quantization alone disturbs what the heads compute, and bits chosen by it."""
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmdet.models import BaseDetector
+from torch import Tensor
 
 from ..config import Override, QuantizationSettings
 from ..detectors.forward import head_tensors
@@ -18,6 +19,7 @@ from ..quantization.convert import Unit, full_precision, quantized_units, runnin
 from ..quantization.layers import QuantizedLayer
 from ..quantization.noise import HeadNoise, decibels
 from ..quantization.quantizer import ActivationQuantizer
+from ..quantization.sequential import Affine
 from ..record import quantization_of
 
 LEAST_BITS, MOST_BITS = 2, 8
@@ -50,11 +52,35 @@ class Sensitivity:
 
 
 @contextmanager
-def _quantized_alone(unit: Unit) -> Iterator[None]:
-    """Inside ``full_precision``: let one layer or attention module compute quantized."""
+def _computing(layer: QuantizedLayer, compute: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside: what a layer multiplies with, ``compute(x, weight, bias)``, is something else."""
+    vars(layer)["_compute"] = compute
+    try:
+        yield
+    finally:
+        del vars(layer)["_compute"]
+
+
+@contextmanager
+def _quantized_alone(unit: Unit, fitted: Affine | None) -> Iterator[None]:
+    """Inside ``full_precision``: let one layer or attention module compute quantized.
+
+    Args:
+        fitted: by a refit. Then what their rounding changes is added to the output of the original weights.
+    """
     switched: list[QuantizedLayer | ActivationQuantizer]
     with ExitStack() as stack:
-        if isinstance(unit, QuantizedLayer):
+        if isinstance(unit, QuantizedLayer) and fitted is not None:
+            product, read = unit._compute, unit.input_quantizer.quantized
+            rounded = unit.rounded_weight(), unit.effective_bias()
+
+            def add_rounding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                change = product(read(x), *rounded) - product(x, *fitted)
+                return product(x, weight, bias) + change
+
+            stack.enter_context(_computing(unit, add_rounding))
+            switched = []
+        elif isinstance(unit, QuantizedLayer):
             switched = [unit, unit.input_quantizer]
             stack.callback(setattr, unit.weight, "data", unit.weight.data)
             unit.weight.data = unit.rounded_weight().to(unit.weight.dtype)
@@ -71,16 +97,18 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
     """Quantize each layer alone and measure the noise at the heads; the most harmful one first.
 
     What a sequential refit makes of a layer's weights repairs the layers before it, and alone would be noise. So
-    after a refit the layers get codes of their original weights, which they keep.
+    the noise is that of rounding the refit weights, where ``calibrate(…, keep_weights=True)`` has kept them. A
+    warmup file has not; then the layers get codes of their original weights, which they keep.
 
     Args:
-        model: from ``load_warmup(…, round_weights=False)``.
+        model: from ``load_warmup(…, round_weights=False)`` or ``calibrate(…, keep_weights=True)``.
         loader: calibration batches; each is run once more than there are layers.
 
     Raises:
         QwtError: no image came.
     """
-    if quantization_of(model).settings.refit != "none":
+    about = quantization_of(model)
+    if about.settings.refit != "none" and not about.fitted:
         loader = [*loader]
         quantize_weights_alone(model, loader)
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
@@ -92,7 +120,7 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
                 expected = head_tensors(model, batch)
             images += 1
             for name, unit in units.items():
-                with _quantized_alone(unit):
+                with _quantized_alone(unit, about.fitted.get(name)):
                     noise[name].update(expected, head_tensors(model, batch))
     if images == 0:
         raise QwtError("There are no calibration images; choose at least one.")
@@ -111,11 +139,12 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
 
 
 @contextmanager
-def _exact_alone(unit: Unit, weight: torch.Tensor | None) -> Iterator[None]:
+def _exact_alone(unit: Unit, weight: Tensor | None, fitted: Affine | None) -> Iterator[None]:
     """Let one layer or attention module of a model that computes quantized compute in full precision.
 
     Args:
         weight: of the layer in full precision.
+        fitted: by a refit; the layer then computes with these.
     """
     switched: list[QuantizedLayer | ActivationQuantizer]
     with ExitStack() as stack:
@@ -124,6 +153,9 @@ def _exact_alone(unit: Unit, weight: torch.Tensor | None) -> Iterator[None]:
             switched = [unit, unit.input_quantizer]
             stack.callback(setattr, unit.weight, "data", unit.weight.data)
             unit.weight.data = weight
+            if fitted is not None:
+                product = unit._compute
+                stack.enter_context(_computing(unit, lambda x, *_: product(x, *fitted)))
         else:
             switched = [*unit.quantizers()]
         for module in switched:
@@ -141,7 +173,8 @@ def relieve_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> dic
         loader: calibration batches; each is run twice more than there are layers.
     """
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
-    full: dict[str, torch.Tensor] = {}
+    fitted = quantization_of(model).fitted
+    full: dict[str, Tensor] = {}
     expected = []
     with full_precision(model, {}):
         for batch in loader:
@@ -154,7 +187,7 @@ def relieve_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> dic
     for batch, tensors in progress(expected, "Relieving each layer alone", unit="batch"):
         together.update(tensors, head_tensors(model, batch))
         for name, unit in units.items():
-            with _exact_alone(unit, full.get(name)):
+            with _exact_alone(unit, full.get(name), fitted.get(name)):
                 noise[name].update(tensors, head_tensors(model, batch))
     return {name: together.relative() - without.relative() for name, without in noise.items()}
 

@@ -66,6 +66,7 @@ def measure(
     images: int,
     output: Pathlike,
     metric: str | None = None,
+    activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
     """Measure what each layer does to the heads at each number of bits; write it as JSON.
 
@@ -73,6 +74,7 @@ def measure(
         settings: of a plain quantization, of which all but the bits holds.
         images: to calibrate and to measure on, the first that no recipe is scored on.
         metric: by which recipes will be scored; None: by none.
+        activation_cache: as of :func:`choose`.
     """
     model = inputs.load()
     inputs.check_evaluation(model)
@@ -84,7 +86,9 @@ def measure(
 
     def calibrated(settings: QuantizationSettings) -> BaseDetector:
         model = quantize_model(inputs.load(), settings)
-        return calibrate(model, batches, noise_images=0, keep_weights=True)
+        return calibrate(
+            model, batches, noise_images=0, keep_weights=True, **(activation_cache or {})
+        )
 
     plain = QuantizationSettings.from_mapping(settings)
     found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches)
