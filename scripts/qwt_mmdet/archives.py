@@ -4,7 +4,7 @@ Tables and report need the summaries alone, and so neither torch nor mmdet.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from .files import read_json, write_atomically, write_json
 WARMUP_FORMAT = "qwt-mmdet warmup 2"
 COMPENSATION_FORMAT = "qwt-mmdet compensation 4"
 
-REMEDY = (
-    "delete it and let the workflow make it again, or, if the config names it, get it again or take it "
-    "out of the config"
-)
+OURS = "qwt-mmdet "
+"""How the format of each file of ours begins."""
+REMEDY = "if the workflow made it, under results/, delete it there and run again; else get it again"
 
 SUMMARY_KEYS = ("format", "fingerprint", "settings", "summary", "provenance")
 """What of an archive is plain values, for people and for reports."""
@@ -34,8 +33,24 @@ def load_archive(
     Raises:
         QwtError: missing, truncated, another sort of file, of another format version, or without a key.
     """
+    content = load_any_archive(path, {expected_format: what})
+    if missing := [key for key in keys if key not in content]:
+        raise QwtError(f"The {what} file {path} holds no {' and no '.join(missing)}; {REMEDY}.")
+    return content
+
+
+def load_any_archive(path: str | os.PathLike[str], expected: Mapping[str, str]) -> dict[str, Any]:
+    """Read one of our .pth files as :func:`load_archive` does, of any of several formats.
+
+    Args:
+        expected: what a file of each format is called in messages.
+
+    Raises:
+        QwtError: missing, truncated, another sort of file, or of another format version.
+    """
     import torch  # takes seconds; summaries are read without it
 
+    what = " or ".join(expected.values())
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -43,11 +58,9 @@ def load_archive(
     except Exception as error:
         raise QwtError(
             f"The {what} file {path} cannot be read ({type(error).__name__}); it is truncated or no "
-            f"file of this tool; {REMEDY}."
+            f"{what} file; {REMEDY}."
         ) from error
-    _check_format(content, path, expected_format, what)
-    if missing := [key for key in keys if key not in content]:
-        raise QwtError(f"The {what} file {path} holds no {' and no '.join(missing)}; {REMEDY}.")
+    _check_format(content, path, expected, what)
     return content
 
 
@@ -84,18 +97,20 @@ def read_summary(path: str | os.PathLike[str], expected_format: str, what: str) 
         QwtError: it is missing, not JSON, another sort of file, or of another format version.
     """
     content = read_json(summary_path(path), what=f"summary of the {what} file")
-    _check_format(content, summary_path(path), expected_format, what)
+    _check_format(content, summary_path(path), [expected_format], what)
     return content
 
 
 def _check_format(
-    content: Any, path: str | os.PathLike[str], expected_format: str, what: str
+    content: Any, path: str | os.PathLike[str], expected: Collection[str], what: str
 ) -> None:
     found = content.get("format") if isinstance(content, dict) else None
-    if found != expected_format:
+    if not str(found).startswith(OURS):  # somebody's weights, perhaps the only copy
+        raise QwtError(f"{path} is not a {what} file; name one that qwt-mmdet wrote.")
+    if found not in expected:
         raise QwtError(
             f"{path} is not a {what} file of this version (format {found!r}, expected "
-            f"{expected_format!r}); {REMEDY}."
+            f"{' or '.join(map(repr, expected))}); {REMEDY}."
         )
 
 

@@ -372,7 +372,7 @@ def test_broken_safetensors_file(tmp_path, content):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
     state = small_state() | {f"bad{n}": torch.full((3,), value, dtype=dtype) for n in range(12)}
     state["bad0"][1:] = 0
@@ -381,6 +381,27 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
     with pytest.raises(QwtError, match=message):
         fetch_checkpoint(tmp_path / "a.pth", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.uint16, torch.uint64, torch.float4_e2m1fn_x2]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_types_that_no_weights_have_are_named(tmp_path, dtype, suffix):
+    odd = torch.zeros(4, dtype=torch.uint8 if dtype.itemsize == 1 else dtype).view(dtype)
+    path = tmp_path / f"a{suffix}"
+    save = torch.save if suffix == ".pth" else save_file
+    save(small_state() | {"odd": odd}, path)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(QwtError, match=rf"1 tensors of types .*: odd \({name}\)"):
+        load_checkpoint(path)
+
+
+def test_a_negative_variance_is_named(tmp_path):
+    state = {"bn1.running_var": torch.ones(3), "bn2.running_var": torch.tensor([1.0, -0.5, 2.0])}
+    torch.save(small_state() | state, tmp_path / "a.pth")
+    with pytest.raises(QwtError, match=r"below 0: bn2\.running_var \(-0\.5\)\. "):
+        load_checkpoint(tmp_path / "a.pth")
 
 
 # --- Files that would run something ------------------------------------------------------------

@@ -83,6 +83,11 @@ def test_a_plain_string_is_one_class_or_a_file_of_names(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\n")
     file = config({**COCO, "metainfo": {"classes": str(tmp_path / "classes.txt")}})
     assert class_names(file, {"bbox_head": 2}) == ("a", "b")
+    (tmp_path / "classes.txt").write_bytes("\ufeffa\r\nb\r\n".encode())
+    assert class_names(file, {"bbox_head": 2}) == ("a", "b")
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(QwtError, match=r"list of classes .*classes\.txt cannot be read: 'utf-8'"):
+        class_names(file, {"bbox_head": 2})
 
 
 @pytest.mark.parametrize("value", [[], 3, [1, 2], ["a", "a"], {"a": 1}])

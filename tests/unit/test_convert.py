@@ -353,6 +353,15 @@ def test_quantizing_twice_is_an_error():
         quantize_model(model, settings())
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float64, "float64"), (torch.half, "float16")])
+def test_a_model_of_another_precision_is_an_error(dtype, name):
+    message = rf"parameters in {name}; .* call model\.float\(\) first"
+    with pytest.raises(QwtError, match=message):
+        quantize_model(tiny.detector("resnet").to(dtype), settings())
+    with pytest.raises(QwtError, match=message):
+        calibrate(quantize_model(tiny.detector("resnet"), settings()).to(dtype), tiny.batches(1))
+
+
 def test_scope_without_layers_is_an_error():
     with pytest.raises(QwtError, match="scope"):
         quantize_model(nn.Sequential(nn.Linear(2, 2)), settings())

@@ -329,6 +329,11 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up(tmp_path, monkeypat
     ("answer", "part"),
     [
         (Raw(OK + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"), "sent compressed"),
+        (
+            Raw(b"HTTP/1.1 404 \x1b[2Jgone\r\nContent-Length: 0\r\n\r\n"),
+            r"answered 404 \x1b[2Jgone",
+        ),
+        (Raw(b"HTTP/1.1 503 \x1b[2J\r\nContent-Length: 0\r\n\r\n"), r"answered 503 \x1b[2J ("),
         (Status(302, {"Location": "http://[::bad/"}), "cannot be fetched"),
         (Status(302, {"Location": "file:///etc/passwd"}), "which is not http"),
         (Status(302, {"Location": "a.bin"}), "without end"),

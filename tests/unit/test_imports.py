@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from qwt_mmdet import devices
 from qwt_mmdet.imports import deferred
 
 LEAN = """
@@ -93,3 +94,16 @@ def test_a_module_that_is_there_already_stays(package):
     with deferred({"outer.heavy": ["double"]}):
         assert importlib.import_module("outer.heavy") is real
     assert sys.modules["outer.heavy"] is real
+
+
+def test_windows_is_refused_in_a_sentence():
+    command = [sys.executable, "-c", "import os; os.name = 'nt'; import qwt_mmdet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "on Windows, install it inside of WSL 2" in done.stderr.splitlines()[-1]
+
+
+def test_peak_memory_is_counted_in_the_units_of_the_system(monkeypatch):
+    linux = devices.peak_gigabytes()
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert 0.05 < linux < 100
+    assert devices.peak_gigabytes() == pytest.approx(linux / 1024, rel=0.1)

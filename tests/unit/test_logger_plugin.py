@@ -1,11 +1,15 @@
 """What `snakemake --logger qwt` shows of a run."""
 
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 from snakemake.logging import LogEvent
 from snakemake.settings.types import OutputSettings
-from snakemake_logger_plugin_qwt import LogHandler
+from snakemake_logger_plugin_qwt import LogHandler, check_config_files
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,3 +54,32 @@ def test_a_dry_run_shows_its_plan_once(said):
     assert (
         said((logging.ERROR, "the folder is locked", {}), dryrun=True) == "the folder is locked\n"
     )
+
+
+BOMB = "a0: &a0 {k: 1, l: 1}\n" + "".join(
+    f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("&a\nmodels: *a\n", "look for an alias"),
+        ("x: " + "[" * 3000, "nested too deeply"),
+        (BOMB, "bring more than 20000 values"),
+        (None, "does not exist; check the path"),
+        ("x: 2001-13-45", "on line 1 looks like YAML's timestamp"),
+    ],
+    ids=["recursive", "deep", "merges", "missing", "date"],
+)
+def test_what_snakemake_cannot_read_of_a_command_line_is_told(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "my.yaml"
+    if text is not None:
+        path.write_text(text)
+    arguments = ["-n", "--snakefile", str(ROOT / "Snakefile"), "--config", "seed=1"]
+    check_config_files(arguments)
+    check_config_files(["--configfile", str(path)])  # of another workflow
+    with pytest.raises(SystemExit, match=rf"^Error in the configuration \({path}\):\n.*{message}"):
+        check_config_files([*arguments, "--configfile", str(path)])

@@ -21,7 +21,12 @@ from random_detections import detection, one_object, write
 CATEGORIES = {"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}
 
 QUANTIZED = Record(quantization=Quantization(QuantizationSettings(8, 8)))
-DETECTOR = {"cfg": {}, "with_mask": False, "dataset_meta": {"classes": ("cat",)}}
+DETECTOR = {
+    "cfg": {},
+    "with_mask": False,
+    "dataset_meta": {"classes": ("cat",)},
+    "parameters": list,
+}
 
 
 def instances(**extra):

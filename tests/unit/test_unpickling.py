@@ -137,7 +137,7 @@ def test_a_pickle_by_hand_is_read(tmp_path, writer):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float64, torch.complex64, torch.uint8, torch.bool, torch.int64]
+    "dtype", [torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.int64]
 )
 def test_every_type_and_view_is_as_torch_reads_it(tmp_path, zipped, dtype):
     base = torch.arange(24).to(dtype)
@@ -155,7 +155,7 @@ def test_every_type_and_view_is_as_torch_reads_it(tmp_path, zipped, dtype):
         assert torch.equal(weights[key], value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_types_that_torch_saves_untyped(tmp_path, dtype):
     state = {"w": torch.arange(6).to(dtype).view(2, 3)}
     torch.save(state, tmp_path / "a.pth")

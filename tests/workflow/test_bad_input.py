@@ -94,6 +94,22 @@ def test_a_missing_annotation_file_is_named_with_its_key(workflow, folder):
     assert re.search(named, said)
 
 
+def test_names_in_snakemakes_own_signs_are_names(workflow, folder):
+    odd = folder / "a{b}" / "{model} <c>"
+    write_dataset(odd, images=1)
+    for name in ("own<b>.py", "{own}.pth", "{}.pth"):
+        (odd / name).write_text("")
+    config = copy.deepcopy(CONFIG)
+    parts = {"calibration": {"split": "train"}, "evaluation": {"split": "val"}}
+    config["datasets"]["shapes"] = {"type": "coco", "root": str(odd), **parts}
+    model = {"config": str(odd / "own<b>.py"), "checkpoint": str(odd / "{own}.pth")}
+    config["models"]["own"] |= {**model, "warmup": {"w8a8": str(odd / "{}.pth")}}
+    workflow.configure(config)
+    path = odd / "my{x}.yaml"
+    (folder / "config" / "config.yaml").rename(path)
+    assert workflow.jobs("--configfile", str(path))["fetch_checkpoint"] == 1
+
+
 def write_dataset(root: Path, images: int = 3) -> None:
     """A COCO-format folder with tiny images, for calibration and evaluation."""
     for split, first in (("train", 1), ("val", 101)):

@@ -120,9 +120,12 @@ def test_a_workflow_that_cannot_run_ends_with_what_snakemake_says(coco, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--checkpoint", "missing.pth"], "no such file"),
-        (["--config", "yolox/yolox_nan_8xb8-300e_coco.py"], "did you mean"),
-        (["--coco-root", "nowhere"], "no such folder"),
+        (["--checkpoint", "missing.pth"], "Error: --checkpoint is 'missing.pth'"),
+        (
+            ["--config", "yolox/yolox_nan_8xb8-300e_coco.py"],
+            "Error: --config is 'yolox/yolox_nan_8x",
+        ),
+        (["--coco-root", "nowhere"], "Error: --coco-root is "),
         (["--w-bit", "9"], "--w-bit is 9; it should be from 2 to 8"),
         (["--w-bit", "4", "--a-bit", "8", "--a-bit", "6"], "--a-bit once"),
         (
@@ -131,9 +134,10 @@ def test_a_workflow_that_cannot_run_ends_with_what_snakemake_says(coco, tmp_path
         ),
         (["--rounding", "up"], "'gptq'"),
         (["--compensation", "papr"], "did you mean"),
-        (["--export", "onnxruntim"], "did you mean onnxruntime"),
+        (["--export", "onnxruntim"], "Error: --export is 'onnxruntim'; it should"),
         (["--cfg-options", "a.b"], "key=value"),
-        (["--warmup-checkpoint", "missing.pth"], "no such file"),
+        (["--cfg-options", "a=["], "--cfg-options has 'a=['"),
+        (["--warmup-checkpoint", "missing.pth"], "Error: --warmup-checkpoint is "),
         (["--output-dir", "/sys/results"], "/sys/results cannot be used"),
         (["--output-dir", __file__], "which is no folder"),
         (["--compensation", "none", "--skip-quantized-eval"], "would be evaluated"),
@@ -154,8 +158,10 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
     [
         ([], "Give one limit of --max-drop, --max-size-mb, --average-bits"),
         (["--max-drop", "0.01", "--max-size-mb", "3"], "Give one limit"),
-        (["--max-drop", "2"], "max_drop is 2"),
-        (["--average-bits", "9"], "average_weight_bits is 9"),
+        (["--max-drop", "2"], "Error: --max-drop is 2"),
+        (["--average-bits", "9"], "Error: --average-bits is 9"),
+        (["--max-size-mb", "-1"], "Error: --max-size-mb is -1"),
+        (["--max-drop", "0.01", "--export", "x"], "Error: --export is 'x'"),
         (["--max-drop", "0.01", "--rounds", "0"], "--rounds is 0"),
     ],
 )
@@ -239,6 +245,11 @@ def test_other_files_are_not_shown(tmp_path):
     failed = command("show", tmp_path / "some.pth")
     assert failed.exit_code == 1
     assert "cannot be read" in failed.output
+    failed = command("show", f"{DEMO}.pth")  # somebody's weights are not to be deleted
+    assert (
+        failed.output
+        == f"Error: {DEMO}.pth is not a warmup or compensation file; name one that qwt-mmdet wrote.\n"
+    )
 
 
 @pytest.mark.parametrize(

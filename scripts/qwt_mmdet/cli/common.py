@@ -11,7 +11,7 @@ import yaml
 
 from ..config.models import Model
 from ..data.sources import open_source
-from ..errors import QwtError
+from ..errors import QwtError, reason
 from ..files import is_url
 from .options import Key, Table, Values
 
@@ -45,14 +45,19 @@ def config_options(pairs: Sequence[str]) -> dict[str, Any]:
     """``["a.b=0.5"]`` as ``{"a.b": 0.5}``; values are YAML.
 
     Raises:
-        QwtError: a pair is not key=value.
+        QwtError: a pair is not key=value, or its value is not YAML.
     """
     values = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key:
             raise QwtError(f"--cfg-options has {pair!r}; write key=value, such as a.b=0.5.")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise QwtError(
+                f"--cfg-options has {pair!r:.200}, whose value is not valid YAML: {reason(error)}."
+            ) from error
     return values
 
 

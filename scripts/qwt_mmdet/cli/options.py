@@ -118,8 +118,11 @@ def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 @contextlib.contextmanager
-def options_named(table: Table) -> Iterator[None]:
+def options_named(table: Table, **further: str) -> Iterator[None]:
     """Let a message about the value of a key name the option, or options, that set it.
+
+    Args:
+        further: key to option, of options that no table makes.
 
     Raises:
         QwtError: as what runs inside, with another message.
@@ -131,9 +134,15 @@ def options_named(table: Table) -> Iterator[None]:
     try:
         yield
     except QwtError as error:
-        names = {key: " or ".join(dict.fromkeys(named)) for key, named in options.items()}
+        names = {key: " or ".join(dict.fromkeys(named)) for key, named in options.items()} | further
+
+        def option(found: re.Match[str]) -> str:
+            """Of the innermost key that an option sets: ``models.yolox.checkpoint``, ``runtime[0]``."""
+            keys = re.sub(r"\[\d+\]", "", found[0]).split(".")
+            return next((names[key] for key in reversed(keys) if key in names), found[0])
+
         lines = [
-            re.sub(r"^\w+(?= is )", lambda found: names.get(found[0], found[0]), line)
+            re.sub(r"^[\w.@\[\]-]+(?=: | (is|has|names|lacks|supplies) )", option, line)
             for line in str(error).splitlines()
         ]
         raise QwtError("\n".join(lines)) from error

@@ -81,6 +81,14 @@ OPTIONS: Table = {
 }
 """The options that set a key of the configuration; a default that differs from the key's stands here."""
 
+FURTHER = {
+    "compensation": "--compensation",
+    "runtime": "--export",
+    "skip": "--skip-baseline or --skip-quantized-eval",
+    "warmup": "--warmup-checkpoint",
+}
+"""Keys that options set which a command declares itself."""
+
 
 @with_options(OPTIONS)
 def run(
@@ -126,7 +134,7 @@ def run(
             "evaluate_baseline": skip_baseline,
             "evaluate_quantized": skip_quantized_eval,
         }
-        with options_named(OPTIONS):
+        with options_named(OPTIONS, **FURTHER):
             bits = values[QuantizationSettings]
             pairs = _bit_pairs(bits.pop("weight_bits"), bits.pop("activation_bits"))
             quantizations = [QuantizationSettings(*pair, **bits) for pair in pairs]
@@ -138,7 +146,7 @@ def run(
                 warmup=warmup_checkpoint,
                 skip=tuple(step for step, wanted in skipped.items() if wanted),
             )
-        run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
+            run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
 
 
 def make_configuration(

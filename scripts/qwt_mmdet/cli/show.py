@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from tabulate import tabulate
 
-from ..errors import QwtError
 from ..reporting.text import megabytes, number, percent
 from .common import plain_errors
 
@@ -19,17 +18,11 @@ def show(
 ) -> None:
     """Tell what is in a warmup or compensation file."""
     with plain_errors():
-        from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, load_archive
+        from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, load_any_archive
 
-        formats = {"warmup": WARMUP_FORMAT, "compensation": COMPENSATION_FORMAT}
-        for content_type, expected in formats.items():
-            try:
-                content = load_archive(file, expected, content_type)
-                break
-            except QwtError as error:
-                problem = error
-        else:
-            raise problem
+        formats = {WARMUP_FORMAT: "warmup", COMPENSATION_FORMAT: "compensation"}
+        content = load_any_archive(file, formats)
+        content_type = formats[content["format"]]
         lines = [("file", f"{content_type}, format {content['format']!r}")]
         lines += [(f"fingerprint: {key}", value) for key, value in content["fingerprint"].items()]
         lines += [(key, value) for key, value in content["settings"].items()]

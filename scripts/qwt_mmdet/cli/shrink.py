@@ -11,7 +11,7 @@ from ..config.workflow import Targets
 from ..errors import QwtError
 from .common import CoresOption, DeviceOption, plain_errors
 from .options import Key, Table, Values, options_named, with_options
-from .run import OPTIONS, make_configuration, run_workflow
+from .run import FURTHER, OPTIONS, make_configuration, run_workflow
 
 LIKE = "w8a8"
 """The plain quantization whose settings hold where the search leaves them."""
@@ -28,6 +28,13 @@ SHRINK_OPTIONS: Table = {
     },
 }
 """The options that set a key of the configuration."""
+
+LIMITS = {
+    "max_drop": "--max-drop",
+    "max_size_mb": "--max-size-mb",
+    "average_weight_bits": "--average-bits",
+}
+"""Keys of the limits, each with its option."""
 
 
 @with_options(SHRINK_OPTIONS)
@@ -68,14 +75,10 @@ def shrink(
         --coco-root /data/coco --max-drop 0.01 --eval-samples all
     """
     with plain_errors():
-        limits = {
-            "--max-drop": max_drop,
-            "--max-size-mb": max_size_mb,
-            "--average-bits": average_bits,
-        }
-        if sum(limit is not None for limit in limits.values()) != 1:
-            raise QwtError(f"Give one limit of {', '.join(limits)}.")
-        with options_named(SHRINK_OPTIONS):
+        given = [limit is not None for limit in (max_drop, max_size_mb, average_bits)]
+        if sum(given) != 1:
+            raise QwtError(f"Give one limit of {', '.join(LIMITS.values())}.")
+        with options_named(SHRINK_OPTIONS, **FURTHER, **LIMITS):
             plain = QuantizationSettings(8, 8, **values[QuantizationSettings])
             smallest = Smallest(max_drop, metric) if max_drop is not None else None
             best = Best(average_bits, max_size_mb) if smallest is None else None
@@ -87,7 +90,7 @@ def shrink(
                 runtimes=export,
                 targets=(Targets(quantization=(name,)),),
             )
-        run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
+            run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
         if not dry_run:
             (model,) = configuration.models
             folder = output_dir / "results" / model / name

@@ -12,7 +12,6 @@ from pycocotools import mask as mask_api
 
 from ..data.batches import same_shapes
 from ..detectors.classes import category_ids, log_left_out
-from ..detectors.forward import check_precision
 from ..files import read_json
 from ..progress import progress
 
@@ -92,9 +91,8 @@ def predict(
         total: number of images, for the time left.
 
     Raises:
-        QwtError: the classes do not fit, or the model is not in float32.
+        QwtError: the classes do not fit.
     """
-    check_precision(model)
     content = read_json(annotations, what="annotation file")
     classes = model.dataset_meta["classes"]
     label_to_category = category_ids(classes, content)

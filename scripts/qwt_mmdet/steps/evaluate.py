@@ -10,6 +10,7 @@ from ..archives import worst_layers
 from ..data.batches import count_images, shard_of
 from ..data.loaders import make_loader
 from ..detectors.classes import category_ids
+from ..detectors.forward import check_precision
 from ..errors import QwtError
 from ..evaluation.coco import coco_metrics, load_ground_truth
 from ..evaluation.predict import Predictions, predict
@@ -53,12 +54,13 @@ def evaluate_detector(
         (box AP 0), which is a result.
 
     Raises:
-        QwtError: the classes of model and annotations differ, or a detector that is not quantized
-            makes no detection or one that is not finite.
+        QwtError: the classes of model and annotations differ, the model is not in float32, or a detector
+            that is not quantized makes no detection or one that is not finite.
     """
     classes = model.dataset_meta["classes"]
     check_ground_truth(model, annotations)
     if found is None:
+        check_precision(model)
         loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
         found = predict(model, loader, annotations, total=count_images(loader))
     quantized = record_of(model).quantization is not None
