@@ -173,8 +173,7 @@ def step_resources(step, gpu=detector_gpu):
 
     def megabytes(wildcards, attempt):
         caches = step == "fit_compensation" or (
-            step in REFITS
-            and question_settings(wildcards)["refit"] != "none"
+            step in REFITS and question_settings(wildcards)["refit"] != "none"
         )
         cache_gb = config["activation_cache"]["memory_gb"] if caches else 0
         return memory_mb(measured(wildcards), attempt, cache_gb=cache_gb)
