@@ -134,15 +134,15 @@ def options_named(table: Table, **further: str) -> Iterator[None]:
     try:
         yield
     except QwtError as error:
-        names = {key: " or ".join(dict.fromkeys(named)) for key, named in options.items()} | further
+        names = {key: " or ".join(dict.fromkeys(of)) for key, of in options.items()} | further
 
-        def option(found: re.Match[str]) -> str:
+        def named(found: re.Match[str]) -> str:
             """Of the innermost key that an option sets: ``models.yolox.checkpoint``, ``runtime[0]``."""
             keys = re.sub(r"\[\d+\]", "", found[0]).split(".")
             return next((names[key] for key in reversed(keys) if key in names), found[0])
 
         lines = [
-            re.sub(r"^[\w.@\[\]-]+(?=: | (is|has|names|lacks|supplies) )", option, line)
+            re.sub(r"^[\w.@\[\]-]+(?=: | (is|has|names|lacks|supplies) )", named, line)
             for line in str(error).splitlines()
         ]
         raise QwtError("\n".join(lines)) from error

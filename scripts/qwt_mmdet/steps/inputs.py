@@ -13,7 +13,7 @@ import mmdet
 import mmengine
 import numpy as np
 import torch
-from torch import nn
+from mmdet.models import BaseDetector
 from torch.utils.data import DataLoader
 
 from .. import __version__
@@ -44,7 +44,7 @@ def load_quantized(
     compensation: Pathlike | None = None,
     device: str = "cpu",
     config_options: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> BaseDetector:
     """Load a detector, quantize it with a warmup file and compensate it, as far as files are given.
 
     Raises:
@@ -119,9 +119,9 @@ class Inputs:
 
     def load(
         self, *, warmup: Pathlike | None = None, compensation: Pathlike | None = None
-    ) -> nn.Module:
+    ) -> BaseDetector:
         """Return the detector; see :func:`load_quantized`. What decides it is noted in ``job.files``."""
-        ours = list(filter(None, (self.checkpoint, warmup, compensation)))
+        ours = [path for path in (self.checkpoint, warmup, compensation) if path is not None]
         with recorded_files(self.job.files, without=ours):
             model = load_quantized(
                 self.config,
@@ -135,7 +135,7 @@ class Inputs:
         self.job.files.update(variables)
         return model
 
-    def check_evaluation(self, model: nn.Module) -> None:
+    def check_evaluation(self, model: BaseDetector) -> None:
         """Check that the detector can be evaluated later, before hours go into what is evaluated.
 
         Raises:
@@ -144,7 +144,7 @@ class Inputs:
         if self.evaluated_on is not None:
             check_annotations(model, read_annotations(self.evaluated_on))
 
-    def loader(self, model: nn.Module) -> DataLoader:
+    def loader(self, model: BaseDetector) -> DataLoader:
         """Return what reads the images in batches, as the model wants them."""
         with recorded_files(self.job.files, without=[self.annotations]):
             return make_loader(
