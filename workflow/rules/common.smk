@@ -65,6 +65,12 @@ def in_plain_words(check, *arguments):
         sys.exit(f"Error in the configuration ({files}):\n{error}")
 
 
+if set(str(workflow.basedir)) & set("{}"):
+    sys.exit(
+        f"The workflow lies in {workflow.basedir}, whose braces Snakemake reads as its own signs; move or "
+        "rename the folder."
+    )
+
 # Snakemake has no plain words for a broken file, so it is read here first, as far as possible: those
 # named on the command line Snakemake has read by now.
 for path in workflow.overwrite_configfiles or ["config/config.yaml"]:

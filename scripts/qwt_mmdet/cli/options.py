@@ -134,7 +134,9 @@ def options_named(table: Table, **further: str) -> Iterator[None]:
     try:
         yield
     except QwtError as error:
-        names = {key: " or ".join(dict.fromkeys(of)) for key, of in options.items()} | further
+        names = {
+            key: " or ".join(dict.fromkeys(theirs)) for key, theirs in options.items()
+        } | further
 
         def named(found: re.Match[str]) -> str:
             """Of the innermost key that an option sets: ``models.yolox.checkpoint``, ``runtime[0]``."""

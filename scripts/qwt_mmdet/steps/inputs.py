@@ -123,7 +123,7 @@ class Inputs:
         """Return the detector; see :func:`load_quantized`. What decides it is noted in ``job.files``."""
         ours = [path for path in (self.checkpoint, warmup, compensation) if path is not None]
         with recorded_files(self.job.files, without=ours):
-            model = load_quantized(
+            model: Any = load_quantized(
                 self.config,
                 self.checkpoint,
                 warmup=warmup,
