@@ -11,6 +11,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 REAL_COCO = Path(os.environ.get("QWT_REAL_COCO", ROOT.parent / "shared" / "coco_real")).resolve()
+REAL_DETECTORS = Path(
+    os.environ.get("QWT_REAL_DETECTORS", ROOT.parent / "shared" / "real_detectors")
+).resolve()
 
 
 @dataclass(frozen=True)

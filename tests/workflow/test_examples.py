@@ -96,7 +96,9 @@ def mentioned(page: str) -> Iterator[list[str]]:
     """Commands within sentences and in indented lines."""
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
     spoken = re.findall(r"`((?:qwt-mmdet|snakemake|make|python) [^`]+)`", text)
-    indented = re.findall(r"^    ((?:qwt-mmdet|snakemake|python) (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    indented = re.findall(
+        r"^    ((?:qwt-mmdet|snakemake|python) (?:.*\\\n)*.*)$", text, re.MULTILINE
+    )
     for command in [*spoken, *indented]:
         yield from lines(" ".join(command.split("\n")).replace("\\", ""))
 
@@ -188,7 +190,9 @@ def test_a_piece_of_configuration_is_sound(page, example, monkeypatch, tmp_path)
 
 def run_make(folder: Path, words: list[str]) -> str:
     """Whether there is such a target; it would install things."""
-    done = subprocess.run(["make", "-n", *words], cwd=ROOT, text=True, capture_output=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", *words], cwd=ROOT, text=True, capture_output=True, check=True
+    )
     return done.stdout
 
 
@@ -267,7 +271,9 @@ def check_readme(folder: Path, names: dict, said: dict[str, str]) -> None:
         assert read(ours / place / "metrics.json")["bbox"] == expected
         assert f"{expected['AP']:.3f}" in said["run"]
     for block in read(theirs / "w4a8/qwt/compensation.json")["blocks"]:
-        assert f"{block['fit']['r2']:.3f}" in re.search(rf"^{block['name']} .*", said["show"], re.M)[0]
+        assert (
+            f"{block['fit']['r2']:.3f}" in re.search(rf"^{block['name']} .*", said["show"], re.M)[0]
+        )
     applied = read(folder / "qwt_apply" / "predictions.json")
     assert found(applied) == found(read(theirs / "w4a8/quantized/predictions.json"))
     assert len(list((folder / "qwt_apply" / "pictures").iterdir())) == standin.SPLITS["val"][1]
@@ -280,7 +286,6 @@ def check_readme(folder: Path, names: dict, said: dict[str, str]) -> None:
     (exported,) = csv.DictReader((folder / "small/results/exports.csv").read_text().splitlines())
     assert float(exported["ap"]) == pytest.approx(float(exported["simulated"]), abs=NOISE)
     assert str(Path("small/results", MODEL, "smallest/model.onnx")) in said["shrink"]
-
 
 
 def check_estimate(folder: Path, names: dict, said: dict[str, str]) -> None:
@@ -316,9 +321,7 @@ CHECKS = {
     "docs/clusters.md": check_estimate,
     "docs/export.md": check_export,
 }
-RUN_PAGES = [
-    page for page in PAGES if any(e.language in ("sh", "python") for e in examples(page))
-]
+RUN_PAGES = [page for page in PAGES if any(e.language in ("sh", "python") for e in examples(page))]
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ OPTIONS: Table = {
         "rounding": Key("rounding"),
         "migrate_scales": Key("migrate_scales"),
         "bias_correction": Key("bias_correction"),
+        "grids": Key("grids"),
     },
     Loading: {
         "batch_size": Key("batch_size"),
