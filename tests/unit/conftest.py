@@ -1,16 +1,29 @@
-"""Where tests compute: each that takes `device` runs on the CPU, and on a GPU where there is one."""
+"""Where tests compute: each that takes `device` runs on the CPU, and on a GPU that is pretended or there."""
+
+from collections.abc import Iterator
 
 import pytest
 import tiny
 import torch
 
-DEVICES = ["cpu"]
+DEVICES = ["cpu", "pretended"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """A device to compute on; tiny detectors and their images are there, too."""
-    monkeypatch.setattr(tiny, "device", torch.device(request.param))
-    return tiny.device
+    with tiny.computing_on(request.param) as device:
+        yield device
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what would be slow on the pretended GPU."""
+    items[:] = [item for item in items if not _is_left_out(item)]
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    slow = item.get_closest_marker("slow_if_pretended") is not None
+    return slow and parameters.get("device") == "pretended"

@@ -162,7 +162,14 @@ def outputs(model: nn.Module, batches: list[dict]) -> list[torch.Tensor]:
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
-    "config", [*ALWAYS, *(pytest.param(name, marks=pytest.mark.zoo) for name in ZOO)]
+    "config",
+    [
+        *(
+            name if "faster" in name else pytest.param(name, marks=pytest.mark.slow_if_pretended)
+            for name in ALWAYS
+        ),
+        *(pytest.param(name, marks=pytest.mark.zoo) for name in ZOO),
+    ],
 )
 def test_detector_is_quantized_saved_loaded_and_compensated(config, tmp_path):
     options = (ALWAYS | ZOO)[config]

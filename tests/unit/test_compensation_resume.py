@@ -18,7 +18,15 @@ pytestmark = pytest.mark.usefixtures("device")
 SETTINGS = CompensationSettings(holdout_fraction=0.34)
 
 
-@pytest.fixture(params=["swin", "resnet", "cspdarknet"])
+@pytest.fixture(
+    params=[
+        "resnet",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow_if_pretended)
+            for kind in ("swin", "cspdarknet")
+        ),
+    ]
+)
 def models(request):
     full = tiny.detector(request.param)
     quantization = QuantizationSettings(weight_bits=4, activation_bits=4, activation_range="minmax")

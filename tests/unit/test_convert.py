@@ -23,8 +23,6 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("device")
 
-KINDS = ("swin", "resnet", "cspdarknet")
-
 
 def settings(bits=8, **changes):
     values = {"weight_bits": bits, "activation_bits": bits, "activation_range": "minmax"}
@@ -40,7 +38,7 @@ def relative_error(actual, expected):
     return max(((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_every_conv_and_linear_is_quantized_and_error_falls_with_bits(kind):
     batches = tiny.batches(2)
     full = tiny.detector(kind)
@@ -56,7 +54,7 @@ def test_every_conv_and_linear_is_quantized_and_error_falls_with_bits(kind):
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_model_with_quantizers_switched_off_is_the_original(kind):
     batch = tiny.batches(1, size=(60, 76))[0]
     full = tiny.detector(kind)
@@ -269,7 +267,7 @@ def test_unknown_attention_is_reported_not_silently_passed_over():
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_signal_to_noise_ratios_are_those_of_each_layer_alone(kind):
     batches = tiny.batches(2)
     full = tiny.detector(kind)
@@ -376,7 +374,7 @@ def test_observers_are_gone_after_an_exception():
     assert all(quantizer.enabled for quantizer in activation_quantizers(model).values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_bias_correction_restores_the_mean_output_of_every_layer(kind):
     """On the calibration images, with full-precision inputs, exactly: padding, strides, groups."""
     batches = tiny.batches(3, size=(60, 76))

@@ -27,7 +27,6 @@ from qwt_mmdet.replay.forwards import replaced_forwards
 
 pytestmark = pytest.mark.usefixtures("device")
 
-KINDS = ("swin", "resnet", "cspdarknet")
 PAPER = CompensationSettings(ridge=0, bits=32, gate="none", target="block", holdout_fraction=0)
 
 
@@ -64,7 +63,7 @@ def run_block(model, name, x, extra):
     return block(x.clone(), *extra)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_every_block_matches_a_fit_made_the_slow_way(kind):
     """Whole passes from the image, compensating block by block, and lstsq on the stored rows."""
     full, model, data = pair(kind)
@@ -100,7 +99,7 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
 
 
 @pytest.mark.parametrize("target", ["block", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_compensation_brings_the_backbone_closer_on_images_of_the_fit(kind, target):
     full, model, data = pair(kind)
     settings = CompensationSettings(target=target)
@@ -192,7 +191,7 @@ def test_blocks_are_left_out_until_the_heads_have_less_noise_than_without(
     assert all(name in caplog.messages[-1] for name in left_out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_batch_size_changes_nothing(kind):
     full, model, data = pair(kind)
     one = fit_compensation(model, full, data, PAPER)
@@ -213,7 +212,7 @@ class Preprocessed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("target", ["block", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_odd_images_of_different_sizes_give_the_same_in_every_batch(kind, target):
     """Swin's windows need padding here; images in one batch would be padded to the largest."""
     full = Preprocessed(tiny.backbone(kind)).eval()
@@ -271,7 +270,7 @@ def test_odd_sizes_need_window_padding_and_work():
 
 
 @pytest.mark.parametrize("target", ["block", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_activations_on_disk_give_identical_results(kind, target, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     full, model, data = pair(kind)

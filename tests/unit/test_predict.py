@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
@@ -35,15 +36,17 @@ def instances(**extra):
         scores=torch.tensor([0.5, 0.25]),
         labels=torch.tensor([1, 0]),
         **extra,
-    )
+    ).to(tiny.device)
 
 
+@pytest.mark.usefixtures("device")
 def test_boxes_become_x_y_width_height():
     first, second = detections(instances(), 42, [3, 7])
     assert first == {"image_id": 42, "category_id": 7, "bbox": [1, 2, 3, 6], "score": 0.5}
     assert second["category_id"] == 3
 
 
+@pytest.mark.usefixtures("device")
 def test_masks_survive_run_length_encoding():
     masks = torch.zeros(2, 10, 6, dtype=torch.bool)
     masks[0, 2:5, 1:3] = True
@@ -53,6 +56,7 @@ def test_masks_survive_run_length_encoding():
         assert isinstance(result["segmentation"]["counts"], str)
 
 
+@pytest.mark.usefixtures("device")
 def test_detections_of_classes_that_the_annotations_lack_are_left_out():
     (only,) = detections(instances(), 42, [3, None])
     assert only == {"image_id": 42, "category_id": 3, "bbox": [0, 0, 2, 2], "score": 0.25}
@@ -75,6 +79,7 @@ def test_what_shards_find_is_put_together_in_their_order(tmp_path):
     assert gathered(paths) == Predictions([{"score": 0.1 + 0.2}], 1, True)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_detection_that_is_left_out_for_its_class_is_finite(tmp_path):
     cats = {"categories": CATEGORIES["categories"][:1]}
     (tmp_path / "a.json").write_text(json.dumps(cats))
@@ -91,6 +96,7 @@ def test_no_detection_gives_no_record():
     assert detections(empty, 1, [3, 7]) == []
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("key", ["bboxes", "scores"])
 def test_detections_that_are_not_finite_are_left_out_and_counted(tmp_path, key, value):

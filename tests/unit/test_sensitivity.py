@@ -29,7 +29,7 @@ class Detector(tiny.TinyDetector):
 
 def detector():
     torch.manual_seed(0)
-    return Detector(tiny.backbone("swin")).eval()
+    return Detector(tiny.backbone("swin")).eval().to(tiny.device)
 
 
 def warmed_up(tmp_path, bits=4, **settings):
@@ -46,6 +46,7 @@ def noise_by_hand(expected, found):
     return sum(float((a - b).square().sum() / a.square().sum()) for a, b in pairs) / len(pairs)
 
 
+@pytest.mark.slow_if_pretended
 def test_a_layer_alone_does_what_a_model_with_that_layer_alone_quantized_does(tmp_path):
     batch = tiny.batches(1)
     ranked = {e.name: e for e in rank_layers(warmed_up(tmp_path, bias_correction=False), batch)}
@@ -152,6 +153,7 @@ def test_an_impossible_average_is_refused(average):
         choose_bits([entry("a", 10, 0.1)], average)
 
 
+@pytest.mark.slow_if_pretended
 @pytest.mark.parametrize(("before", "after"), [(4, 5), (8, 4)])
 def test_the_suggested_entry_quantizes_a_detector_to_the_bits_that_it_names(
     tmp_path, before, after
@@ -174,6 +176,7 @@ def test_the_suggested_entry_quantizes_a_detector_to_the_bits_that_it_names(
     assert (stem.weight_bits < 8, stem.activation_bits) == (True, 8), "the image keeps its bits"
 
 
+@pytest.mark.slow_if_pretended
 def test_no_image_is_an_error(tmp_path):
     with pytest.raises(QwtError, match="no calibration images"):
         rank_layers(warmed_up(tmp_path), [])

@@ -94,7 +94,7 @@ def walk_all(model, images, record=True, memory_gb=4.0):
 
 
 @pytest.mark.parametrize("record", [True, False])
-@pytest.mark.parametrize("kind", ["swin", "resnet", "cspdarknet"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_each_layer_is_reached_with_the_input_of_a_whole_pass(kind, record):
     model, images = tiny.detector(kind), tiny.batches(2)
     seen, runs = walk_all(model, images, record)

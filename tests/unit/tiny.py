@@ -1,15 +1,30 @@
 """Tiny detectors with random weights, for tests of quantization and compensation."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
+from fake_cuda import pretended_gpu
 from mmdet.models.backbones import CSPDarknet, ResNet, SwinTransformer
 from qwt_mmdet.record import record_of
 from torch import Tensor, nn
 
+KINDS = ("swin", "resnet", pytest.param("cspdarknet", marks=pytest.mark.slow_if_pretended))
+"""Of :func:`backbone`, for tests with each of them."""
+
 device = torch.device("cpu")
 """Where detectors and images are; the fixture ``device`` sets it."""
+
+
+@contextlib.contextmanager
+def computing_on(place: str) -> Iterator[torch.device]:
+    """Inside, detectors and images are on a device, or on the ``pretended`` GPU."""
+    there = pretended_gpu() if place == "pretended" else contextlib.nullcontext(place)
+    with there as found, mock.patch.dict(globals(), device=torch.device(found)):
+        yield device
 
 
 class TinyDetector(nn.Module):
