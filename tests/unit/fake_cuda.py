@@ -105,7 +105,7 @@ def _wanted(function: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any,
         return DEVICE, None, False
     if function in (torch.as_tensor, torch.asarray) and isinstance(args[0], Tensor):
         return kwargs.get("device", args[0].device), kwargs.get("dtype"), False
-    if function is Tensor.type_as or (function is Tensor.to and isinstance(args[1], Tensor)):
+    if function in (Tensor.type_as, Tensor.to) and isinstance(args[-1], Tensor) and len(args) > 1:
         return args[1].device, args[1].dtype, False
     if function is Tensor.to:
         options = dict(kwargs)

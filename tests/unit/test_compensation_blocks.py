@@ -149,6 +149,7 @@ def detector(backbone, neck=None):
     return model.eval().to(tiny.device)
 
 
+@pytest.mark.slow_if_pretended
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_is_fitted_and_comes_closer_to_full_precision(name):
     build, plain, with_downsampling = BACKBONES[name]

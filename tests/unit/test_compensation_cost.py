@@ -14,7 +14,7 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.slow_if_pretended]
 
 EVERYTHING = CompensationSettings(gate="none", ridge=0, bits=32, holdout_fraction=0)
 
@@ -22,7 +22,7 @@ EVERYTHING = CompensationSettings(gate="none", ridge=0, bits=32, holdout_fractio
 def small_backbone():
     """3 -> 4 channels by 3×3 with stride 2, then 4 -> 4 by 1×1."""
     layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.Conv2d(4, 4, 1))
-    return tiny.TinyDetector(layers).eval()
+    return tiny.TinyDetector(layers).eval().to(tiny.device)
 
 
 def fitted(settings, backbone="resnet"):

@@ -45,8 +45,8 @@ def rows(count=400, inputs=9, outputs=6, seed=0):
 
 def statistics(x, output, error):
     sums = BlockStatistics(
-        RegressionStatistics.zeros(x.shape[1], error.shape[1]),
-        ChannelStatistics.zeros(error.shape[1], error.shape[1]),
+        RegressionStatistics.zeros(x.shape[1], error.shape[1], x.device),
+        ChannelStatistics.zeros(error.shape[1], error.shape[1], x.device),
     )
     for chunk in zip(x.chunk(3), output.chunk(3), error.chunk(3), strict=True):
         sums.update(*chunk)

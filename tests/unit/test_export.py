@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import tiny
+import tiny
 import torch
 from mmcv.ops import batched_nms
 from mmdet.models import RetinaNet
@@ -450,6 +451,21 @@ def test_a_graph_with_suppression_returns_what_mmdet_does(tmp_path):
     np.testing.assert_allclose(found["boxes"], expected.bboxes, rtol=1e-4, atol=1e-3)
     with pytest.raises(QwtError, match="without --nms"):
         loading.load_exported(path)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_a_detector_on_a_gpu_is_exported_as_on_the_cpu_and_its_file_runs_beside_a_gpu(tmp_path):
+    model = two_stages()
+    paths = {place: tmp_path / f"{place}.onnx" for place in ("cpu", "gpu")}
+    onnx_file.export_onnx(model, paths["cpu"], size=SIZE, calibration=photos())
+    with tiny.computing_on("pretended") as gpu:
+        model.to(gpu)
+        onnx_file.export_onnx(model, paths["gpu"], size=SIZE, calibration=photos())
+        exported = loading.load_exported(paths["gpu"]).model.cuda()
+        (found,) = forward_scope(exported, photos()[1], "detector")
+        assert found.pred_instances.bboxes.is_cuda
+    assert paths["cpu"].read_bytes() == paths["gpu"].read_bytes()
 
 
 @pytest.mark.slow

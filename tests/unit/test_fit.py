@@ -92,7 +92,7 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
         x, y = torch.cat(rows_x), torch.cat(rows_y)
         design = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)], 1)
         expected = design @ torch.linalg.lstsq(design, y, driver="gelsd", rcond=1e-6).solution
-        actual = x @ block.kind.weight.double() + block.kind.bias.double()
+        actual = x @ block.kind.weight.to(x) + block.kind.bias.to(x)
         # Least squares has one projection: equal residuals mean equal predictions.
         assert (y - actual).norm() <= (y - expected).norm() + 1e-4 * y.norm()
         apply_compensation(slow, dataclasses.replace(fitted, blocks=(block,)))
@@ -349,7 +349,7 @@ def test_dependencies_are_a_chain_in_swin_and_found_in_skips():
             second = torch.relu_(self.b(first))
             return self.c(second + first)
 
-    skip = tiny.TinyDetector(Skip())
+    skip = tiny.TinyDetector(Skip()).to(tiny.device)
     patterns = ("backbone.a", "backbone.b", "backbone.c")
     plan = trace_blocks(skip, list(reversed(patterns)), tiny.batches(1)[0], "backbone")
     assert plan.blocks == patterns

@@ -8,6 +8,7 @@ import torch
 from qwt_mmdet.config import resolve
 from qwt_mmdet.detectors.build import random_detector
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.runtime import Job
 from qwt_mmdet.steps import quantize as steps_quantize
 from qwt_mmdet.steps import search as steps_search
 from qwt_mmdet.steps.inputs import Inputs
@@ -62,7 +63,7 @@ def inputs(checkpoint, tmp_path):
             wildcards=SimpleNamespace(model="nano"),
             threads=1,
         )
-        return Inputs.of(snakemake, SimpleNamespace(device="cpu", account=dict), "calibration")
+        return Inputs.of(snakemake, Job("cpu", 0.0), "calibration")
 
     return make
 

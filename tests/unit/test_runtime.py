@@ -268,12 +268,15 @@ def test_a_step_fails_with_the_remedy_of_its_rule(tmp_path, capsys):
     ("section", "threads", "readers"),
     [("evaluation", 2, 2), ("evaluation", 8, 4), ("calibration", 8, 0)],
 )
-def test_readers_are_at_most_the_threads_granted(tmp_path, section, threads, readers):
+def test_readers_are_at_most_the_threads_granted(tmp_path, section, threads, readers, monkeypatch):
+    from qwt_mmdet.steps import inputs as module
     from qwt_mmdet.steps.inputs import Inputs
 
+    monkeypatch.setattr(module, "_evaluated_on", lambda *_: None)
     snakemake = job(tmp_path, threads=threads)
     snakemake.params = SimpleNamespace(config="a.py", config_options={}, get={"seed": 3}.get)
     snakemake.input = SimpleNamespace(checkpoint="a.pth", annotations="a.json")
+    snakemake.wildcards = SimpleNamespace(model="a")
     inputs = Inputs.of(snakemake, runtime.Job("cpu", 0.0), section)
     assert (inputs.workers, inputs.batch_size, inputs.seed) == (readers, 5, 3)
 

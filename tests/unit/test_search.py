@@ -341,12 +341,13 @@ def test_a_metric_that_the_detector_lacks_is_an_error(annotations):
 
 def test_a_recipe_is_calibrated_within_the_activation_cache(annotations, monkeypatch):
     limits, seen = {"device_gb": 1.0, "memory_gb": 0.5}, []
+    monkeypatch.setattr(steps, "check_scoring", lambda *_: None)
     monkeypatch.setattr(steps.Judge, "_ap", lambda *_: 0.5)
     monkeypatch.setattr(steps.Inputs, "loader", lambda *_: [])
     monkeypatch.setattr(steps, "quantize_model", lambda model, settings: model)
     monkeypatch.setattr(steps, "calibrate", lambda *_, **options: seen.append(options))
     inputs = Unloaded("", {}, "", annotations(20, 20), None, 0, 1, 0)
-    chooser(smallest=Smallest(0.01), rounds=1).smallest(inputs, limits)
+    chooser(smallest=Smallest(0.01), rounds=1).smallest(inputs, activation_cache=limits)
     assert limits.items() <= seen[0].items()
 
 
