@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-DEVICES = ["cpu", "pretended"]
+DEVICES = ["cpu", pytest.param("pretended", marks=pytest.mark.slow)]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 

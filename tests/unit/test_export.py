@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-import tiny
 import torch
 from mmcv.ops import batched_nms
 from mmdet.models import RetinaNet
