@@ -324,7 +324,7 @@ CHECKS = {
 RUN_PAGES = [page for page in PAGES if any(e.language in ("sh", "python") for e in examples(page))]
 
 
-@pytest.mark.slow
+@pytest.mark.pages
 @pytest.mark.parametrize("page", RUN_PAGES)
 def test_the_examples_of_a_page_run_from_top_to_bottom(page, folder):
     names: dict[str, Any] = {}
