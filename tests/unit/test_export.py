@@ -486,7 +486,10 @@ def test_the_command_writes_what_the_workflow_does(tmp_path):
     )  # fmt: skip
     settings = {"weight_bits": 8, "activation_bits": 8, "scope": "detector", "grids": "integer"}
     quantize(inputs, settings=settings, output=files["warmup.pth"])
-    export(inputs, output=tmp_path / "ours.onnx", opset=21, warmup=files["warmup.pth"])
+    export(
+        inputs, output=tmp_path / "ours.onnx", opset=21, warmup=files["warmup.pth"],
+        graphs={"note": tmp_path / "graphs.json", "seen": None},
+    )  # fmt: skip
     command = ["export", "--config", files["config.py"], "--checkpoint", files["weights.pth"]]
     command += ["--warmup", files["warmup.pth"], "--output", tmp_path / "model.onnx"]
     done = CliRunner().invoke(app, [*map(str, command), "--calibration", str(files["a.json"])])

@@ -58,7 +58,10 @@ def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BaseDe
                 {"type": "LoadImageFromFile"},
                 {"type": "Resize", "scale": (SIZE, SIZE), "keep_ratio": True},
                 pad,
-                {"type": "PackDetInputs", "meta_keys": ("img_shape", "scale_factor", "ori_shape")},
+                {
+                    "type": "PackDetInputs",
+                    "meta_keys": ("img_id", "img_shape", "scale_factor", "ori_shape"),
+                },
             ],
         },
     )
