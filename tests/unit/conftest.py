@@ -14,7 +14,6 @@ PRETENDED = {
     "test_activation_cache",
     "test_attention",
     "test_compensation_resume",
-    "test_sensitivity",
     "test_walk",
 }
 """Files whose tests run on the pretended GPU. It looks at every call of torch, which takes time."""
