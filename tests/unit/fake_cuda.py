@@ -21,6 +21,15 @@ DEVICE = torch.device("cuda:0")
 TAKE_BOTH = {Tensor.copy_, torch.tensor, torch._has_compatible_shallow_copy_type}
 """What takes tensors of both places."""
 
+ASKS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "layout", "requires_grad")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.data_ptr),
+    *(Tensor.is_floating_point, Tensor.item, Tensor.tolist, Tensor.__len__, Tensor.__bool__),
+}  # fmt: skip
+"""What returns no tensor; answered first because it is called most."""
+
+WRITTEN_IN_PYTHON = ("torch.functional", "torch.nn.functional")
+"""Modules of torch whose functions ask a tensor for its place and make others there."""
 
 MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.type_as, torch.as_tensor, torch.asarray}
 """What may return its first argument in another place."""
@@ -76,25 +85,31 @@ def _is_gpu(device: Any) -> bool:
     return device is not None and (device is DEVICE or torch.device(device).type == "cuda")
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def _tensors(values: Any) -> list[Tensor]:
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
 
 
-def _placed(value: Any) -> Any:
-    """All tensors on the GPU that are not there yet; they keep their memory."""
-    if type(value) is Tensor:
-        return value.as_subclass(GpuTensor)
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+def _as_class(value: Any, old: type, new: type) -> Any:
+    """All tensors of one class as another; they keep their memory."""
+    if type(value) is old:
+        return value.as_subclass(new)
+    if isinstance(value, list | tuple | dict) and not isinstance(value, torch.Size):
         return tree_map(
-            lambda v: v.as_subclass(GpuTensor) if type(v) is Tensor else v,
+            lambda v: v.as_subclass(new) if type(v) is old else v,
             value,
             is_leaf=lambda v: isinstance(v, torch.Size),
         )
     return value
+
+
+def _placed(value: Any) -> Any:
+    return _as_class(value, Tensor, GpuTensor)
 
 
 def _wanted(function: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, bool] | None:
@@ -129,7 +144,7 @@ def _check_places(function: Any, args: Any, kwargs: dict[str, Any], tensors: lis
     elsewhere = [t for t in tensors if not isinstance(t, GpuTensor)]
     if not elsewhere or (name == "__getitem__" and isinstance(args[0], GpuTensor)):
         return  # indices may be on the CPU
-    if name == "__setitem__" and not list(_tensors(args[1:2])):
+    if name == "__setitem__" and not _tensors(args[1:2]):
         return  # a copy
     writes = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
     into_cpu = writes and not isinstance(args[0], GpuTensor)
@@ -142,7 +157,10 @@ def _check_places(function: Any, args: Any, kwargs: dict[str, Any], tensors: lis
 
 def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What a function of torch or mmcv returns, with tensors of the GPU among its arguments or not."""
-    tensors = [*_tensors(args), *_tensors(kwargs.values())]
+    if function in ASKS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+    tensors = _tensors(args) + _tensors(kwargs.values()) if kwargs else _tensors(args)
     here = [t for t in tensors if isinstance(t, GpuTensor)]
     device = kwargs.get("device")
     if function in MOVES:
@@ -162,6 +180,8 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif device is None:
         device = tensors[0].device if function is Tensor.copy_ else DEVICE
     with torch._C.DisableTorchFunctionSubclass():
+        if getattr(function, "__module__", None) in WRITTEN_IN_PYTHON:
+            args, kwargs = (_as_class(given, GpuTensor, Tensor) for given in (args, kwargs))
         found = function(*args, **kwargs)
     return _placed(found) if _is_gpu(device) else found
 
