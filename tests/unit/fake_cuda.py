@@ -14,7 +14,6 @@ import mmcv._ext
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 DEVICE = torch.device("cuda:0")
 
@@ -97,14 +96,15 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _as_class(value: Any, old: type, new: type) -> Any:
     """All tensors of one class as another; they keep their memory."""
-    if type(value) is old:
+    kind = type(value)
+    if kind is old:
         return value.as_subclass(new)
-    if isinstance(value, list | tuple | dict) and not isinstance(value, torch.Size):
-        return tree_map(
-            lambda v: v.as_subclass(new) if type(v) is old else v,
-            value,
-            is_leaf=lambda v: isinstance(v, torch.Size),
-        )
+    if kind in (list, tuple):
+        return kind([_as_class(one, old, new) for one in value])
+    if kind is dict:
+        return {key: _as_class(one, old, new) for key, one in value.items()}
+    if isinstance(value, tuple) and kind is not torch.Size:  # a named one, such as torch.max's
+        return kind([_as_class(one, old, new) for one in value])
     return value
 
 

@@ -171,7 +171,13 @@ def test_every_backbone_is_fitted_and_comes_closer_to_full_precision(name):
     assert (outputs[2] - outputs[0]).norm() < (outputs[1] - outputs[0]).norm()
 
 
-@pytest.mark.parametrize("name", NECKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fpn", "pafpn", "channel mapper"),
+        *(pytest.param(name, marks=pytest.mark.slow_if_pretended) for name in ("yolox", "cspnext")),
+    ],
+)
 def test_necks_are_compensated_where_they_are_quantized(name):
     build, blocks = NECKS[name]
     full = detector(BACKBONES["resnet"][0], build([8, 16]))

@@ -21,7 +21,6 @@ from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.config.compensation import Kind as KindName
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -123,7 +122,7 @@ def test_low_rank_minimises_the_penalised_error():
     smallest = objective(kind.left, kind.right)
     for _ in range(30):
         a, b = (
-            t + 1e-3 * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+            t + 1e-3 * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
             for t in (kind.left, kind.right)
         )
         assert objective(a, b) >= smallest
@@ -202,7 +201,7 @@ def test_held_out_errors_are_those_of_fits_to_the_other_folds():
     (form,) = candidates(statistics(x, output, error), folds(x, output, error), settings)
     expected = 0.0
     for held in torch.arange(300).chunk(5):
-        seen = torch.ones(300, dtype=torch.bool)
+        seen = torch.ones(300, dtype=torch.bool, device=x.device)
         seen[held] = False
         solution = torch.linalg.lstsq(with_ones(x[seen]), error[seen]).solution
         expected += (error[held] - with_ones(x[held]) @ solution).square().sum().item()
@@ -217,14 +216,14 @@ def test_held_out_errors_are_those_of_fits_to_the_other_folds():
         (lambda x, output, noise: noise + 1, "bias"),
         (lambda x, output, noise: noise + 1 - 0.5 * output, "affine"),
         (lambda x, output, noise: noise + x[:, :1] - x[:, 1:2], 1),
-        (lambda x, output, noise: noise + x[:, :2] @ torch.ones(2, 6).double(), 1),
+        (lambda x, output, noise: noise + x[:, :2] @ torch.ones(2, 6).to(x), 1),
         (lambda x, output, noise: noise + x[:, :2].repeat(1, 3), 2),
     ],
 )
 def test_the_forms_of_auto_hold_the_one_that_made_the_error(error, expected):
     """No form leaves less of what it has not seen, and simpler ones leave more."""
     x, output, _ = rows(1000, 9, 6)
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).double()
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(output)
     y = error(x, output, noise)
     settings = dataclasses.replace(OLS, kind="auto")
     forms = candidates(statistics(x, output, y), folds(x, output, y), settings)
@@ -242,10 +241,10 @@ def test_the_forms_of_auto_hold_the_one_that_made_the_error(error, expected):
 
 
 def tiny_fit(settings, kind="resnet"):
-    data = tiny.batches(6)
+    data = tiny.batches(3)
     full = tiny.detector(kind)
     quantization = QuantizationSettings(weight_bits=4, activation_bits=4, activation_range="minmax")
-    model = calibrate(quantize_model(copy.deepcopy(full), quantization), data)
+    model = tiny.calibrated(kind, quantization, 3)
     return model, data, fit_compensation(model, full, data, settings)
 
 
@@ -270,7 +269,9 @@ def test_saved_kinds_compute_the_same(kind, backbone, tmp_path):
 
 
 def test_what_cannot_be_computed_with_is_neither_saved_nor_loaded(tmp_path):
-    settings = CompensationSettings(kind="lowrank", rank=2, gate="none", bits=8)
+    settings = CompensationSettings(
+        kind="lowrank", rank=2, gate="none", bits=8, holdout_fraction=0.34
+    )
     model, _, fitted = tiny_fit(settings)
     path = tmp_path / "c.pth"
     save_compensation(model, fitted, path)

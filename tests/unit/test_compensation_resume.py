@@ -1,6 +1,5 @@
 """A fit that was interrupted goes on after its last finished block."""
 
-import copy
 import dataclasses
 from typing import ClassVar
 
@@ -10,8 +9,6 @@ from qwt_mmdet.compensation import fit as fit_module
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import save_compensation
 from qwt_mmdet.config import CompensationSettings, MaxCost, QuantizationSettings
-from qwt_mmdet.quantization.calibrate import calibrate
-from qwt_mmdet.quantization.convert import quantize_model
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -30,7 +27,7 @@ SETTINGS = CompensationSettings(holdout_fraction=0.34)
 def models(request):
     full = tiny.detector(request.param)
     quantization = QuantizationSettings(weight_bits=4, activation_bits=4, activation_range="minmax")
-    return calibrate(quantize_model(copy.deepcopy(full), quantization), tiny.batches(3)), full
+    return tiny.calibrated(request.param, quantization, 3), full
 
 
 @pytest.fixture
@@ -81,7 +78,7 @@ def test_a_fit_stopped_in_block_3_ends_as_if_it_had_not(models, target, counted,
 def test_a_fit_under_a_budget_goes_on_in_its_second_pass(counted, tmp_path):
     full = tiny.detector("resnet")
     quantization = QuantizationSettings(weight_bits=4, activation_bits=4)
-    model = calibrate(quantize_model(copy.deepcopy(full), quantization), tiny.batches(3))
+    model = tiny.calibrated("resnet", quantization, 3)
     # A number for ridge: a block that is left with its bias alone costs no multiply-adds.
     settings = dataclasses.replace(
         SETTINGS, ridge=0.01, gate="none", max_cost=MaxCost(multiply_adds=1.5)
@@ -95,7 +92,7 @@ def test_a_fit_under_a_budget_goes_on_in_its_second_pass(counted, tmp_path):
 def test_other_inputs_start_anew(change, counted, tmp_path):
     full = tiny.detector("resnet")
     quantization = QuantizationSettings(weight_bits=4, activation_bits=4)
-    model = calibrate(quantize_model(copy.deepcopy(full), quantization), tiny.batches(3))
+    model = tiny.calibrated("resnet", quantization, 3)
     images, settings, state = tiny.batches(3), SETTINGS, tmp_path / "state"
     fit_compensation(model, full, images, settings, resume=state)
     counted.names = []

@@ -293,13 +293,16 @@ def test_signal_to_noise_ratios_are_those_of_each_layer_alone(kind):
     assert len(operands) == (16 if kind == "swin" else 0)
 
 
-def test_calibration_does_not_depend_on_the_batch_size():
+@pytest.mark.parametrize(
+    "kind", ["resnet", pytest.param("cspdarknet", marks=pytest.mark.slow_if_pretended)]
+)
+def test_calibration_does_not_depend_on_the_batch_size(kind):
     """Not in one bit, and not with images of two sizes, of which one would be padded."""
     images = [batch["inputs"][0] for batch in tiny.batches(4)]
     images[1] = images[1][:, :48, :32].contiguous()
     found = []
     for size in (1, 2, 4):
-        model = quantize_model(tiny.detector("cspdarknet"), settings(activation_range="percentile"))
+        model = quantize_model(tiny.detector(kind), settings(activation_range="percentile"))
         calibrate(model, [{"inputs": images[i : i + size]} for i in range(0, 4, size)])
         state = {name: q.scale for name, q in activation_quantizers(model).items()}
         state |= {name: layer.weight_codes for name, layer in quantized_layers(model).items()}

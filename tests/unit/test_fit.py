@@ -36,8 +36,7 @@ def pair(kind, images=8, batch=1, size=(64, 64), bits=4):
     settings = QuantizationSettings(
         weight_bits=bits, activation_bits=bits, weight_range="minmax", activation_range="minmax"
     )
-    model = calibrate(quantize_model(copy.deepcopy(full), settings), tiny.batches(images, size))
-    return full, model, data
+    return full, tiny.calibrated(kind, settings, images, size), data
 
 
 @torch.no_grad()
@@ -124,12 +123,11 @@ def test_compensation_brings_the_backbone_closer_on_images_of_the_fit(kind, targ
 @pytest.mark.parametrize("kind", ["linear", "lowrank", "affine", "bias"])
 def test_folds_judge_and_the_fit_is_to_all_images(kind):
     full, model, data = pair("cspdarknet")
-    plain = dataclasses.replace(PAPER, kind=kind, target="reference", rank=3)
-    folded, on_all = (
-        # what later blocks see differs by rounding, which quantizers enlarge
-        fit_compensation(model, full, data, dataclasses.replace(plain, holdout_fraction=f)).blocks[
-            0
-        ]
+    # one block: what later ones see differs by rounding, which quantizers enlarge
+    first = find_blocks(full, data[0])[0]
+    plain = dataclasses.replace(PAPER, kind=kind, target="reference", rank=3, blocks=(first,))
+    (folded,), (on_all,) = (
+        fit_compensation(model, full, data, dataclasses.replace(plain, holdout_fraction=f)).blocks
         for f in (0.25, 0)
     )
     assert folded.holdout.error_before == pytest.approx(on_all.fit.error_before, rel=1e-6)
@@ -144,7 +142,7 @@ def test_folds_judge_and_the_fit_is_to_all_images(kind):
 @pytest.mark.parametrize("target", ["block", "reference"])
 def test_the_error_of_the_fit_is_what_the_compensated_model_has(target, bits):
     """The numbers in the file against the compensated model itself, at the last block."""
-    full, model, data = pair("swin")
+    full, model, data = pair("swin", images=5)
     settings = CompensationSettings(target=target, gate="none", bits=bits)
     fitted = fit_compensation(model, full, data, settings)
     last = fitted.blocks[-1]
@@ -193,10 +191,10 @@ def test_blocks_are_left_out_until_the_heads_have_less_noise_than_without(
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_batch_size_changes_nothing(kind):
-    full, model, data = pair(kind)
+    full, model, data = pair(kind, images=4)
     one = fit_compensation(model, full, data, PAPER)
-    four = fit_compensation(model, full, tiny.batches(8, batch=4), PAPER)
-    for a, b in zip(one.blocks, four.blocks, strict=True):
+    three = fit_compensation(model, full, tiny.batches(4, batch=3), PAPER)
+    for a, b in zip(one.blocks, three.blocks, strict=True):
         assert torch.equal(a.kind.weight, b.kind.weight)
         assert torch.equal(a.kind.bias, b.kind.bias)
 
@@ -215,10 +213,10 @@ class Preprocessed(torch.nn.Module):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_odd_images_of_different_sizes_give_the_same_in_every_batch(kind, target):
     """Swin's windows need padding here; images in one batch would be padded to the largest."""
-    full = Preprocessed(tiny.backbone(kind)).eval()
+    full = Preprocessed(tiny.backbone(kind)).eval().to(tiny.device)
     generator = torch.Generator().manual_seed(3)
     sizes = [(52, 76), (37, 45), (64, 64), (41, 90)]
-    images = [torch.rand(3, *size, generator=generator) * 255 for size in sizes]
+    images = [torch.rand(3, *size, generator=generator).to(tiny.device) * 255 for size in sizes]
     batches = [{"inputs": [image], "data_samples": [DetDataSample()]} for image in images]
     joint = [
         {"inputs": images[:3], "data_samples": [DetDataSample() for _ in range(3)]},
@@ -250,7 +248,7 @@ class AddsInPlace(torch.nn.Module):
 
 def test_code_between_blocks_may_work_in_place():
     torch.manual_seed(0)
-    full = Preprocessed(AddsInPlace()).eval()
+    full = Preprocessed(AddsInPlace()).eval().to(tiny.device)
     images = torch.rand(4, 3, 24, 32, generator=torch.Generator().manual_seed(1)) * 255
     data = [{"inputs": [image], "data_samples": [DetDataSample()]} for image in images]
     settings = QuantizationSettings(weight_bits=4, activation_bits=4)
@@ -273,7 +271,7 @@ def test_odd_sizes_need_window_padding_and_work():
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_activations_on_disk_give_identical_results(kind, target, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    full, model, data = pair(kind)
+    full, model, data = pair(kind, images=5)
     settings = CompensationSettings(target=target)
     memory = fit_compensation(model, full, data, settings)
     assert list(tmp_path.glob("qwt-mmdet-*")) == []
@@ -286,7 +284,7 @@ def test_activations_on_disk_give_identical_results(kind, target, tmp_path, monk
 
 
 def test_each_block_runs_once_per_image_in_each_model():
-    full, model, data = pair("cspdarknet")
+    full, model, data = pair("cspdarknet", images=3)
     names = find_blocks(full, tiny.batches(1)[0])
     counts = {}
 
@@ -372,7 +370,7 @@ def test_gate_rejects_what_does_not_help_on_held_out_images():
 
 
 def test_saved_compensation_is_applied_bit_for_bit(tmp_path):
-    full, model, data = pair("cspdarknet")
+    full, model, data = pair("cspdarknet", images=5)
     fitted = fit_compensation(model, full, data, CompensationSettings())
     path = tmp_path / "compensation.pth"
     save_compensation(model, fitted, path)

@@ -39,7 +39,8 @@ def detector(kind):
                 mlp_ratios=[2, 2, 2, 2],
                 drop_path_rate=0.0,
             )
-        ).eval()
+        )
+        model = model.eval().to(tiny.device)
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.uniform_(module.weight, 0.1, 3)

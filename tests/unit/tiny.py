@@ -1,6 +1,8 @@
 """Tiny detectors with random weights, for tests of quantization and compensation."""
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -9,6 +11,9 @@ import pytest
 import torch
 from fake_cuda import pretended_gpu
 from mmdet.models.backbones import CSPDarknet, ResNet, SwinTransformer
+from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.record import record_of
 from torch import Tensor, nn
 
@@ -64,6 +69,21 @@ def detector(kind: str, seed: int = 0) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
     return model.eval().to(device)
+
+
+def calibrated(
+    kind: str, settings: QuantizationSettings, images: int, size: tuple[int, int] = (64, 64)
+) -> nn.Module:
+    """:func:`detector`, calibrated on :func:`batches`; what took time once is copied from then on."""
+    place = type(torch.empty(0, device=device)), device
+    return copy.deepcopy(_calibrated(place, kind, settings, images, size))
+
+
+@functools.cache
+def _calibrated(
+    place: Any, kind: str, settings: QuantizationSettings, images: int, size: tuple[int, int]
+) -> nn.Module:
+    return calibrate(quantize_model(detector(kind), settings), batches(images, size))
 
 
 def batches(count: int, size: tuple[int, int] = (64, 64), batch: int = 1) -> list[dict[str, Any]]:

@@ -1,0 +1,154 @@
+"""The steps of a run, from files to files, on each device."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+from qwt_mmdet import estimate
+from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.detectors.build import random_detector
+from qwt_mmdet.files import write_json
+from qwt_mmdet.quantization.state import load_warmup
+from qwt_mmdet.runtime import Job
+from qwt_mmdet.steps import search as steps_search
+from qwt_mmdet.steps.compensate import compensate
+from qwt_mmdet.steps.evaluate import evaluate
+from qwt_mmdet.steps.inputs import Inputs
+from qwt_mmdet.steps.quantize import quantize
+from qwt_mmdet.steps.rank import rank
+
+pytestmark = pytest.mark.usefixtures("device")
+
+DEMO = Path(__file__).parents[2] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
+PLAIN = {
+    "weight_bits": 8, "activation_bits": 8, "weight_range": "minmax", "activation_range": "minmax",
+    "rounding": "nearest",
+}  # fmt: skip
+SMALL = {
+    "model.backbone": {
+        "_delete_": True, "type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8,
+        "num_stages": 2, "strides": (1, 2), "dilations": (1, 1), "out_indices": (0, 1),
+    },
+    "model.neck": {"in_channels": [8, 16], "out_channels": 8, "num_outs": 2},
+    "model.rpn_head": {
+        "in_channels": 8, "feat_channels": 8, "anchor_generator": {"strides": [4, 8]},
+    },
+    "model.roi_head": {
+        "bbox_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
+        "bbox_head": {"in_channels": 8, "fc_out_channels": 16},
+        "mask_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
+        "mask_head": {"in_channels": 8, "conv_out_channels": 8},
+    },
+    "model.test_cfg.rpn.max_per_img": 20,
+    "model.test_cfg.rcnn": {"score_thr": 0.0, "max_per_img": 3},
+    "test_dataloader.dataset.pipeline.1.scale": (64, 64),
+}  # fmt: skip
+"""Changes to the demo's config: a small ResNet and small images. Random weights find something, too."""
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A Mask R-CNN with random weights, and ten images whose objects are what it finds there."""
+    torch.manual_seed(0)
+    torch.save({"state_dict": random_detector(DEMO, SMALL).state_dict()}, tmp_path / "weights.pth")
+    generator = np.random.default_rng(0)
+    images = [{"id": i, "file_name": f"{i}.png", "height": 64, "width": 64} for i in range(10)]
+    for image in images:
+        pixels = cv2.resize(generator.integers(0, 256, (8, 8, 3), np.uint8), (64, 64))
+        cv2.imwrite(str(tmp_path / image["file_name"]), pixels)
+    classes = random_detector(DEMO, SMALL).dataset_meta["classes"]
+    content = {
+        "info": {"image_root": str(tmp_path)},
+        "images": images,
+        "annotations": [
+            {"id": 1 + i, "image_id": i, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81,
+             "iscrowd": 0, "segmentation": [[1, 1, 10, 1, 10, 10]]}
+            for i in range(10)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes)],
+    }  # fmt: skip
+    write_json(tmp_path / "annotations.json", content)
+    place = "cpu" if tiny.device.type == "cpu" else "cuda:0"
+    found = Inputs(
+        str(DEMO), SMALL, tmp_path / "weights.pth", tmp_path / "annotations.json", Job(place, 0.0),
+        seed=0, batch_size=2, workers=0,
+    )  # fmt: skip
+    evaluate(found, metrics=tmp_path / "m.json", predictions=tmp_path / "predictions.json")
+    content["annotations"] = [
+        {
+            **{key: one[key] for key in ("image_id", "category_id", "bbox", "segmentation")},
+            "id": number, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0,
+        }
+        for number, one in enumerate(json.loads((tmp_path / "predictions.json").read_text()), 1)
+    ]  # fmt: skip
+    write_json(tmp_path / "annotations.json", content)
+    return found
+
+
+def evaluated(inputs, tmp_path, **files):
+    evaluate(inputs, metrics=tmp_path / "m.json", predictions=tmp_path / "p.json", **files)
+    return json.loads((tmp_path / "m.json").read_text())
+
+
+def test_a_detector_is_quantized_compensated_ranked_and_evaluated(inputs, tmp_path):
+    for metric in ("bbox", "segm"):
+        assert evaluated(inputs, tmp_path)[metric]["AP"] == pytest.approx(1)
+    warmup, compensation = tmp_path / "warmup.pth", tmp_path / "compensation.pth"
+    quantize(inputs, settings=PLAIN, output=warmup)
+    compensate(
+        inputs, warmup=warmup, settings={"kind": "linear", "gate": "none"}, output=compensation,
+        blocks=tmp_path / "blocks.csv",
+    )  # fmt: skip
+    metrics = evaluated(inputs, tmp_path, warmup=warmup, compensation=compensation)
+    assert 0 < metrics["bbox"]["AP"] <= 1
+    rank(
+        inputs, warmup=warmup, name="w8a8", images=1, average_bits=6, table=tmp_path / "t.csv",
+        suggestion=tmp_path / "s.yaml",
+    )  # fmt: skip
+    assert "backbone.conv1" in (tmp_path / "t.csv").read_text()
+    load_warmup(random_detector_of(inputs), warmup)  # on the CPU
+
+
+def random_detector_of(inputs):
+    """The detector of the inputs on the CPU."""
+    return Inputs.load(
+        Inputs(
+            inputs.config, inputs.config_options, inputs.checkpoint, inputs.annotations,
+            Job("cpu", 0.0), seed=0, batch_size=1, workers=0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "question",
+    [{"best": {"average_weight_bits": 5}}, {"smallest": {"max_drop": 0.5}, "rounds": 1}],
+)
+def test_a_search_measures_layers_and_chooses_a_recipe(inputs, tmp_path, question):
+    """Which is scored on the images where full precision finds all."""
+    files = {name: tmp_path / name for name in ("candidates", "recipe", "summary")}
+    steps_search.measure(
+        inputs, settings=PLAIN, weight_bits=(4, 8), activation_bits=(8,), images=1,
+        output=files["candidates"], metric="bbox",
+    )  # fmt: skip
+    steps_search.choose(
+        inputs, name="mixed", search={"candidates": (4, 8), **question}, settings=PLAIN, **files
+    )
+    about = json.loads(files["summary"].read_text())
+    assert 4 <= about["average_weight_bits"] <= 8
+    assert len(about["rounds"]) == question.get("rounds", 0)
+
+
+def test_steps_are_tried_for_an_estimate(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "SIZE", (64, 64))
+    sizes = dict.fromkeys(estimate.PARTS, 1)
+    trial = estimate.Trial(
+        tmp_path, inputs.config, SMALL, QuantizationSettings(**PLAIN), None, inputs.job.device,
+        sizes, 1,
+    )  # fmt: skip
+    estimate.prepare(trial)
+    for step in ("quantize_model", "evaluate_quantized"):
+        assert estimate._run(trial, step, 2) > 0
