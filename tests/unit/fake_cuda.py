@@ -175,6 +175,8 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("generator") is not None:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.pop("requires_grad", False):  # of what lies on the GPU, which is a leaf
+            return compute(function, args, {**kwargs, "device": device}).requires_grad_()
     elif function is torch.tensor and args[0] is not here[0]:
         device = "cpu"  # numbers from the GPU
     elif device is None:

@@ -150,7 +150,9 @@ def test_layers_that_pad_with_zeros_are_not_folded():
 
 
 @pytest.mark.parametrize("kind", ["swin", "pvt"])
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize(
+    "rounding", ["nearest", pytest.param("gptq", marks=pytest.mark.slow_if_pretended)]
+)
 def test_saved_state_computes_bit_for_bit_the_same(kind, rounding, tmp_path):
     settings = QuantizationSettings.from_mapping({**REPQ, "weight_bits": 4, "rounding": rounding})
     model = calibrate(quantize_model(detector(kind), settings), tiny.batches(2))

@@ -18,6 +18,7 @@ def grid(device, bits):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_if_pretended  # no compiler knows the pretended GPU
 def test_compiled_and_in_place_results_are_equal_bit_for_bit(device, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     for bits in (2, 4, 8):

@@ -22,20 +22,14 @@ from qwt_mmdet.search.sensitivity import (
 pytestmark = pytest.mark.usefixtures("device")
 
 
-class Detector(tiny.TinyDetector):
-    def extract_feat(self, images):
-        return self.backbone(images)
-
-
 def detector():
-    torch.manual_seed(0)
-    return Detector(tiny.backbone("swin")).eval().to(tiny.device)
+    return tiny.detector("swin")
 
 
 def warmed_up(tmp_path, bits=4, **settings):
     quantization = QuantizationSettings(bits, bits, **settings)
     path = tmp_path / "warmup.pth"
-    save_warmup(calibrate(quantize_model(detector(), quantization), tiny.batches(2)), path)
+    save_warmup(tiny.calibrated("swin", quantization, 2), path)
     return load_warmup(detector(), path, round_weights=False)
 
 

@@ -30,7 +30,7 @@ def plain(kind="swin"):
 
 @pytest.fixture
 def warmup(tmp_path):
-    model = calibrate(quantize_model(plain(), SETTINGS), tiny.batches(2))
+    model = tiny.calibrated("swin", SETTINGS, 2)
     path = tmp_path / "warmup.pth"
     save_warmup(model, path, {"seed": 0})
     return model, path
