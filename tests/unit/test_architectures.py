@@ -160,14 +160,12 @@ def outputs(model: nn.Module, batches: list[dict]) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.slow_if_pretended  # test_steps.py has a small detector there
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     "config",
     [
-        *(
-            name if "faster" in name else pytest.param(name, marks=pytest.mark.slow_if_pretended)
-            for name in ALWAYS
-        ),
+        *ALWAYS,
         *(pytest.param(name, marks=pytest.mark.zoo) for name in ZOO),
     ],
 )

@@ -65,9 +65,7 @@ def test_folds_see_together_what_one_observer_sees():
     assert int(folds.folds[0].counts.sum()) == 2 * 48, "merging leaves the folds as they were"
 
 
-@pytest.mark.parametrize(
-    "kind", ["swin", pytest.param("csp", marks=pytest.mark.slow_if_pretended)]
-)
+@pytest.mark.parametrize("kind", ["swin", pytest.param("csp", marks=pytest.mark.slow_if_pretended)])
 def test_the_check_leaves_each_quantizer_the_grid_of_all_images(kind):
     model = calibrated(brighter(tiny.batches(2, size=(32, 32)), 4), kind)
     alone = calibrated(brighter(tiny.batches(2, size=(32, 32)), 4)[1:], kind)

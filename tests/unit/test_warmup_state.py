@@ -4,7 +4,6 @@ import torch
 from qwt_mmdet.config import QuantizationSettings, as_plain
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model, quantized_layers
 from qwt_mmdet.quantization.state import (
     load_warmup,
