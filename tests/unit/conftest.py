@@ -31,6 +31,13 @@ def device(
         yield device
 
 
+@pytest.fixture
+def made_there(device: torch.device) -> Iterator[None]:
+    """Tensors and modules are made on the device where nothing else is said."""
+    with device:
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what takes long on the pretended GPU: it looks at every call of torch."""
     items[:] = [item for item in items if not _is_left_out(item)]

@@ -154,8 +154,12 @@ def test_maps_and_tokens_get_the_same(name):
     generator = torch.Generator().manual_seed(0)
     sizes = {"bias": [(6,)], "affine": [(6,), (6,)], "lowrank": [(5, 2), (2, 6), (6,)]}
     shapes = sizes.get(name, [(5, 6), (6,)])
-    kind = KINDS[name](*(torch.randn(shape, generator=generator) for shape in shapes))
-    x, output = (torch.randn(2, c, 3, 4, generator=generator) for c in (5, 6))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(tiny.device)
+
+    kind = KINDS[name](*(normal(*shape) for shape in shapes))
+    x, output = (normal(2, c, 3, 4) for c in (5, 6))
     on_maps = kind.apply(x, output, 1)
     on_tokens = kind.apply(x.permute(0, 2, 3, 1), output.permute(0, 2, 3, 1), -1)
     assert torch.allclose(on_maps.permute(0, 2, 3, 1), on_tokens, atol=1e-5)
@@ -200,7 +204,7 @@ def test_held_out_errors_are_those_of_fits_to_the_other_folds():
     settings = dataclasses.replace(OLS, ridge=0)
     (form,) = candidates(statistics(x, output, error), folds(x, output, error), settings)
     expected = 0.0
-    for held in torch.arange(300).chunk(5):
+    for held in torch.arange(300, device=x.device).chunk(5):
         seen = torch.ones(300, dtype=torch.bool, device=x.device)
         seen[held] = False
         solution = torch.linalg.lstsq(with_ones(x[seen]), error[seen]).solution

@@ -65,6 +65,7 @@ def test_model_with_quantizers_switched_off_is_the_original(kind):
         assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("made_there")
 @pytest.mark.parametrize("masked", [False, True])
 def test_window_attention_equals_mmdets_own(masked):
     torch.manual_seed(0)
@@ -80,6 +81,7 @@ def test_window_attention_equals_mmdets_own(masked):
     assert torch.allclose(attention(x, mask), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("made_there")
 def test_quantized_linear_by_hand():
     layer = nn.Linear(2, 1, bias=True)
     with torch.no_grad():
@@ -101,7 +103,7 @@ def test_quantized_linear_by_hand():
 @pytest.mark.parametrize("shape", [(37, 16), (3, 25, 16)])
 def test_a_large_input_of_a_linear_layer_gives_the_same_in_parts(shape, monkeypatch):
     torch.manual_seed(0)
-    layer = nn.Linear(16, 5)
+    layer = nn.Linear(16, 5)  # on the CPU, as a GPU computes it whole
     layer.__class__ = QuantizedLinear
     layer._attach("layer", 4, 4)
     layer.input_quantizer.set_range(torch.tensor([-2.0]), torch.tensor([2.0]))
@@ -122,6 +124,7 @@ def test_a_large_input_of_a_linear_layer_gives_the_same_in_parts(shape, monkeypa
     assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("made_there")
 def test_window_attention_rounds_its_operands_by_hand():
     torch.manual_seed(0)
     attention = WindowMSA(embed_dims=16, num_heads=4, window_size=(3, 5)).eval()
@@ -152,6 +155,7 @@ def test_window_attention_rounds_its_operands_by_hand():
     assert torch.equal(x, original)
 
 
+@pytest.mark.usefixtures("made_there")
 def test_depthwise_input_scales_are_per_channel_and_fold_into_the_weight():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, 3, groups=4, bias=False)
@@ -170,6 +174,7 @@ def test_depthwise_input_scales_are_per_channel_and_fold_into_the_weight():
     assert torch.allclose(conv(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("made_there")
 def test_scales_of_dense_and_grouped_convolutions_are_per_tensor():
     for groups in (1, 2):
         conv = nn.Conv2d(4, 4, 1, groups=groups)

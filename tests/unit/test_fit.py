@@ -207,6 +207,7 @@ class Preprocessed(torch.nn.Module):
         self.backbone = backbone
         record_of(self).fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
         self.data_preprocessor = DetDataPreprocessor(mean=[1] * 3, std=[2] * 3, pad_size_divisor=8)
+        self.data_preprocessor.to(tiny.device)  # as mmdet's detectors do where they are moved
 
 
 @pytest.mark.parametrize("target", ["block", "reference"])
@@ -421,7 +422,7 @@ def test_bad_block_patterns_are_named(blocks, message):
 
 
 def test_backbone_without_anything_to_compensate_is_refused():
-    detector = tiny.TinyDetector(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 2)))
+    detector = tiny.TinyDetector(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 2))).to(tiny.device)
     with pytest.raises(QwtError, match=r"backbone, of class Sequential, .* 'blocks'"):
         find_blocks(detector, tiny.batches(1)[0])
 

@@ -75,6 +75,7 @@ def test_folding_leaves_the_full_precision_function_alone(kind, size):
         assert_close(outputs(model, size), outputs(full, size))
 
 
+@pytest.mark.usefixtures("made_there")
 def test_codes_are_those_of_quantization_per_channel():
     torch.manual_seed(0)
     y = torch.randn(500, 12) * torch.logspace(-2, 2, 12) + torch.randn(12)

@@ -117,8 +117,8 @@ def test_depthwise_and_linear_layers_are_left_as_they_are():
 
 
 def test_pooled_channels_are_the_tensor():
-    x = torch.randn(4, 6, 50, generator=torch.Generator().manual_seed(0))
-    x *= torch.logspace(-2, 1, 6)[:, None]
+    x = torch.randn(4, 6, 50, generator=torch.Generator().manual_seed(0)).to(tiny.device)
+    x *= torch.logspace(-2, 1, 6, device=x.device)[:, None]
     channels, whole = RangeObserver("a", 1), RangeObserver("b")
     for part in x:
         channels.update(part[None])

@@ -235,6 +235,7 @@ def test_what_was_fitted_is_saved_and_comes_back(tmp_path):
     assert error(again, model, images) == 0
 
 
+@pytest.mark.usefixtures("made_there")
 def test_outputs_of_other_positions_do_not_correspond():
     y = torch.randn(200, 4)
     assert corresponds(y, y + 0.3 * torch.randn(200, 4))
@@ -295,6 +296,7 @@ def logit(p):
     return torch.as_tensor(p).logit()
 
 
+@pytest.mark.usefixtures("made_there")
 def test_scores_are_classes_times_objectness_at_their_largest_over_levels():
     fine, coarse = torch.full((1, 2, 4, 4), -50.0), torch.full((1, 2, 2, 2), -50.0)
     fine[0, 1, 0, 0], coarse[0, 0, 1, 1] = logit(0.8), logit(0.6)
@@ -302,15 +304,14 @@ def test_scores_are_classes_times_objectness_at_their_largest_over_levels():
     boxes = [torch.zeros(1, 4, n, n) for n in (4, 2)]
     head = YOLOXHead(num_classes=2, in_channels=4, feat_channels=4)
     scores = score_map(OneStage(head, ([fine, coarse], boxes, objectness)), {})
-    assert scores[0, 0] == pytest.approx(0.4)
-    assert scores[1, 1] == pytest.approx(0.4)  # widened by one place
-    assert scores[3, 3] == pytest.approx(0.3)
+    assert scores[0, 0].item() == pytest.approx(0.4)
+    assert scores[1, 1].item() == pytest.approx(0.4)  # widened by one place
+    assert scores[3, 3].item() == pytest.approx(0.3)
     head = RetinaHead(num_classes=2, in_channels=4, feat_channels=4)  # without objectness
     anchors = torch.full((1, 18, 4, 4), -50.0)
     anchors[0, 7, 2, 2] = logit(0.9)
-    assert score_map(
-        OneStage(head, ([anchors], [torch.zeros(1, 36, 4, 4)])), {}
-    ).max() == pytest.approx(0.9)
+    scores = score_map(OneStage(head, ([anchors], [torch.zeros(1, 36, 4, 4)])), {})
+    assert scores.max().item() == pytest.approx(0.9)
 
 
 def test_detectors_without_a_map_of_scores_have_none():
@@ -319,6 +320,7 @@ def test_detectors_without_a_map_of_scores_have_none():
     assert score_map(OneStage(head, ([torch.zeros(1, 18, 4, 4)],)), {}) is None  # not its classes
 
 
+@pytest.mark.usefixtures("made_there")
 def test_scores_at_the_positions_of_maps_and_tokens():
     scores = torch.zeros(6, 8)
     scores[5, 0] = 1.0
