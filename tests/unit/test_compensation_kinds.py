@@ -252,7 +252,9 @@ def tiny_fit(settings, kind="resnet"):
     return model, data, fit_compensation(model, full, data, settings)
 
 
-@pytest.mark.parametrize("backbone", ["resnet", "swin"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet", pytest.param("swin", marks=pytest.mark.slow_if_pretended)]
+)
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_saved_kinds_compute_the_same(kind, backbone, tmp_path):
     settings = CompensationSettings(kind=kind, rank=2, holdout_fraction=0.34, gate="none")

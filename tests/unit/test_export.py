@@ -460,7 +460,8 @@ def test_a_detector_on_a_gpu_is_exported_as_on_the_cpu_and_its_file_runs_beside_
     onnx_file.export_onnx(model, paths["cpu"], size=SIZE, calibration=photos())
     with tiny.computing_on("pretended") as gpu:
         model.to(gpu)
-        onnx_file.export_onnx(model, paths["gpu"], size=SIZE, calibration=photos())
+        there = [{**one, "inputs": [image.to(gpu) for image in one["inputs"]]} for one in photos()]
+        onnx_file.export_onnx(model, paths["gpu"], size=SIZE, calibration=there)
         exported = loading.load_exported(paths["gpu"]).model.cuda()
         (found,) = forward_scope(exported, photos()[1], "detector")
         assert found.pred_instances.bboxes.is_cuda

@@ -120,7 +120,16 @@ def test_compensation_brings_the_backbone_closer_on_images_of_the_fit(kind, targ
     assert distances[0] < distances[1]
 
 
-@pytest.mark.parametrize("kind", ["linear", "lowrank", "affine", "bias"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "linear",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow_if_pretended)
+            for kind in ("lowrank", "affine", "bias")
+        ),
+    ],
+)
 def test_folds_judge_and_the_fit_is_to_all_images(kind):
     full, model, data = pair("cspdarknet")
     # one block: what later ones see differs by rounding, which quantizers enlarge
@@ -138,7 +147,7 @@ def test_folds_judge_and_the_fit_is_to_all_images(kind):
             torch.testing.assert_close(tensor, on_all.kind.tensors()[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [8, pytest.param(32, marks=pytest.mark.slow_if_pretended)])
 @pytest.mark.parametrize("target", ["block", "reference"])
 def test_the_error_of_the_fit_is_what_the_compensated_model_has(target, bits):
     """The numbers in the file against the compensated model itself, at the last block."""
@@ -210,7 +219,9 @@ class Preprocessed(torch.nn.Module):
         self.data_preprocessor.to(tiny.device)  # as mmdet's detectors do where they are moved
 
 
-@pytest.mark.parametrize("target", ["block", "reference"])
+@pytest.mark.parametrize(
+    "target", ["block", pytest.param("reference", marks=pytest.mark.slow_if_pretended)]
+)
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_odd_images_of_different_sizes_give_the_same_in_every_batch(kind, target):
     """Swin's windows need padding here; images in one batch would be padded to the largest."""
@@ -370,8 +381,11 @@ def test_gate_rejects_what_does_not_help_on_held_out_images():
     assert not any(block.kept for block in fitted.blocks)
 
 
-def test_saved_compensation_is_applied_bit_for_bit(tmp_path):
-    full, model, data = pair("cspdarknet", images=5)
+@pytest.mark.parametrize(
+    "kind", ["resnet", pytest.param("cspdarknet", marks=pytest.mark.slow_if_pretended)]
+)
+def test_saved_compensation_is_applied_bit_for_bit(kind, tmp_path):
+    full, model, data = pair(kind, images=5)
     fitted = fit_compensation(model, full, data, CompensationSettings())
     path = tmp_path / "compensation.pth"
     save_compensation(model, fitted, path)

@@ -90,7 +90,7 @@ def test_codes_are_those_of_quantization_per_channel():
     assert (codes.int() - expected.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["swin", "pvt"])
+@pytest.mark.parametrize("kind", ["swin", pytest.param("pvt", marks=pytest.mark.slow_if_pretended)])
 def test_calibrated_model_quantizes_channels_as_if_each_had_a_scale_of_its_own(kind):
     """The same codes as a model that keeps the scales per channel, layer by layer."""
     batches = tiny.batches(2, size=(60, 76))
@@ -112,6 +112,7 @@ def test_calibrated_model_quantizes_channels_as_if_each_had_a_scale_of_its_own(k
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow_if_pretended
 def test_readers_of_one_norm_may_have_different_bits():
     """Each has the grid of its own bits, about as if all readers had as many."""
     keys = tuple(

@@ -87,7 +87,13 @@ def test_integers_compute_the_layer():
 
 
 @pytest.mark.parametrize("bits", [(8, 4), (4, 4), (3, 8), (2, 4)])
-@pytest.mark.parametrize("spread", [1.0, 10.0, 1000.0])
+@pytest.mark.parametrize(
+    "spread",
+    [
+        10.0,
+        *(pytest.param(spread, marks=pytest.mark.slow_if_pretended) for spread in (1.0, 1000.0)),
+    ],
+)
 def test_the_strength_is_chosen_that_the_output_asks_for(bits, spread, monkeypatch):
     batches, layer = images(spread), convolution()
     options = {"rounding": "nearest"}
