@@ -9,24 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import QwtError, quoted
-from .unpickling import (
-    LEGACY_MAGIC,
-    ZIP_MAGIC,
-    Damaged,
-    Dictionary,
-    Refused,
-    StoredTensor,
-    TorchFile,
-    described,
-)
+from .unpickling import ZIP_MAGIC, Damaged, Refused, own_tensors, place_of, read_as_data
 from .weights import below, some
 
 logger = logging.getLogger(__name__)
 
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
 WEIGHTS = ("state_dict", "model", "model_state_dict", "params", "net", "module")
 """Where a checkpoint may keep its weights; a bare state dict is understood as well."""
 AVERAGES = ("ema", "ema_state_dict", "model_ema", "state_dict_ema", "params_ema", "ema_model")
@@ -79,11 +72,11 @@ def read_checkpoint(
         if not is_zip and (path.suffix == ".safetensors" or head[8:9] == b"{"):
             weights, classes = _read_safetensors(path, name)
         else:
-            with TorchFile(path) as file:
-                stored, metadata = _chosen(file.content, name)
-                _require_weight_types(stored, name)
-                weights = OrderedDict(file.tensors(stored))
-                classes = _classes(file.content, name)
+            content = read_as_data(path)
+            stored, metadata = _chosen(content, name)
+            _require_weight_types(stored, name)
+            weights = own_tensors(stored, path.stat().st_size)
+            classes = _classes(content, name)
             if metadata is not None:
                 weights._metadata = metadata
     except Refused as error:
@@ -113,7 +106,7 @@ def read_checkpoint(
 
 def _read_safetensors(path: Path, name: str) -> tuple[OrderedDict[str, Tensor], list[str] | None]:
     with safe_open(path, framework="pt") as file:
-        stored, _ = _chosen(Dictionary(file.get_tensors()), name)
+        stored, _ = _chosen(dict(file.get_tensors()), name)
         _require_weight_types(stored, name)
         meta = file.metadata() or {}
     decoded = {}
@@ -129,27 +122,43 @@ def _read_safetensors(path: Path, name: str) -> tuple[OrderedDict[str, Tensor], 
     )
 
 
-def _candidates(content: Dictionary, seen: set[int], place: tuple[str, ...] = ()) -> list[Any]:
+def _candidates(content: dict[Any, Any], seen: set[int], place: tuple[str, ...] = ()) -> list[Any]:
     """All ``(keys that lead to it, state dict)`` in a checkpoint."""
     seen.add(id(content))
     found = []
     for key in (*WEIGHTS, *AVERAGES):
         inner = content.get(key)
-        if type(inner) is Dictionary and id(inner) not in seen and len(place) < 3:
+        if isinstance(inner, dict) and id(inner) not in seen and len(place) < 3:
             found += _candidates(inner, seen, (*place, key))
-    if not found and any(isinstance(value, StoredTensor | Tensor) for value in content.values()):
+    if not found and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         found = [(place, content)]
     return found
 
 
-def _chosen(content: Any, name: str) -> tuple[dict[str, Any], OrderedDict[str, Any] | None]:
+def _described(value: Any) -> str:
+    """What a value is, in words."""
+    if value is None:
+        return "nothing (None)"
+    names: dict[type, str] = {dict: "a dictionary", list: "a list", tuple: "a tuple", str: "a text"}
+    names |= {bool: "a truth value", int: "a whole number", float: "a number", Tensor: "a tensor"}
+    return next((n for kind, n in names.items() if isinstance(value, kind)), "another object")
+
+
+def _foreign_key(state: dict[Any, Any]) -> str | None:
+    """What the first key is that is no text; None where there is none."""
+    return next((_described(key) for key in state if not isinstance(key, str)), None)
+
+
+def _chosen(content: Any, name: str) -> tuple[dict[str, Tensor], OrderedDict[str, Any] | None]:
     """The tensors of a checkpoint's state dict, by name, and the versions of its modules."""
-    candidates = _candidates(content, set()) if type(content) is Dictionary else []
+    candidates = _candidates(content, set()) if isinstance(content, dict) else []
     if not candidates:
-        found = described(content)
-        if type(content) is Dictionary:
-            found += f" of {some(content)}" if content else ""
-            found += f" with {content.foreign_key} as a key" if content.foreign_key else ""
+        found = _described(content)
+        if isinstance(content, dict):
+            texts = [key for key in content if isinstance(key, str)]
+            found += f" of {some(texts)}" if texts else ""
+            foreign = _foreign_key(content)
+            found += f" with {foreign} as a key" if foreign else ""
         raise QwtError(
             f"The checkpoint {name} holds no weights but {found}; it needs a state dict, bare or "
             f"under one of the keys {', '.join((*WEIGHTS, *AVERAGES))}."
@@ -166,13 +175,14 @@ def _chosen(content: Any, name: str) -> tuple[dict[str, Any], OrderedDict[str, A
             first, reason = averages[0], "it is the average over the training (EMA)"
         else:
             reason = f"{_place(averages[0])} is not complete"
-    foreign_key = dict(candidates)[first].foreign_key
+    foreign_key = _foreign_key(dict(candidates)[first])
     if foreign_key is not None:
         raise QwtError(
             f"The checkpoint {name} was refused: a name in {_place(first) or 'its state dict'} is "
             f"{foreign_key} where only a text can be the name of a weight."
         )
-    others = [p for p in places if p != first and states[p][0] != states[first][0]]
+    lie = {place: {k: place_of(v) for k, v in states[place][0].items()} for place in places}
+    others = [place for place in places if lie[place] != lie[first]]
     if others:
         logger.warning(
             "%s: the weights are taken from %s, since %s. For those of %s, save "
@@ -190,19 +200,22 @@ def _place(keys: tuple[str, ...]) -> str:
     return ".".join(keys)
 
 
-def _unwrapped(state: Dictionary, name: str) -> tuple[dict[str, Any], OrderedDict[str, Any] | None]:
+def _unwrapped(
+    state: dict[Any, Any], name: str
+) -> tuple[dict[str, Tensor], OrderedDict[str, Any] | None]:
     """The tensors of a state dict without prefixes of wrappers, and the versions of its modules."""
-    tensors = {k: v for k, v in state.items() if isinstance(v, StoredTensor | Tensor)}
-    if len(tensors) < len(state):
-        left_out = some(key for key in state if key not in tensors)
+    texts = {key: value for key, value in state.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in texts.items() if isinstance(value, Tensor)}
+    if len(tensors) < len(texts):
+        left_out = some(key for key in texts if key not in tensors)
         logger.info("%s: left out what is no tensor: %s", name, left_out)
     weights: Any = OrderedDict(tensors)  # with torch's attribute _metadata
-    versions = state.metadata
-    if versions is not None:
+    versions = getattr(state, "_metadata", None)
+    if isinstance(versions, dict):
         weights._metadata = OrderedDict(
             (key, {"version": value["version"]})
             for key, value in versions.items()
-            if type(value) is Dictionary and type(value.get("version")) is int
+            if isinstance(value, dict) and type(value.get("version")) is int
         )
     while True:
         names = weights.keys() - COUNTERS
@@ -229,12 +242,22 @@ def _unwrapped(state: Dictionary, name: str) -> tuple[dict[str, Any], OrderedDic
 _WEIGHT_TYPES = re.compile(r"torch\.(bfloat16|float(16|32|64|8_\w+)|u?int8|int(16|32|64)|bool)")
 
 
-def _require_weight_types(stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
-    """Refuse tensors of types that hold no weights, before they are read: torch cannot read them all."""
+def _kind(tensor: Tensor) -> str:
+    """The type of a tensor's numbers; where they do not lie one after the other, what it is instead."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    return "without numbers" if tensor.is_meta else str(tensor.dtype)
+
+
+def _require_weight_types(stored: Mapping[str, Tensor], name: str) -> None:
+    """Refuse tensors that hold no weights, before they are copied: torch cannot copy them all."""
+    kinds = {key: _kind(tensor) for key, tensor in stored.items()}
     wrong = [
-        f"{quoted(key)} ({str(tensor.dtype).removeprefix('torch.')})"
-        for key, tensor in stored.items()
-        if not _WEIGHT_TYPES.fullmatch(str(tensor.dtype))
+        f"{quoted(key)} ({kind.removeprefix('torch.')})"
+        for key, kind in kinds.items()
+        if not _WEIGHT_TYPES.fullmatch(kind)
     ]
     if wrong:
         raise QwtError(
