@@ -1,9 +1,10 @@
 """Mask R-CNN with a very small Swin Transformer for the 256 px images of ``shapes``.
 
-An ordinary mmdet configuration. `snakemake train_demo` draws the images and trains it; what
-matters for the result stands here.
+What differs from mmdet's Mask R-CNN stands here, and all that matters for the training.
+`snakemake train_demo` draws the images and trains it.
 """
 
+_base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"
 default_scope = "mmdet"
 
 classes = (
@@ -24,16 +25,8 @@ channels = 48
 mask_channels = 32
 
 model = dict(
-    type="MaskRCNN",
-    data_preprocessor=dict(
-        type="DetDataPreprocessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_mask=True,
-        pad_size_divisor=32,
-    ),
     backbone=dict(
+        _delete_=True,
         type="SwinTransformer",
         pretrain_img_size=256,
         embed_dims=embed_dims,
@@ -47,130 +40,41 @@ model = dict(
         out_indices=(0, 1, 2, 3),
     ),
     neck=dict(
-        type="FPN",
         in_channels=[embed_dims * 2**stage for stage in range(4)],
         out_channels=channels,
-        num_outs=5,
     ),
     rpn_head=dict(
-        type="RPNHead",
         in_channels=channels,
         feat_channels=channels,
-        anchor_generator=dict(
-            type="AnchorGenerator",
-            scales=[5],
-            ratios=[0.5, 1.0, 2.0],
-            strides=[4, 8, 16, 32, 64],
-        ),
-        bbox_coder=dict(
-            type="DeltaXYWHBBoxCoder",
-            target_means=[0.0, 0.0, 0.0, 0.0],
-            target_stds=[1.0, 1.0, 1.0, 1.0],
-        ),
-        loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
-        loss_bbox=dict(type="L1Loss", loss_weight=1.0),
+        anchor_generator=dict(scales=[5]),
     ),
     roi_head=dict(
-        type="StandardRoIHead",
         bbox_roi_extractor=dict(
-            type="SingleRoIExtractor",
-            roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=2),
-            out_channels=channels,
-            featmap_strides=[4, 8, 16, 32],
-            finest_scale=28,
+            roi_layer=dict(sampling_ratio=2), out_channels=channels, finest_scale=28
         ),
         bbox_head=dict(
-            type="Shared2FCBBoxHead",
             in_channels=channels,
             fc_out_channels=256,
-            roi_feat_size=7,
             num_classes=len(classes),
-            bbox_coder=dict(
-                type="DeltaXYWHBBoxCoder",
-                target_means=[0.0, 0.0, 0.0, 0.0],
-                target_stds=[0.1, 0.1, 0.2, 0.2],
-            ),
             reg_class_agnostic=True,
-            loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
-            loss_bbox=dict(type="L1Loss", loss_weight=1.0),
         ),
         mask_roi_extractor=dict(
-            type="SingleRoIExtractor",
-            roi_layer=dict(type="RoIAlign", output_size=14, sampling_ratio=2),
-            out_channels=channels,
-            featmap_strides=[4, 8, 16, 32],
-            finest_scale=28,
+            roi_layer=dict(sampling_ratio=2), out_channels=channels, finest_scale=28
         ),
         mask_head=dict(
-            type="FCNMaskHead",
             num_convs=2,
             in_channels=channels,
             conv_out_channels=mask_channels,
             num_classes=len(classes),
-            loss_mask=dict(type="CrossEntropyLoss", use_mask=True, loss_weight=1.0),
         ),
     ),
     train_cfg=dict(
-        rpn=dict(
-            assigner=dict(
-                type="MaxIoUAssigner",
-                pos_iou_thr=0.7,
-                neg_iou_thr=0.3,
-                min_pos_iou=0.3,
-                match_low_quality=True,
-                ignore_iof_thr=-1,
-            ),
-            sampler=dict(
-                type="RandomSampler",
-                num=256,
-                pos_fraction=0.5,
-                neg_pos_ub=-1,
-                add_gt_as_proposals=False,
-            ),
-            allowed_border=-1,
-            pos_weight=-1,
-            debug=False,
-        ),
-        rpn_proposal=dict(
-            nms_pre=300,
-            max_per_img=150,
-            nms=dict(type="nms", iou_threshold=0.7),
-            min_bbox_size=0,
-        ),
-        rcnn=dict(
-            assigner=dict(
-                type="MaxIoUAssigner",
-                pos_iou_thr=0.5,
-                neg_iou_thr=0.5,
-                min_pos_iou=0.5,
-                match_low_quality=True,
-                ignore_iof_thr=-1,
-            ),
-            sampler=dict(
-                type="RandomSampler",
-                num=48,
-                pos_fraction=0.25,
-                neg_pos_ub=-1,
-                add_gt_as_proposals=True,
-            ),
-            mask_size=28,
-            pos_weight=-1,
-            debug=False,
-        ),
+        rpn_proposal=dict(nms_pre=300, max_per_img=150),
+        rcnn=dict(sampler=dict(num=48)),
     ),
     test_cfg=dict(
-        rpn=dict(
-            nms_pre=300,
-            max_per_img=100,
-            nms=dict(type="nms", iou_threshold=0.7),
-            min_bbox_size=0,
-        ),
-        rcnn=dict(
-            score_thr=0.05,
-            nms=dict(type="nms", iou_threshold=0.5),
-            max_per_img=50,
-            mask_thr_binary=0.5,
-        ),
+        rpn=dict(nms_pre=300, max_per_img=100),
+        rcnn=dict(max_per_img=50),
     ),
 )
 
@@ -268,21 +172,11 @@ custom_hooks = [
 ]
 
 default_hooks = dict(
-    timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50),
-    param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=1, save_optimizer=False),
-    sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
     dist_cfg=dict(backend="nccl"),
 )
-visualizer = dict(
-    type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
-)
-log_processor = dict(type="LogProcessor", window_size=50)
-log_level = "INFO"
-load_from = None
-resume = False
