@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,98 +19,29 @@ from .files import write_json
 
 PACKAGE = Path(__file__).resolve().parent
 
-# Modules and packages of the library whose code decides the result of each step. Those of the
-# configuration are none: what they decide is in the params of a rule.
-_DETECTOR = (
-    "data.annotations",
-    "data.batches",
-    "data.images",
-    "detectors",
-    "devices",
-    "fingerprint",
-    "data.loaders",
-    "data.trial",
-    "record",
-    "steps.inputs",
-)
-_EVALUATION = (*_DETECTOR, "evaluation.coco", "evaluation.predict", "steps.evaluate")
-_QUANTIZATION = ("archives", "quantization", "replay")
-_SOURCES = ("data.annotations", "data.download", "data.images", "data.sources", "demo.shapes")
-_REPORT = tuple(
-    f"reporting.{module}"
-    for module in ("figures", "html", "pictures", "summary", "templates", "text")
-)
-_RUNTIMES = (
-    "archives",
-    "export.description",
-    "export.kernels",
-    "export.passes",
-    "export.runtimes",
-)
-STEP_MODULES = {
-    "fetch_checkpoint": (
-        "data.download",
-        "detectors.checkpoint",
-        "detectors.unpickling",
-        "detectors.weights",
-        "steps.fetch",
-    ),
-    "prepare_dataset": (*_SOURCES, "steps.prepare"),
-    "select_images": (*_SOURCES, "data.sampling", "steps.select"),
-    "evaluate_baseline": _EVALUATION,
-    "evaluate_shard": (*_EVALUATION, *_QUANTIZATION, "compensation"),
-    "measure_candidates": (*_DETECTOR, *_QUANTIZATION, "search", *_EVALUATION, "steps.search"),
-    "choose_recipe": (*_DETECTOR, *_QUANTIZATION, "search", *_EVALUATION, "steps.search"),
-    "quantize_model": (*_DETECTOR, *_QUANTIZATION, "steps.quantize"),
-    "evaluate_quantized": (*_EVALUATION, *_QUANTIZATION),
-    "rank_layers": (*_DETECTOR, *_QUANTIZATION, "search.sensitivity", "steps.rank"),
-    "fit_compensation": (
-        *_DETECTOR,
-        *_QUANTIZATION,
-        "compensation",
-        "steps.compensate",
-    ),
-    "evaluate_compensated": (*_EVALUATION, *_QUANTIZATION, "compensation"),
-    "export_model": (
-        *_DETECTOR,
-        *_QUANTIZATION,
-        "compensation",
-        *_RUNTIMES,
-        "export.detections",
-        "export.nodes",
-        "export.onnx_file",
-        "export.outputs",
-        "export.cut",
-        "export.processing",
-        "steps.export",
-    ),
-    "evaluate_exported": (
-        *_EVALUATION,
-        *_RUNTIMES,
-        "export.loading",
-        "export.cut",
-        "steps.exported",
-    ),
-    "benchmark_exported": (*_RUNTIMES, "export.benchmark", "export.profile", "steps.benchmark"),
-    "summarize_results": (
-        "data.annotations",
-        "archives",
-        "evaluation.bootstrap",
-        "evaluation.coco",
-        "evaluation.estimates",
-        "reporting.summary",
-        "reporting.tables",
-    ),
-    "render_report": (
-        "archives",
-        "data.annotations",
-        "evaluation.coco",
-        "evaluation.estimates",
-        "data.images",
-        *_REPORT,
-    ),
-    "train_demo": ("demo",),
+# What decides no result: messages and logs; what reads a config, whose values are in the params of a rule.
+_DECIDE_NOTHING = {"cli", "config", "errors", "files", "imports", "progress", "runtime"}
+_DECIDE_NOTHING |= {"staleness"}
+# What a step, or a module, imports for other steps: code that several share loads warmups and compensations,
+# and these steps are given none.
+_FOR_OTHERS = {
+    "evaluate_baseline": {"archives", "compensation", "quantization"},
+    "evaluate_exported": {"compensation", "quantization"},
+    "choose_recipe": {"compensation"},
+    "evaluate_quantized": {"compensation"},
+    "measure_candidates": {"compensation"},
+    "quantize_model": {"compensation"},
+    "rank_layers": {"compensation"},
+    "steps.inputs": {"data.sources"},  # to look ahead at the images of the evaluation
 }
+_SHARED_SCRIPTS = dict.fromkeys(
+    ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated"), "evaluate_detector"
+)
+_TEMPLATES = {"reporting.html": "reporting/templates"}
+# Parsing the whole library takes a second, and Snakemake asks at each start.
+_IMPORT = re.compile(
+    r"^[ \t]*from (\.+|qwt_mmdet\b)\.?([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE
+)
 
 
 def _is_installed(path: Path) -> bool:
@@ -192,29 +124,70 @@ def share_with_scripts() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
-def module_files(module: str, package: Path = PACKAGE) -> list[Path]:
-    """Return the source files of a module (``evaluation.coco``) or package of the library."""
-    base = package.joinpath(*module.split("."))
-    file = base.with_suffix(".py")
-    if file.is_file():
-        return [file]
-    return sorted(path for path in base.rglob("*") if path.suffix in (".py", ".j2"))
+@functools.cache
+def _modules(package: Path) -> dict[str, Path]:
+    """File of each module and package of the library, by its dotted name."""
+    files = {
+        ".".join(p.relative_to(package).with_suffix("").parts): p for p in package.rglob("*.py")
+    }
+    return {name.removesuffix(".__init__"): path for name, path in files.items()}
 
 
+@functools.cache
+def _imported(path: Path, package: Path) -> set[str]:
+    """Modules of the library that a file imports, also inside of its functions, and the packages that hold them."""
+    inside = path.relative_to(package).parent.parts if path.is_relative_to(package) else ()
+    names: set[str] = set()
+    for dots, module, imported in _IMPORT.findall(path.read_text(encoding="utf-8")):
+        base = inside[: len(inside) + 1 - len(dots)] if dots.startswith(".") else ()
+        parts = [*base, *filter(None, module.split("."))]
+        names |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        imported = re.sub(r"#.*| as \w+", "", imported)
+        names |= {".".join([*parts, name]) for name in re.findall(r"\w+", imported)}
+    return names & _modules(package).keys()
+
+
+def step_files(step: str, package: Path = PACKAGE) -> list[Path]:
+    """Return the files of the library whose code decides the result of a step.
+
+    They are all that its script imports, directly or not, but for what decides nothing.
+
+    Args:
+        step: name of a rule.
+        package: the library's folder, which lies beside the scripts.
+    """
+    modules = _modules(package)
+    without = _DECIDE_NOTHING | _FOR_OTHERS.get(step, set())
+    found: set[str] = set()
+    pending = {"": package.parent / f"{_SHARED_SCRIPTS.get(step, step)}.py"}
+    while pending:
+        importer, file = pending.popitem()
+        left_out = without | _FOR_OTHERS.get(importer, set())
+        names = _imported(file, package) - found
+        new = {n for n in names if not any(f"{n}.".startswith(f"{out}.") for out in left_out)}
+        found |= new
+        pending |= {name: modules[name] for name in new}
+    templates = [package / _TEMPLATES[name] for name in found & _TEMPLATES.keys()]
+    files = [modules[name] for name in found]
+    return sorted([*files, *(path for folder in templates for path in folder.iterdir())])
+
+
+@functools.cache
 def source_hash(step: str, package: Path = PACKAGE) -> str:
-    """Return a hash of the library code that decides the result of a step.
+    """Return a hash of the library code that decides the result of a step (see :func:`step_files`).
 
     Snakemake notices that a script was edited, but not a module which that script imports.
 
     Args:
         step: name of a rule.
     """
-    digest = hashlib.sha256()
-    for module in STEP_MODULES[step]:
-        for path in module_files(module, package):
-            digest.update(json.dumps(str(path.relative_to(package).as_posix())).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    states = {str(p.relative_to(package)): _digest(p) for p in step_files(step, package)}
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 LARGEST_READ = 2**20
