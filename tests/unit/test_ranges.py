@@ -1,14 +1,19 @@
 import pytest
+import tiny
 import torch
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization import ranges
+from qwt_mmdet.quantization.convert import quantize_model
+from qwt_mmdet.quantization.migration import migrate_scales
 from qwt_mmdet.quantization.primitives import (
     fake_quantize,
     fake_quantize_log_sqrt2,
     quantization_parameters,
 )
-from qwt_mmdet.quantization.ranges import RangeObserver, mse_range
+from qwt_mmdet.quantization.ranges import RangeObserver
 from qwt_mmdet.quantization.recipe import weight_grid
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def observe(*tensors, channel_axis=None):
@@ -76,7 +81,7 @@ def test_mse_range_is_no_worse_than_minmax_or_any_symmetric_clip(device, bits):
 def test_mse_range_of_histogram_and_of_values_agree(device):
     x = torch.randn(20_000, generator=torch.Generator().manual_seed(5)).to(device)
     from_histogram = observe(x).estimate("mse", 4, 99.9)
-    from_values = mse_range(x[None], None, x.min()[None], x.max()[None], 4)
+    from_values = ranges.mse_range(x[None], None, x.min()[None], x.max()[None], 4)
     for a, b in zip(from_histogram, from_values, strict=True):
         assert a.item() == pytest.approx(b.item(), abs=0.05 * x.abs().max().item())
 
@@ -159,3 +164,86 @@ def test_log_scale_is_no_worse_than_the_largest_value(device, bits):
         (fake_quantize_log_sqrt2(x, s, bits) - x).square().sum().item() for s in (scale, x.max())
     ]
     assert errors[0] <= errors[1] * 1.01
+
+
+def one_range_at_a_time(values, weights, bits, symmetric):
+    """The search written out: one range after the other."""
+    full_low, full_high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+
+    def error(low, high):
+        grid = (p[:, None] for p in quantization_parameters(low, high, bits, symmetric=symmetric))
+        return ((fake_quantize(values, *grid, bits) - values).square().double() * weights).sum(1)
+
+    best_low, best_high, best = full_low, full_high, error(full_low, full_high)
+    for low_moves, high_moves in [(True, True)] + [(False, True), (True, False)] * (not symmetric):
+        start_low, start_high = best_low, best_high
+        fraction = torch.ones_like(full_low)
+        for exponents in ([-n / 8 for n in range(1, 17)], [n / 40 for n in range(-4, 5) if n]):
+            middle = fraction
+            for exponent in exponents:
+                tried = (middle * 10**exponent).clamp(max=1)
+                low = full_low * tried if low_moves else start_low
+                high = full_high * tried if high_moves else start_high
+                better = (found := error(low, high)) < best
+                best, fraction, best_low, best_high = (
+                    torch.where(better, new, old)
+                    for new, old in (
+                        (found, best), (tried, fraction), (low, best_low), (high, best_high)
+                    )
+                )  # fmt: skip
+    return best_low, best_high
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3000), (37, 400), (3, 1)])
+def test_all_ranges_at_once_are_searched_as_one_after_the_other(
+    device, bits, symmetric, counted, shape, monkeypatch
+):
+    generator = torch.Generator().manual_seed(9)
+    values = torch.randn(shape, generator=generator).exp() - 1
+    values *= torch.logspace(-3, 3, shape[0])[:, None]
+    weights = torch.randint(0, 1000, shape, generator=generator).double()
+    values, weights = values.to(device), weights.to(device)
+    expected = one_range_at_a_time(values, weights if counted else 1.0, bits, symmetric)
+    for at_once in (1, 5000, 2**24):
+        monkeypatch.setattr(ranges, "TRIED", {"cpu": at_once, "cuda": at_once})
+        found = ranges.mse_range(
+            values, weights if counted else None, values.amin(1), values.amax(1), bits,
+            symmetric=symmetric,
+        )  # fmt: skip
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grids", ["any", "integer"])
+def test_ranges_of_a_layer_take_few_operations(grids):
+    settings = QuantizationSettings(8, 8, grids=grids)
+    layer = quantize_model(tiny.detector("resnet"), settings).backbone.layer1[0].conv2
+    observer = observe(data("cpu", 10, (4, 8, 50)), channel_axis=1)
+    with Operations() as operations:
+        migrate_scales(layer, observer, settings)
+    assert operations.count < 2000, "one range after the other, at five strengths: more than 10,000"
+
+
+def test_bins_without_values_are_left_out(device):
+    observer = observe(
+        torch.tensor([[[-3.0, 1.0, 1.0]], [[2.0, 2.0, 2.0]]], device=device), channel_axis=0
+    )
+    values, counts = observer.weighted_values()
+    assert values.shape == counts.shape == (2, 3)
+    held = [(v[c > 0].tolist(), c[c > 0].tolist()) for v, c in zip(values, counts, strict=True)]
+    assert held[0][0] == pytest.approx([-3, 1], rel=0.01)
+    assert held[1][0] == pytest.approx([2], rel=0.01)
+    assert [c for _, c in held] == [[1, 2], [3]]

@@ -111,15 +111,19 @@ class QuantizedLayer(nn.Module):
         shape = [-1] + [1] * (codes.dim() - 1)
         return dequantize(codes, scale.view(shape), zero_point.view(shape)) / self.input_factor()
 
-    def input_factor(self) -> Tensor:
+    def input_factor(self, scale: Tensor | None = None) -> Tensor:
         """What the weights are multiplied with before they are rounded; broadcasts against them.
 
         Integer arithmetic has one scale per output channel. Where input channels have scales of their
         own, the weights take up how these differ.
+
+        Args:
+            scale: of the input; None for that of its quantizer.
         """
-        scale, _ = self.input_quantizer.grid
-        if self.input_quantizer.channel_axis is None:
-            return torch.ones(1, device=scale.device)
+        if scale is None:
+            scale, _ = self.input_quantizer.grid
+        if scale.numel() == 1:
+            return torch.ones_like(scale)
         factor = (scale / scale.mean()).view(self.weight_groups, 1, -1)
         outputs = len(self.weight) // self.weight_groups
         shape = [len(self.weight), -1] + [1] * (self.weight.dim() - 2)

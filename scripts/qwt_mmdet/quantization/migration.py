@@ -67,33 +67,40 @@ def migrate_scales(
     channel = [torch.where(silent, t, c) for t, c in zip(tensor, each, strict=True)]
     power = observer.mean_square(centred=settings.bias_correction)
     energy = _by_input_channel(layer, layer.weight.square())
-    best = float("inf")
-    for strength in STRENGTHS:
-        low, high = (
+    ranges = [
+        [
             sign
             * (sign * whole).clamp(min=0) ** (1 - strength)
             * (sign * own).clamp(min=0) ** strength
-            for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
+            for strength in STRENGTHS
+        ]
+        for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
+    ]
+    low, high = (torch.stack(limits, dim=1) for limits in ranges)
+    if integer_grids(settings):
+        # With a single scale they have one zero point already.
+        apart = torch.tensor(STRENGTHS, device=low.device) > 0
+        low[:, apart], high[:, apart] = common_zero(
+            observer, low[:, apart], high[:, apart], quantizer.bits, energy
         )
-        if integer_grids(settings) and strength:  # without, they have one already
-            low, high = common_zero(observer, low, high, quantizer.bits, energy)
-        scale, zero_point = quantization_parameters(low, high, quantizer.bits)
-        quantizer.scale, quantizer.zero_point = scale, zero_point
-        error = energy @ observer.mean_error(low, high, quantizer.bits)
-        factor = layer.input_factor()
-        weight = layer.weight * factor
-        scales, zero_points = (
-            parameter[:, None, None, None]
-            for parameter in weight_grid(weight, settings, layer.weight_bits)
+    scales, zero_points = quantization_parameters(low, high, quantizer.bits)
+    grids = [
+        (scale, zero_point) if strength else (scale[:1], zero_point[:1])
+        for strength, scale, zero_point in zip(
+            STRENGTHS, scales.T.contiguous(), zero_points.T.contiguous(), strict=True
         )
-        lost = (fake_quantize(weight, scales, zero_points, layer.weight_bits) - weight) / factor
-        error += _by_input_channel(layer, lost.square()) @ power
-        if error < best:
-            best, found = float(error), (scale, zero_point, strength)
-    scale, zero_point, strength = found
-    if strength == 0:
-        scale, zero_point = scale[:1], zero_point[:1]
-    quantizer.set_parameters(scale, zero_point)
+    ]
+    factors = torch.stack([layer.input_factor(scale).expand_as(layer.weight) for scale, _ in grids])
+    weights = (layer.weight * factors).flatten(0, 1)
+    scale, zero_point = (
+        p[:, None, None, None] for p in weight_grid(weights, settings, layer.weight_bits)
+    )
+    lost = fake_quantize(weights, scale, zero_point, layer.weight_bits) - weights
+    lost = _by_input_channel(layer, (lost.view_as(factors) / factors).square())
+    # The same sum for each strength, so that of equal ones the first is taken.
+    rounding = observer.mean_error(low, high, quantizer.bits).T.contiguous()
+    errors = torch.linalg.vecdot(rounding, energy) + torch.linalg.vecdot(lost, power)
+    quantizer.set_parameters(*grids[int(errors.argmin())])
 
 
 ZEROS = 8
@@ -109,31 +116,32 @@ def common_zero(
     point is the one with the smallest error of all channels together.
 
     Args:
-        low, high: [channels].
+        low, high: [channels, strengths]; each strength gets a zero point of its own.
         energy: [channels] weights of the channels' squared errors.
 
     Returns:
-        low, high: [channels].
+        low, high: [channels, strengths].
     """
     levels = 2**bits - 1
-    low, high = low.clamp(max=0), high.clamp(min=0)
     asked = quantization_parameters(low, high, bits)[1]
-    best = float("inf")
-    for zero in torch.linspace(asked.min(), asked.max(), ZEROS).round().unique().tolist():
-        below, above = zero / levels, 1 - zero / levels  # shares of a range's width
-        sides = [side / share for side, share in ((-low, below), (high, above)) if share > 0]
-        chosen = sides[-1]
-        least = observer.mean_error(-below * chosen, above * chosen, bits)
-        width = torch.stack(sides).amax(0)
-        error = observer.mean_error(-below * width, above * width, bits)
-        chosen = torch.where(error < least, width, chosen)
-        least = torch.minimum(least, error)
-        if (total := float(energy @ least)) < best:
-            best, found = total, (-below * chosen, above * chosen)
-    return found
+    low, high = -low.clamp(max=0)[..., None], high.clamp(min=0)[..., None]
+    first, last = asked.aminmax(dim=0)
+    between = torch.linspace(0, 1, ZEROS, device=low.device)
+    zeros = (first[:, None] + (last - first)[:, None] * between).round().double() / levels
+    below, above = zeros.float(), (1 - zeros).float()  # shares of a range's width
+    left, right = (
+        torch.where(share > 0, side / share, 0.0) for side, share in ((low, below), (high, above))
+    )
+    width = torch.stack((torch.where(above > 0, right, left), torch.maximum(left, right)), dim=-1)
+    limits = -below[..., None] * width, above[..., None] * width  # [channels, strengths, zeros, 2]
+    least, side = observer.mean_error(*limits, bits).min(-1)
+    zero = torch.tensordot(energy, least, 1).argmin(-1).expand(len(low), -1)[..., None]
+    chosen = 2 * zero + side.gather(2, zero)
+    low, high = (limit.flatten(2).gather(2, chosen)[..., 0] for limit in limits)
+    return low, high
 
 
 def _by_input_channel(layer: QuantizedConv2d, weight: Tensor) -> Tensor:
-    """Sum a tensor of the weight's shape over all but the input channels: [in], float64."""
-    grouped = weight.double().unflatten(0, (layer.groups, -1))
-    return grouped.sum((1, 3, 4)).flatten()
+    """Sum […, out, in, height, width], as weights are, over all but input channels: […, in], float64."""
+    grouped = weight.double().unflatten(-4, (layer.groups, -1))
+    return grouped.sum((-4, -2, -1)).flatten(-2)

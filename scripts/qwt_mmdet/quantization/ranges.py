@@ -19,8 +19,11 @@ BINS = 8192
 CHANNEL_BINS = 2048
 CHUNK = 2**18
 """Elements that are counted at once."""
-COARSE_FRACTIONS = [10 ** (-step / 8) for step in range(1, 17)]
-FINE_FRACTIONS = [10 ** (step / 40) for step in (-4, -3, -2, -1, 1, 2, 3, 4)]
+TRIED = {"cpu": 2**17, "cuda": 2**22}
+"""Elements that a search for ranges rounds at once, each value once for every grid: on the CPU they stay
+in its cache."""
+COARSE_FRACTIONS = torch.tensor([10 ** (-step / 8) for step in range(1, 17)])
+FINE_FRACTIONS = torch.tensor([10 ** (step / 40) for step in (-4, -3, -2, -1, 1, 2, 3, 4)])
 """Fractions of the full range that the search for the smallest squared error tries."""
 _SMALLEST_EXPONENT = -120
 
@@ -186,26 +189,26 @@ class RangeObserver:
 
     def mean_square(self, *, centred: bool) -> Tensor:
         """Mean square of the values (``centred``: of their deviations from the mean), [channels]."""
-        centers, counts = self._centers().double(), self.counts.double()
-        total = counts.sum(1)
+        centers, counts = self.weighted_values()
+        centers, total = centers.double(), counts.sum(1)
         mean = torch.linalg.vecdot(centers, counts) / total
         square = torch.linalg.vecdot(centers.square(), counts) / total
         return square - mean.square() if centred else square
 
     def mean_error(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
-        """Mean squared quantization error for clipping ranges [channels]; shape [channels]."""
-        counts = self.counts.double()
-        return _range_error(self._centers(), counts, low, high, bits) / counts.sum(1)
+        """Mean squared quantization error for clipping ranges [channels, …], of the same shape."""
+        values, counts = self.weighted_values()
+        errors = range_errors(values, counts, torch.stack((low, high)).flatten(2), bits)
+        return (errors / counts.sum(1, keepdim=True)).view_as(low)
 
     def _coarsen(self, exponent: Tensor) -> None:
         """Widen the bins to 2^exponent by merging neighbours; index −1 goes with −2, 0 with 1."""
-        shift = exponent - self.exponent
-        for row in torch.nonzero(shift).flatten().tolist():
-            step = min(int(shift[row]), 62)
-            position = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
-            position = (position >> step) + self.bins // 2
-            merged = torch.zeros_like(self.counts[row])
-            self.counts[row] = merged.index_add_(0, position, self.counts[row])
+        shift = (exponent - self.exponent).clamp(max=62)
+        rows = torch.nonzero(shift).flatten()
+        position = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
+        position = (position >> shift[rows, None]) + self.bins // 2
+        counts = self.counts[rows]
+        self.counts[rows] = torch.zeros_like(counts).scatter_add_(1, position, counts)
         self.exponent = exponent
 
     def estimate(self, method: str, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
@@ -224,8 +227,17 @@ class RangeObserver:
         return range_by_name(method)(self, bits, percentile)
 
     def weighted_values(self) -> tuple[Tensor, Tensor]:
-        """Centres of the bins and how many values each holds, [channels, bins], float32 and float64."""
-        return self._centers(), self.counts.double()
+        """Centres of bins and how many values each holds, [channels, n], float32 and float64.
+
+        Bins that hold none are left out, but for what makes all channels the same length.
+        """
+        holds = self.counts > 0
+        place = torch.where(holds, holds.cumsum(1), 0)  # 0 for all that are left out
+        empty = torch.zeros(len(place), int(place.max()) + 1, device=place.device)
+        return (
+            empty.scatter(1, place, self._centers()),
+            empty.double().scatter_(1, place, self.counts.double()),
+        )
 
     def estimate_log_scale(self, bits: int) -> Tensor:
         """Return the scale, shape [1], of a log-√2 grid with the smallest mean squared error.
@@ -234,16 +246,13 @@ class RangeObserver:
         """
         if self.is_empty:
             raise AssertionError(f"{self.name} has seen no data")
-        centers, counts = self._centers().clamp(min=0), self.counts.double()
+        values, counts = self.weighted_values()
+        values = values.clamp(min=0)
         largest = self.high.clamp(min=torch.finfo(torch.float32).tiny)
-        candidates = [largest * 10 ** (-step / 40) for step in range(41)]
-        errors = [
-            torch.linalg.vecdot(
-                (fake_quantize_log_sqrt2(centers, scale, bits) - centers).double().square_(), counts
-            )
-            for scale in candidates
-        ]
-        return candidates[int(torch.stack(errors).sum(1).argmin())]
+        scales = largest[:, None] * largest.new_tensor([10 ** (-step / 40) for step in range(41)])
+        errors = fake_quantize_log_sqrt2(values[:, None], scales[..., None], bits) - values[:, None]
+        errors = torch.linalg.vecdot(errors.double().square_(), counts[:, None])
+        return scales[:, errors.sum(0).argmin()]
 
     def _centers(self) -> Tensor:
         """Value that stands for each bin: [channels, bins], float32, within what was seen."""
@@ -268,8 +277,7 @@ class RangeObserver:
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """Exactly 2^exponent (torch.pow and torch.ldexp may be off by a rounding)."""
-    powers = [2.0**e for e in exponent.tolist()]
-    return torch.tensor(powers, dtype=dtype, device=exponent.device)
+    return ((exponent + 127) << 23).int().view(torch.float32).to(dtype)
 
 
 def mse_range(
@@ -296,50 +304,58 @@ def mse_range(
     Returns:
         low, high of shape [rows], float32.
     """
-    full_low, full_high = low.clamp(max=0), high.clamp(min=0)
-    best_low, best_high = full_low.clone(), full_high.clone()
-    best = _range_error(values, weights, best_low, best_high, bits, symmetric)
+    full = torch.stack((low.clamp(max=0), high.clamp(min=0)))
+    best = full
+    least = range_errors(values, weights, full[..., None], bits, symmetric)[:, 0]
     sides = ((True, True),) if symmetric else ((True, True), (False, True), (True, False))
-    for shrink_low, shrink_high in sides:
-        start_low, start_high = best_low.clone(), best_high.clone()
-        fraction = torch.ones_like(full_low)
+    for shrinks in sides:
+        start, fraction = best[..., None], torch.ones_like(low)
         for steps in (COARSE_FRACTIONS, FINE_FRACTIONS):
-            middle = fraction.clone()
-            for step in steps:
-                # One-sided rounds search the full range again, so that a limit can also grow back.
-                tried = (middle * step).clamp(max=1.0)
-                candidate_low = full_low * tried if shrink_low else start_low
-                candidate_high = full_high * tried if shrink_high else start_high
-                error = _range_error(
-                    values, weights, candidate_low, candidate_high, bits, symmetric
-                )
-                better = error < best
-                best = torch.where(better, error, best)
-                best_low = torch.where(better, candidate_low, best_low)
-                best_high = torch.where(better, candidate_high, best_high)
-                fraction = torch.where(better, tried, fraction)
-    return best_low, best_high
+            tried = (fraction[:, None] * steps.to(low.device)).clamp(max=1.0)
+            # One-sided rounds search the full range again, so that a limit can also grow back.
+            limits = torch.stack(
+                [
+                    whole * tried if shrink else kept.expand_as(tried)
+                    for whole, kept, shrink in zip(full[..., None], start, shrinks, strict=True)
+                ]
+            )
+            error, index = range_errors(values, weights, limits, bits, symmetric).min(1)
+            better, index = error < least, index[:, None]
+            least = torch.where(better, error, least)
+            best = torch.where(better, limits.gather(2, index.expand(2, -1, 1))[..., 0], best)
+            fraction = torch.where(better, tried.gather(1, index)[:, 0], fraction)
+    return best[0], best[1]
 
 
-def _range_error(
+def range_errors(
     values: Tensor,
     weights: Tensor | None,
-    low: Tensor,
-    high: Tensor,
+    limits: Tensor,
     bits: int,
     symmetric: bool = False,
 ) -> Tensor:
-    """Summed squared quantization error of each row, shape [rows], float64."""
-    scale, zero_point = (
-        p[:, None] for p in quantization_parameters(low, high, bits, symmetric=symmetric)
-    )
-    levels = 2**bits - 1
-    error = (values * scale.reciprocal()).round_()
-    torch.clamp(error, -zero_point, levels - zero_point, out=error)
-    error.mul_(scale).sub_(values).square_()
-    if weights is None:
-        return error.sum(1, dtype=torch.float64)
-    return torch.linalg.vecdot(error.double(), weights)
+    """Summed squared quantization error of each row for each of its ranges, [rows, ranges], float64.
+
+    Args:
+        values, weights: [rows, n], as of :func:`mse_range`.
+        limits: [2, rows, ranges], lower and upper ones.
+    """
+    low, high = limits
+    scale, zero_point = quantization_parameters(low, high, bits, symmetric=symmetric)
+    at_once = TRIED.get(values.device.type, TRIED["cuda"])
+    count = 1 + at_once // (1 + values.shape[1] * scale.shape[1])
+    parts = [values[:, None], *(p[..., None] for p in (scale.reciprocal(), zero_point, scale))]
+    if weights is not None:
+        parts.append(weights[:, None])
+    sums = []
+    for x, inverse, zero, step, *counts in zip(*(p.split(count) for p in parts), strict=True):
+        codes = (x * inverse).round_().add_(zero).clamp_(0, 2**bits - 1)
+        error = codes.sub_(zero).mul_(step).sub_(x).square_()
+        if counts:
+            sums.append(torch.linalg.vecdot(error.double(), *counts))
+        else:
+            sums.append(error.sum(2, dtype=torch.float64))
+    return torch.cat(sums)
 
 
 @dataclass(frozen=True)

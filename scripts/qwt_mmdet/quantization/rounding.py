@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import registered
-from .primitives import dequantize, quantize
+from .kernels import round_to_grid
+from .primitives import quantize
 
 Round = Callable[[Tensor, Tensor, Tensor, int, Sequence[Tensor] | None], Tensor]
 """Takes weights [groups, out, in], scales and zero points [groups, out], bits, and the inputs' second
@@ -97,25 +98,27 @@ def gptq_codes(
     Raises:
         torch.linalg.LinAlgError: the moments hold NaN or are not semi-definite.
     """
-    groups, outputs, inputs = weight.shape
     order = moments.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
     left = weight.double().gather(2, order[:, None].expand_as(weight))
     moments = moments.double().gather(1, order[:, :, None].expand_as(moments))
     moments = moments.gather(2, order[:, None].expand_as(moments))
     upper = _inverse_factor(moments)
     scale, zero_point = scale[..., None], zero_point[..., None]
-    codes = torch.empty(groups, outputs, inputs, dtype=torch.uint8, device=weight.device)
-    for start in range(0, inputs, BLOCK):
-        stop = min(start + BLOCK, inputs)
-        errors = torch.empty_like(left[..., start:stop])
-        for i in range(start, stop):
-            column = left[..., i : i + 1].float()
-            codes[..., i : i + 1] = quantize(column, scale, zero_point, bits)
-            rounded = dequantize(codes[..., i : i + 1], scale, zero_point)
-            error = (left[..., i : i + 1] - rounded) / upper[:, i : i + 1, i : i + 1]
-            left[..., i:stop] -= error * upper[:, i : i + 1, i:stop]
-            errors[..., i - start : i - start + 1] = error
-        left[..., stop:] -= errors @ upper[:, start:stop, stop:]
+    inverse, lowest, highest = scale.reciprocal(), -zero_point, 2**bits - 1 - zero_point
+    rounded = []
+    for start in range(0, weight.shape[2], BLOCK):
+        stop = start + BLOCK
+        block, triangle = left[..., start:stop], upper[:, start:stop, start:stop]
+        pivots = triangle.diagonal(dim1=1, dim2=2)[:, None]
+        columns = zip(block.split(1, 2), triangle.split(1, 1), pivots.split(1, 2), strict=True)
+        errors = []
+        for column, row, pivot in columns:
+            rounded.append(round_to_grid(column.float(), inverse, lowest, highest, scale))
+            errors.append((column - rounded[-1]) / pivot)
+            # The row is 0 at columns that are rounded already.
+            block.addcmul_(errors[-1], row, value=-1)
+        left[..., stop:] -= torch.cat(errors, 2) @ upper[:, start:stop, stop:]
+    codes = quantize(torch.cat(rounded, 2), scale, zero_point, bits)
     return torch.empty_like(codes).scatter_(2, order[:, None].expand_as(codes), codes)
 
 
