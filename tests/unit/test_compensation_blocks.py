@@ -21,7 +21,6 @@ from qwt_mmdet.compensation.blocks import find_blocks
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.modules import aligned_input, channel_axis
 from qwt_mmdet.compensation.state import apply_compensation
-from qwt_mmdet.compensation.trace import trace_blocks
 from qwt_mmdet.config import CompensationSettings, QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate
@@ -283,17 +282,11 @@ def test_what_lies_between_blocks_runs_once_per_image_and_model():
 
             module.forward = counted
     blocks = ("backbone.a", "backbone.b")
-    plan = trace_blocks(full, list(blocks), tiny.batches(1)[0], "backbone")
-    assert [(step.module, step.number) for step in plan.calls] == [
-        ("backbone.stem", 0), ("backbone.a", 0), ("backbone.pool", 0), ("backbone.pool", 1),
-        ("backbone.b", 0),
-    ]  # fmt: skip
-    calls.clear()
     compensation = CompensationSettings(
         blocks=blocks, gate="none", ridge=0, holdout_fraction=0, target="reference"
     )
     fit_compensation(model, full, tiny.batches(3), compensation)
-    # One pass of the full-precision model traces, another counts multiply-adds.
+    # One pass of the full-precision model records what is read when, another counts multiply-adds.
     per_model = {"stem": 1, "pool": 2, "a": 1, "b": 1}
     images_of_both = 2 * 3
     for name, times in per_model.items():

@@ -40,11 +40,11 @@ def counted(monkeypatch):
 
     original = fit_module._fit_block
 
-    def fit_block(fit, index, *args, **kwargs):
+    def fit_block(fit, name, *args):
         if len(Count.names) == Count.stop:
             raise KeyboardInterrupt
-        Count.names.append(fit.plan.blocks[index])
-        return original(fit, index, *args, **kwargs)
+        Count.names.append(name)
+        return original(fit, name, *args)
 
     Count.names = []
     monkeypatch.setattr(fit_module, "_fit_block", fit_block)

@@ -17,7 +17,7 @@ from qwt_mmdet.replay.forwards import (
     tied,
     unknown,
 )
-from qwt_mmdet.replay.walk import ReachedError, Walk, outermost_modules
+from qwt_mmdet.replay.walk import ReachedError, Walk
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -43,7 +43,14 @@ def inputs_of_layers(model, image):
     return found
 
 
-def reach(walk, model, name, number, image, calls=1):
+def walk_over(model, images, order, cache):
+    """A walk over layers of the backbone, for these images."""
+    for number, image in enumerate(images):
+        cache["image", number] = image
+    return Walk(model, order, cache, "backbone", ignored=nn.Dropout)
+
+
+def reach(walk, model, name, number, calls=1):
     """Inputs of the first ``calls`` calls of a layer, on a way that stops there."""
     seen = []
 
@@ -54,7 +61,7 @@ def reach(walk, model, name, number, image, calls=1):
 
     handle = model.get_submodule(name).register_forward_pre_hook(stop)
     with torch.no_grad():
-        walk.run(number, name, lambda: forward_scope(model, image, "backbone"))
+        walk.run(number, name)
     handle.remove()
     return seen
 
@@ -81,14 +88,14 @@ def walk_all(model, images, record=True, memory_gb=4.0):
     runs, seen = Counter(), {}
     order = list(dict.fromkeys(name for name, _ in inputs_of_layers(model, images[0])))
     with ActivationCache(memory_gb=memory_gb) as cache, replaced_forwards(counting(model, runs)):
-        walk = Walk(outermost_modules(model, order, nn.Dropout), order, cache)
+        walk = walk_over(model, images, order, cache)
         with walk.active():
             if record:
                 with torch.no_grad():
-                    walk.record(lambda: forward_scope(model, images[0], "backbone"))
+                    walk.record("backbone")
             for name in order:
-                for number, image in enumerate(images):
-                    seen[name, number] = reach(walk, model, name, number, image)
+                for number in range(len(images)):
+                    seen[name, number] = reach(walk, model, name, number)
                 walk.unsettled.discard(name)
     return seen, runs
 
@@ -136,16 +143,16 @@ def test_layers_that_run_several_times_in_an_order_that_varies():
     images = [{"inputs": [torch.randn(3, 8, 8, device=tiny.device) + shift]} for shift in (5, -5)]
     with ActivationCache() as cache:
         order = [f"backbone.{name}" for name in ("first", "second", "last")]
-        walk = Walk(outermost_modules(model, order, nn.Dropout), order, cache)
+        walk = walk_over(model, images, order, cache)
         with walk.active(), torch.no_grad():
-            walk.record(lambda: forward_scope(model, images[0], "backbone"))
+            walk.record("backbone")
             for name in order:
                 for number, image in enumerate(images):
                     plain = copy.deepcopy(model)
                     for module in plain.modules():
                         vars(module).pop("forward", None)
                     expected = [x for n, x in inputs_of_layers(plain, image) if n == name]
-                    seen = reach(walk, model, name, number, image, calls=len(expected))
+                    seen = reach(walk, model, name, number, calls=len(expected))
                     assert len(seen) == len(expected)
                     assert all(map(torch.equal, seen, expected))
                 walk.unsettled.discard(name)

@@ -4,7 +4,8 @@ import fnmatch
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch.utils._pytree import tree_leaves
 
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
-from .modules import Arguments, aligned_input, block_output, channel_axis
-from .trace import replay_scope
+from ..replay.walk import Arguments
+from .modules import aligned_input, block_output, channel_axis
 
 logger = logging.getLogger(__name__)
 
 BlockFinder = Callable[[nn.Module, bool], list[str]]
 """Takes a backbone or neck and whether downsampling layers are wanted that are no blocks
 themselves; returns names relative to it."""
+
+Look = Callable[[str, nn.Module, Arguments, Any], None]
+"""Takes a module's name, the module, what it was called with and what it has returned."""
 
 BACKBONES: dict[str, BlockFinder] = {}
 """Block finder by class name of the backbone."""
@@ -224,34 +228,87 @@ def _misfit(module: nn.Module, arguments: Arguments, output: Any) -> str | None:
     return None
 
 
+def replay_scope(blocks: Iterable[str]) -> str:
+    """The smallest scope whose forward pass runs all these blocks."""
+    components = {name.split(".")[0] for name in blocks}
+    if components == {"backbone"}:
+        return "backbone"
+    return "backbone+neck" if components <= {"backbone", "neck"} else "detector"
+
+
+@contextmanager
+def _after(model: nn.Module, names: Iterable[str], look: Look) -> Iterator[None]:
+    """Inside, ``look`` is shown every call of these modules."""
+    with ExitStack() as stack:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_hook(
+                lambda module, args, kwargs, output, name=name: look(
+                    name, module, (args, kwargs), output
+                ),
+                with_kwargs=True,
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.no_grad()
+def block_positions(
+    model: nn.Module, blocks: Iterable[str], forward: Callable[[], object]
+) -> dict[str, int]:
+    """How many positions the output of each block has, in the order in which they run.
+
+    Args:
+        forward: runs the model on one image.
+
+    Raises:
+        QwtError: a block does not run, runs twice, or returns something that cannot be compensated.
+    """
+    found: dict[str, int] = {}
+
+    def look(name: str, module: nn.Module, arguments: Arguments, output: Any) -> None:
+        if name in found:
+            raise QwtError(
+                f"The block {name} runs twice in one forward pass and cannot be compensated; "
+                "leave it out of 'blocks'."
+            )
+        tensor = block_output(name, output)
+        axis = channel_axis(module, tensor)
+        aligned_input(arguments, tensor, axis)
+        found[name] = tensor.numel() // tensor.shape[axis]
+
+    with _after(model, blocks, look):
+        forward()
+    missing = [name for name in blocks if name not in found]
+    if missing:
+        raise QwtError(
+            f"The blocks {', '.join(missing)} do not run in the forward pass; leave them out of "
+            "'blocks'."
+        )
+    return found
+
+
 @torch.no_grad()
 def _misfits(
     model: nn.Module, batch: dict[str, Any], components: Iterable[str]
 ) -> dict[str, str | None]:
     """Why each module with layers in ``components`` can be no block, by its name; None where it can."""
-    found: dict[str, str | None] = {}
-    handles = []
-    for component in components:
-        for name, module in model.get_submodule(component).named_modules(prefix=component):
-            if not _layers(module):
-                continue
-            found[name] = "it does not run in the forward pass"
-
-            def look(
-                module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name
-            ) -> None:
-                runs[name] += 1
-                again = runs[name] > 1
-                reason = "it runs twice in one forward pass"
-                found[name] = reason if again else _misfit(module, (args, kwargs), output)
-
-            handles.append(module.register_forward_hook(look, with_kwargs=True))
+    found: dict[str, str | None] = {
+        name: "it does not run in the forward pass"
+        for component in components
+        for name, module in model.get_submodule(component).named_modules(prefix=component)
+        if _layers(module)
+    }
     runs: Counter[str] = Counter()
-    try:
+
+    def look(name: str, module: nn.Module, arguments: Arguments, output: Any) -> None:
+        runs[name] += 1
+        again = runs[name] > 1
+        found[name] = (
+            "it runs twice in one forward pass" if again else _misfit(module, arguments, output)
+        )
+
+    with _after(model, list(found), look):
         forward_scope(model, batch, replay_scope(components))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -1,6 +1,6 @@
 """Fit the compensation of all blocks of a quantized detector, one block after the other.
 
-The model's own code runs between the blocks (see :mod:`.replay`). At each block the full-precision
+The model's own code runs between the blocks (see :mod:`..replay.walk`). At each block the full-precision
 block and the quantized block run once for each image, and nothing of the network runs again.
 """
 
@@ -9,8 +9,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,17 +28,23 @@ from ..quantization.noise import HeadNoise, decibels
 from ..record import record_of
 from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
 from ..replay.forwards import detached
-from .blocks import find_blocks
+from ..replay.walk import Uses, Walk
+from .blocks import block_positions, find_blocks, replay_scope
 from .cost import backbone_bytes, backbone_multiply_adds, within_budget
 from .kinds import BITS, rounded_input
-from .modules import aligned_input, as_rows, block_output, channel_axis, compensating
-from .replay import Stream
+from .modules import (
+    aligned_input,
+    as_rows,
+    block_output,
+    channel_axis,
+    compensated,
+    compensating,
+)
 from .result import BlockError, BlockFit, Compensation, Option
 from .resume import Resume
 from .solve import SOLVERS, Candidate, candidates
 from .state import quantized_fingerprint
 from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics, merged
-from .trace import Plan, replay_scope, trace_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +69,17 @@ class _Fit:
     """Everything that the fits of all blocks share.
 
     Attributes:
+        positions: of each block's output, for the first image, in running order.
+        uses: when a pass reads which outputs.
         images: how many calibration images lie in the cache, under ("image", number).
-        image_once: whether an image is needed once only, since its preprocessor's output is cached.
         folds: an image belongs to the fold of its number modulo this.
     """
 
     settings: CompensationSettings
-    plan: Plan
+    positions: Mapping[str, int]
+    uses: Uses
     cache: ActivationCache
     images: int
-    image_once: bool
     folds: int
     backbone_bytes: float
     backbone_multiply_adds: int
@@ -169,13 +178,16 @@ def fit_compensation(
             scope=quantization.settings.scope if quantization else "backbone",
             downsampling=settings.downsampling,
         )
-        plan = trace_blocks(reference, names, first, replay_scope(names))
+        recorder = Walk(reference, names, cache, replay_scope(names))
+        with recorder.active():
+            forward = partial(recorder.record, replay_scope(names))
+            positions = block_positions(reference, names, forward)
         fit = _Fit(
             settings,
-            plan,
+            positions,
+            recorder.uses,
             cache,
             images,
-            "data_preprocessor" in plan.modules,
             folds,
             backbone_bytes(model),
             backbone_multiply_adds(reference, first),
@@ -257,41 +269,50 @@ def _fit_pass(
     fits = record.finished(name)
     if fits:
         logger.info("Going on after %d finished blocks", len(fits))
-    quantized = Stream(f"{name} quantized", model, fit.plan, fit.cache, lingers=1)
-    full = Stream(f"{name} full", reference, fit.plan, fit.cache, lingers=0)
-    quantized.kinds = {block.name: block.kind if block.kept else None for block in fits}
-    first = len(fits)
-    for index in progress(range(first, len(fit.plan.blocks)), "Fitting", unit="block"):
-        block = _fit_block(fit, index, quantized, full, chosen, is_first=index == first)
-        quantized.kinds[block.name] = block.kind if block.kept else None
-        fits.append(block)
-        record.add(name, block)
+    with ExitStack() as stack:
+        quantized = stack.enter_context(_walking(fit, model, f"{name} quantized"))
+        full = None
+        if fit.settings.target == "reference":
+            full = stack.enter_context(_walking(fit, reference, f"{name} full"))
+            full.unsettled.clear()
+        for block in fits:
+            _settle(quantized, model, block)
+        for block_name in progress(list(fit.positions)[len(fits) :], "Fitting", unit="block"):
+            block = _fit_block(fit, block_name, quantized, full, reference, chosen)
+            _settle(quantized, model, block)
+            fits.append(block)
+            record.add(name, block)
     return fits
 
 
-def _image(fit: _Fit, image: int, is_first: bool) -> dict[str, Any] | None:
-    """An image for a replay; None where its preprocessor's output is cached already."""
-    if not fit.image_once:
-        return fit.cache["image", image]
-    if not is_first:
-        return None
-    # A second pass over the blocks, which a budget may bring, and the check at the heads need them again.
-    keep = fit.settings.budget or (fit.settings.gate == "holdout" and image % fit.folds == 0)
-    return fit.cache["image", image] if keep else fit.cache.pop(("image", image))
+@contextmanager
+def _walking(fit: _Fit, model: nn.Module, tag: str) -> Iterator[Walk]:
+    """A walk over the blocks, active inside."""
+    scope = replay_scope(fit.positions)
+    walk = Walk(model, fit.positions, fit.cache, scope, tag=tag, uses=fit.uses)
+    with walk.active():
+        yield walk
+
+
+def _settle(walk: Walk, model: nn.Module, block: BlockFit) -> None:
+    """Let a block run with its compensation from now on."""
+    walk.unsettled.discard(block.name)
+    if block.kept and block.kind is not None:
+        module, kind = model.get_submodule(block.name), block.kind
+        walk.completions[block.name] = partial(compensated, module, kind)
 
 
 def _fit_block(
     fit: _Fit,
-    index: int,
-    quantized: Stream,
-    full: Stream,
+    name: str,
+    quantized: Walk,
+    full: Walk | None,
+    reference: nn.Module,
     chosen: Mapping[str, int] | None,
-    *,
-    is_first: bool,
 ) -> BlockFit:
-    """Fit one block on all images; both streams go on to its outputs."""
+    """Fit one block on all images; both walks go on to its outputs."""
     start = time.monotonic()
-    settings, name = fit.settings, fit.plan.blocks[index]
+    settings = fit.settings
     solver = SOLVERS[settings.kind]
     groups: list[BlockStatistics] = []
     power = 0.0
@@ -299,8 +320,7 @@ def _fit_block(
     for image in range(fit.images):
         if image % RELEASE_INTERVAL == 0:
             release_free_memory()
-        batch = _image(fit, image, is_first)
-        x, output, expected = _run_block(settings, index, quantized, full, image, batch)
+        x, output, expected = _run_block(settings, name, quantized, full, reference, image)
         if not groups:
             channels = x.shape[1], output.shape[1]
             groups = [_statistics(solver.needs, *channels, output.device) for _ in range(fit.folds)]
@@ -324,7 +344,7 @@ def _fit_block(
         return _left_alone(name, "not_finite")
     sums = merged(groups)
     forms = candidates(sums, groups, settings)
-    options = tuple(_option(fit, index, form, sums) for form in forms)
+    options = tuple(_option(fit, name, form, sums) for form in forms)
     number = min(range(len(options)), key=lambda n: options[n].error)
     if chosen is not None:
         number = chosen.get(name, number)
@@ -367,15 +387,15 @@ def _fit_block(
     return result
 
 
-def _option(fit: _Fit, index: int, form: Candidate, sums: BlockStatistics) -> Option:
-    """What a form of block number ``index`` leaves of the error, and its cost."""
+def _option(fit: _Fit, name: str, form: Candidate, sums: BlockStatistics) -> Option:
+    """What a form of a block leaves of the error, and its cost."""
     error = form.solution.squared_error(sums) if form.held_out is None else form.held_out
     kind = form.solution.kind
     size, multiply_adds = (kind.bytes, kind.multiply_adds) if kind else (0, 0)
     return Option(
         error / sums.elements,
         100 * size / fit.backbone_bytes,
-        100 * multiply_adds * fit.plan.positions[index] / fit.backbone_multiply_adds,
+        100 * multiply_adds * fit.positions[name] / fit.backbone_multiply_adds,
     )
 
 
@@ -397,28 +417,29 @@ def _left_alone(name: str, decision: str) -> BlockFit:
 
 def _run_block(
     settings: CompensationSettings,
-    index: int,
-    quantized: Stream,
-    full: Stream,
+    name: str,
+    quantized: Walk,
+    full: Walk | None,
+    reference: nn.Module,
     image: int,
-    batch: dict[str, Any] | None,
 ) -> list[torch.Tensor]:
-    """Run one block on one image on both streams.
+    """Run one block on one image, as it is reached by both walks.
+
+    Args:
+        full: None where the block's full-precision output on the quantized input is wanted.
 
     Returns:
         The block's input, its quantized output and what that should be: [positions, channels] each.
     """
-    name = quantized.plan.blocks[index]
-    arguments = quantized.arguments_at(index, image, batch)
-    output = block_output(name, quantized.run(index, image, arguments, keep=True))
-    if settings.target == "reference":
-        full_arguments = full.arguments_at(index, image, batch)
-        expected = full.run(index, image, full_arguments, keep=False)
+    arguments, quantized_output = quantized.reach(image, name)
+    output = block_output(name, quantized_output)
+    if full is not None:
+        _, expected = full.reach(image, name)
     else:
         args, kwargs = detached(arguments)
-        expected = full.model.get_submodule(name)(*args, **kwargs)
+        expected = reference.get_submodule(name)(*args, **kwargs)
     expected = block_output(name, expected)
-    axis = channel_axis(quantized.model.get_submodule(name), output)
+    axis = channel_axis(reference.get_submodule(name), output)
     x = aligned_input(arguments, output, axis)
     if settings.bits == BITS:
         x = rounded_input(x)  # the fit knows what W will see

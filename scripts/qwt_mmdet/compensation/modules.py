@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import QwtError
+from ..replay.walk import Arguments
 from .kinds import KINDS, Kind
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a module is called with: args and kwargs."""
 
 PREFIX = "compensation_"
 

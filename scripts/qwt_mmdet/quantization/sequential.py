@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QuantizationSettings
-from ..detectors.forward import forward_scope
 from ..errors import QwtError
 from ..progress import progress
 from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
-from ..replay.walk import ReachedError, Walk, outermost_modules
+from ..replay.walk import ReachedError, Walk
 from .convert import activation_quantizers, full_precision, quantized_layers
 from .layers import QuantizedConv2d, QuantizedLayer
 from .moments import MAX_COLUMNS
@@ -256,13 +255,7 @@ def calibrate_sequentially(
     what they were fitted to.
     """
     layers = quantized_layers(model)
-    walk = Walk(outermost_modules(model, layers, ActivationQuantizer), full.order, full.cache)
-    started: set[int] = set()
-
-    def forward(image: int) -> None:
-        is_kept = image in started and isinstance(model.data_preprocessor, nn.Module)
-        started.add(image)
-        forward_scope(model, None if is_kept else full.cache["image", image], settings.scope)
+    walk = Walk(model, full.order, full.cache, settings.scope, ignored=ActivationQuantizer)
 
     def visit(name: str, see: See) -> None:
         """Show all inputs of a layer on the quantized network's way."""
@@ -282,14 +275,13 @@ def calibrate_sequentially(
 
             quantizer.watch = watch
             if expected:
-                walk.run(image, name, partial(forward, image))
+                walk.run(image, name)
         quantizer.watch = None
 
     weights = {layer: layer.weight.data for layer in layers.values()}
     inputs = {layer.input_quantizer for layer in layers.values()}
     with full_precision(model, {}), walk.active():
-        part = "backbone+neck" if settings.scope == "detector" else settings.scope
-        walk.record(lambda: forward_scope(model, full.cache["image", 0], part))
+        walk.record("backbone+neck" if settings.scope == "detector" else settings.scope)
         for quantizer in activation_quantizers(model).values():  # those of attention
             quantizer.enabled = quantizer not in inputs and quantizer.is_calibrated
         try:
