@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -292,26 +291,7 @@ def test_a_network_is_refused_before_it_runs(images, tmp_path):
         cut.refuse_what_has_no_form(tood)
 
 
-DEMO = Path(__file__).parents[2] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
-SIZE = (64, 64)
-SMALL = {
-    "model.backbone": {
-        "_delete_": True, "type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8,
-        "num_stages": 2, "strides": (1, 2), "dilations": (1, 1), "out_indices": (0, 1),
-    },
-    "model.neck": {"in_channels": [8, 16], "out_channels": 8, "num_outs": 2},
-    "model.rpn_head": {
-        "in_channels": 8, "feat_channels": 8, "anchor_generator": {"strides": [4, 8]},
-    },
-    "model.roi_head": {
-        "bbox_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
-        "bbox_head": {"in_channels": 8, "fc_out_channels": 16},
-        "mask_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
-        "mask_head": {"in_channels": 8, "conv_out_channels": 8},
-    },
-    "model.test_cfg.rcnn.score_thr": 0.0,
-}  # fmt: skip
-"""Changes to the demo's config: a small ResNet, and weights that need no training to find something."""
+DEMO, SMALL, SIZE = tiny.DEMO, tiny.SMALL_MASK_RCNN, (64, 64)
 
 
 def two_stages() -> nn.Module:

@@ -1,7 +1,7 @@
 """The steps of a run, from files to files, on each device."""
 
+import dataclasses
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,31 +23,17 @@ from qwt_mmdet.steps.rank import rank
 
 pytestmark = pytest.mark.usefixtures("device")
 
-DEMO = Path(__file__).parents[2] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
+DEMO = tiny.DEMO
 PLAIN = {
     "weight_bits": 8, "activation_bits": 8, "weight_range": "minmax", "activation_range": "minmax",
     "rounding": "nearest",
 }  # fmt: skip
 SMALL = {
-    "model.backbone": {
-        "_delete_": True, "type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8,
-        "num_stages": 2, "strides": (1, 2), "dilations": (1, 1), "out_indices": (0, 1),
-    },
-    "model.neck": {"in_channels": [8, 16], "out_channels": 8, "num_outs": 2},
-    "model.rpn_head": {
-        "in_channels": 8, "feat_channels": 8, "anchor_generator": {"strides": [4, 8]},
-    },
-    "model.roi_head": {
-        "bbox_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
-        "bbox_head": {"in_channels": 8, "fc_out_channels": 16},
-        "mask_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
-        "mask_head": {"in_channels": 8, "conv_out_channels": 8},
-    },
+    **tiny.SMALL_MASK_RCNN,
     "model.test_cfg.rpn.max_per_img": 20,
-    "model.test_cfg.rcnn": {"score_thr": 0.0, "max_per_img": 3},
+    "model.test_cfg.rcnn.max_per_img": 3,
     "test_dataloader.dataset.pipeline.1.scale": (64, 64),
-}  # fmt: skip
-"""Changes to the demo's config: a small ResNet and small images. Random weights find something, too."""
+}
 
 
 @pytest.fixture
@@ -110,17 +96,8 @@ def test_a_detector_is_quantized_compensated_ranked_and_evaluated(inputs, tmp_pa
         suggestion=tmp_path / "s.yaml",
     )  # fmt: skip
     assert "backbone.conv1" in (tmp_path / "t.csv").read_text()
-    load_warmup(random_detector_of(inputs), warmup)  # on the CPU
-
-
-def random_detector_of(inputs):
-    """The detector of the inputs on the CPU."""
-    return Inputs.load(
-        Inputs(
-            inputs.config, inputs.config_options, inputs.checkpoint, inputs.annotations,
-            Job("cpu", 0.0), seed=0, batch_size=1, workers=0,
-        )
-    )  # fmt: skip
+    on_the_cpu = dataclasses.replace(inputs, job=Job("cpu", 0.0)).load()
+    assert not next(load_warmup(on_the_cpu, warmup).parameters()).is_cuda
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,26 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.record import record_of
 from torch import Tensor, nn
+
+DEMO = Path(__file__).parents[2] / "workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
+SMALL_MASK_RCNN = {
+    "model.backbone": {
+        "_delete_": True, "type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8,
+        "num_stages": 2, "strides": (1, 2), "dilations": (1, 1), "out_indices": (0, 1),
+    },
+    "model.neck": {"in_channels": [8, 16], "out_channels": 8, "num_outs": 2},
+    "model.rpn_head": {
+        "in_channels": 8, "feat_channels": 8, "anchor_generator": {"strides": [4, 8]},
+    },
+    "model.roi_head": {
+        "bbox_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
+        "bbox_head": {"in_channels": 8, "fc_out_channels": 16},
+        "mask_roi_extractor": {"featmap_strides": [4, 8], "out_channels": 8},
+        "mask_head": {"in_channels": 8, "conv_out_channels": 8},
+    },
+    "model.test_cfg.rcnn.score_thr": 0.0,
+}  # fmt: skip
+"""Changes to the demo's config: a small ResNet, and weights that need no training to find something."""
 
 KINDS = ("swin", "resnet", pytest.param("cspdarknet", marks=pytest.mark.slow_if_pretended))
 """Of :func:`backbone`, for tests with each of them."""
