@@ -14,7 +14,7 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn
 
-pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.slow_if_pretended]
+pytestmark = pytest.mark.usefixtures("device")
 
 EVERYTHING = CompensationSettings(gate="none", ridge=0, bits=32, holdout_fraction=0)
 
@@ -127,6 +127,7 @@ def test_a_fit_stays_within_its_budget_and_its_later_blocks_know(key):
     assert [name for name, _ in changed] == [b.name for b in free.blocks[dropped[0] + 1 :]]
 
 
+@pytest.mark.slow_if_pretended
 def test_auto_stays_within_its_own_budget():
     settings = CompensationSettings(kind="auto", holdout_fraction=0.5, gate="none")
     fit = fitted(settings, "cspdarknet")

@@ -40,7 +40,6 @@ def noise_by_hand(expected, found):
     return sum(float((a - b).square().sum() / a.square().sum()) for a, b in pairs) / len(pairs)
 
 
-@pytest.mark.slow_if_pretended
 def test_a_layer_alone_does_what_a_model_with_that_layer_alone_quantized_does(tmp_path):
     batch = tiny.batches(1)
     ranked = {e.name: e for e in rank_layers(warmed_up(tmp_path, bias_correction=False), batch)}
@@ -170,7 +169,6 @@ def test_the_suggested_entry_quantizes_a_detector_to_the_bits_that_it_names(
     assert (stem.weight_bits < 8, stem.activation_bits) == (True, 8), "the image keeps its bits"
 
 
-@pytest.mark.slow_if_pretended
 def test_no_image_is_an_error(tmp_path):
     with pytest.raises(QwtError, match="no calibration images"):
         rank_layers(warmed_up(tmp_path), [])
