@@ -1,8 +1,11 @@
 import pytest
 import torch
-from qwt_mmdet.quantization.moments import InputMoments
+import torch.nn.functional as F
+from qwt_mmdet.quantization.layers import QuantizedConv2d, become
+from qwt_mmdet.quantization.moments import InputMoments, measure_inputs
 from qwt_mmdet.quantization.primitives import dequantize, quantization_parameters, quantize
 from qwt_mmdet.quantization.rounding import DAMPING, gptq_codes
+from torch import nn
 
 
 def problem(device, groups=1, outputs=6, inputs=300, bits=3, seed=0):
@@ -101,3 +104,60 @@ def test_moments_that_rounding_made_indefinite_are_damped_until_they_are_not(dev
     assert codes.max() <= 15
     with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
         gptq_codes(weight, moments * float("nan"), *grid, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2},
+        {"kernel_size": (5, 2), "padding": (2, 0), "dilation": (1, 3), "groups": 6},
+        {"kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
+    ],
+)
+@torch.no_grad()
+def test_moments_of_a_convolution_are_those_of_its_unfolded_input(device, options):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 6, 13, 11, generator=generator).to(device)
+    layer = become(nn.Conv2d(6, 6, **options).to(device), QuantizedConv2d)
+    layer._attach("layer", 8, 8)
+    layer.input_quantizer.channel_axis = None
+    layer.input_quantizer.set_range(torch.tensor([-2.0], device=device), x.max().view(1))
+    moments = InputMoments()
+    measure_inputs(layer, x, moments, limit=10**6)
+    expected = []
+    for seen in (x, layer.input_quantizer.quantized(x)):
+        if layer.padding_mode == "reflect":
+            padded, padding = F.pad(seen, (2, 2, 2, 2), mode="reflect"), 0
+        else:
+            padded, padding = seen, layer.padding
+        columns = F.unfold(padded, layer.kernel_size, layer.dilation, padding, layer.stride)
+        expected.append(columns.transpose(1, 2).flatten(0, 1).double())
+    for mean, rows in zip(moments.means(), expected, strict=True):
+        torch.testing.assert_close(mean.flatten(), rows.mean(0), rtol=0, atol=1e-12)
+    (second,) = moments.second(centred=False)
+    groups = expected[1].unflatten(1, (layer.groups, -1)).transpose(0, 1)
+    torch.testing.assert_close(
+        second, groups.transpose(1, 2) @ groups / groups.shape[1], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_so_many_positions_of_a_call_count_towards_second_moments(device):
+    layer = become(nn.Conv2d(1, 1, 1).to(device), QuantizedConv2d)
+    layer._attach("layer", 8, 8)
+    x = torch.arange(100.0, device=device).view(1, 1, 10, 10)
+    layer.input_quantizer.set_range(
+        torch.zeros(1, device=device), torch.full((1,), 255.0, device=device)
+    )
+    means, square = [], x.square().mean().item()
+    for limit in (20, 100, 0):
+        moments = InputMoments()
+        for _ in range(3):
+            measure_inputs(layer, x, moments, limit)
+        assert moments.positions == 300, "means are those of all positions"
+        assert moments.means()[0].item() == pytest.approx(49.5)
+        if limit:
+            assert moments._rows + sum(w.shape[1] for w in moments._waiting) == 3 * limit
+            means.append(moments.second(centred=False)[0].item())
+    assert means[0] == pytest.approx(square, rel=0.03), "one position of each stretch"
+    assert means[0] != means[1] == pytest.approx(square)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +35,7 @@ from .moments import InputMoments, measure_inputs
 from .noise import count_multiply_adds, measure_noise
 from .quantizer import ActivationQuantizer, Watch
 from .rounding import rounding_by_name
-from .sequential import FullPrecision, calibrate_sequentially, weigh_positions
+from .sequential import ROWS, FullPrecision, calibrate_sequentially, weigh_positions
 from .validation import FoldedObserver, RangeValidation
 from .weights import quantize_weight
 
@@ -75,6 +76,11 @@ class Calibration:
     def about(self) -> Quantization:
         """The model's own record, which the passes complete."""
         return quantization_of(self.model)
+
+    @property
+    def expected_images(self) -> int:
+        """How many images there are, as far as one knows."""
+        return count_images(self.loader) or length_hint(self.loader, UNKNOWN_IMAGES)
 
     def images(self, description: str) -> Iterator[dict[str, Any]]:
         """All images, each alone."""
@@ -169,11 +175,12 @@ def measure_moments(run: Calibration) -> None:
     second = rounding_by_name(settings.rounding).needs_moments
     if not settings.bias_correction and not second:
         return
+    limit = math.ceil(ROWS / max(1, run.expected_images)) if second else 0
     layers = [layer for layer in quantized_layers(run.model).values() if layer.is_calibrated]
     run.moments = {layer: InputMoments() for layer in layers}
 
     def measure(layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
-        measure_inputs(layer, x, output, run.moments[layer], second=second)
+        measure_inputs(layer, x, run.moments[layer], limit)
 
     with full_precision(run.model, {layer: partial(measure, layer) for layer in layers}):
         for image in run.images("Measuring quantized inputs"):
@@ -296,9 +303,7 @@ def calibrate(
     refit_method = run.about.settings.refit
     with ActivationCache(device_gb, memory_gb) as cache:
         if refit_method == "sequential":
-            run.full = FullPrecision(
-                cache, count_images(loader) or length_hint(loader, UNKNOWN_IMAGES)
-            )
+            run.full = FullPrecision(cache, run.expected_images)
         for run_pass in (*RANGE_PASSES, *WEIGHT_PASSES[refit_method], *LAST_PASSES):
             if run_pass is not round_weights or not keep_weights:
                 run_pass(run)

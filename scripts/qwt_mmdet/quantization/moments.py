@@ -1,16 +1,16 @@
 """Streaming moments of what a layer's weights are multiplied with, for bias correction and GPTQ."""
 
+import math
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layers import QuantizedConv2d, QuantizedLayer
-from .rows import convolution_rows, pad, taps
+from .rows import input_rows, output_size, pad, sampled_positions
 
 MAX_COLUMNS = 4096
 """Inputs of a weight whose second moments are taken together. Larger weights are worked on in chunks
 of this many columns, as if inputs of different chunks were not correlated."""
-MAX_ROWS = 4096
-"""Output positions of one forward pass that count towards second moments, chosen at random."""
 
 
 class InputMoments:
@@ -50,7 +50,7 @@ class InputMoments:
     def _add_waiting(self) -> None:
         if not self._waiting:
             return
-        rows = torch.cat(self._waiting, dim=1)
+        rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, dim=1)
         self._waiting.clear()
         if self._rows == 0:
             self._origin = rows.mean(1, keepdim=True)
@@ -84,48 +84,42 @@ class InputMoments:
         return moments
 
 
-def chosen_rows(count: int, device: torch.device) -> Tensor:
-    """Indices of at most ``MAX_ROWS`` of ``count`` positions: the same ones at every call."""
-    if count <= MAX_ROWS:
-        return torch.arange(count, device=device)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
-    return order[:MAX_ROWS].sort().values.to(device)
-
-
-def measure_inputs(
-    layer: QuantizedLayer,
-    x: Tensor,
-    output: Tensor,
-    moments: InputMoments,
-    *,
-    second: bool,
-) -> None:
+def measure_inputs(layer: QuantizedLayer, x: Tensor, moments: InputMoments, limit: int) -> None:
     """Add one call of a layer to ``moments``.
 
     Args:
-        x: the layer's input in full precision. output: what it returned.
-        second: also to the second moments.
+        x: the layer's input in full precision.
+        limit: at most so many of its output positions count towards the second moments.
     """
-    if not x.numel():  # a head of regions, where an image has none
+    size = output_size(layer, x)
+    count = math.prod(size)
+    if not count:  # a head of regions, where an image has none
         return
     quantized = layer.input_quantizer.quantized(x)
-    if isinstance(layer, QuantizedConv2d):
-        padded, padded_quantized = pad(layer, x), pad(layer, quantized)
-        size = output.shape[2:]
-        full, rounded = (_tap_sums(layer, t, size) for t in (padded, padded_quantized))
-        moments.update_means(full, rounded, len(x) * size.numel())
-        if second:
-            chosen = chosen_rows(len(x) * size.numel(), x.device)
-            moments.update_second(convolution_rows(layer, padded_quantized, size, chosen))
-    else:
-        rows, quantized = (t.reshape(-1, t.shape[-1]) for t in (x, quantized))
-        full, rounded = (t.sum(0, dtype=torch.float64) for t in (rows, quantized))
-        moments.update_means(full, rounded, len(rows))
-        if second:
-            moments.update_second(quantized[chosen_rows(len(rows), x.device)][None])
+    if limit:
+        chosen = sampled_positions(count, limit, moments.positions, x.device)
+        moments.update_second(input_rows(layer, quantized, size, chosen))
+    full, rounded = (_input_sums(layer, t, size) for t in (x, quantized))
+    moments.update_means(full, rounded, count)
 
 
-def _tap_sums(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
-    """Sum of the padded input under each kernel tap: [in, kernel height, kernel width]."""
-    total = padded.sum(0, keepdim=True)
-    return taps(layer, total, size).sum((0, 2, 3), dtype=torch.float64)
+def _input_sums(layer: QuantizedLayer, x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Sum of what each weight is multiplied with, of the shape of :meth:`InputMoments.means`.
+
+    Args:
+        size: of the output (:func:`.rows.output_size`).
+    """
+    if not isinstance(layer, QuantizedConv2d):
+        return x.flatten(0, -2).sum(0, dtype=torch.float64)
+    padded = pad(layer, x).double()
+    geometry = zip(
+        padded.shape[2:], size[1:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+    )
+    down, across = (_places(*axis, padded) for axis in geometry)
+    return (down @ padded @ across.T).sum(0)
+
+
+def _places(length: int, outputs: int, taps: int, stride: int, spread: int, like: Tensor) -> Tensor:
+    """1 where a tap of a kernel comes by along an axis of the input, else 0: [taps, length]."""
+    tap, output = (torch.arange(n, device=like.device) for n in (taps, outputs))
+    return like.new_zeros(taps, length).scatter_(1, tap[:, None] * spread + output * stride, 1.0)

@@ -47,7 +47,7 @@ def input_rows(layer: QuantizedLayer, x: Tensor, size: tuple[int, ...], chosen: 
         size: of the output (:func:`output_size`).
     """
     if isinstance(layer, QuantizedConv2d):
-        return convolution_rows(layer, pad(layer, x), torch.Size(size[1:]), chosen)
+        return convolution_rows(layer, pad(layer, x), size, chosen)
     return x[torch.unravel_index(chosen, size)][None]
 
 
@@ -67,28 +67,27 @@ def quantized_rows(layer: QuantizedLayer, rows: Tensor) -> Tensor:
 
 def pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """The input of a convolution with its padding."""
+    if not any(layer._reversed_padding_repeated_twice):
+        return x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
 
-def taps(layer: nn.Conv2d, padded: Tensor, size: torch.Size) -> Tensor:
-    """View of the padded input under each kernel tap: [batch, in, h', w', kernel h, kernel w]."""
-    batch, channel, row, column = padded.stride()
-    (down, right), (spread_y, spread_x) = layer.stride, layer.dilation
-    return padded.as_strided(
-        (*padded.shape[:2], *size, *layer.kernel_size),
-        (batch, channel, row * down, column * right, row * spread_y, column * spread_x),
-        padded.storage_offset(),
-    )
-
-
-def convolution_rows(layer: nn.Conv2d, padded: Tensor, size: torch.Size, chosen: Tensor) -> Tensor:
+def convolution_rows(
+    layer: nn.Conv2d, padded: Tensor, size: tuple[int, ...], chosen: Tensor
+) -> Tensor:
     """What the kernel is multiplied with at some output positions: [groups, positions, columns].
 
     Args:
-        size: height and width of the output.
+        size: of the output (:func:`output_size`).
     """
-    image, place = chosen // size.numel(), chosen % size.numel()
-    views = taps(layer, padded, size).permute(0, 2, 3, 1, 4, 5)
-    rows = views[image, place // size[1], place % size[1]]
-    return rows.reshape(len(chosen), layer.groups, -1).transpose(0, 1)
+    channels, height, width = padded.shape[1:]
+    line, column = chosen // size[2], chosen % size[2]
+    image, row = line // size[1], line % size[1]
+    (down, right), (spread_y, spread_x) = layer.stride, layer.dilation
+    first = (image * height + row * down) * width + column * right
+    y, x = (torch.arange(taps, device=padded.device) for taps in layer.kernel_size)
+    taps = (y[:, None] * (spread_y * width) + x * spread_x).flatten()
+    # Whole rows of channels are much faster to gather than their elements.
+    rows = padded.movedim(1, -1).reshape(-1, channels)[first[:, None] + taps]
+    return rows.unflatten(2, (layer.groups, -1)).permute(2, 0, 3, 1).flatten(2)
