@@ -85,8 +85,7 @@ def test_the_configuration_names_these_detectors(described):
     "name",
     [
         *DETECTORS[:2],
-        # minutes each; not yet run to the end
-        *(pytest.param(name, marks=pytest.mark.zoo) for name in DETECTORS[2:]),
+        *DETECTORS[2:],
     ],
 )
 def test_eight_bits_lose_little_and_the_file_finds_the_same(
