@@ -20,13 +20,14 @@ include: "workflow/rules/export.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/sensitivity.smk"
 include: "workflow/rules/demo.smk"
+include: "workflow/rules/failures.smk"
 
 
 rule all:
     """Everything that the config asks for, with one table and one report of it."""
     default_target: True
     input:
-        all_results(),
+        PLAN.results(),
 
 
 onstart:

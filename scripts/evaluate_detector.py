@@ -3,7 +3,8 @@
 from qwt_mmdet.runtime import step
 
 with step(snakemake) as job:
-    from qwt_mmdet.staleness import shards_note
+    from qwt_mmdet.plan import Variant
+    from qwt_mmdet.plan.shards import shards_note
     from qwt_mmdet.steps.evaluate import evaluate
     from qwt_mmdet.steps.inputs import Inputs
 
@@ -14,5 +15,5 @@ with step(snakemake) as job:
         metrics=snakemake.output.metrics,
         predictions=snakemake.output.predictions,
         shards=snakemake.input.shards,
-        note=shards_note(snakemake.config, **snakemake.wildcards),
+        note=shards_note(snakemake.config, Variant(**snakemake.wildcards)),
     )

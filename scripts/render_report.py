@@ -3,6 +3,8 @@
 from qwt_mmdet.runtime import step
 
 with step(snakemake):
+    from qwt_mmdet.plan import ResultRow
     from qwt_mmdet.reporting.html import render
 
-    render(snakemake.params.rows, snakemake.input.document, snakemake.output.report)
+    rows = [ResultRow(**row) for row in snakemake.params.rows]
+    render(rows, snakemake.input.document, snakemake.output.report)

@@ -3,16 +3,17 @@
 from qwt_mmdet.runtime import step
 
 with step(snakemake):
+    from qwt_mmdet.plan import ExportRow, Failure, ResultRow
     from qwt_mmdet.reporting.tables import summarize
 
     summarize(
-        snakemake.params.rows,
+        [ResultRow(**row) for row in snakemake.params.rows],
         snakemake.output.table,
         snakemake.output.document,
         resamples=snakemake.params.resamples,
         seed=snakemake.params.seed,
         processes=snakemake.threads,
-        failed=snakemake.params.failed,
-        exports=snakemake.params.exports,
+        failed=[Failure(**failure) for failure in snakemake.params.failed],
+        exports=[ExportRow(**row) for row in snakemake.params.exports],
         exports_table=snakemake.output.get("exports"),
     )

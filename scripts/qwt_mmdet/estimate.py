@@ -7,6 +7,7 @@ an image.
 """
 
 import dataclasses
+import heapq
 import math
 import multiprocessing
 import os
@@ -47,12 +48,12 @@ from .export.benchmark import benchmark
 from .export.loading import load_exported
 from .export.onnx_file import export_onnx
 from .files import write_json
+from .plan import Job, Plan
 from .quantization.calibrate import calibrate
 from .quantization.convert import quantize_model, quantized_units
 from .quantization.state import save_warmup
 from .resources import default_shards
 from .runtime import hardware
-from .schedule import planned_jobs, wall_seconds
 from .steps.inputs import load_quantized
 
 IMAGES = (2, 5)
@@ -333,7 +334,7 @@ def estimate_run(
         QwtError: see :func:`images_of` and :func:`measure_model`.
     """
     rows = combinations(config)
-    jobs = Counter((job.model, job.step) for job in planned_jobs(config))
+    jobs = Counter((job.model, job.step) for job in Plan(config).jobs)
     found = []
     for name in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == name]
@@ -391,7 +392,7 @@ def run_seconds(
         slots: jobs that run at a time. gpus: of these, those that need a GPU; None for any number.
     """
     costs = {(one.model, one.step): one for one in found}
-    jobs = planned_jobs(config)
+    jobs = Plan(config).jobs
     shards = config["evaluation"]["shards"]
     evaluations = sum(job.step in SHARDED for job in jobs)
     seconds = {}
@@ -402,3 +403,32 @@ def run_seconds(
             parts = default_shards(one.images, evaluations, at_once) if shards == "auto" else shards
         seconds[job] = [one.cost.total(math.ceil(one.images / parts))] * parts
     return wall_seconds(seconds, slots, gpus), sum(map(sum, seconds.values()))
+
+
+def wall_seconds(
+    seconds: Mapping[Job, Sequence[float]], slots: int, gpus: int | None = None
+) -> float:
+    """How long jobs take when as many as possible run at a time, the first ones first.
+
+    Args:
+        seconds: of each job, for each of the parts (shards) that it is split into.
+        slots: jobs that run at a time. gpus: of these, those that run a detector in torch; None for any number.
+    """
+    waiting = [(job, cost) for job, costs in seconds.items() for cost in costs]
+    left = {job: len(costs) for job, costs in seconds.items()}
+    running: list[tuple[float, int, Job]] = []
+    now, on_gpus, number = 0.0, 0, 0
+    while waiting or running:
+        for entry in list(waiting):
+            job, cost = entry
+            takes = gpus is not None and job.wants_gpu
+            ready = not any(left.get(other) for other in job.after)
+            if len(running) < slots and ready and not (takes and on_gpus >= (gpus or 1)):
+                waiting.remove(entry)
+                on_gpus += takes
+                number += 1
+                heapq.heappush(running, (now + cost, number, job))
+        now, _, job = heapq.heappop(running)
+        left[job] -= 1
+        on_gpus -= gpus is not None and job.wants_gpu
+    return now

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 # What decides no result: messages and logs; what reads a config, whose values are in the params of a rule.
 _DECIDE_NOTHING = {"cli", "config", "errors", "files", "imports", "progress", "runtime"}
-_DECIDE_NOTHING |= {"staleness"}
+_DECIDE_NOTHING |= {"plan", "staleness"}
 # What a step, or a module, imports for other steps: code that several share loads warmups and compensations,
 # and these steps are given none.
 _FOR_OTHERS = {
@@ -272,50 +272,3 @@ def add_to_note(path: str | os.PathLike[str], seen: str, files: Mapping[str, Any
         known = note["files"] if note["seen"] == seen else {}
     if files.keys() - known.keys():
         write_json(path, {"root": "", "how": "content", "seen": seen, "files": {**files, **known}})
-
-
-def shards_note(
-    config: Mapping[str, Any],
-    model: str,
-    quantization: str | None = None,
-    compensation: str | None = None,
-) -> tuple[str, str]:
-    """Where it is noted in how many shards an evaluation was run, and a hash of what that holds for.
-
-    Args:
-        config: resolved config of the workflow.
-        quantization: perhaps with the number of a repeat.
-    """
-    entry = config["models"][model]
-    decides = [
-        entry,
-        config["datasets"][entry["dataset"]],
-        quantization and config["quantization"][quantization.partition("@")[0]],
-        compensation and config["compensation"][compensation],
-        config["seed"],
-        config["evaluation"]["batch_size"],
-        source_hash("evaluate_shard"),
-    ]
-    parts = [model, quantization or "baseline"]
-    parts += [compensation or "quantized"] if quantization else []
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    return f"results/{'/'.join(parts)}/shards.json", digest
-
-
-def count_shards(config: Mapping[str, Any], default: int, **wildcards: str) -> int:
-    """In how many shards an evaluation is run: as the config says, or as it was, where nothing else changed.
-
-    Snakemake runs a step again when its input files are others, so the shards of what is done stay.
-
-    Args:
-        default: how many where the config leaves it open.
-    """
-    path, current = shards_note(config, **wildcards)
-    try:
-        note = json.loads(Path(path).read_text(encoding="utf-8"))
-        if note["of"] == current:
-            return int(note["shards"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # there is none, or it is cut off
-    chosen = config["evaluation"]["shards"]
-    return default if chosen == "auto" else int(chosen)

@@ -15,8 +15,9 @@ from qwt_mmdet.estimate import (
     images_of,
     measure_model,
     search_costs,
+    wall_seconds,
 )
-from qwt_mmdet.schedule import planned_jobs, wall_seconds
+from qwt_mmdet.plan import Plan
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -91,10 +92,10 @@ def test_a_search_is_two_more_steps_before_its_quantization(measured, config):
     assert wall == pytest.approx(sum(found[step].cost.total(found[step].images) for step in chain))
     (trial,) = measured
     assert trial.search.candidates == (3, 4, 5, 6, 8), "of two searches the one that takes longer"
-    jobs = planned_jobs(resolved)
-    (choice,) = {job for job in jobs if job.step == "choose_recipe" and "best" in job.variant}
+    jobs = Plan(resolved).jobs
+    (choice,) = {job for job in jobs if job.step == "choose_recipe" and "best" in job.variant.name}
     assert all(
-        (choice in job.after) == ("best" in job.variant)
+        (choice in job.after) == ("best" in job.variant.name)
         for job in jobs
         if job.step == "quantize_model"
     )
@@ -159,7 +160,7 @@ def demo_config(**changed) -> dict:
 
 
 def test_jobs_of_a_run_wait_for_what_they_read():
-    found = {job.step: job for job in planned_jobs(demo_config())}
+    found = {job.step: job for job in Plan(demo_config()).jobs}
     assert set(found) == set(estimate.STEPS)
     assert found["evaluate_quantized"].after == (found["quantize_model"],)
     assert found["fit_compensation"].after == (found["quantize_model"],)
@@ -169,7 +170,7 @@ def test_jobs_of_a_run_wait_for_what_they_read():
 def test_time_of_a_run_is_that_of_its_longest_chain_or_of_its_sum():
     """Chain: quantize 3, fit 2, evaluate 4; beside it two evaluations of 4."""
     costs = {"quantize_model": 3.0, "fit_compensation": 2.0}
-    seconds = {job: [costs.get(job.step, 4.0)] for job in planned_jobs(demo_config())}
+    seconds = {job: [costs.get(job.step, 4.0)] for job in Plan(demo_config()).jobs}
     assert wall_seconds(seconds, 1) == 17
     assert wall_seconds(seconds, 2) == 10  # baseline | quantize fit evaluate, then evaluate
     assert wall_seconds(seconds, 9) == 9

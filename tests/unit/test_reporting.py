@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from qwt_mmdet.archives import COMPENSATION_FORMAT, WARMUP_FORMAT
+from qwt_mmdet.config import resolve
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.coco import coco_metrics
 from qwt_mmdet.evaluation.estimates import Comparison, Difference, Estimate
 from qwt_mmdet.files import write_json
+from qwt_mmdet.plan import Failure, Plan, ResultRow, Stopped
+from qwt_mmdet.plan.rows import KINDS
 from qwt_mmdet.reporting import html, tables, text
 from qwt_mmdet.reporting.summary import ClassResult, Row, read_summary, with_dominance
 from random_detections import compressed, hexagon
@@ -84,7 +88,7 @@ SQNR = [
 
 def make_results(
     *, masks: bool, compensated: bool, skipped: str | None = None, **warmup
-) -> list[dict]:
+) -> list[ResultRow]:
     """Result files, in the working directory, of a model that loses a lot and regains most of it."""
     rng = np.random.default_rng(0)
     content = scene(rng)
@@ -138,37 +142,38 @@ def make_results(
     archive = {"format": COMPENSATION_FORMAT, "summary": summary}
     write_json("results/m/w4/qwt/compensation.json", archive)
     Path("results/m/w4/qwt/blocks.csv").write_text(BLOCKS)
-    row = {
-        "model": "m",
-        "quantization": "w4",
-        "compensation": "qwt" if compensated else None,
-        "settings": {"weight_bits": 4, "activation_bits": 8, "scope": "backbone"},
-        "compensation_settings": {"kind": "linear"} if compensated else None,
-        "annotations": "evaluation.json",
-        "baseline": "results/m/baseline",
-        "quantized": "results/m/w4/quantized",
-        "compensated": "results/m/w4/qwt" if compensated else None,
-        "warmup": "results/m/w4/warmup.pth",
+    quantization = {"weight_bits": 4, "activation_bits": 8, "scope": "backbone"}
+    config = {
+        "datasets": {"d": {"type": "shapes"}},
+        "models": {"m": {"config": "m.py", "checkpoint": "m.pth", "dataset": "d"}},
+        "quantization": {"w4": quantization},
+        "compensation": {"qwt": {"kind": "linear"}} if compensated else {},
+        "skip": [f"evaluate_{skipped}"] if skipped else [],
     }
-    return [{**row, skipped: None} if skipped else row]
+    Path("m.py").touch()
+    (row,) = Plan(resolve(config)).rows
+    return [replace(row, annotations="evaluation.json")]
 
 
-def summarize(rows: list[dict], resamples: int = 100) -> None:
+def summarize(rows: list[ResultRow], resamples: int = 100) -> None:
     tables.summarize(rows, "summary.csv", "summary.json", resamples=resamples)
 
 
-def with_second_model(rows: list[dict]) -> list[dict]:
+def without(row: ResultRow, *kinds: str) -> ResultRow:
+    """The row as it is where some variants were not evaluated."""
+    repeats = {**row.repeats, **{kind: [] for kind in kinds}}
+    return replace(row, **dict.fromkeys(kinds), repeats=repeats)
+
+
+def with_second_model(rows: list[ResultRow]) -> list[ResultRow]:
     """The rows again, under the name of another model."""
     Path("results/n").symlink_to(Path("results/m").resolve())
-    again = [
-        {k: v.replace("results/m", "results/n") if isinstance(v, str) else v for k, v in r.items()}
-        for r in rows
-    ]
-    return [*rows, *({**row, "model": "n"} for row in again)]
+    again = json.loads(json.dumps(list(map(asdict, rows))).replace("results/m/", "results/n/"))
+    return [*rows, *(ResultRow(**{**row, "model": "n"}) for row in again)]
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch) -> list[dict]:
+def results(tmp_path, monkeypatch) -> list[ResultRow]:
     monkeypatch.chdir(tmp_path)
     return make_results(masks=False, compensated=True)
 
@@ -187,7 +192,7 @@ class Run(NamedTuple):
 
     case: str
     folder: Path
-    rows: list[dict]
+    rows: list[ResultRow]
 
 
 def make_run(case: str, folder: Path) -> Run:
@@ -231,9 +236,7 @@ def test_the_summary_has_the_recorded_ap_and_an_interval_around_it(summary):
 
 
 def test_differences_and_the_recovered_part_follow_from_the_three_values(summary):
-    baseline, quantized, compensated = (
-        float(summary[f"AP_{variant}"]) for variant in tables.VARIANTS
-    )
+    baseline, quantized, compensated = (float(summary[f"AP_{variant}"]) for variant in KINDS)
     assert baseline > compensated > quantized
     assert float(summary["AP_quantized_minus_baseline"]) == pytest.approx(quantized - baseline)
     recovered = (compensated - quantized) / (baseline - quantized)
@@ -351,7 +354,7 @@ def test_a_class_on_few_images_has_no_interval(results):
     ]
     Path("evaluation.json").write_text(json.dumps(content))
     for variant in ("baseline", "quantized", "compensated"):
-        folder = Path(results[0][variant])
+        folder = Path(getattr(results[0], variant))
         found = json.loads((folder / "predictions.json").read_text())
         metrics = coco_metrics("evaluation.json", found, masks=False)
         (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -391,7 +394,7 @@ def test_only_ten_classes_are_ranked():
 def test_the_terminal_table_shows_each_number_once(summary):
     shown = text.summary_table(read_summary("summary.json"))
     line = next(line for line in shown.splitlines() if line.startswith("m "))
-    for variant in tables.VARIANTS:
+    for variant in KINDS:
         assert f"{float(summary[f'AP_{variant}']):.3f}" in line
     assert "* (+" in line
     assert "12 images" in shown
@@ -439,7 +442,7 @@ class Outline(HTMLParser):
             self.text += " " + data
 
 
-def render(rows: list[dict]) -> Outline:
+def render(rows: list[ResultRow]) -> Outline:
     html.render(rows, "summary.json", "report.html")
     return Outline("report.html")
 
@@ -500,7 +503,7 @@ def test_a_table_without_compensation_has_empty_cells(tmp_path, monkeypatch):
 @pytest.mark.parametrize("skipped", ["baseline", "quantized"])
 def test_what_was_not_evaluated_is_empty_and_the_rest_as_ever(results, skipped):
     rows = []
-    for row in (results[0], {**results[0], skipped: None}):
+    for row in (results[0], without(results[0], skipped)):
         summarize([row])
         rows.append(next(csv.DictReader(Path("summary.csv").read_text().splitlines())))
     complete, row = rows
@@ -660,7 +663,7 @@ def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(html, "PICTURED_IMAGES", 1)
     (row,) = make_results(masks=True, compensated=True, layer_sqnr=SQNR)
-    for folder, collapsed, lost in ((row["quantized"], True, 0), (row["compensated"], False, 5)):
+    for folder, collapsed, lost in ((row.quantized, True, 0), (row.compensated, False, 5)):
         path = Path(folder, "metrics.json")
         metrics = json.loads(path.read_text())
         if collapsed:
@@ -701,16 +704,16 @@ def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
     monkeypatch.setattr(html, "PICTURED_IMAGES", 1)
     (row,) = make_results(masks=False, compensated=True)
     cause = "quantize_model m w2: No layer <i> matches."
-    lost = {"warmup": None, "quantized": None, "compensated": None, "failed": [cause]}
-    nothing = {"baseline": None, "annotations": None, "failed": ["fetch_checkpoint n: Gone."]}
+    lost = replace(without(row, "quantized", "compensated"), warmup=None, failed=[cause])
+    nothing = {"annotations": None, "failed": ["fetch_checkpoint n: Gone."]}
     rows = [
-        {**row, **lost, "quantization": "w2"},
+        replace(lost, quantization="w2"),
         row,
-        {**row, **lost, **nothing, "model": "n"},
+        replace(without(lost, "baseline"), **nothing, model="n"),
     ]
     failed = [
-        {"step": "quantize_model m w2", "sentence": "No layer <i> matches.", "log": "logs/a.log"},
-        {"step": "fetch_checkpoint n", "sentence": "Gone.", "log": "logs/b.log"},
+        Failure("quantize_model m w2", {}, "logs/a.log", "No layer <i> matches."),
+        Failure("fetch_checkpoint n", {}, "logs/b.log", "Gone."),
     ]
     tables.summarize(rows, "summary.csv", "summary.json", resamples=20, failed=failed)
     with open("summary.csv", newline="") as stream:
@@ -726,7 +729,7 @@ def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
     page = render(rows)
     assert page.open == []
     for entry in failed:
-        assert f"{entry['step']} : {entry['sentence']} {entry['log']}" in page.text
+        assert f"{entry.step} : {entry.sentence} {entry.log}" in page.text
     assert "w2 has no box AP; w2 + qwt is not complete (quantize_model m w2: No layer" in page.text
     assert "w4 keeps" in page.text
     assert page.text.count("4.00 MB") == 1  # the size of the baseline
@@ -737,7 +740,7 @@ def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
     }  # fmt: skip
     assert page.tags.count("svg") == 3
 
-    Path("results/unfinished.json").write_text(json.dumps({"failed": failed, "pending": []}))
+    Stopped(failed).write("results/unfinished.json")
     shown = text.run_summary()
     assert "Failed steps: 2\nquantize_model m w2: No layer <i> matches. (logs/a.log)" in shown
 

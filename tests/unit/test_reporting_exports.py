@@ -3,9 +3,11 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from qwt_mmdet.plan import ExportRow
 from qwt_mmdet.reporting import html, tables, text
 from qwt_mmdet.reporting.summary import read_summary
 from test_reporting import make_results
@@ -24,7 +26,7 @@ BENCHMARK = {
 }
 
 
-def export(runtime: str, compensation: str | None, detections_of: str) -> dict:
+def export(runtime: str, compensation: str | None, detections_of: str) -> ExportRow:
     """Files of an exported detector in a runtime, which finds the same as a simulated one."""
     simulated = f"results/m/w4/{compensation or 'quantized'}"
     folder = Path("results/m/w4", compensation or "", runtime)
@@ -32,16 +34,8 @@ def export(runtime: str, compensation: str | None, detections_of: str) -> dict:
     for name in ("metrics.json", "predictions.json"):
         shutil.copy(f"results/m/w4/{detections_of}/{name}", folder)
     (folder / "benchmark.json").write_text(json.dumps(BENCHMARK))
-    return {
-        "model": "m",
-        "quantization": "w4",
-        "compensation": compensation,
-        "runtime": runtime,
-        "exported": str(folder),
-        "simulated": simulated,
-        "benchmark": str(folder / "benchmark.json"),
-        "failed": False,
-    }
+    benchmark = str(folder / "benchmark.json")
+    return ExportRow("m", "w4", compensation, runtime, str(folder), benchmark, simulated)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +48,12 @@ def folder(tmp_path_factory) -> Path:
         exports = [
             export("onnxruntime", "qwt", "qwt"),
             export("onnxruntime", None, "qwt"),
-            {
-                **export("openvino", "qwt", "qwt"),
-                "exported": None,
-                "benchmark": None,
-                "failed": ["export_model m w4/qwt: no operator."],
-            },
+            replace(
+                export("openvino", "qwt", "qwt"),
+                exported=None,
+                benchmark=None,
+                failed=["export_model m w4/qwt: no operator."],
+            ),
         ]
         tables.summarize(
             rows, "summary.csv", "summary.json", resamples=100, exports=exports,

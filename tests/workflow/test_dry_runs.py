@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from qwt_mmdet.config import resolve
+from qwt_mmdet.plan import Plan
 from running import REAL_COCO, ROOT, Workflow
 
 # {name of the configuration: (models, quantized, compensated, exported)}
@@ -18,6 +21,7 @@ RESULTS = {
     "yolox_coco_real_tiny": (1, 1, 1, 1),
 }
 CONFIGS = ROOT / "tests" / "configs"
+TABLES = ("summarize_results", "render_report")
 real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}")
 
 
@@ -91,6 +95,18 @@ def test_repeats_calibrate_and_compensate_anew_on_images_of_their_own(workflow: 
     config = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
     workflow.configure({**config, "repeats": 3})
     assert workflow.jobs() == expected(1, 3, 3) | {"prepare_dataset": 4, "select_images": 4}
+
+
+def test_the_plan_has_the_jobs_that_snakemake_runs(workflow: Workflow):
+    config = yaml.safe_load((CONFIGS / "demo_tiny.yaml").read_text())
+    config["quantization"]["small"] = {"smallest": {"max_drop": 0.1}, "like": "w4a4"}
+    config["export"] = [{"runtime": ["onnxruntime", "openvino"]}, {"compensation": ["qwt"]}]
+    config["models"]["second"] = config["models"]["demo"]
+    config |= {"repeats": 2, "skip": ["evaluate_quantized"], "evaluation": {"shards": 1}}
+    workflow.configure(config)
+    others = {"fetch_checkpoint", "prepare_dataset", "select_images", *TABLES}
+    planned = Counter(job.step for job in Plan(resolve(config)).jobs)
+    assert planned == {s: jobs for s, jobs in workflow.jobs().items() if s not in others}
 
 
 def test_a_run_that_would_evaluate_nothing_is_refused(workflow: Workflow):

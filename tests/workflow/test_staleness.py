@@ -7,8 +7,10 @@ import time
 
 import pytest
 import yaml
-from qwt_mmdet.config import combinations, resolve
-from qwt_mmdet.staleness import file_note, shards_note
+from qwt_mmdet.config import resolve
+from qwt_mmdet.plan import Plan
+from qwt_mmdet.plan.shards import shards_note
+from qwt_mmdet.staleness import file_note
 from running import Workflow
 
 CONFIG = yaml.safe_load(
@@ -170,11 +172,8 @@ def test_another_batch_size_evaluates_again_and_fits_nothing(finished, config):
 
 def test_shards_are_for_what_is_still_to_be_evaluated(finished, config, monkeypatch):
     monkeypatch.chdir(finished.folder)
-    done = [combination._asdict() for combination in combinations(resolve(CONFIG))]
-    done += [{**one, "compensation": None} for one in done]
-    done += [{"model": name} for name in CONFIG["models"]]
-    for wildcards in done:
-        path, key = shards_note(resolve(CONFIG), **wildcards)
+    for variant in Plan(resolve(CONFIG)).evaluations:
+        path, key = shards_note(resolve(CONFIG), variant)
         (finished.folder / path).write_text(json.dumps({"shards": 1, "of": key}))
     config["evaluation"] = {"shards": 3}
     finished.configure(config)

@@ -2,12 +2,16 @@
 # their names, hence the mapping.
 BATCHES = {"batch_size": config["evaluation"]["batch_size"]}
 
+SHARDS = of(
+    SETTINGS.shards, "model", "quantization", "compensation", jobs=detector_jobs()
+)
+
 
 rule evaluate_baseline:
     """Evaluate the full-precision detector."""
     input:
         **detector_input("evaluation"),
-        shards=shards,
+        shards=SHARDS,
     output:
         metrics="results/{model}/baseline/metrics.json",
         predictions="results/{model}/baseline/predictions.json",
@@ -33,7 +37,7 @@ use rule evaluate_baseline as evaluate_quantized with:
     """Evaluate the quantized detector."""
     input:
         **detector_input("evaluation"),
-        shards=shards,
+        shards=SHARDS,
         warmup="results/{model}/{quantization}/warmup.pth",
     output:
         metrics="results/{model}/{quantization}/quantized/metrics.json",
@@ -54,7 +58,7 @@ use rule evaluate_quantized as evaluate_compensated with:
     """Evaluate the quantized detector with its compensation."""
     input:
         **detector_input("evaluation"),
-        shards=shards,
+        shards=SHARDS,
         warmup="results/{model}/{quantization}/warmup.pth",
         compensation="results/{model}/{quantization}/{compensation}/compensation.pth",
     output:
@@ -74,7 +78,7 @@ use rule evaluate_quantized as evaluate_compensated with:
 rule evaluate_shard:
     """Run a detector on some of the evaluation images."""
     input:
-        unpack(shard_input),
+        unpack(of(SETTINGS.parts, "model", "evaluated")),
         **detector_input("evaluation"),
     output:
         predictions=temp("results/{model}/{evaluated}/shards/{shard}-of-{shards}.json"),

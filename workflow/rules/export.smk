@@ -4,7 +4,7 @@
 rule export_model:
     """Write a detector, in full precision or quantized, as an ONNX file with its description."""
     input:
-        unpack(export_input),
+        unpack(of(SETTINGS.exported, "model", "variant")),
         **detector_input("calibration"),
     output:
         graph="results/{model}/{variant}/model.onnx",
@@ -19,7 +19,7 @@ rule export_model:
         **step_resources("export_model", gpu=0),
     params:
         **detector_params("export_model"),
-        settings=export_settings,
+        settings=of(SETTINGS.export, "model"),
         # heads of a second stage are graphs beside it, as many as there are
         graphs=noted("results/{model}/{variant}/graphs.json"),
     script:

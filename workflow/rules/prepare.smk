@@ -16,9 +16,9 @@ rule fetch_checkpoint:
     conda:
         "../../envs/qwt.yaml"
     params:
-        source=model_setting("checkpoint"),
-        state=local_checkpoint,
-        sha256=lambda wildcards: config["models"][wildcards.model].get("sha256"),
+        source=of(SETTINGS.model, "model", key="checkpoint"),
+        state=of(SETTINGS.local_checkpoint, "model"),
+        sha256=of(SETTINGS.model, "model", key="sha256"),
         code=source_hash("fetch_checkpoint"),
     script:
         "../../scripts/fetch_checkpoint.py"
@@ -35,8 +35,8 @@ rule prepare_dataset:
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=part_source,
-        state=local_annotations,
+        settings=of(SETTINGS.annotations, "dataset", "part"),
+        state=of(SETTINGS.local_annotations, "dataset", "part"),
         read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("prepare_dataset"),
     script:
@@ -46,7 +46,7 @@ rule prepare_dataset:
 rule select_images:
     """Choose a part's images, of which the other part has none, and fetch them if remote."""
     input:
-        source=source_file,
+        source=of(SETTINGS.source_file, "dataset", "part"),
     output:
         annotations="results/datasets/{dataset}/{part}.json",
     log:
@@ -56,10 +56,10 @@ rule select_images:
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=part_settings,
+        settings=of(SETTINGS.choice, "dataset", "part"),
         # no output: Snakemake would remove it before the job could tell what had changed
-        files=files_note,
-        images=images_since,
+        files=of(SETTINGS.files_note, "dataset", "part"),
+        images=of(SETTINGS.changed_images, "dataset", "part"),
         read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("select_images"),
     script:

@@ -2,7 +2,7 @@ rule quantize_model:
     """Calibrate a detector's quantizers, or take the warmup file that the config supplies."""
     input:
         **detector_input("calibration"),
-        recipe=chosen_recipe,
+        recipe=of(SETTINGS.recipe, "model", "quantization"),
     output:
         warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
         summary="results/{model}/{quantization}/warmup.json",
@@ -17,7 +17,7 @@ rule quantize_model:
         **step_resources("quantize_model"),
     params:
         **detector_params("quantize_model"),
-        settings=plain_settings,
-        supplied=supplied_warmup,
+        settings=of(SETTINGS.plain, "quantization"),
+        supplied=of(SETTINGS.supplied_warmup, "model", "quantization"),
     script:
         "../../scripts/quantize_model.py"

@@ -1,23 +1,23 @@
 rule summarize_results:
     """Put all results into one table, with intervals from the paired bootstrap."""
     input:
-        metrics=result_files("metrics.json"),
-        predictions=result_files("predictions.json"),
-        exports=export_files(),
-        annotations=row_files("annotations"),
-        warmups=warmup_summaries(),
-        recipes=row_files("recipe"),
-        compensations=result_files("compensation.json", variants=["compensated"]),
+        metrics=PLAN.result_files("metrics.json"),
+        predictions=PLAN.result_files("predictions.json"),
+        exports=PLAN.exported_files(),
+        annotations=PLAN.row_files("annotations"),
+        warmups=PLAN.warmup_summaries(),
+        recipes=PLAN.row_files("recipe"),
+        compensations=PLAN.fitted_files("compensation.json"),
     output:
-        **({"exports": "results/exports.csv"} if EXPORTS else {}),
+        **({"exports": EXPORTS_TABLE} if PLAN.exports else {}),
         table=report(
-            "results/summary.csv",
+            TABLE,
             caption="../report/summary.rst",
             category="Results",
             labels={"result": "table of all numbers"},
         ),
         document=report(
-            "results/summary.json",
+            DOCUMENT,
             caption="../report/summary_json.rst",
             category="Results",
             labels={"result": "all numbers, with classes and layers, for machines"},
@@ -32,11 +32,11 @@ rule summarize_results:
     resources:
         mem_mb=table_mb,
     params:
-        rows=RESULT_ROWS,
-        exports=EXPORT_ROWS,
+        rows=plain(PLAN.rows),
+        exports=plain(PLAN.export_rows),
         resamples=config["bootstrap"]["resamples"],
         seed=config["seed"],
-        failed=STOPPED["failed"],
+        failed=plain(PLAN.stopped.failed),
         code=source_hash("summarize_results"),
     script:
         "../../scripts/summarize_results.py"
@@ -45,14 +45,14 @@ rule summarize_results:
 rule render_report:
     """Render the report that people read: one HTML file without external parts."""
     input:
-        document="results/summary.json",
-        metrics=result_files("metrics.json"),
-        predictions=result_files("predictions.json"),
-        annotations=annotation_files(),
-        blocks=result_files("blocks.csv", variants=["compensated"]),
+        document=DOCUMENT,
+        metrics=PLAN.result_files("metrics.json"),
+        predictions=PLAN.result_files("predictions.json"),
+        annotations=PLAN.annotation_files(),
+        blocks=PLAN.fitted_files("blocks.csv"),
     output:
         report=report(
-            "results/report.html",
+            REPORT,
             caption="../report/report.rst",
             category="Results",
             labels={"result": "report"},
@@ -66,7 +66,7 @@ rule render_report:
     resources:
         mem_mb=report_mb,
     params:
-        rows=RESULT_ROWS,
+        rows=plain(PLAN.rows),
         code=source_hash("render_report"),
     script:
         "../../scripts/render_report.py"

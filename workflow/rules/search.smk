@@ -18,8 +18,8 @@ rule measure_candidates:
         **step_resources("measure_candidates"),
     params:
         **detector_params("measure_candidates"),
-        settings=question_settings,
-        candidates=candidates,
+        settings=of(SETTINGS.searched, "quantization"),
+        candidates=of(SETTINGS.candidates, "quantization"),
     script:
         "../../scripts/measure_candidates.py"
 
@@ -43,7 +43,7 @@ rule choose_recipe:
         **step_resources("choose_recipe"),
     params:
         **detector_params("choose_recipe"),
-        settings=question_settings,
-        search=entry("quantization", "quantization"),
+        settings=of(SETTINGS.searched, "quantization"),
+        search=of(SETTINGS.entry, "quantization"),
     script:
         "../../scripts/choose_recipe.py"

@@ -28,8 +28,4 @@ rule rank_layers:
 rule sensitivity:
     """The ranking and the suggestion for every model and quantization of the config."""
     input:
-        [
-            f"{os.path.dirname(path)}/sensitivity.{suffix}"
-            for path in row_files("warmup")
-            for suffix in ("csv", "yaml")
-        ],
+        PLAN.sensitivities(),

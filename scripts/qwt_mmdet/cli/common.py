@@ -13,6 +13,7 @@ from ..config.models import Model
 from ..data.sources import open_source
 from ..errors import QwtError, reason
 from ..files import is_url
+from ..plan.settings import existing
 from .options import Key, Table, Values
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -76,10 +77,8 @@ def check_files(content: Mapping[str, Any]) -> None:
         files = [("checkpoint", model["checkpoint"])]
         files += [(f"warmup.{key}", path) for key, path in model.get("warmup", {}).items()]
         for key, path in files:
-            if not is_url(path) and not os.path.isfile(path):
-                raise QwtError(
-                    f"models.{name}.{key} is {path!r}, but there is no such file; check the path."
-                )
+            if not is_url(path):
+                existing(path, f"models.{name}.{key}")
     for name, dataset in content["datasets"].items():
         root = open_source(dataset, "").root
         if root is not None and not os.path.isdir(root):

@@ -21,7 +21,8 @@ from ..config.workflow import Configuration, Evaluation, Loading, Targets
 from ..devices import count_gpus
 from ..errors import QwtError, suggestion
 from ..files import is_url
-from ..reporting.text import UNFINISHED, run_summary
+from ..plan.files import UNFINISHED
+from ..reporting.text import run_summary
 from ..runtime import COMMAND
 from ..staleness import share_with_scripts
 from .common import (

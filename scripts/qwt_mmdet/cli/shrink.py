@@ -9,6 +9,7 @@ from ..config import Best, QuantizationSettings, Search, Smallest
 from ..config.export import Runtime
 from ..config.workflow import Targets
 from ..errors import QwtError
+from ..plan import Variant
 from .common import CoresOption, DeviceOption, plain_errors
 from .options import Key, Table, Values, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
@@ -93,5 +94,7 @@ def shrink(
             run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
         if not dry_run:
             (model,) = configuration.models
-            folder = output_dir / "results" / model / name
-            typer.echo(f"\nRecipe: {folder / 'recipe.yaml'}\nFile: {folder / 'model.onnx'}")
+            variant = Variant(model, name)
+            recipe = output_dir / variant.calibrated("recipe.yaml")
+            graph = output_dir / variant.exported / "model.onnx"
+            typer.echo(f"\nRecipe: {recipe}\nFile: {graph}")

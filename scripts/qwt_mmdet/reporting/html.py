@@ -13,6 +13,7 @@ from ..errors import QwtError
 from ..evaluation.coco import AP_METRICS, has_masks
 from ..evaluation.estimates import Estimate, value_of
 from ..files import read_json, write_atomically
+from ..plan.rows import ResultRow
 from ..runtime import explain
 from . import figures, text
 from .pictures import RULES, SCORE, Picture, choose_pictures
@@ -25,9 +26,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 MOST_IMAGES = sum(RULES.values())
 PICTURED_IMAGES = 24  # in the whole report, so that it stays below 5 MB
 WORST_LAYERS = 10
-
-Combination = Mapping[str, Any]
-"""Names, settings and result folders; see ``rows`` of :func:`render`."""
 
 
 def guarded(what: str, caller: Callable[[], Markup]) -> Markup:
@@ -263,7 +261,7 @@ def _points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
     ]
 
 
-def block_section(combination: Combination, name: str) -> dict[str, Any]:
+def block_section(row: ResultRow, name: str) -> dict[str, Any]:
     """Errors of the blocks of one compensation, on held-out images where there are some.
 
     Args:
@@ -272,7 +270,7 @@ def block_section(combination: Combination, name: str) -> dict[str, Any]:
     Raises:
         QwtError: blocks.csv has no blocks.
     """
-    path = Path(combination["compensated"]) / "blocks.csv"
+    path = Path(row.compensated or "", "blocks.csv")
     blocks = text.read_blocks(path)
     if not blocks:
         raise QwtError(f"{path} has no blocks; delete it and let the workflow make it again.")
@@ -280,7 +278,7 @@ def block_section(combination: Combination, name: str) -> dict[str, Any]:
     images = "holdout" if held_out else "fit"
     undrawn = [b["name"] for b in blocks if not figures.has_errors(b, images)]
     return {
-        "title": f"{combination['quantization']} + {combination['compensation']}",
+        "title": f"{row.quantization} + {row.compensation}",
         "blocks": blocks,
         "kept": sum(bool(block["kept"]) for block in blocks),
         "images": "held-out images" if held_out else "the images of the fit",
@@ -324,31 +322,28 @@ def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _titles(combination: Combination) -> dict[str, str]:
+def _titles(row: ResultRow) -> dict[str, str]:
     """What each variant of a combination that was evaluated is called in the report."""
-    quantization, compensation = combination["quantization"], combination["compensation"]
     titles = {
         "baseline": "baseline",
-        "quantized": quantization,
-        "compensated": f"{quantization} + {compensation}",
+        "quantized": row.quantization,
+        "compensated": f"{row.quantization} + {row.compensation}",
     }
-    return {variant: title for variant, title in titles.items() if combination[variant] is not None}
+    return {kind: titles[kind] for kind in row.evaluated()}
 
 
-def _pictures(combination: Combination, seed: int, most: int) -> list[Picture]:
-    titles = _titles(combination)
-    if not titles:
+def _pictures(row: ResultRow, seed: int, most: int) -> list[Picture]:
+    folders = row.evaluated()
+    if not folders or row.annotations is None:
         raise QwtError("None of its variants was evaluated.")
     found = {
-        variant: read_json(
-            Path(combination[variant]) / "predictions.json", what="file of predictions"
-        )
-        for variant in titles
+        kind: read_json(Path(folder) / "predictions.json", what="file of predictions")
+        for kind, folder in folders.items()
     }
     masks = any(map(has_masks, found.values()))
-    metrics = read_json(Path(combination[next(iter(titles))]) / "metrics.json", what="metrics file")
+    metrics = read_json(Path(next(iter(folders.values()))) / "metrics.json", what="metrics file")
     return choose_pictures(
-        combination["annotations"], found, titles,
+        row.annotations, found, _titles(row),
         masks=masks, classes=metrics["per_class"], seed=seed, most=most,
     )  # fmt: skip
 
@@ -400,18 +395,16 @@ def _computed_on(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _provenance(combinations: Sequence[Combination]) -> dict[str, Any]:
+def _provenance(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Settings, versions, seeds, hashes, hardware and image lists of one model."""
-    variants = {
-        title: row[variant] for row in combinations for variant, title in _titles(row).items()
-    }
     by_variant = {
-        title: read_json(Path(folder) / "metrics.json")["provenance"]
-        for title, folder in variants.items()
+        _titles(row)[kind]: read_json(Path(folder) / "metrics.json")["provenance"]
+        for row in rows
+        for kind, folder in row.evaluated().items()
     }
-    if not by_variant:
+    if not by_variant or rows[0].annotations is None:
         raise QwtError("None of its variants was evaluated.")
-    annotations = Path(combinations[0]["annotations"])
+    annotations = Path(rows[0].annotations)
     parts = {
         part: _images(annotations.with_name(f"{part}.json"))
         for part in ("calibration", "evaluation")
@@ -435,11 +428,11 @@ def _provenance(combinations: Sequence[Combination]) -> dict[str, Any]:
             },
         },
         "settings": {
-            "quantization": {row["quantization"]: row["settings"] for row in combinations},
+            "quantization": {row.quantization: row.settings for row in rows},
             "compensation": {
-                row["compensation"]: row["compensation_settings"]
-                for row in combinations
-                if row["compensation"] is not None
+                row.compensation: row.compensation_settings
+                for row in rows
+                if row.compensation is not None
             },
         },
         "images": {part: content for part, content in parts.items() if content is not None},
@@ -452,11 +445,11 @@ class Model:
     def __init__(
         self,
         index: int,
-        combinations: Sequence[Combination],
+        combinations: Sequence[ResultRow],
         summary: Summary,
         most_images: int,
     ) -> None:
-        self.name: str = combinations[0]["model"]
+        self.name: str = combinations[0].model
         self._id = f"m{index}"  # keeps the ids of its figures apart
         self._summary = summary
         self._most_images = most_images
@@ -465,9 +458,9 @@ class Model:
         self._first = featured(self._rows)
         first = (self._first.quantization, self._first.compensation)
         self._combinations = sorted(
-            combinations, key=lambda row: (row["quantization"], row["compensation"]) != first
+            combinations, key=lambda row: (row.quantization, row.compensation) != first
         )
-        self.compensated = [row for row in self._combinations if row["compensated"] is not None]
+        self.compensated = [row for row in self._combinations if row.compensated is not None]
 
     def answers(self) -> list[str]:
         own = [entry for entry in self._summary.quantizations if entry["model"] == self.name]
@@ -500,7 +493,7 @@ class Model:
         """Compensations: their title, and what reads the errors of their blocks."""
         return [
             {
-                "title": f"{row['quantization']} + {row['compensation']}",
+                "title": f"{row.quantization} + {row.compensation}",
                 "section": lambda row=row, number=number: block_section(
                     row, f"{self._id}-blocks{number}"
                 ),
@@ -538,14 +531,14 @@ class Model:
 
 
 def render(
-    rows: Sequence[Combination],
+    rows: Sequence[ResultRow],
     document: str | os.PathLike[str],
     output: str | os.PathLike[str],
 ) -> None:
     """Write the report.
 
     Args:
-        rows: as for ``tables.summarize``, with compensation_settings besides.
+        rows: as for ``tables.summarize``.
         document: the JSON file that ``tables.summarize`` wrote.
         output: the HTML file.
 
@@ -568,11 +561,11 @@ def render(
     environment.filters |= {form.__name__: form for form in forms}
     functions = (*forms, text.interval, text.plus_minus, text.equality, guarded)
     environment.globals |= {function.__name__: function for function in functions}
-    models = _unique(row["model"] for row in rows)
+    models = _unique(row.model for row in rows)
     most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)
     page = environment.get_template("report.html.j2").render(
         models=[
-            Model(index, [row for row in rows if row["model"] == model], summary, most_images)
+            Model(index, [row for row in rows if row.model == model], summary, most_images)
             for index, model in enumerate(models)
         ],
         metrics=AP_METRICS,

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import QwtError
 from ..evaluation.estimates import Comparison, Difference, Estimate, Limit
 from ..files import MADE_BY_US, read_json, write_json
+from ..plan.rows import Failure
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class Summary:
 
     Args:
         confidence, seed: of the bootstrap.
-        failed: the steps that failed, each with step, sentence and log.
+        failed: the steps that failed.
         quantizations: of each model and quantization: ``not_quantized`` (name, type, reason,
             multiply_adds_percent: its share in the scope, null where it is not known) and, where it
             was measured, ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer and
@@ -243,7 +244,7 @@ class Summary:
 
     confidence: float
     seed: int
-    failed: list[dict[str, Any]]
+    failed: list[Failure]
     rows: list[Row]
     quantizations: list[dict[str, Any]]
     exports: list[ExportedRow] = field(default_factory=list)

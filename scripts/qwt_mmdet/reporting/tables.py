@@ -67,39 +67,32 @@ from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS, iou_types
 from ..evaluation.estimates import Comparison, Limit
 from ..files import read_json, write_atomically
+from ..plan.rows import ExportRow, Failure, ResultRow
 from .summary import ClassResult, ExportedRow, Row, Summary, with_dominance
 
-VARIANTS = ("baseline", "quantized", "compensated")
 RANKED_CLASSES = 10
 
 IMAGES_OF_CLASS = 5
 """Fewer images with objects of a class tell nothing about how its AP varies (one image: not at all)."""
 
 
-def _folders(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def _folders(rows: Sequence[ResultRow]) -> dict[str, Sequence[str]]:
     """Result folders of the repeats of all variants that were evaluated, by the first of them."""
-    return {
-        folder: row.get("repeats", {}).get(variant, [folder])
-        for row in rows
-        for variant in VARIANTS
-        if (folder := row[variant]) is not None
-    }
+    return {folder: row.repeats[kind] for row in rows for kind, folder in row.evaluated().items()}
 
 
 def _compare(
-    statistics: Bootstrap | None, row: Mapping[str, Any], iou_type: str, metric: str | int
+    statistics: Bootstrap | None, row: ResultRow, iou_type: str, metric: str | int
 ) -> Comparison:
     """Compare the variants of a row, which go by their result folders."""
     if statistics is None:
         return Comparison(*[None] * 7)
-    return statistics.compare(
-        row["baseline"], row["quantized"], row["compensated"], iou_type, metric
-    )
+    return statistics.compare(row.baseline, row.quantized, row.compensated, iou_type, metric)
 
 
-def _bit_fields(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+def _bit_fields(row: ResultRow, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
     """Bits and scope of a row; means of the bits where a recipe gives each layer its own."""
-    fields = {key: row["settings"][key] for key in ("weight_bits", "activation_bits", "scope")}
+    fields = {key: row.settings[key] for key in ("weight_bits", "activation_bits", "scope")}
     if recipe is not None:
         for key in ("weight_bits", "activation_bits"):
             mean = round(recipe[f"average_{key}"], 2)
@@ -107,13 +100,14 @@ def _bit_fields(row: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> dic
     return fields
 
 
-def _limit(statistics: Bootstrap | None, row: Mapping[str, Any], iou_type: str) -> Limit | None:
+def _limit(statistics: Bootstrap | None, row: ResultRow, iou_type: str) -> Limit | None:
     """What is known of the drop that a row's bits were searched for."""
-    limit = row.get("limit")
-    variants = row["baseline"], row["quantized"]
-    if statistics is None or limit is None or limit["metric"] != iou_type or None in variants:
+    limit = row.limit
+    if statistics is None or limit is None or limit["metric"] != iou_type:
         return None
-    return statistics.limit(*variants, iou_type, limit["max_drop"])
+    if row.baseline is None or row.quantized is None:
+        return None
+    return statistics.limit(row.baseline, row.quantized, iou_type, limit["max_drop"])
 
 
 def _cost_fields(
@@ -135,27 +129,27 @@ def _cost_fields(
 
 
 def _fault_fields(
-    row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], warmup: Mapping[str, Any]
+    row: ResultRow, metrics: Mapping[str, Mapping[str, Any]], warmup: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What is wrong with the detections of a row's variants in any repeat, and the layers to blame."""
     fields: dict[str, Any] = {}
     for key in ("collapsed", "not_finite"):
         for variant in ("quantized", "compensated"):
-            repeats = _folders([row]).get(row[variant], [])
-            known = [value for folder in repeats if (value := metrics[folder].get(key)) is not None]
+            folders = row.repeats[variant]
+            known = [value for folder in folders if (value := metrics[folder].get(key)) is not None]
             fields[f"{key}_{variant}"] = max(known, default=None)
     ratios = {layer["name"]: layer["sqnr_db"] for layer in warmup.get("layer_sqnr", [])}
     return {**fields, "worst_layers": worst_layers(ratios) or None}
 
 
 def _seconds(
-    row: Mapping[str, Any],
+    row: ResultRow,
     metrics: Mapping[str, Mapping[str, Any]],
     warmup: Mapping[str, Any],
     compensation: Mapping[str, Any],
 ) -> dict[str, float]:
     """Seconds of the steps behind a row, by rule, as far as they noted them."""
-    steps = {f"evaluate_{variant}": metrics.get(row[variant], {}) for variant in VARIANTS}
+    steps = {f"evaluate_{kind}": metrics[folder] for kind, folder in row.evaluated().items()}
     steps |= {"quantize_model": warmup, "fit_compensation": compensation}
     found = {step: about.get("provenance", {}).get("seconds") for step, about in steps.items()}
     return {step: seconds for step, seconds in found.items() if seconds is not None}
@@ -175,7 +169,7 @@ def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootst
 
 def _class_results(
     statistics: Bootstrap | None,
-    row: Mapping[str, Any],
+    row: ResultRow,
     iou_type: str,
     categories: Mapping[int, Any],
 ) -> list[ClassResult]:
@@ -232,7 +226,7 @@ BENCHMARK_FIELDS = (
 
 
 def _exported_rows(
-    exports: Sequence[Mapping[str, Any]],
+    exports: Sequence[ExportRow],
     rows: Sequence[Row],
     statistics: Bootstrap | None,
     masks: bool,
@@ -245,18 +239,15 @@ def _exported_rows(
     """
     found = []
     for export, iou_type in itertools.product(exports, iou_types(masks)):
-        names: dict[str, Any] = {
-            key: export[key] for key in ("model", "quantization", "compensation", "runtime")
-        }
-        exported, simulated = export["exported"], export["simulated"]
+        exported, simulated = export.exported, export.simulated
         sizes = [
-            row.compensated_bytes if export["compensation"] else row.quantized_bytes
+            row.compensated_bytes if export.compensation else row.quantized_bytes
             for row in rows
-            if row.quantization == export["quantization"]
-            and export["compensation"] in (None, row.compensation)
+            if row.quantization == export.quantization
+            and export.compensation in (None, row.compensation)
         ]
         timed: dict[str, Any] = (
-            read_json(path, what="benchmark") if (path := export["benchmark"]) else {}
+            read_json(export.benchmark, what="benchmark") if export.benchmark else {}
         )
         ap: dict[str, Any] = dict.fromkeys(("ap", "simulated", "exported_minus_simulated"))
         if statistics is not None:
@@ -270,9 +261,12 @@ def _exported_rows(
             }
         found.append(
             ExportedRow(
-                **names,
+                export.model,
+                export.quantization,
+                export.compensation,
+                export.runtime,
                 metrics=iou_type,
-                failed="; ".join(export["failed"] or ()) or None,
+                failed="; ".join(export.failed) or None,
                 **ap,
                 computed_bytes=sizes[0],
                 **dict[str, Any]((key, timed.get(key)) for key in BENCHMARK_FIELDS),
@@ -282,8 +276,8 @@ def _exported_rows(
 
 
 def _model_summary(
-    rows: Sequence[Mapping[str, Any]],
-    exports: Sequence[Mapping[str, Any]],
+    rows: Sequence[ResultRow],
+    exports: Sequence[ExportRow],
     *,
     resamples: int,
     seed: int,
@@ -292,31 +286,33 @@ def _model_summary(
     """Rows, quantizations and exports of one model; all its variants share the resamples."""
     repeats = _folders(rows)
     folders = list(dict.fromkeys(folder for named in repeats.values() for folder in named))
-    folders += [row["exported"] for row in exports if row["exported"] is not None]
+    folders += [row.exported for row in exports if row.exported is not None]
     metrics = {
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
     masks = any("segm" in content for content in metrics.values())
     # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
     warmups = {
-        row["quantization"]: read_summary(row["warmup"], WARMUP_FORMAT, "warmup")
+        row.quantization: read_summary(row.warmup, WARMUP_FORMAT, "warmup")
         for row in rows
-        if row["warmup"] is not None
+        if row.warmup is not None
     }
     compensations = {
         folder: read_summary(Path(folder) / "compensation.pth", COMPENSATION_FORMAT, "compensation")
         for row in rows
-        if (folder := row["compensated"]) is not None
+        if (folder := row.compensated) is not None
     }
     recipes = {
-        row["quantization"]: read_json(row["recipe"], what="recipe")
+        row.quantization: read_json(row.recipe, what="recipe")
         for row in rows
-        if row.get("recipe") is not None
+        if row.recipe is not None
     }
     statistics = single = None
-    if folders:
+    categories: dict[int, dict[str, Any]] = {}
+    annotations = rows[0].annotations
+    if folders and annotations is not None:
         single = bootstrap(
-            rows[0]["annotations"],
+            annotations,
             {folder: Path(folder) / "predictions.json" for folder in folders},
             masks=masks,
             classes=metrics[folders[0]]["per_class"],
@@ -327,21 +323,21 @@ def _model_summary(
         for folder in folders:
             _check_agreement(folder, metrics[folder], single)
         statistics = single.with_repeats(repeats)
-    categories = _categories(rows[0]["annotations"], metrics[folders[0]]) if folders else {}
+        categories = _categories(annotations, metrics[folders[0]])
     found = []
     for row in rows:
-        warmup = warmups.get(row["quantization"], {})
-        compensation = compensations.get(row["compensated"], {})
+        warmup = warmups.get(row.quantization, {})
+        compensation = compensations.get(row.compensated or "", {})
         quantized = warmup.get("summary", {})
         fields = {
-            **{key: row[key] for key in ("model", "quantization", "compensation")},
-            **_bit_fields(row, recipes.get(row["quantization"])),
-            "failed": "; ".join(row.get("failed", ())) or None,
+            **{key: getattr(row, key) for key in ("model", "quantization", "compensation")},
+            **_bit_fields(row, recipes.get(row.quantization)),
+            "failed": "; ".join(row.failed) or None,
             "images": statistics.images if statistics else None,
             "resamples": statistics.resamples if statistics else None,
             **_fault_fields(row, metrics, quantized),
             **_cost_fields(quantized, compensation.get("summary", {})),
-            "repeats": max(map(len, _folders([row]).values()), default=1),
+            "repeats": max(1, *map(len, row.repeats.values())),
             "seconds": _seconds(row, metrics, warmup, compensation),
         }
         for iou_type in iou_types(masks):
@@ -361,7 +357,7 @@ def _model_summary(
             )
     quantizations = [
         {
-            "model": rows[0]["model"],
+            "model": rows[0].model,
             "quantization": name,
             "not_quantized": warmup["summary"]["not_quantized"],
             "layer_sqnr": warmup["summary"].get("layer_sqnr", []),
@@ -375,47 +371,39 @@ def _model_summary(
 
 
 def summarize(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[ResultRow],
     table: str | os.PathLike[str],
     document: str | os.PathLike[str],
     *,
     resamples: int = 1000,
     seed: int = 0,
     processes: int = 1,
-    failed: Sequence[dict[str, Any]] = (),
-    exports: Sequence[Mapping[str, Any]] = (),
+    failed: Sequence[Failure] = (),
+    exports: Sequence[ExportRow] = (),
     exports_table: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write all results as numbers; this module's docstring describes both files.
 
     Args:
-        rows: one dictionary per combination: model, quantization, compensation (names), settings
-            (of the quantization), annotations, warmup (files), and baseline,
-            quantized and compensated (folders with metrics.json and predictions.json), or None for
-            what was not evaluated. Where the bits were searched, ``recipe`` is the file that
-            ``steps.search`` wrote, and ``limit`` has max_drop and metric, if that was asked.
-            ``repeats``, where there are some, has for each of these three the folders of all repeats. Without compensation, compensation is None too. In a run that
-            failed, ``failed`` holds sentences about why, and warmup may be None.
+        rows: of the plan. Those of one model have one annotation file.
         table: the CSV file.
         document: the JSON file.
         resamples, seed, processes: of the bootstrap.
-        failed: the steps of the run that failed, each with step, sentence and log.
-        exports: one dictionary per exported detector and runtime: model, quantization, compensation,
-            runtime (names), failed (as in a row), exported and simulated (folders with metrics.json and
-            predictions.json) and benchmark (file), None for what is missing.
+        failed: the steps of the run that failed.
+        exports: of the plan.
         exports_table: the CSV file of the exports, where there are some.
 
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.
     """
-    by_model: dict[str, list[Mapping[str, Any]]] = {}
+    by_model: dict[str, list[ResultRow]] = {}
     for row in rows:
-        by_model.setdefault(row["model"], []).append(row)
+        by_model.setdefault(row.model, []).append(row)
     found: list[Row] = []
     quantizations: list[dict[str, Any]] = []
     exported: list[ExportedRow] = []
     for model, group in by_model.items():
-        own = [row for row in exports if row["model"] == model]
+        own = [row for row in exports if row.model == model]
         of_model = _model_summary(group, own, resamples=resamples, seed=seed, processes=processes)
         found += of_model[0]
         quantizations += of_model[1]

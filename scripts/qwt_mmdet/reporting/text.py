@@ -4,7 +4,6 @@ Imports nothing heavy: Snakemake's own process prints the table.
 """
 
 import csv
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,12 +15,12 @@ from tabulate import tabulate
 from ..archives import unsettled_ranges
 from ..errors import QwtError
 from ..evaluation.estimates import Estimate, value_of
+from ..plan.files import DOCUMENT, REPORT, TABLE, UNFINISHED
+from ..plan.rows import Stopped
 from .summary import ExportedRow, Row, Summary, read_summary
 
 AP_TYPES = {"bbox": "box", "segm": "mask"}
 NOTHING = "–"
-UNFINISHED = "results/unfinished.json"
-"""Where a run that failed notes its ``failed`` steps and the ``pending`` files that it did not make."""
 
 
 def parse(cell: str) -> float | bool | str | None:
@@ -276,12 +275,9 @@ def run_summary(folder: str | os.PathLike[str] = ".") -> str:
     Args:
         folder: in which the workflow ran.
     """
-    results = {
-        name: Path(folder, "results", file)
-        for name, file in (("Table", "summary.csv"), ("Report", "report.html"))
-    }
+    results = {name: Path(folder, file) for name, file in (("Table", TABLE), ("Report", REPORT))}
     paragraphs = []
-    document = Path(folder, "results", "summary.json")
+    document = Path(folder, DOCUMENT)
     if document.is_file():
         try:
             paragraphs.append(summary_table(read_summary(document)))
@@ -289,8 +285,8 @@ def run_summary(folder: str | os.PathLike[str] = ".") -> str:
             paragraphs.append(str(error))
     note = Path(folder, UNFINISHED)
     if note.is_file():
-        failed = json.loads(note.read_text(encoding="utf-8"))["failed"]
-        lines = [f"{entry['step']}: {entry['sentence']} ({entry['log']})" for entry in failed]
+        failed = Stopped.read(note).failed
+        lines = [f"{entry.step}: {entry.sentence} ({entry.log})" for entry in failed]
         paragraphs.append("\n".join([f"Failed steps: {len(failed)}", *lines]))
     found = [f"{name}: {path}" for name, path in results.items() if path.is_file()]
     return "\n\n".join([*paragraphs, "\n".join(found)])

@@ -1,0 +1,90 @@
+"""Where the files of a run are, relative to the folder that it runs in."""
+
+from dataclasses import dataclass
+
+TABLE = "results/summary.csv"
+DOCUMENT = "results/summary.json"
+REPORT = "results/report.html"
+EXPORTS_TABLE = "results/exports.csv"
+UNFINISHED = "results/unfinished.json"
+"""Where a run that failed notes what it did not finish; see :class:`.rows.Stopped`."""
+BASELINE, QUANTIZED = "baseline", "quantized"
+"""Names of folders that no quantization and no compensation has."""
+
+
+def dataset_folder(dataset: str) -> str:
+    """Folder of what is generated, downloaded and chosen of a data set."""
+    return f"results/datasets/{dataset}"
+
+
+def chosen_images(dataset: str, part: str) -> str:
+    """Annotation file of the chosen images of a part (``calibration@2`` is that of the second repeat)."""
+    return f"{dataset_folder(dataset)}/{part}.json"
+
+
+def repeated(quantization: str, repeat: int) -> str:
+    """Name of a quantization in a repeat, which calibrates anew: ``w4a4``, ``w4a4@2``."""
+    return quantization if repeat == 1 else f"{quantization}@{repeat}"
+
+
+def without_repeat(quantization: str) -> str:
+    """Name of a quantization without the number of its repeat."""
+    return quantization.partition("@")[0]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A detector that is computed: in full precision, quantized, or quantized and compensated.
+
+    Args:
+        quantization: perhaps with the number of a repeat; None in full precision.
+    """
+
+    model: str
+    quantization: str | None = None
+    compensation: str | None = None
+
+    @classmethod
+    def named(cls, model: str, name: str) -> "Variant":
+        """The variant whose folder below that of its model has this name.
+
+        Args:
+            name: ``baseline``, ``w4a4``, ``w4a4/quantized`` or ``w4a4/qwt``.
+        """
+        quantization, _, compensation = name.partition("/")
+        if quantization == BASELINE:
+            return cls(model)
+        return cls(model, quantization, None if compensation in ("", QUANTIZED) else compensation)
+
+    @property
+    def name(self) -> str:
+        """``baseline``, ``w4a4`` or ``w4a4/qwt``."""
+        return "/".join(filter(None, (self.quantization or BASELINE, self.compensation)))
+
+    @property
+    def kind(self) -> str:
+        """``baseline``, ``quantized`` or ``compensated``: what the step that evaluates it is called after."""
+        if self.quantization is None:
+            return BASELINE
+        return "compensated" if self.compensation else QUANTIZED
+
+    @property
+    def exported(self) -> str:
+        """Folder of its graph, and of a folder for each runtime."""
+        return f"results/{self.model}/{self.name}"
+
+    @property
+    def evaluated(self) -> str:
+        """Folder of its metrics and predictions."""
+        return f"{self.exported}/{QUANTIZED}" if self.kind == QUANTIZED else self.exported
+
+    def calibrated(self, name: str) -> str:
+        """A file of its quantization, which its compensations share."""
+        return f"results/{self.model}/{self.quantization}/{name}"
+
+    def parts(self) -> dict[str, str]:
+        """``warmup`` and ``compensation``: the files that make it from the checkpoint, as far as it has them."""
+        files = {} if self.quantization is None else {"warmup": self.calibrated("warmup.pth")}
+        if self.compensation:
+            files["compensation"] = f"{self.evaluated}/compensation.pth"
+        return files

@@ -1,0 +1,126 @@
+"""What summary and report are made of: a row for each combination, and one for each exported detector."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ..files import read_json, write_json
+from .files import without_repeat
+
+KINDS = ("baseline", "quantized", "compensated")
+STOPPED_BEFORE = "the run stopped before it"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A combination: its names, its settings and what was computed for it.
+
+    Args:
+        dataset: that the model is evaluated on.
+        failed: in a run that failed, sentences about why something is missing.
+        settings: of the quantization; of a question, those that all but the bits have.
+        recipe: file with the answer to a question.
+        limit: of a question: ``max_drop`` and ``metric``, if it has such a limit.
+        annotations: file of the evaluation images.
+        baseline, quantized, compensated: folders with metrics.json and predictions.json; None for what was
+            not evaluated.
+        repeats: of each of these three, the folders of all repeats.
+        warmup: file of the first repeat.
+    """
+
+    model: str
+    quantization: str
+    compensation: str | None
+    dataset: str
+    failed: Sequence[str]
+    settings: Mapping[str, Any]
+    recipe: str | None
+    limit: Mapping[str, Any] | None
+    compensation_settings: Mapping[str, Any] | None
+    annotations: str | None
+    baseline: str | None
+    quantized: str | None
+    compensated: str | None
+    repeats: Mapping[str, Sequence[str]]
+    warmup: str | None
+
+    def evaluated(self) -> dict[str, str]:
+        """Result folders of the first repeat by kind, as far as there are some."""
+        return {kind: folder for kind in KINDS if (folder := getattr(self, kind)) is not None}
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """An exported detector in a runtime.
+
+    Args:
+        exported: folder with metrics.json and predictions.json of the file. benchmark: file of its latency.
+        simulated: folder of the same detector in PyTorch. Each is None where it is missing.
+        failed: as in :class:`ResultRow`.
+    """
+
+    model: str
+    quantization: str
+    compensation: str | None
+    runtime: str
+    exported: str | None
+    benchmark: str | None
+    simulated: str | None
+    failed: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that failed.
+
+    Args:
+        step: rule and wildcards, ``quantize_model demo w4a4``.
+        sentence: with which its log ended.
+    """
+
+    step: str
+    wildcards: Mapping[str, str]
+    log: str
+    sentence: str
+
+    def concerns(self, names: Mapping[str, str | None]) -> bool:
+        """Whether what has these names needs the job.
+
+        Args:
+            names: by wildcard, a quantization without the number of a repeat. Other wildcards do not count.
+        """
+        return all(
+            names.get(key, value) in (value, without_repeat(value))
+            for key, value in self.wildcards.items()
+        )
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """What a run that failed left: its failed jobs, and the files that it did not make."""
+
+    failed: Sequence[Failure] = ()
+    pending: Sequence[str] = ()
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Stopped":
+        """Read what :meth:`write` wrote."""
+        return TypeAdapter(cls).validate_python(read_json(path, what="note of failures"))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON."""
+        write_json(path, dataclasses.asdict(self), indent=1)
+
+    def finished(self, path: str, *names: str) -> str | None:
+        """Return a path; None if it, or a file of these names in it, was not made."""
+        files = [f"{path}/{name}" for name in names] or [path]
+        return None if set(files) & set(self.pending) else path
+
+    def causes(self, names: Mapping[str, str | None]) -> list[str]:
+        """Sentences about why something with these names is missing; see :meth:`Failure.concerns`."""
+        concerned = [failure for failure in self.failed if failure.concerns(names)]
+        return [f"{one.step}: {one.sentence}" for one in concerned] or [STOPPED_BEFORE]

@@ -1,0 +1,319 @@
+"""The detectors, jobs and results of a run."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..config import Combination, combinations, exports, is_question, searched_settings
+from ..config.datasets import Part
+from ..data.sources import number_of_images
+from ..resources import default_shards
+from .files import (
+    DOCUMENT,
+    EXPORTS_TABLE,
+    REPORT,
+    TABLE,
+    Variant,
+    chosen_images,
+    repeated,
+    without_repeat,
+)
+from .rows import KINDS, ExportRow, ResultRow, Stopped
+from .shards import noted_shards
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that runs a detector. An evaluation is one job, also where it is split into shards.
+
+    Args:
+        step: name of its rule.
+        runtime: that runs an exported file.
+        after: the jobs whose files it reads.
+    """
+
+    step: str
+    variant: Variant
+    runtime: str | None = None
+    after: tuple["Job", ...] = ()
+
+    @property
+    def model(self) -> str:
+        return self.variant.model
+
+    @property
+    def name(self) -> str:
+        """Name of its files in the step's folders under logs/ and benchmarks/."""
+        evaluated = self.step == "evaluate_baseline"
+        names = (self.model, None if evaluated else self.variant.name, self.runtime)
+        return "/".join(filter(None, names))
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether it takes a GPU where there is one; exported files run on the CPU."""
+        return self.runtime is None and self.step != "export_model"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its images may be split over several jobs."""
+        return self.step.startswith("evaluate") and self.runtime is None
+
+    @property
+    def part(self) -> Part:
+        return part_of(self.step)
+
+    @property
+    def account(self) -> str | None:
+        """The JSON file whose ``provenance`` tells what it took; None where none does."""
+        if self.step.startswith("evaluate"):
+            folder = f"{self.variant.exported}/{self.runtime}" if self.runtime else None
+            return f"{folder or self.variant.evaluated}/metrics.json"
+        made = {"quantize_model": "warmup", "fit_compensation": "compensation"}.get(self.step)
+        return f"{os.path.splitext(self.variant.parts()[made])[0]}.json" if made else None
+
+
+def part_of(step: str) -> Part:
+    """Which images a step reads."""
+    return "evaluation" if step.startswith("evaluate") else "calibration"
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    """The items that are not None, each once."""
+    return [item for item in dict.fromkeys(items) if item is not None]
+
+
+class Plan:
+    """What a config asks for.
+
+    Args:
+        config: resolved. stopped: what a run that failed has not made of it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], stopped: Stopped | None = None) -> None:
+        self.config = config
+        self.stopped = stopped or Stopped()
+        self.combinations = combinations(config)
+        self.exports = exports(config)
+
+    def dataset(self, model: str) -> str:
+        """Name of a model's data set."""
+        return self.config["models"][model]["dataset"]
+
+    def _evaluated(self, combination: Combination, repeat: int = 1) -> dict[str, Variant]:
+        """The variants of a combination that are evaluated, by kind."""
+        model, name, compensation = combination
+        quantization = repeated(name, repeat)
+        found = [Variant(model), Variant(model, quantization)]
+        found += [Variant(model, quantization, compensation)] if compensation else []
+        return {v.kind: v for v in found if f"evaluate_{v.kind}" not in self.config["skip"]}
+
+    @cached_property
+    def evaluations(self) -> list[Variant]:
+        """The variants that are evaluated, each once; of each combination those of the first repeat first."""
+        return unique(
+            variant
+            for combination in self.combinations
+            for repeat in range(1, self.config["repeats"] + 1)
+            for variant in self._evaluated(combination, repeat).values()
+        )
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """The jobs that run a detector, those that others wait for first."""
+        found: dict[Job, None] = {}
+
+        def add(*fields: Any) -> Job:
+            job = Job(*fields)
+            found[job] = None
+            return job
+
+        def making(variant: Variant) -> tuple[Job, ...]:
+            """The job that makes the last of the files that a variant consists of, after those before it."""
+            model, quantization = variant.model, variant.quantization
+            if quantization is None:
+                return ()
+            if variant.compensation:
+                before = making(Variant(model, quantization))
+                return (add("fit_compensation", variant, None, before),)
+            answer: tuple[Job, ...] = ()
+            if self.is_question(quantization):
+                candidates = add("measure_candidates", variant)
+                answer = (add("choose_recipe", variant, None, (candidates,)),)
+            return (add("quantize_model", variant, None, answer),)
+
+        evaluations = {v: add(f"evaluate_{v.kind}", v, None, making(v)) for v in self.evaluations}
+
+        def export(variant: Variant) -> Job:
+            evaluation = (evaluations[variant],) if variant in evaluations else ()
+            return add("export_model", variant, None, (*making(variant), *evaluation))
+
+        for combination, entry in self.exports.items():
+            full, graph = export(Variant(combination.model)), export(Variant(*combination))
+            for runtime in entry.runtime:
+                add("evaluate_exported", graph.variant, runtime, (graph,))
+                add("benchmark_exported", graph.variant, runtime, (graph, full))
+        return list(found)
+
+    def is_question(self, quantization: str) -> bool:
+        """Whether the bits of a quantization, perhaps with the number of a repeat, are searched."""
+        return is_question(self.config["quantization"][without_repeat(quantization)])
+
+    def split(self, model: str, jobs: int) -> int:
+        """Into how many shards an evaluation of a model is split, if none was done yet.
+
+        Args:
+            jobs: that run side by side.
+        """
+        chosen = self.config["evaluation"]["shards"]
+        if chosen != "auto":
+            return int(chosen)
+        evaluations = len(self.evaluations)
+        if jobs < 2 * evaluations:
+            return 1  # without counting images
+        dataset = self.config["datasets"][self.dataset(model)]
+        return default_shards(number_of_images(dataset, "evaluation"), evaluations, jobs)
+
+    def shards(self, variant: Variant, jobs: int) -> list[str]:
+        """Files of the shards of an evaluation: as many as it was done in, or as :meth:`split` says; none for one."""
+        count = noted_shards(self.config, variant) or self.split(variant.model, jobs)
+        numbers = range(1, count + 1) if count > 1 else ()
+        return [f"{variant.evaluated}/shards/{number}-of-{count}.json" for number in numbers]
+
+    @cached_property
+    def rows(self) -> list[ResultRow]:
+        """What summary and report say of each combination."""
+        return [self._row(combination) for combination in self.combinations]
+
+    def _row(self, combination: Combination) -> ResultRow:
+        model, quantization, compensation = combination
+        first, dataset = Variant(*combination), self.dataset(model)
+        wanted: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        for repeat in range(1, self.config["repeats"] + 1):
+            for kind, variant in self._evaluated(combination, repeat).items():
+                wanted[kind].append(variant.evaluated)
+        finished = self.stopped.finished
+        found = {
+            kind: unique(finished(folder, "metrics.json") for folder in folders)
+            for kind, folders in wanted.items()
+        }
+        missing = any(set(found[kind]) != set(wanted[kind]) for kind in KINDS)
+        names = {**combination._asdict(), "dataset": dataset, "variant": None}
+        recipe = self.is_question(quantization) and finished(first.calibrated("recipe.json"))
+        return ResultRow(
+            **combination._asdict(),
+            dataset=dataset,
+            failed=self.stopped.causes(names) if missing else [],
+            settings=searched_settings(self.config["quantization"], quantization),
+            recipe=recipe or None,
+            limit=self.config["quantization"][quantization].get("smallest"),
+            compensation_settings=self.config["compensation"].get(compensation),
+            annotations=finished(chosen_images(dataset, "evaluation")),
+            baseline=next(iter(found["baseline"]), None),
+            quantized=next(iter(found["quantized"]), None),
+            compensated=next(iter(found["compensated"]), None),
+            repeats=found,
+            warmup=finished(first.calibrated("warmup.pth")),
+        )
+
+    @cached_property
+    def export_rows(self) -> list[ExportRow]:
+        """What summary and report say of each exported detector in each runtime."""
+        return [
+            self._export_row(combination, runtime)
+            for combination, entry in self.exports.items()
+            for runtime in entry.runtime
+        ]
+
+    def _export_row(self, combination: Combination, runtime: str) -> ExportRow:
+        variant = Variant(*combination)
+        folder = f"{variant.exported}/{runtime}"
+        simulated = self._evaluated(combination).get(variant.kind)
+        finished = self.stopped.finished
+        exported = finished(folder, "metrics.json")
+        benchmark = finished(f"{folder}/benchmark.json")
+        names = {**combination._asdict(), "runtime": runtime, "variant": variant.name}
+        names["dataset"] = self.dataset(combination.model)
+        return ExportRow(
+            **combination._asdict(),
+            runtime=runtime,
+            exported=exported,
+            benchmark=benchmark,
+            simulated=finished(simulated.evaluated, "metrics.json") if simulated else None,
+            failed=self.stopped.causes(names) if None in (exported, benchmark) else [],
+        )
+
+    def result_files(self, *names: str, kinds: Iterable[str] = KINDS) -> list[str]:
+        """The files of these names in all result folders, each once."""
+        folders = unique(f for row in self.rows for kind in kinds for f in row.repeats[kind])
+        return [f"{folder}/{name}" for folder in folders for name in names]
+
+    def row_files(self, key: str) -> list[str]:
+        """The files that all result rows name under a key, each once."""
+        return unique(getattr(row, key) for row in self.rows)
+
+    def fitted_files(self, *names: str) -> list[str]:
+        """The files of these names beside all compensations."""
+        return self.result_files(*names, kinds=["compensated"])
+
+    def exported_files(self) -> list[str]:
+        """What summary and report read of exported detectors."""
+        results = ("metrics.json", "predictions.json")
+        return [
+            path
+            for row in self.export_rows
+            for path in (
+                *(f"{row.exported}/{name}" for name in results if row.exported),
+                *([row.benchmark] if row.benchmark else []),
+            )
+        ]
+
+    def graphs(self) -> list[str]:
+        """The files of all exported detectors, with those in full precision that they are compared with."""
+        variants = [Variant(*row) for row in self.exports]
+        return [
+            f"{variant.exported}/model.{suffix}"
+            for variant in unique([*variants, *(Variant(v.model) for v in variants)])
+            for suffix in ("onnx", "json")
+        ]
+
+    def annotation_files(self) -> list[str]:
+        """The annotation files of the chosen images of all data sets that are evaluated on."""
+        datasets = unique(row.dataset for row in self.rows if row.annotations is not None)
+        parts = ("calibration", "evaluation")
+        return unique(
+            self.stopped.finished(chosen_images(name, part)) for name in datasets for part in parts
+        )
+
+    def warmup_summaries(self) -> list[str]:
+        """The files with what the warmup files say of themselves."""
+        return [f"{os.path.splitext(path)[0]}.json" for path in self.row_files("warmup")]
+
+    def sensitivities(self) -> list[str]:
+        """The ranking of layers and the suggestion for every model and quantization."""
+        folders = map(os.path.dirname, self.row_files("warmup"))
+        return [f"{folder}/sensitivity.{end}" for folder in folders for end in ("csv", "yaml")]
+
+    def detector_results(self) -> list[str]:
+        """All that the jobs make which run a detector."""
+        recipes = self.row_files("recipe")
+        return [
+            *self.result_files("metrics.json", "predictions.json"),
+            *self.fitted_files("compensation.pth", "compensation.json", "blocks.csv"),
+            *recipes,
+            *(f"{os.path.splitext(path)[0]}.yaml" for path in recipes),
+            *self.graphs(),
+            *self.exported_files(),
+            *self.warmup_summaries(),
+            *(self.row_files("warmup") if self.config["keep_warmup"] else []),
+        ]
+
+    def results(self) -> list[str]:
+        """All files that the config asks for, so that one that is gone is made again."""
+        return [
+            *(TABLE, DOCUMENT, REPORT),
+            *([EXPORTS_TABLE] if self.exports else []),
+            *self.annotation_files(),
+            *self.detector_results(),
+        ]
