@@ -1,76 +1,54 @@
-"""How long a run would take on this machine and how much memory: measured on a few images.
+"""How long a run would take on this machine and how much memory: from a pilot, which is the workflow itself.
 
 A run's time and memory depend on the architecture, the size of its input and the machine, and hardly on
-what the weights are or what the pictures show (more objects cost a mask head more). So each step runs
-here with random weights on generated images, with two numbers of images; the difference is the cost of
-an image.
+what the weights are or what the pictures show (more objects cost a mask head more). So the workflow runs
+each model once with random weights on a few generated images, and once on some more: Snakemake's benchmarks
+give the cost of a start and of an image. The plan says how many jobs and images there are.
 """
 
+import csv
 import dataclasses
 import heapq
 import math
-import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import cv2
 import numpy as np
-import psutil
 import torch
 from mmengine.logging import MMLogger
 
-from .compensation.fit import fit_compensation
-from .compensation.state import save_compensation
-from .config import (
-    CompensationSettings,
-    QuantizationSettings,
-    Search,
-    combinations,
-    exports,
-    is_question,
-    searched_settings,
-)
+from .config import Search, is_question, resolve, searched_settings
 from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
 from .data.sources import number_of_images
-from .detectors.build import random_detector
-from .devices import peak_gigabytes
+from .detectors.build import random_detector, read_config
 from .errors import QwtError
 from .evaluation.predict import predict
-from .export.benchmark import benchmark
-from .export.loading import load_exported
-from .export.onnx_file import export_onnx
-from .files import write_json
-from .plan import Job, Plan
-from .quantization.calibrate import calibrate
-from .quantization.convert import quantize_model, quantized_units
-from .quantization.state import save_warmup
-from .resources import default_shards
+from .files import read_json, write_json
+from .plan import Job, Plan, Stopped, Variant
+from .plan.files import UNFINISHED, snakefile
+from .plan.run import part_of
+from .resources import JOBS
 from .runtime import hardware
-from .steps.inputs import load_quantized
+from .staleness import share_with_scripts
+from .steps.export import IMAGES as EXPORT_IMAGES
 
-IMAGES = (2, 5)
-"""Least numbers of images of the two measurements."""
+IMAGES = (2, 8)
+"""Least numbers of images of both runs of the pilot. A second more or less of the start of a job, divided by
+their difference, is the error of what an image costs."""
 SIZE = (480, 640)
 """Height and width of the generated images, those of most images of COCO."""
-
-STEPS = (
-    "evaluate_baseline",
-    "quantize_model",
-    "evaluate_quantized",
-    "fit_compensation",
-    "evaluate_compensated",
-)
-SHARDED = ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated")
-SEARCH_STEPS = ("measure_candidates", "choose_recipe")
-EXPORT_STEPS = ("export_model", "evaluate_exported", "benchmark_exported")
+DETECTIONS = 10
+"""On a generated image, at least; an evaluation refuses a detector that finds nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,150 +73,215 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One model with the settings that its steps are tried with.
+class Pilot:
+    """What a pilot has found: costs by model and step, and how many layers of each model are quantized."""
+
+    costs: Mapping[tuple[str, str], Cost]
+    layers: Mapping[str, int]
+
+
+def image_counts(config: Mapping[str, Any], part: Part) -> tuple[int, int]:
+    """Numbers of images of both runs; of an evaluation whole batches, if these are large."""
+    batch = config["evaluation"]["batch_size"] if part == "evaluation" else 1
+    few = max(IMAGES[0], batch)
+    return few, few + max(IMAGES[1] - IMAGES[0], batch)
+
+
+def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
+    """Keys of a detector's config below which no detection counts."""
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        if key == "score_thr":
+            yield f"{place}.{key}"
+        yield from _score_thresholds(value, f"{place}.{key}")
+
+
+def write_inputs(model: Mapping[str, Any], folder: Path, counts: Iterable[int]) -> dict[str, Any]:
+    """Write random weights, and generated images with an object each, as a data set in COCO's format.
 
     Args:
-        folder: holds the weights, the images and what one step leaves for the next.
-    """
+        model: its entry in the config.
+        folder: gets checkpoint.pth, and for each part and number of images PART-NUMBER.json.
 
-    folder: Path
-    config: str
-    config_options: Mapping[str, Any]
-    quantization: QuantizationSettings
-    compensation: CompensationSettings | None
-    device: str
-    batch_sizes: Mapping[str, int]
-    threads: int
-    runtime: str = "onnxruntime"
-    search: Search | None = None
-
-    def images(self, part: str) -> tuple[int, int]:
-        """Numbers of images of the two measurements: whole batches, if these are large."""
-        few = max(IMAGES[0], self.batch_sizes[part])
-        return few, few + max(IMAGES[1] - IMAGES[0], self.batch_sizes[part])
-
-    def path(self, name: str) -> Path:
-        """Path of a file in the folder."""
-        return self.folder / name
-
-
-def prepare(trial: Trial) -> int:
-    """Write random weights and generated images for the other steps; return how many layers are quantized."""
-    torch.manual_seed(0)
-    MMLogger.get_current_instance().setLevel("ERROR")  # it would list every parameter
-    model = random_detector(trial.config, trial.config_options)
-    torch.save({"state_dict": model.state_dict()}, trial.path("checkpoint.pth"))
-    generator = np.random.default_rng(0)
-    classes = model.dataset_meta["classes"]
-    content: dict[str, Any] = {
-        "info": {"image_root": str(trial.folder)},
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
-    }
-    counts = {count for part in PARTS for count in trial.images(part)}
-    for number in range(max(counts)):
-        noise = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        picture = cv2.resize(noise, SIZE[::-1], interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(trial.path(f"{number}.jpg")), picture)
-        content["images"].append(
-            {"id": number, "file_name": f"{number}.jpg", "height": SIZE[0], "width": SIZE[1]}
-        )
-    for count in counts:
-        write_json(trial.path(f"{count}.json"), {**content, "images": content["images"][:count]})
-    return len(quantized_units(quantize_model(model, trial.quantization)))
-
-
-def _load(trial: Trial, step: str) -> Any:
-    files = {
-        "evaluate_quantized": ("warmup",),
-        "fit_compensation": ("warmup",),
-        "evaluate_compensated": ("warmup", "compensation"),
-        "export_model": ("warmup", "compensation") if trial.compensation else ("warmup",),
-    }.get(step, ())
-    return load_quantized(
-        trial.config,
-        trial.path("checkpoint.pth"),
-        device=trial.device,
-        config_options=trial.config_options,
-        **{name: trial.path(f"{name}.pth") for name in files},
-    )
-
-
-def part_of(step: str) -> Part:
-    """Which images a step reads."""
-    return "evaluation" if step.startswith("evaluate") else "calibration"
-
-
-def _run(trial: Trial, step: str, count: int) -> float:
-    """Seconds that a step takes for ``count`` images, from the loaded model on."""
-    graph = trial.path("model.onnx")
-    if step == "benchmark_exported":
-        start = time.perf_counter()
-        benchmark(graph, graph, trial.runtime)
-        return time.perf_counter() - start
-    model = _load(trial, step)
-    if step == "evaluate_exported":
-        model = load_exported(graph, trial.runtime).model
-    annotations, part = trial.path(f"{count}.json"), part_of(step)
-    loader = make_loader(model.cfg, annotations, batch_size=trial.batch_sizes[part])
-    if step == "quantize_model":
-        quantize_model(model, trial.quantization)
-    elif step == "fit_compensation":
-        reference = _load(trial, "evaluate_baseline")
-    start = time.perf_counter()
-    if part == "evaluation":
-        predict(model, loader, annotations)
-    elif step == "quantize_model":
-        calibrate(model, loader, noise_images=1)
-        save_warmup(model, trial.path("warmup.pth"))
-    elif step == "export_model":
-        export_onnx(model, graph, calibration=loader)
-    elif trial.compensation is not None:
-        fitted = fit_compensation(model, reference, loader, trial.compensation)
-        save_compensation(model, fitted, trial.path("compensation.pth"))
-    if trial.device != "cpu":
-        torch.cuda.synchronize(trial.device)
-    return time.perf_counter() - start
-
-
-def measure(trial: Trial, step: str) -> Cost:
-    """Run a step with few and with more images; made for a process of its own."""
-    torch.set_num_threads(trial.threads)
-    _load(trial, step)
-    starting = time.time() - psutil.Process().create_time()  # imports included
-    counts = trial.images(part_of(step))
-    _run(trial, step, counts[0])  # the first run is slower
-    few, many = (_run(trial, step, count) for count in counts)
-    per_image = max(0.0, (many - few) / (counts[1] - counts[0]))
-    on_device = None
-    if trial.device != "cpu":
-        on_device = torch.cuda.max_memory_allocated(trial.device) / 1e9
-    return Cost(
-        seconds=starting + max(0.0, few - counts[0] * per_image),
-        seconds_per_image=per_image,
-        gigabytes=peak_gigabytes(),
-        device_gigabytes=on_device,
-    )
-
-
-def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process, whose peak memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def measure_model(trial: Trial, steps: Sequence[str] = STEPS) -> dict[str, Cost]:
-    """Costs of the steps that a model goes through, in their order.
+    Returns:
+        The entry's ``config_options`` with which the detector finds something.
 
     Raises:
-        QwtError: the config cannot be built, or the model cannot be quantized or compensated.
+        QwtError: the config cannot be built.
     """
-    layers = _in_process(prepare, trial)
-    costs = {step: _in_process(measure, trial, step) for step in steps if step not in SEARCH_STEPS}
-    return costs | (search_costs(trial.search, layers, costs) if trial.search else {})
+    config, options = model["config"], dict(model["config_options"])
+    thresholds = list(
+        _score_thresholds(read_config(config, options).model.get("test_cfg"), "model.test_cfg")
+    )
+    torch.manual_seed(0)
+    MMLogger.get_current_instance().setLevel("ERROR")  # it would list every parameter
+    detector = random_detector(config, options | dict.fromkeys(thresholds, 0.0))
+    torch.save({"state_dict": detector.state_dict()}, folder / "checkpoint.pth")
+    generator = np.random.default_rng(0)
+    classes = detector.dataset_meta["classes"]
+    box, corners = [100, 100, 50, 50], [100, 100, 150, 100, 150, 150, 100, 150]
+    thing = {"category_id": 1, "bbox": box, "area": 2500, "segmentation": [corners], "iscrowd": 0}
+    for part in PARTS:
+        images = []
+        for number in range(1, max(counts) + 1):
+            noise = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            name = f"{part}-{number}.jpg"
+            picture = cv2.resize(noise, SIZE[::-1], interpolation=cv2.INTER_CUBIC)
+            cv2.imwrite(str(folder / name), picture)
+            images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
+        for count in {1, *counts}:
+            content = {
+                "info": {"image_root": str(folder)},
+                "images": images[:count],
+                "annotations": [{**thing, "id": i, "image_id": i} for i in range(1, count + 1)],
+                "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
+            }
+            write_json(folder / f"{part}-{count}.json", content)
+    one = folder / "evaluation-1.json"
+    found = predict(detector, make_loader(detector.cfg, one), one).records if thresholds else []
+    scores = sorted((record["score"] for record in found), reverse=True)[:DETECTIONS]
+    return options | (dict.fromkeys(thresholds, 0.9 * scores[-1]) if scores else {})
+
+
+def pilot_config(
+    plan: Plan, folder: Path, options: Mapping[str, Any], counts: Mapping[Part, int]
+) -> dict[str, Any]:
+    """The config of one run of a pilot.
+
+    Each model has the first of its quantizations and compensations, or what is exported first. Of a question
+    the settings are taken that all but the bits have.
+
+    Args:
+        folder: holds for each model a folder of :func:`write_inputs`.
+        options: what that returned, by model. counts: images by part.
+    """
+    config, targets, export = plan.config, [], []
+    content: dict[str, Any] = {"datasets": {}, "models": {}, "quantization": {}}
+    for name in dict.fromkeys(row.model for row in plan.combinations):
+        exported = next((row for row in plan.exports if row.model == name), None)
+        first = next(row for row in plan.combinations if row.model == name)
+        tried = exported or first
+        root, path = folder / name, config["models"][name]["config"]
+        content["datasets"][name] = {"type": "coco", "root": str(root)} | {
+            part: {
+                "annotations": f"{part}-{count}.json", "image_folder": ".", "images": "all",
+                "split": part,
+            }
+            for part, count in counts.items()
+        }  # fmt: skip
+        content["models"][name] = {
+            "config": os.path.abspath(path) if os.path.exists(path) else path,
+            "checkpoint": str(root / "checkpoint.pth"),
+            "dataset": name,
+            "config_options": options[name],
+        }
+        settings = searched_settings(config["quantization"], tried.quantization)
+        content["quantization"][tried.quantization] = settings
+        names = {"model": [name], "quantization": [tried.quantization]}
+        compensation = tried.compensation or first.compensation
+        targets.append(names | ({"compensation": [compensation]} if compensation else {}))
+        if exported:
+            how = plan.exports[exported]
+            names |= {"compensation": [exported.compensation]} if exported.compensation else {}
+            export.append({**names, "runtime": how.runtime[:1], "opset": how.opset})
+            export[-1] |= {"input": how.input} if how.input else {}
+    compensations = {
+        name: entry | ({"holdout_fraction": 0.5} if entry["holdout_fraction"] else {})
+        for name, entry in config["compensation"].items()
+    }  # few images must allow a split
+    kept = ("device", "seed", "calibration", "activation_cache", "max_download_gb")
+    return content | {
+        **{key: config[key] for key in kept},
+        "compensation": compensations,
+        "evaluation": {**config["evaluation"], "shards": 1},
+        "targets": targets,
+        "export": export,
+    }
+
+
+def run_workflow(content: Mapping[str, Any], folder: Path, *, threads: int, gpu: bool) -> None:
+    """Run the workflow in a folder, one job at a time, as far as detectors run in it.
+
+    Raises:
+        QwtError: a step failed; says what it said.
+    """
+    folder.mkdir()
+    write_json(folder / "config.yaml", content)  # JSON is YAML
+    share_with_scripts()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "snakemake", *Plan(content).detector_results()),
+            *("--snakefile", str(snakefile()), "--directory", str(folder), "--nocolor"),
+            *("--configfile", str(folder / "config.yaml"), "--cores", str(threads)),
+            *("--default-resources", "pilot=1", "--resources", "pilot=1", f"gpu={int(gpu)}"),
+        ],
+        env={name: value for name, value in os.environ.items() if name != JOBS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    note = folder / UNFINISHED
+    if note.is_file():
+        failed = [f"{one.step}: {one.sentence}" for one in Stopped.read(note).failed]
+        raise QwtError(f"With random weights and generated images, {' '.join(failed)}")
+    if done.returncode:
+        raise QwtError(f"The workflow could not run:\n{done.stdout.strip()}")
+
+
+def job_cost(job: Job, folder: Path) -> Cost:
+    """What a job of a run took, for all its images."""
+    path = folder / "benchmarks" / job.step / f"{job.name}.tsv"
+    with open(path, newline="", encoding="utf-8") as stream:
+        (row,) = csv.DictReader(stream, delimiter="\t")
+    known = read_json(folder / job.account)["provenance"] if job.account else {}
+    memory = float(row["max_rss"]) if row["max_rss"] not in ("-", "NA") else 0.0  # it was too short
+    return Cost(float(row["s"]), 0.0, memory * 2**20 / 1e9, known.get("device_gigabytes"))
+
+
+def measure(plan: Plan, *, threads: int, gpu: bool) -> Pilot:
+    """Run the pilot of a plan.
+
+    Args:
+        threads: of each job. gpu: whether detectors run on one.
+
+    Raises:
+        QwtError: see :func:`write_inputs` and :func:`run_workflow`.
+    """
+    both = {part: image_counts(plan.config, part) for part in PARTS}
+    counts = {count for numbers in both.values() for count in numbers}
+    found: dict[tuple[str, str], list[tuple[Cost, Cost]]] = {}
+    layers = {}
+    with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
+        root, options = Path(name), {}
+        for model in dict.fromkeys(row.model for row in plan.combinations):
+            (root / "inputs" / model).mkdir(parents=True)
+            entry = plan.config["models"][model]
+            options[model] = write_inputs(entry, root / "inputs" / model, counts)
+        for index, run in enumerate(("few", "many")):
+            images = {part: numbers[index] for part, numbers in both.items()}
+            content = resolve(pilot_config(plan, root / "inputs", options, images))
+            run_workflow(content, root / run, threads=threads, gpu=gpu)
+        pilot = Plan(content)
+        for job in pilot.jobs:
+            costs = job_cost(job, root / "few"), job_cost(job, root / "many")
+            found.setdefault((job.model, job.step), []).append(costs)
+        for row in pilot.combinations:
+            summary = root / "many" / Variant(row.model, row.quantization).calibrated("warmup.json")
+            layers[row.model] = read_json(summary)["summary"]["layers"]
+    return Pilot({key: _line(jobs, *both[part_of(key[1])]) for key, jobs in found.items()}, layers)
+
+
+def _line(jobs: Sequence[tuple[Cost, Cost]], few: int, many: int) -> Cost:
+    """The cost of a start and of an image, from jobs of one step with few and with many images."""
+    starts, ends = (fmean(costs[index].seconds for costs in jobs) for index in (0, 1))
+    per_image = max(0.0, (ends - starts) / (many - few))
+    devices = [one.device_gigabytes for costs in jobs for one in costs if one.device_gigabytes]
+    return Cost(
+        seconds=max(0.0, starts - few * per_image),
+        seconds_per_image=per_image,
+        gigabytes=max(one.gigabytes for costs in jobs for one in costs),
+        device_gigabytes=max(devices, default=None),
+    )
 
 
 def rankings(search: Search) -> int:
@@ -249,10 +292,16 @@ def rankings(search: Search) -> int:
 def search_costs(search: Search, layers: int, costs: Mapping[str, Cost]) -> dict[str, Cost]:
     """Costs of the two steps of a search, from those of the steps that it repeats.
 
+    They do not grow with the images alone, and to try them would take longer than all other steps. Each ranking
+    calibrates the detector, and runs it once for each layer and once exact; each round calibrates a recipe on a
+    half of the images and scores it on the others.
+
     Args:
         layers: number of those that are quantized.
+        costs: of evaluate_baseline, quantize_model and evaluate_quantized.
     """
-    full, calibration, quantized = (costs[step] for step in STEPS[:3])
+    full, calibration = costs["evaluate_baseline"], costs["quantize_model"]
+    quantized = costs["evaluate_quantized"]
     times, rounds = rankings(search), search.rounds if search.smallest else 0
     measured = dataclasses.replace(
         calibration,
@@ -260,14 +309,13 @@ def search_costs(search: Search, layers: int, costs: Mapping[str, Cost]) -> dict
         seconds_per_image=times * calibration.seconds_per_image
         + (times + 1) * (layers + 1) * full.seconds_per_image,
     )
-    # A half of the images calibrates the recipe of each round, and it is scored on the others.
     chosen = dataclasses.replace(
         calibration,
         seconds=full.seconds + rounds * (calibration.seconds + quantized.seconds),
         seconds_per_image=bool(rounds) * full.seconds_per_image / 2
         + rounds * (calibration.seconds_per_image + quantized.seconds_per_image) / 2,
     )
-    return dict(zip(SEARCH_STEPS, (measured, chosen), strict=True))
+    return {"measure_candidates": measured, "choose_recipe": chosen}
 
 
 def images_of(dataset: Mapping[str, Any], part: Part) -> int:
@@ -314,93 +362,60 @@ def save_estimate(found: Sequence[StepCost], path: str | os.PathLike[str]) -> No
     write_json(path, {"hardware": hardware(), "steps": steps}, indent=1)
 
 
-def estimate_run(
-    config: Mapping[str, Any],
-    *,
-    device: str,
-    threads: int = 1,
-) -> list[StepCost]:
+def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[StepCost]:
     """Estimate the steps of a run that compute, model by model.
 
-    Each model is tried with the first of its quantizations and compensations; others cost about as
-    much. Of several searches the one with the most candidates counts.
+    Each model is tried with one quantization and one compensation; others cost about as much. Of several
+    searches the one with the most candidates counts.
 
     Args:
-        config: resolved config of the workflow.
-        device: ``cpu`` or a card, ``cuda:0``.
-        threads: of each step.
+        threads: of each job. gpu: whether detectors run on one.
 
     Raises:
-        QwtError: see :func:`images_of` and :func:`measure_model`.
+        QwtError: see :func:`images_of` and :func:`measure`.
     """
-    rows = combinations(config)
-    jobs = Counter((job.model, job.step) for job in Plan(config).jobs)
+    counted = Counter((job.model, job.step) for job in plan.jobs)
+    datasets = {model: plan.config["datasets"][plan.dataset(model)] for model, _ in counted}
+    images = {key: images_of(datasets[key[0]], part_of(key[1])) for key in counted}
+    pilot = measure(plan, threads=threads, gpu=gpu)
     found = []
-    for name in dict.fromkeys(row.model for row in rows):
-        own = [row for row in rows if row.model == name]
-        exported = {row: about for row, about in exports(config).items() if row.model == name}
-        tried = next(iter(exported), own[0])
-        entry = config["models"][name]
-        quantizations = config["quantization"]
-        quantization = QuantizationSettings.from_mapping(
-            searched_settings(quantizations, tried.quantization)
+    for model in datasets:
+        costs = {step: cost for (name, step), cost in pilot.costs.items() if name == model}
+        entries = (
+            plan.config["quantization"][row.quantization]
+            for row in plan.combinations
+            if row.model == model
         )
-        entries = (quantizations[row.quantization] for row in own)
         searches = [Search(**entry) for entry in entries if is_question(entry)]
-        search = max(searches, key=rankings, default=None)
-        compensation = None
-        if own[0].compensation:
-            compensation = CompensationSettings.from_mapping(
-                config["compensation"][own[0].compensation]
-            )
-            if compensation.holdout_fraction:  # few images must allow a split
-                compensation = dataclasses.replace(compensation, holdout_fraction=0.5)
-        with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
-            trial = Trial(
-                Path(folder),
-                entry["config"],
-                entry["config_options"],
-                quantization,
-                compensation,
-                device,
-                {part: config[part]["batch_size"] for part in PARTS},
-                threads,
-                next((about.runtime[0] for about in exported.values()), "onnxruntime"),
-                search,
-            )
-            steps: tuple[str, ...] = STEPS if compensation else STEPS[:3]
-            steps += (SEARCH_STEPS if search else ()) + (EXPORT_STEPS if exported else ())
-            costs = measure_model(trial, steps)
-        dataset = config["datasets"][entry["dataset"]]
-        for step, cost in costs.items():
-            if step in config["skip"]:
-                continue
-            images = images_of(dataset, part_of(step))
-            if step == "measure_candidates" and search:
-                images = min(images, search.images)
-            found.append(StepCost(name, step, jobs[name, step], images, cost))
+        # what does not read all images of its part
+        most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
+        if searches:
+            search = max(searches, key=rankings)
+            most["measure_candidates"] = search.images
+            costs |= search_costs(search, pilot.layers[model], costs)
+        for (name, step), jobs in counted.items():
+            if name == model:
+                count = images[name, step]
+                count = min(count, most.get(step, count))
+                found.append(StepCost(model, step, jobs, count, costs[step]))
     return found
 
 
 def run_seconds(
-    config: Mapping[str, Any], found: Sequence[StepCost], slots: int, gpus: int | None = None
+    plan: Plan, found: Sequence[StepCost], slots: int, gpus: int | None = None
 ) -> tuple[float, float]:
     """Seconds from start to end of a run whose jobs run side by side, and the sum over its jobs.
 
     Args:
-        config: resolved config of the workflow. found: what :func:`estimate_run` returns for it.
+        found: what :func:`estimate_run` returns for the plan.
         slots: jobs that run at a time. gpus: of these, those that need a GPU; None for any number.
     """
     costs = {(one.model, one.step): one for one in found}
-    jobs = Plan(config).jobs
-    shards = config["evaluation"]["shards"]
-    evaluations = sum(job.step in SHARDED for job in jobs)
+    at_once = slots if gpus is None else min(slots, gpus)
     seconds = {}
-    for job in jobs:
-        one, parts = costs[job.model, job.step], 1
-        if job.step in SHARDED:
-            at_once = slots if gpus is None else min(slots, gpus)
-            parts = default_shards(one.images, evaluations, at_once) if shards == "auto" else shards
+    for job in plan.jobs:
+        one = costs[job.model, job.step]
+        parts = plan.split(job.model, at_once) if job.sharded else 1
         seconds[job] = [one.cost.total(math.ceil(one.images / parts))] * parts
     return wall_seconds(seconds, slots, gpus), sum(map(sum, seconds.values()))
 

@@ -258,6 +258,15 @@ def hardware() -> str:
     )
 
 
+def _peak_on(device: str) -> dict[str, float]:
+    """``device_gigabytes``: most memory of a GPU that this process has had at a time, in 10^9 bytes."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {"device_gigabytes": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)}
+
+
 @dataclass(frozen=True)
 class Job:
     """A run of a script.
@@ -273,11 +282,12 @@ class Job:
     files: dict[str, Any] = field(default_factory=dict)
 
     def account(self) -> dict[str, Any]:
-        """What it took: seconds since the start, the machine, and the command that the user gave."""
+        """What it took: seconds since the start, memory on a GPU, the machine, and the command that the user gave."""
         return {
             "seconds": round(time.monotonic() - self.started, 1),
             "hardware": hardware(),
             "command": os.environ.get(COMMAND),
+            **_peak_on(self.device),
         }
 
 

@@ -24,13 +24,11 @@ def summarize_finished():
     if not failed:  # the user stopped it
         return
     pending = [str(path) for job in workflow.dag.needrun_jobs() for path in job.output]
-    failures = [
-        Failure(
-            " ".join([job.rule.name, *job.wildcards_dict.values()]),
-            *(job.wildcards_dict, job.log[0], last_error(job.log[0], since=STARTED)),
-        )
-        for job in sorted(failed, key=str)
-    ]
+    failures = []
+    for job in sorted(failed, key=str):
+        wildcards, log = dict(job.wildcards_dict), str(job.log[0])
+        step = " ".join([job.rule.name, *wildcards.values()])
+        failures.append(Failure(step, wildcards, log, last_error(log, since=STARTED)))
     given = Path(".snakemake") / "given_config.yaml"
     try:
         Stopped(failures, pending).write(UNFINISHED)
@@ -38,7 +36,9 @@ def summarize_finished():
     except OSError as error:
         print(f"\nThe results cannot be summarized. {explain(error)}")
         return
-    if TABLE in pending and "summarize_results" not in [job.rule.name for job in failed]:
+    if TABLE in pending and "summarize_results" not in [
+        job.rule.name for job in failed
+    ]:
         chosen = workflow.deployment_settings.deployment_method
         methods = [method.item_to_choice() for method in chosen]
         command = [sys.executable, "-m", "snakemake", TABLE, REPORT]

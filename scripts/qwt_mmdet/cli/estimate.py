@@ -9,9 +9,10 @@ from tabulate import tabulate
 
 from ..config import read_file, resolve
 from ..errors import QwtError
+from ..plan import Plan
 from ..reporting.text import duration, number
 from ..resources import ESTIMATE
-from .common import CoresOption, DeviceOption, chosen_device, plain_errors
+from .common import CoresOption, DeviceOption, check_cuda, plain_errors
 
 
 def estimate(
@@ -38,19 +39,21 @@ def estimate(
     summary and report are not in it.
     """
     with plain_errors():
-        from ..devices import count_gpus
+        from ..devices import count_gpus, gpu_fault
         from ..estimate import estimate_run, run_seconds, save_estimate
 
-        content = resolve(read_file(config))
-        chosen = chosen_device(device)
-        if gpus and chosen == "cpu":
+        plan = Plan(resolve(read_file(config)))
+        if device == "cuda":
+            check_cuda()
+        on_gpu = "cpu" not in (device, plan.config["device"]) and gpu_fault() is None
+        if gpus and not on_gpu:
             raise QwtError(
                 f"--gpus {gpus} needs what a GPU takes, but the steps are measured on the CPU here; estimate on a "
                 "machine with such a GPU, or leave --gpus out."
             )
         cores = cores or os.cpu_count() or 1
-        threads = 1 if chosen == "cpu" else cores
-        found = estimate_run(content, device=chosen, threads=threads)
+        threads = cores if on_gpu else 1
+        found = estimate_run(plan, threads=threads, gpu=on_gpu)
         if save is not None:
             save_estimate(found, save)
         rows: list[tuple[Any, ...]] = [
@@ -70,22 +73,22 @@ def estimate(
         headers: tuple[str, ...] = (
             "model", "step", "jobs", "images", "an image", "once", "all jobs", "memory", "GPU memory",
         )  # fmt: skip
-        if chosen == "cpu":
+        if not on_gpu:
             rows, headers = [row[:-1] for row in rows], headers[:-1]
         typer.echo(tabulate(rows, headers, disable_numparse=True))
         total = sum(entry.seconds for entry in found)
         typer.echo(
-            f"\nOne after the other: {duration(total)}, on {chosen}, {threads} threads each."
+            f"\nOne after the other: {duration(total)}, on {'a GPU' if on_gpu else 'cpu'}, {threads} threads each."
         )
-        gpus = None if chosen == "cpu" else gpus or count_gpus()
+        gpus = gpus or count_gpus() if on_gpu else None
         slots = jobs or gpus or cores
         if slots > 1:
-            wall, busy = run_seconds(content, found, slots, gpus)
+            wall, busy = run_seconds(plan, found, slots, gpus)
             cards = f" on {gpus} GPUs" if gpus else ""
             typer.echo(
                 f"{slots} at a time{cards}: about {duration(wall)}, {busy * threads / 3600:.1f} core hours."
             )
-        cache = content["activation_cache"]["memory_gb"]
+        cache = plan.config["activation_cache"]["memory_gb"]
         typer.echo(
             f"Each fit of a compensation, and each calibration with refit: sequential, takes up to {cache:g} GB more "
             "(activation_cache.memory_gb)."

@@ -21,7 +21,7 @@ from ..config.workflow import Configuration, Evaluation, Loading, Targets
 from ..devices import count_gpus
 from ..errors import QwtError, suggestion
 from ..files import is_url
-from ..plan.files import UNFINISHED
+from ..plan.files import UNFINISHED, snakefile
 from ..reporting.text import run_summary
 from ..runtime import COMMAND
 from ..staleness import share_with_scripts
@@ -37,7 +37,6 @@ from .common import (
 )
 from .options import Key, Table, Values, options_named, with_options
 
-ROOT = Path(__file__).resolve().parents[3]
 NO_COMPENSATION = "none"
 
 OPTIONS: Table = {
@@ -260,11 +259,7 @@ def run_workflow(
     Raises:
         QwtError: the configuration is wrong, or a step failed; says why.
     """
-    if not (ROOT / "Snakefile").is_file():
-        raise QwtError(
-            f"There is no Snakefile in {ROOT}: the command runs the workflow of the clone that it was "
-            "installed from; install it with `make env` (pip install --editable) in a clone."
-        )
+    workflow = snakefile()
     content = as_entry(configuration)
     check_files(resolve(content))
     if device == "cuda":
@@ -280,7 +275,7 @@ def run_workflow(
     )
     command = [
         *(sys.executable, "-m", "snakemake", "--nocolor"),
-        *("--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
+        *("--snakefile", str(workflow), "--directory", str(folder)),
         *("--configfile", str(path), "--cores", str(cores or "all")),
         *("--resources", f"gpu={0 if device == 'cpu' else max(1, count_gpus())}"),
         "--rerun-incomplete",

@@ -1,6 +1,9 @@
 """Where the files of a run are, relative to the folder that it runs in."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import QwtError
 
 TABLE = "results/summary.csv"
 DOCUMENT = "results/summary.json"
@@ -10,6 +13,21 @@ UNFINISHED = "results/unfinished.json"
 """Where a run that failed notes what it did not finish; see :class:`.rows.Stopped`."""
 BASELINE, QUANTIZED = "baseline", "quantized"
 """Names of folders that no quantization and no compensation has."""
+
+
+def snakefile() -> Path:
+    """The Snakefile of the clone that the library is used from.
+
+    Raises:
+        QwtError: it is used without one.
+    """
+    path = Path(__file__).resolve().parents[3] / "Snakefile"
+    if not path.is_file():
+        raise QwtError(
+            f"There is no Snakefile in {path.parent}: the command runs the workflow of the clone that it was "
+            "installed from; install it with `make env` (pip install --editable) in a clone."
+        )
+    return path
 
 
 def dataset_folder(dataset: str) -> str:

@@ -16,6 +16,9 @@ from ..staleness import changed_files, file_state
 from .files import Variant, chosen_images, dataset_folder, without_repeat
 from .run import Plan, part_of
 
+OWN_IMAGES = ("measure_candidates", "export_model", "benchmark_exported")
+"""Steps that do not run a model on all images of a part."""
+
 
 def existing(path: str, key: str) -> str:
     """Return a path that a key of the config names.
@@ -86,7 +89,7 @@ class Settings:
         """How many images a step runs a model on; None where only a measurement of the step knows it."""
         dataset = self._config["datasets"][self._plan.dataset(model)]
         count = dataset[part_of(step)]["images"]
-        return None if count == "all" or step == "measure_candidates" else count
+        return None if count == "all" or step in OWN_IMAGES else count
 
     def cache_gb(self, step: str, quantization: str | None) -> float:
         """Gigabytes of memory that activations may take which wait while a step runs."""
