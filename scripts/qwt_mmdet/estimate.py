@@ -14,8 +14,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +31,7 @@ from .config import Search, is_question, resolve, searched_settings
 from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
 from .data.sources import number_of_images
+from .demo.shapes import IMAGE_SIZE
 from .detectors.build import random_detector, read_config
 from .errors import QwtError
 from .evaluation.predict import predict
@@ -42,11 +44,13 @@ from .runtime import hardware
 from .staleness import share_with_scripts
 from .steps.export import IMAGES as EXPORT_IMAGES
 
-IMAGES = (2, 8)
-"""Least numbers of images of both runs of the pilot. A second more or less of the start of a job, divided by
-their difference, is the error of what an image costs."""
+FEW = 2
+"""Images of the first run of a pilot. A start that takes a second more or less, divided by the number of images
+that the second run has in addition, is the error of what an image costs. Hence more of them where they are quick:"""
+LEAST, MOST, SECONDS = 6, 100, 10.0
+"""As many as the detector takes ten seconds for on the CPU, but from six to a hundred; a hundred on a GPU."""
 SIZE = (480, 640)
-"""Height and width of the generated images, those of most images of COCO."""
+"""Height and width of the generated images, those of most images of COCO; of `shapes` they have their own."""
 DETECTIONS = 10
 """On a generated image, at least; an evaluation refuses a detector that finds nothing."""
 
@@ -80,11 +84,15 @@ class Pilot:
     layers: Mapping[str, int]
 
 
-def image_counts(config: Mapping[str, Any], part: Part) -> tuple[int, int]:
-    """Numbers of images of both runs; of an evaluation whole batches, if these are large."""
+def image_counts(config: Mapping[str, Any], part: Part, more: int) -> tuple[int, int]:
+    """Numbers of images of both runs; of an evaluation whole batches, if these are large.
+
+    Args:
+        more: images that the second run has in addition, at least.
+    """
     batch = config["evaluation"]["batch_size"] if part == "evaluation" else 1
-    few = max(IMAGES[0], batch)
-    return few, few + max(IMAGES[1] - IMAGES[0], batch)
+    few = max(FEW, batch)
+    return few, few + max(more, batch)
 
 
 def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
@@ -95,64 +103,93 @@ def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
         yield from _score_thresholds(value, f"{place}.{key}")
 
 
-def write_inputs(model: Mapping[str, Any], folder: Path, counts: Iterable[int]) -> dict[str, Any]:
-    """Write random weights, and generated images with an object each, as a data set in COCO's format.
+def write_images(
+    folder: Path, part: Part, count: int, classes: Sequence[str], size: tuple[int, int]
+) -> Path:
+    """Write generated images with an object each, in COCO's format; more of them hold fewer.
 
     Args:
-        model: its entry in the config.
-        folder: gets checkpoint.pth, and for each part and number of images PART-NUMBER.json.
+        size: height and width.
 
     Returns:
-        The entry's ``config_options`` with which the detector finds something.
+        the annotation file, PART-COUNT.json.
+    """
+    images = []
+    for number in range(1, count + 1):
+        noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        name = f"{part}-{number}.png"
+        picture = cv2.resize(noise, size[::-1], interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / name), np.roll(picture, PARTS.index(part), axis=2))
+        images.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
+    corners = [100, 100, 150, 100, 150, 150, 100, 150]
+    thing = {"category_id": 1, "bbox": [100, 100, 50, 50], "area": 2500, "segmentation": [corners]}
+    content = {
+        "info": {"image_root": str(folder)},
+        "images": images,
+        "annotations": [{**thing, "id": i, "image_id": i} for i in range(1, count + 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
+    }
+    write_json(folder / f"{part}-{count}.json", content)
+    return folder / f"{part}-{count}.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model of a pilot runs on.
+
+    Args:
+        folder: with checkpoint.pth and the files of :func:`write_images`.
+        options: changes to the model's config with which it finds something.
+        counts: images of both runs, by part.
+    """
+
+    folder: Path
+    options: Mapping[str, Any]
+    counts: Mapping[Part, tuple[int, int]]
+
+
+def write_inputs(config: Mapping[str, Any], name: str, folder: Path, *, gpu: bool) -> Inputs:
+    """Write random weights and generated images for a model.
+
+    Args:
+        config: resolved. name: of the model. gpu: whether the pilot runs on one.
 
     Raises:
-        QwtError: the config cannot be built.
+        QwtError: the model's config cannot be built.
     """
-    config, options = model["config"], dict(model["config_options"])
-    thresholds = list(
-        _score_thresholds(read_config(config, options).model.get("test_cfg"), "model.test_cfg")
-    )
+    folder.mkdir(parents=True)
+    model = config["models"][name]
+    own = config["datasets"][model["dataset"]]["type"] == "shapes"
+    size = (IMAGE_SIZE, IMAGE_SIZE) if own else SIZE
+    options = dict(model["config_options"])
+    settings = read_config(model["config"], options).model.get("test_cfg")
+    thresholds = list(_score_thresholds(settings, "model.test_cfg"))
     torch.manual_seed(0)
     MMLogger.get_current_instance().setLevel("ERROR")  # it would list every parameter
-    detector = random_detector(config, options | dict.fromkeys(thresholds, 0.0))
+    detector = random_detector(model["config"], options | dict.fromkeys(thresholds, 0.0))
     torch.save({"state_dict": detector.state_dict()}, folder / "checkpoint.pth")
-    generator = np.random.default_rng(0)
     classes = detector.dataset_meta["classes"]
-    box, corners = [100, 100, 50, 50], [100, 100, 150, 100, 150, 150, 100, 150]
-    thing = {"category_id": 1, "bbox": box, "area": 2500, "segmentation": [corners], "iscrowd": 0}
-    for part in PARTS:
-        images = []
-        for number in range(1, max(counts) + 1):
-            noise = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            name = f"{part}-{number}.jpg"
-            picture = cv2.resize(noise, SIZE[::-1], interpolation=cv2.INTER_CUBIC)
-            cv2.imwrite(str(folder / name), picture)
-            images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
-        for count in {1, *counts}:
-            content = {
-                "info": {"image_root": str(folder)},
-                "images": images[:count],
-                "annotations": [{**thing, "id": i, "image_id": i} for i in range(1, count + 1)],
-                "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
-            }
-            write_json(folder / f"{part}-{count}.json", content)
-    one = folder / "evaluation-1.json"
-    found = predict(detector, make_loader(detector.cfg, one), one).records if thresholds else []
+    one = write_images(folder, "evaluation", 1, classes, size)
+    start = time.perf_counter()
+    found = predict(detector, make_loader(detector.cfg, one), one).records
+    more = MOST if gpu else int(SECONDS / (time.perf_counter() - start))
+    counts = {part: image_counts(config, part, min(max(more, LEAST), MOST)) for part in PARTS}
+    for part, numbers in counts.items():
+        for count in numbers:
+            write_images(folder, part, count, classes, size)
     scores = sorted((record["score"] for record in found), reverse=True)[:DETECTIONS]
-    return options | (dict.fromkeys(thresholds, 0.9 * scores[-1]) if scores else {})
+    options |= dict.fromkeys(thresholds, 0.9 * scores[-1]) if scores else {}
+    return Inputs(folder, options, counts)
 
 
-def pilot_config(
-    plan: Plan, folder: Path, options: Mapping[str, Any], counts: Mapping[Part, int]
-) -> dict[str, Any]:
+def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str, Any]:
     """The config of one run of a pilot.
 
     Each model has the first of its quantizations and compensations, or what is exported first. Of a question
     the settings are taken that all but the bits have.
 
     Args:
-        folder: holds for each model a folder of :func:`write_inputs`.
-        options: what that returned, by model. counts: images by part.
+        inputs: by model. run: 0 for the one with few images, 1 for the other.
     """
     config, targets, export = plan.config, [], []
     content: dict[str, Any] = {"datasets": {}, "models": {}, "quantization": {}}
@@ -160,19 +197,19 @@ def pilot_config(
         exported = next((row for row in plan.exports if row.model == name), None)
         first = next(row for row in plan.combinations if row.model == name)
         tried = exported or first
-        root, path = folder / name, config["models"][name]["config"]
-        content["datasets"][name] = {"type": "coco", "root": str(root)} | {
+        own, path = inputs[name], config["models"][name]["config"]
+        content["datasets"][name] = {"type": "coco", "root": str(own.folder)} | {
             part: {
-                "annotations": f"{part}-{count}.json", "image_folder": ".", "images": "all",
+                "annotations": f"{part}-{counts[run]}.json", "image_folder": ".", "images": "all",
                 "split": part,
             }
-            for part, count in counts.items()
+            for part, counts in own.counts.items()
         }  # fmt: skip
         content["models"][name] = {
             "config": os.path.abspath(path) if os.path.exists(path) else path,
-            "checkpoint": str(root / "checkpoint.pth"),
+            "checkpoint": str(own.folder / "checkpoint.pth"),
             "dataset": name,
-            "config_options": options[name],
+            "config_options": own.options,
         }
         settings = searched_settings(config["quantization"], tried.quantization)
         content["quantization"][tried.quantization] = settings
@@ -198,7 +235,7 @@ def pilot_config(
     }
 
 
-def run_workflow(content: Mapping[str, Any], folder: Path, *, threads: int, gpu: bool) -> None:
+def run_pilot(content: Mapping[str, Any], folder: Path, *, threads: int, gpu: bool) -> None:
     """Run the workflow in a folder, one job at a time, as far as detectors run in it.
 
     Raises:
@@ -245,30 +282,32 @@ def measure(plan: Plan, *, threads: int, gpu: bool) -> Pilot:
         threads: of each job. gpu: whether detectors run on one.
 
     Raises:
-        QwtError: see :func:`write_inputs` and :func:`run_workflow`.
+        QwtError: see :func:`write_inputs` and :func:`run_pilot`.
     """
-    both = {part: image_counts(plan.config, part) for part in PARTS}
-    counts = {count for numbers in both.values() for count in numbers}
     found: dict[tuple[str, str], list[tuple[Cost, Cost]]] = {}
     layers = {}
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
-        root, options = Path(name), {}
-        for model in dict.fromkeys(row.model for row in plan.combinations):
-            (root / "inputs" / model).mkdir(parents=True)
-            entry = plan.config["models"][model]
-            options[model] = write_inputs(entry, root / "inputs" / model, counts)
-        for index, run in enumerate(("few", "many")):
-            images = {part: numbers[index] for part, numbers in both.items()}
-            content = resolve(pilot_config(plan, root / "inputs", options, images))
-            run_workflow(content, root / run, threads=threads, gpu=gpu)
+        root = Path(name)
+        inputs = {
+            model: write_inputs(plan.config, model, root / "inputs" / model, gpu=gpu)
+            for model in dict.fromkeys(row.model for row in plan.combinations)
+        }
+        folders = root / "few", root / "many"
+        for run, folder in enumerate(folders):
+            content = resolve(pilot_config(plan, inputs, run))
+            run_pilot(content, folder, threads=threads, gpu=gpu)
         pilot = Plan(content)
         for job in pilot.jobs:
-            costs = job_cost(job, root / "few"), job_cost(job, root / "many")
-            found.setdefault((job.model, job.step), []).append(costs)
+            few, many = (job_cost(job, folder) for folder in folders)
+            found.setdefault((job.model, job.step), []).append((few, many))
         for row in pilot.combinations:
-            summary = root / "many" / Variant(row.model, row.quantization).calibrated("warmup.json")
+            summary = folders[1] / Variant(row.model, row.quantization).calibrated("warmup.json")
             layers[row.model] = read_json(summary)["summary"]["layers"]
-    return Pilot({key: _line(jobs, *both[part_of(key[1])]) for key, jobs in found.items()}, layers)
+    costs = {
+        (model, step): _line(jobs, *inputs[model].counts[part_of(step)])
+        for (model, step), jobs in found.items()
+    }
+    return Pilot(costs, layers)
 
 
 def _line(jobs: Sequence[tuple[Cost, Cost]], few: int, many: int) -> Cost:

@@ -4,11 +4,11 @@ python tests/benchmarks/bench_hardware.py
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
-from qwt_mmdet.config import QuantizationSettings
-from qwt_mmdet.estimate import Trial, measure_model
+from qwt_mmdet.config import QuantizationSettings, as_plain, resolve
+from qwt_mmdet.estimate import Cost, measure
+from qwt_mmdet.plan import Plan
 from tabulate import tabulate
 
 MODELS = (
@@ -16,12 +16,24 @@ MODELS = (
     "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
     "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",
 )
-STEPS = ("evaluate_baseline", "quantize_model", "evaluate_quantized")
 # The cheapest quantizer to calibrate: only the evaluations are looked at.
 SETTINGS = QuantizationSettings(
     8, 8, weight_range="minmax", activation_range="minmax", rounding="nearest",
     migrate_scales=False, bias_correction=False,
 )  # fmt: skip
+
+
+def evaluations(config: str, batch_size: int, *, threads: int, gpu: bool) -> list[Cost]:
+    """Costs of the evaluation of a detector in full precision and quantized."""
+    content = {
+        "datasets": {"images": {"type": "coco", "root": "."}},
+        "models": {"detector": {"config": config, "checkpoint": "random", "dataset": "images"}},
+        "quantization": {"w8a8": as_plain(SETTINGS)},
+        "compensation": {},
+        "evaluation": {"batch_size": batch_size},
+    }
+    costs = measure(Plan(resolve(content)), threads=threads, gpu=gpu).costs
+    return [costs["detector", f"evaluate_{kind}"] for kind in ("baseline", "quantized")]
 
 
 def main() -> None:
@@ -34,21 +46,11 @@ def main() -> None:
     rows = []
     for config in options.models:
         for batch_size in options.batch_sizes:
-            with tempfile.TemporaryDirectory() as folder:
-                batch_sizes = {"evaluation": batch_size, "calibration": 1}
-                trial = Trial(
-                    Path(folder), config, {}, SETTINGS, None, options.device, batch_sizes,
-                    options.threads,
-                )  # fmt: skip
-                costs = measure_model(trial, STEPS)
-            full, quantized = (costs[step] for step in (STEPS[0], STEPS[2]))
-            memory = (
-                full.gigabytes if full.device_gigabytes is None else full.device_gigabytes,
-                quantized.gigabytes
-                if quantized.device_gigabytes is None
-                else quantized.device_gigabytes,
+            found = evaluations(
+                config, batch_size, threads=options.threads, gpu=options.device == "cuda"
             )
-            rates = [1 / cost.seconds_per_image for cost in (full, quantized)]
+            rates = [1 / cost.seconds_per_image for cost in found]
+            memory = [cost.device_gigabytes or cost.gigabytes for cost in found]
             rows.append([Path(config).stem, batch_size, *rates, *memory])
             print(*rows[-1], flush=True)
     headers = (

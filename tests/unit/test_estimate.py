@@ -1,4 +1,4 @@
-"""What a run would take: measured costs, multiplied as the config says."""
+"""What a run would take: measured costs, multiplied as the plan says."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 from qwt_mmdet import cli, estimate
-from qwt_mmdet.config import QuantizationSettings, Search, Smallest, read_file, resolve
+from qwt_mmdet.config import Search, Smallest, read_file, resolve
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.estimate import (
     Cost,
-    Trial,
+    Inputs,
+    Pilot,
     estimate_run,
+    image_counts,
     images_of,
-    measure_model,
+    measure,
+    pilot_config,
     search_costs,
     wall_seconds,
 )
@@ -21,21 +24,25 @@ from qwt_mmdet.plan import Plan
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "workflow" / "demo" / "mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py"
 COST = Cost(seconds=10.0, seconds_per_image=0.5, gigabytes=2.0, device_gigabytes=None)
+MEASURED = ("evaluate_baseline", "quantize_model", "evaluate_quantized")
+STEPS = (*MEASURED, "fit_compensation", "evaluate_compensated")
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list[Trial]:
-    """Every step costs the same; the trials that were asked for."""
-    trials = []
+def measured(monkeypatch) -> None:
+    """Every step of a pilot costs the same, and nine layers are quantized."""
 
-    def measure(trial: Trial, steps) -> dict[str, Cost]:
-        trials.append(trial)
-        return dict.fromkeys(steps, COST)
+    def measure(plan: Plan, **options) -> Pilot:
+        jobs = Plan(resolve(pilot_config(plan, INPUTS, run=0))).jobs
+        costs = {(job.model, job.step): COST for job in jobs}
+        return Pilot(costs, {job.model: 9 for job in jobs})
 
-    monkeypatch.setattr(estimate, "measure_model", measure)
-    return trials
+    monkeypatch.setattr(estimate, "measure", measure)
+
+
+COUNTS = {"calibration": (2, 8), "evaluation": (32, 64)}
+INPUTS = {name: Inputs(Path("inputs", name), {}, COUNTS) for name in ("yolox", "demo")}
 
 
 @pytest.fixture
@@ -47,8 +54,17 @@ def config(tmp_path) -> Path:
     return path
 
 
+def planned(config: Path, **changes) -> Plan:
+    return Plan(resolve({**read_file(config), **changes}))
+
+
+def demo_plan(**changed) -> Plan:
+    content = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
+    return Plan(resolve(content | changed))
+
+
 def test_costs_are_multiplied_by_jobs_and_images(measured, config):
-    found = estimate_run(resolve(read_file(config)), device="cpu")
+    found = estimate_run(planned(config))
     assert {entry.step: (entry.jobs, entry.images, entry.seconds) for entry in found} == {
         "evaluate_baseline": (1, 5000, 10 + 2500),
         "quantize_model": (3, 512, 3 * (10 + 256)),
@@ -56,19 +72,18 @@ def test_costs_are_multiplied_by_jobs_and_images(measured, config):
         "fit_compensation": (6, 512, 6 * (10 + 256)),
         "evaluate_compensated": (6, 5000, 6 * (10 + 2500)),
     }
-    assert [trial.config for trial in measured] == ["yolox/yolox_s_8xb8-300e_coco.py"]
 
 
 def test_each_exported_detector_is_evaluated_and_timed_in_each_runtime(measured, config):
-    content = yaml.safe_load(config.read_text())
-    content["export"] = [{"quantization": ["w8a8", "w6a6"]}]
-    config.write_text(yaml.safe_dump(content))
-    found = {entry.step: entry for entry in estimate_run(resolve(read_file(config)), device="cpu")}
-    jobs = {step: found[step].jobs for step in estimate.EXPORT_STEPS}
-    assert jobs == {"export_model": 3, "evaluate_exported": 2, "benchmark_exported": 2}
-    assert found["evaluate_exported"].images == 5000
-    (trial,) = measured
-    assert trial.quantization.weight_bits == 6, "what is exported is tried, and can be"
+    found = estimate_run(planned(config, export=[{"quantization": ["w8a8", "w6a6"]}]))
+    assert {one.step: (one.jobs, one.images) for one in found if "export" in one.step} == {
+        "export_model": (3, 16), "evaluate_exported": (2, 5000), "benchmark_exported": (2, 0),
+    }  # fmt: skip
+
+
+def test_what_is_skipped_costs_nothing(measured, config):
+    found = estimate_run(planned(config, skip=["evaluate_baseline"]))
+    assert {one.step for one in found} == {*STEPS} - {"evaluate_baseline"}
 
 
 QUESTIONS = {
@@ -79,26 +94,20 @@ QUESTIONS = {
 
 
 def test_a_search_is_two_more_steps_before_its_quantization(measured, config):
-    content = yaml.safe_load(config.read_text())
-    content |= {"quantization": QUESTIONS, "evaluation": {"shards": 1}}
-    resolved = resolve(content)
-    found = {one.step: one for one in estimate_run(resolved, device="cpu")}
-    assert {step: (found[step].jobs, found[step].images) for step in estimate.SEARCH_STEPS} == {
+    plan = planned(config, quantization=QUESTIONS, evaluation={"shards": 1})
+    found = {one.step: one for one in estimate_run(plan)}
+    steps = ("measure_candidates", "choose_recipe")
+    assert {step: (found[step].jobs, found[step].images) for step in steps} == {
         "measure_candidates": (2, 4),
         "choose_recipe": (2, 512),
     }
-    wall, _ = estimate.run_seconds(resolved, list(found.values()), 99)
-    chain = ("measure_candidates", "choose_recipe", *estimate.STEPS[1:2], *estimate.STEPS[3:])
+    times, layers = 5, 9  # of two searches the one that takes longer counts
+    assert found["measure_candidates"].cost.seconds == 10 + times * 10
+    each = times * 0.5 + (times + 1) * (layers + 1) * 0.5
+    assert found["measure_candidates"].cost.seconds_per_image == each
+    wall, _ = estimate.run_seconds(plan, list(found.values()), 99)
+    chain = (*steps, "quantize_model", "fit_compensation", "evaluate_compensated")
     assert wall == pytest.approx(sum(found[step].cost.total(found[step].images) for step in chain))
-    (trial,) = measured
-    assert trial.search.candidates == (3, 4, 5, 6, 8), "of two searches the one that takes longer"
-    jobs = Plan(resolved).jobs
-    (choice,) = {job for job in jobs if job.step == "choose_recipe" and "best" in job.variant.name}
-    assert all(
-        (choice in job.after) == ("best" in job.variant.name)
-        for job in jobs
-        if job.step == "quantize_model"
-    )
 
 
 def test_a_search_costs_what_it_repeats():
@@ -107,12 +116,42 @@ def test_a_search_costs_what_it_repeats():
         smallest=Smallest(0.01), candidates=(6, 8), min_activation_bits=4,
         objective="bit_operations", rounds=2,
     )  # fmt: skip
-    found = search_costs(search, 9, dict.fromkeys(estimate.STEPS[:3], COST))
+    found = search_costs(search, 9, dict.fromkeys(MEASURED, COST))
     seconds = {step: (cost.seconds, cost.seconds_per_image) for step, cost in found.items()}
     assert seconds == {
         "measure_candidates": (10 + 4 * 10, 4 * 0.5 + 5 * 10 * 0.5),
         "choose_recipe": (10 + 2 * 20, 0.25 + 2 * 0.5),
     }
+
+
+def test_a_pilot_takes_one_of_each_kind_and_needs_few_images(config):
+    """Also where the run asks for repeats, skips, shards, held out images, a question and an export."""
+    plan = planned(
+        config, quantization={**QUESTIONS, "w8a8": {"weight_bits": 8, "activation_bits": 8}},
+        compensation={"qwt": {"holdout_fraction": 0.2}, "other": {}}, repeats=3, skip=["evaluate_baseline"],
+        export=[{"quantization": ["best"], "compensation": ["qwt"], "runtime": ["onnxruntime", "openvino"]}],
+        evaluation={"batch_size": 32, "shards": 4},
+    )  # fmt: skip
+    pilot = Plan(resolve(pilot_config(plan, INPUTS, run=1)))
+    assert [job.step for job in pilot.jobs] == [
+        "evaluate_baseline", "quantize_model", "evaluate_quantized", "fit_compensation",
+        "evaluate_compensated", "export_model", "export_model", "evaluate_exported",
+        "benchmark_exported",
+    ]  # fmt: skip
+    (row,) = pilot.rows
+    assert row.settings["scope"] == "backbone+neck", "of a question, what its answer has"
+    assert row.compensation_settings["holdout_fraction"] == 0.5
+    assert pilot.config["evaluation"] == {"batch_size": 32, "workers": 2, "shards": 1}
+    dataset = pilot.config["datasets"]["yolox"]
+    assert dataset["root"] == "inputs/yolox"
+    assert dataset["evaluation"]["annotations"] == "evaluation-64.json"
+
+
+def test_a_pilot_has_whole_batches_in_its_evaluations():
+    large = demo_plan(evaluation={"batch_size": 16}, calibration={"batch_size": 16}).config
+    assert image_counts(large, "evaluation", 6) == (16, 32)
+    assert image_counts(large, "calibration", 6) == (2, 8), "they run one by one"
+    assert image_counts(demo_plan().config, "evaluation", 6) == (2, 8)
 
 
 def test_the_command_prints_a_table_and_the_sum(measured, config):
@@ -136,41 +175,38 @@ def test_a_split_of_unknown_size_is_named():
 
 
 @pytest.mark.slow
-def test_steps_run_with_random_weights_and_cost_something(tmp_path):
-    settings = QuantizationSettings(
-        8, 8, weight_range="minmax", activation_range="minmax", rounding="nearest",
-        migrate_scales=False, bias_correction=False,
-    )  # fmt: skip
-    sizes = dict.fromkeys(estimate.PARTS, 1)
-    trial = Trial(tmp_path, str(DEMO), {}, settings, None, "cpu", sizes, 1)
-    costs = measure_model(trial, ("quantize_model", "evaluate_quantized"))
-    for cost in costs.values():
-        assert 0.001 < cost.seconds_per_image < 60
+def test_a_pilot_runs_with_random_weights_and_costs_something():
+    """Twice the workflow of the demo; its detector finds nothing by itself with random weights."""
+    cheap = {
+        "weight_bits": 8, "activation_bits": 8, "weight_range": "minmax", "activation_range": "minmax",
+        "rounding": "nearest", "migrate_scales": False, "bias_correction": False,
+    }  # fmt: skip
+    plan = demo_plan(quantization={"w8a8": cheap}, compensation={})
+    pilot = measure(plan, threads=1, gpu=False)
+    assert set(pilot.costs) == {("demo", step) for step in MEASURED}
+    for cost in pilot.costs.values():
+        assert 0 <= cost.seconds_per_image < 60
         assert 1 < cost.seconds < 120
         assert 0.2 < cost.gigabytes < 8
-    assert (tmp_path / "warmup.pth").is_file()
+        assert cost.device_gigabytes is None
+    assert pilot.layers["demo"] > 10
 
 
-# --- jobs side by side ---
-
-
-def demo_config(**changed) -> dict:
-    content = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
-    return resolve(content | changed)
-
-
-def test_jobs_of_a_run_wait_for_what_they_read():
-    found = {job.step: job for job in Plan(demo_config()).jobs}
-    assert set(found) == set(estimate.STEPS)
-    assert found["evaluate_quantized"].after == (found["quantize_model"],)
-    assert found["fit_compensation"].after == (found["quantize_model"],)
-    assert found["evaluate_compensated"].after == (found["fit_compensation"],)
+@pytest.mark.slow
+def test_a_pilot_that_fails_says_why(tmp_path):
+    overrides = [{"pattern": "no.such.layer", "skip": True}]
+    wrong = {"weight_bits": 8, "activation_bits": 8, "overrides": overrides}
+    content = demo_plan(quantization={"w8a8": wrong}, compensation={}).config
+    paths = {key: str(ROOT / content["models"]["demo"][key]) for key in ("config", "checkpoint")}
+    content["models"]["demo"] |= paths
+    with pytest.raises(QwtError, match=r"quantize_model demo w8a8: The override pattern"):
+        estimate.run_pilot(content, tmp_path / "run", threads=1, gpu=False)
 
 
 def test_time_of_a_run_is_that_of_its_longest_chain_or_of_its_sum():
     """Chain: quantize 3, fit 2, evaluate 4; beside it two evaluations of 4."""
     costs = {"quantize_model": 3.0, "fit_compensation": 2.0}
-    seconds = {job: [costs.get(job.step, 4.0)] for job in Plan(demo_config()).jobs}
+    seconds = {job: [costs.get(job.step, 4.0)] for job in demo_plan().jobs}
     assert wall_seconds(seconds, 1) == 17
     assert wall_seconds(seconds, 2) == 10  # baseline | quantize fit evaluate, then evaluate
     assert wall_seconds(seconds, 9) == 9
@@ -178,12 +214,11 @@ def test_time_of_a_run_is_that_of_its_longest_chain_or_of_its_sum():
 
 
 def test_shards_shorten_the_last_evaluation(measured):
-    config = demo_config()
-    found = estimate_run(config, device="cpu")
-    whole, busy = estimate.run_seconds(config, found, 8)
-    split = demo_config(evaluation={"shards": 3})
-    wall, more = estimate.run_seconds(split, found, 8)
-    images = config["datasets"]["shapes"]["evaluation"]["images"]
+    plan = demo_plan()
+    found = estimate_run(plan)
+    whole, busy = estimate.run_seconds(plan, found, 8)
+    wall, more = estimate.run_seconds(demo_plan(evaluation={"shards": 3}), found, 8)
+    images = plan.config["datasets"]["shapes"]["evaluation"]["images"]
     assert images % 3 == 0
     assert whole - wall == pytest.approx(images * 2 / 3 * COST.seconds_per_image)
     assert more - busy == pytest.approx(3 * 2 * COST.seconds), "three evaluations start twice more"
