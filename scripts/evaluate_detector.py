@@ -4,7 +4,7 @@ from qwt_mmdet.runtime import step
 
 with step(snakemake) as job:
     from qwt_mmdet.plan import Variant
-    from qwt_mmdet.plan.shards import shards_note
+    from qwt_mmdet.plan.run import shards_note
     from qwt_mmdet.steps.evaluate import evaluate
     from qwt_mmdet.steps.inputs import Inputs
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from qwt_mmdet.config import resolve
 from qwt_mmdet.plan import Plan
-from qwt_mmdet.plan.shards import shards_note
+from qwt_mmdet.plan.run import shards_note
 from qwt_mmdet.staleness import file_note
 from running import Workflow
 

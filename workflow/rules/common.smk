@@ -23,7 +23,12 @@ from qwt_mmdet.plan.settings import Settings
 from qwt_mmdet.reporting.text import last_error, run_summary
 from qwt_mmdet.resources import ESTIMATE, JOBS, memory_mb, minutes, read_estimate
 from qwt_mmdet.runtime import COMMAND, explain
-from qwt_mmdet.staleness import changed_files, share_with_scripts, source_hash
+from qwt_mmdet.staleness import (
+    changed_files,
+    file_state,
+    share_with_scripts,
+    source_hash,
+)
 
 share_with_scripts()
 
@@ -207,9 +212,13 @@ def detector_input(part):
 def detector_params(step):
     """Return the params that all steps have which run a model."""
     return {
-        "config": of(SETTINGS.model, "model", key="config"),
-        "config_options": of(SETTINGS.model, "model", key="config_options"),
-        "config_state": of(SETTINGS.config_state, "model"),
+        "config": of(SETTINGS.entry, "model", section="models", key="config"),
+        "config_options": of(
+            SETTINGS.entry, "model", section="models", key="config_options"
+        ),
+        "config_state": lambda wildcards: file_state(
+            config["models"][wildcards.model]["config"]
+        ),
         "read": noted("results/{model}/config_files.json"),
         "seed": config["seed"],
         "code": source_hash(step),

@@ -16,9 +16,9 @@ rule fetch_checkpoint:
     conda:
         "../../envs/qwt.yaml"
     params:
-        source=of(SETTINGS.model, "model", key="checkpoint"),
+        source=of(SETTINGS.entry, "model", section="models", key="checkpoint"),
         state=of(SETTINGS.local_checkpoint, "model"),
-        sha256=of(SETTINGS.model, "model", key="sha256"),
+        sha256=of(SETTINGS.entry, "model", section="models", key="sha256"),
         code=source_hash("fetch_checkpoint"),
     script:
         "../../scripts/fetch_checkpoint.py"
@@ -58,8 +58,8 @@ rule select_images:
     params:
         settings=of(SETTINGS.choice, "dataset", "part"),
         # no output: Snakemake would remove it before the job could tell what had changed
-        files=of(SETTINGS.files_note, "dataset", "part"),
-        images=of(SETTINGS.changed_images, "dataset", "part"),
+        files="results/datasets/{dataset}/{part}_files.json",
+        images=lambda wildcards, params: changed_files(params.files),
         read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("select_images"),
     script:

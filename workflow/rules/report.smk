@@ -5,9 +5,9 @@ rule summarize_results:
         predictions=PLAN.result_files("predictions.json"),
         exports=PLAN.exported_files(),
         annotations=PLAN.row_files("annotations"),
-        warmups=PLAN.warmup_summaries(),
+        warmups=PLAN.row_files("warmup", ".json"),
         recipes=PLAN.row_files("recipe"),
-        compensations=PLAN.fitted_files("compensation.json"),
+        compensations=PLAN.result_files("compensation.json", kinds=["compensated"]),
     output:
         **({"exports": EXPORTS_TABLE} if PLAN.exports else {}),
         table=report(
@@ -49,7 +49,7 @@ rule render_report:
         metrics=PLAN.result_files("metrics.json"),
         predictions=PLAN.result_files("predictions.json"),
         annotations=PLAN.annotation_files(),
-        blocks=PLAN.fitted_files("blocks.csv"),
+        blocks=PLAN.result_files("blocks.csv", kinds=["compensated"]),
     output:
         report=report(
             REPORT,

@@ -44,6 +44,6 @@ rule choose_recipe:
     params:
         **detector_params("choose_recipe"),
         settings=of(SETTINGS.searched, "quantization"),
-        search=of(SETTINGS.entry, "quantization"),
+        search=of(SETTINGS.entry, "quantization", section="quantization"),
     script:
         "../../scripts/choose_recipe.py"

@@ -28,4 +28,8 @@ rule rank_layers:
 rule sensitivity:
     """The ranking and the suggestion for every model and quantization of the config."""
     input:
-        PLAN.sensitivities(),
+        [
+            f"{os.path.dirname(path)}/sensitivity.{suffix}"
+            for path in PLAN.row_files("warmup")
+            for suffix in ("csv", "yaml")
+        ],

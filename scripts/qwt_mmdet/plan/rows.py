@@ -12,7 +12,6 @@ from ..files import read_json, write_json
 from .files import without_repeat
 
 KINDS = ("baseline", "quantized", "compensated")
-STOPPED_BEFORE = "the run stopped before it"
 
 
 @dataclass(frozen=True)
@@ -75,28 +74,12 @@ class ExportRow:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that failed.
-
-    Args:
-        step: rule and wildcards, ``quantize_model demo w4a4``.
-        sentence: with which its log ended.
-    """
+    """A job that failed: rule and wildcards as ``step``, and the ``sentence`` with which its log ended."""
 
     step: str
     wildcards: Mapping[str, str]
     log: str
     sentence: str
-
-    def concerns(self, names: Mapping[str, str | None]) -> bool:
-        """Whether what has these names needs the job.
-
-        Args:
-            names: by wildcard, a quantization without the number of a repeat. Other wildcards do not count.
-        """
-        return all(
-            names.get(key, value) in (value, without_repeat(value))
-            for key, value in self.wildcards.items()
-        )
 
 
 @dataclass(frozen=True)
@@ -115,12 +98,18 @@ class Stopped:
         """Write it as JSON."""
         write_json(path, dataclasses.asdict(self), indent=1)
 
-    def finished(self, path: str, *names: str) -> str | None:
-        """Return a path; None if it, or a file of these names in it, was not made."""
-        files = [f"{path}/{name}" for name in names] or [path]
-        return None if set(files) & set(self.pending) else path
+    def finished(self, path: str, name: str = "") -> str | None:
+        """Return a path; None if it, or the file of this name in it, was not made."""
+        return None if (f"{path}/{name}" if name else path) in self.pending else path
 
     def causes(self, names: Mapping[str, str | None]) -> list[str]:
-        """Sentences about why something with these names is missing; see :meth:`Failure.concerns`."""
-        concerned = [failure for failure in self.failed if failure.concerns(names)]
-        return [f"{one.step}: {one.sentence}" for one in concerned] or [STOPPED_BEFORE]
+        """Sentences about the failed jobs that something with these names needs.
+
+        Args:
+            names: by wildcard, a quantization without the number of a repeat. Other wildcards do not count.
+        """
+        return [
+            f"{job.step}: {job.sentence}"
+            for job in self.failed
+            if all(names.get(k, v) in (v, without_repeat(v)) for k, v in job.wildcards.items())
+        ] or ["the run stopped before it"]

@@ -1,15 +1,20 @@
 """The detectors, jobs and results of a run."""
 
+import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ..config import Combination, combinations, exports, is_question, searched_settings
 from ..config.datasets import Part
 from ..data.sources import number_of_images
 from ..resources import default_shards
+from ..staleness import source_hash
 from .files import (
     DOCUMENT,
     EXPORTS_TABLE,
@@ -21,7 +26,36 @@ from .files import (
     without_repeat,
 )
 from .rows import KINDS, ExportRow, ResultRow, Stopped
-from .shards import noted_shards
+
+
+def part_of(step: str) -> Part:
+    """Which images a step reads."""
+    return "evaluation" if step.startswith("evaluate") else "calibration"
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    """The items that are not None, each once."""
+    return [item for item in dict.fromkeys(items) if item is not None]
+
+
+def shards_note(config: Mapping[str, Any], variant: Variant) -> tuple[str, str]:
+    """Where it is noted in how many shards an evaluation was run, and a hash of what that holds for.
+
+    What is done stays, although other input files would run it again.
+    """
+    entry = config["models"][variant.model]
+    quantization, compensation = variant.quantization, variant.compensation
+    decides = [
+        entry,
+        config["datasets"][entry["dataset"]],
+        quantization and config["quantization"][without_repeat(quantization)],
+        compensation and config["compensation"][compensation],
+        config["seed"],
+        config["evaluation"]["batch_size"],
+        source_hash("evaluate_shard"),
+    ]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{variant.evaluated}/shards.json", digest
 
 
 @dataclass(frozen=True)
@@ -61,10 +95,6 @@ class Job:
         return self.step.startswith("evaluate") and self.runtime is None
 
     @property
-    def part(self) -> Part:
-        return part_of(self.step)
-
-    @property
     def account(self) -> str | None:
         """The JSON file whose ``provenance`` tells what it took; None where none does."""
         if self.step.startswith("evaluate"):
@@ -72,16 +102,6 @@ class Job:
             return f"{folder or self.variant.evaluated}/metrics.json"
         made = {"quantize_model": "warmup", "fit_compensation": "compensation"}.get(self.step)
         return f"{os.path.splitext(self.variant.parts()[made])[0]}.json" if made else None
-
-
-def part_of(step: str) -> Part:
-    """Which images a step reads."""
-    return "evaluation" if step.startswith("evaluate") else "calibration"
-
-
-def unique(items: Iterable[Any]) -> list[Any]:
-    """The items that are not None, each once."""
-    return [item for item in dict.fromkeys(items) if item is not None]
 
 
 class Plan:
@@ -177,7 +197,12 @@ class Plan:
 
     def shards(self, variant: Variant, jobs: int) -> list[str]:
         """Files of the shards of an evaluation: as many as it was done in, or as :meth:`split` says; none for one."""
-        count = noted_shards(self.config, variant) or self.split(variant.model, jobs)
+        path, current = shards_note(self.config, variant)
+        count = None
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            note = json.loads(Path(path).read_text(encoding="utf-8"))
+            count = int(note["shards"]) if note["of"] == current else None
+        count = count or self.split(variant.model, jobs)
         numbers = range(1, count + 1) if count > 1 else ()
         return [f"{variant.evaluated}/shards/{number}-of-{count}.json" for number in numbers]
 
@@ -249,71 +274,40 @@ class Plan:
         folders = unique(f for row in self.rows for kind in kinds for f in row.repeats[kind])
         return [f"{folder}/{name}" for folder in folders for name in names]
 
-    def row_files(self, key: str) -> list[str]:
-        """The files that all result rows name under a key, each once."""
-        return unique(getattr(row, key) for row in self.rows)
-
-    def fitted_files(self, *names: str) -> list[str]:
-        """The files of these names beside all compensations."""
-        return self.result_files(*names, kinds=["compensated"])
+    def row_files(self, key: str, suffix: str | None = None) -> list[str]:
+        """The files that all result rows name under a key, each once, or those beside them with another suffix."""
+        found = unique(getattr(row, key) for row in self.rows)
+        return [os.path.splitext(path)[0] + suffix for path in found] if suffix else found
 
     def exported_files(self) -> list[str]:
         """What summary and report read of exported detectors."""
-        results = ("metrics.json", "predictions.json")
-        return [
-            path
-            for row in self.export_rows
-            for path in (
-                *(f"{row.exported}/{name}" for name in results if row.exported),
-                *([row.benchmark] if row.benchmark else []),
-            )
-        ]
-
-    def graphs(self) -> list[str]:
-        """The files of all exported detectors, with those in full precision that they are compared with."""
-        variants = [Variant(*row) for row in self.exports]
-        return [
-            f"{variant.exported}/model.{suffix}"
-            for variant in unique([*variants, *(Variant(v.model) for v in variants)])
-            for suffix in ("onnx", "json")
-        ]
+        folders = [row.exported for row in self.export_rows if row.exported]
+        found = [f"{f}/{n}" for f in folders for n in ("metrics.json", "predictions.json")]
+        return [*found, *(row.benchmark for row in self.export_rows if row.benchmark)]
 
     def annotation_files(self) -> list[str]:
         """The annotation files of the chosen images of all data sets that are evaluated on."""
-        datasets = unique(row.dataset for row in self.rows if row.annotations is not None)
-        parts = ("calibration", "evaluation")
-        return unique(
-            self.stopped.finished(chosen_images(name, part)) for name in datasets for part in parts
-        )
-
-    def warmup_summaries(self) -> list[str]:
-        """The files with what the warmup files say of themselves."""
-        return [f"{os.path.splitext(path)[0]}.json" for path in self.row_files("warmup")]
-
-    def sensitivities(self) -> list[str]:
-        """The ranking of layers and the suggestion for every model and quantization."""
-        folders = map(os.path.dirname, self.row_files("warmup"))
-        return [f"{folder}/sensitivity.{end}" for folder in folders for end in ("csv", "yaml")]
+        paths = self.row_files("annotations")
+        others = [path.replace("evaluation.json", "calibration.json") for path in paths]
+        return unique(map(self.stopped.finished, [*paths, *others]))
 
     def detector_results(self) -> list[str]:
         """All that the jobs make which run a detector."""
-        recipes = self.row_files("recipe")
+        exported = [Variant(*row) for row in self.exports]
+        exported += [Variant(variant.model) for variant in exported]
+        fitted = ("compensation.pth", "compensation.json", "blocks.csv")
         return [
             *self.result_files("metrics.json", "predictions.json"),
-            *self.fitted_files("compensation.pth", "compensation.json", "blocks.csv"),
-            *recipes,
-            *(f"{os.path.splitext(path)[0]}.yaml" for path in recipes),
-            *self.graphs(),
+            *self.result_files(*fitted, kinds=["compensated"]),
+            *self.row_files("recipe"),
+            *self.row_files("recipe", ".yaml"),
+            *(f"{v.exported}/model.{end}" for v in unique(exported) for end in ("onnx", "json")),
             *self.exported_files(),
-            *self.warmup_summaries(),
+            *self.row_files("warmup", ".json"),
             *(self.row_files("warmup") if self.config["keep_warmup"] else []),
         ]
 
     def results(self) -> list[str]:
         """All files that the config asks for, so that one that is gone is made again."""
-        return [
-            *(TABLE, DOCUMENT, REPORT),
-            *([EXPORTS_TABLE] if self.exports else []),
-            *self.annotation_files(),
-            *self.detector_results(),
-        ]
+        tables = [TABLE, DOCUMENT, REPORT, *([EXPORTS_TABLE] if self.exports else [])]
+        return [*tables, *self.annotation_files(), *self.detector_results()]

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import Search, of_repeat, searched_settings
+from ..config.datasets import Part
 from ..data.sources import Source, open_source
 from ..errors import QwtError
 from ..files import is_url
 from ..runtime import REFITS
-from ..staleness import changed_files, file_state
+from ..staleness import file_state
 from .files import Variant, chosen_images, dataset_folder, without_repeat
 from .run import Plan, part_of
 
@@ -32,33 +33,22 @@ def existing(path: str, key: str) -> str:
 
 
 class Settings:
-    """Params and inputs of rules; the arguments are wildcards."""
+    """Params and inputs of rules; most arguments are wildcards."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._config: Mapping[str, Any] = plan.config
+        self._config = plan.config
 
-    def model(self, model: str, key: str) -> Any:
-        """One setting of a model."""
-        return self._config["models"][model].get(key)
-
-    def config_state(self, model: str) -> Any:
-        """The state of the model's config if it is a file here."""
-        return file_state(self.model(model, "config"))
-
-    def compensation(self, compensation: str) -> Mapping[str, Any]:
-        """A compensation."""
-        entry: Mapping[str, Any] = self._config["compensation"][compensation]
-        return entry
-
-    def entry(self, quantization: str) -> Mapping[str, Any]:
-        """A quantization, whatever the repeat."""
-        entry: Mapping[str, Any] = self._config["quantization"][without_repeat(quantization)]
-        return entry
+    def entry(self, section: str, key: str | None = None, **wildcard: str) -> Any:
+        """The entry of a section that a wildcard names, whatever the repeat, or the value of a key of it."""
+        (name,) = wildcard.values()
+        entry = self._config[section][without_repeat(name)]
+        return entry if key is None else entry.get(key)
 
     def plain(self, quantization: str) -> Mapping[str, Any] | None:
         """A quantization; None where it is a question, which a recipe answers."""
-        return None if self._plan.is_question(quantization) else self.entry(quantization)
+        asked = self._plan.is_question(quantization)
+        return None if asked else self.searched(quantization)
 
     def searched(self, quantization: str) -> Mapping[str, Any]:
         """A quantization; of a question, that of which all but the bits holds in the answer."""
@@ -66,7 +56,7 @@ class Settings:
 
     def candidates(self, quantization: str) -> dict[str, Any]:
         """What is measured for a question."""
-        search = Search(**self.entry(quantization))
+        search = Search(**self.entry("quantization", quantization=quantization))
         return {
             "weight_bits": sorted(set(search.candidates)),
             "activation_bits": search.activation_candidates(),
@@ -74,40 +64,37 @@ class Settings:
         }
 
     def recipe(self, model: str, quantization: str) -> list[str]:
-        """Input: the answer to a quantization that is a question."""
-        if not self._plan.is_question(quantization):
-            return []
-        return [Variant(model, quantization).calibrated("recipe.yaml")]
+        """The answer to a quantization that is a question."""
+        recipe = Variant(model, quantization).calibrated("recipe.yaml")
+        return [recipe] if self._plan.is_question(quantization) else []
 
-    def images(self, part: str, model: str, quantization: str | None = None) -> str:
-        """Input: annotation file of a model's images, for calibration those of the repeat."""
+    def images(self, part: str, model: str, quantization: str | None) -> str:
+        """Annotation file of a model's images, for calibration those of the repeat."""
         repeat = "".join((quantization or "").partition("@")[1:])
         name = part + (repeat if part == "calibration" else "")
         return chosen_images(self._plan.dataset(model), name)
 
     def images_of(self, step: str, model: str) -> int | None:
         """How many images a step runs a model on; None where only a measurement of the step knows it."""
-        dataset = self._config["datasets"][self._plan.dataset(model)]
-        count = dataset[part_of(step)]["images"]
+        count = self._config["datasets"][self._plan.dataset(model)][part_of(step)]["images"]
         return None if count == "all" or step in OWN_IMAGES else count
 
     def cache_gb(self, step: str, quantization: str | None) -> float:
         """Gigabytes of memory that activations may take which wait while a step runs."""
-        caches = step == "fit_compensation" or (
-            step in REFITS and quantization and self.searched(quantization)["refit"] != "none"
-        )
+        refits = step in REFITS and quantization and self.searched(quantization)["refit"] != "none"
+        caches = refits or step == "fit_compensation"
         return self._config["activation_cache"]["memory_gb"] if caches else 0.0
 
-    def shards(self, jobs: int, model: str, **names: str | None) -> list[str]:
-        """Input: what the shards of an evaluation detect; nothing where one job evaluates all images."""
-        return self._plan.shards(Variant(model, **names), jobs)
+    def shards(self, jobs: int, **names: Any) -> list[str]:
+        """What the shards of an evaluation detect; nothing where one job evaluates all images."""
+        return self._plan.shards(Variant(**names), jobs)
 
     def parts(self, model: str, evaluated: str) -> dict[str, str]:
-        """Input: warmup and compensation of the variant that a shard belongs to, as far as it has them."""
+        """Warmup and compensation of the variant that a shard belongs to, as far as it has them."""
         return Variant.named(model, evaluated).parts()
 
     def exported(self, model: str, variant: str) -> dict[str, str]:
-        """Input: what an exported variant consists of, and its metrics if it is evaluated."""
+        """What an exported variant consists of, and its metrics if it is evaluated."""
         found = Variant.named(model, variant)
         evaluated = found in self._plan.evaluations
         return found.parts() | ({"metrics": f"{found.evaluated}/metrics.json"} if evaluated else {})
@@ -117,7 +104,7 @@ class Settings:
         entry = next(e for row, e in self._plan.exports.items() if row.model == model)
         return {"opset": entry.opset, "input": entry.input}
 
-    def _source(self, dataset: str, part: str) -> tuple[Source, Any]:
+    def _source(self, dataset: str, part: str) -> tuple[Source, Part]:
         """Where a data set comes from, and the part that files are named after."""
         settings, meant = of_repeat(self._config["datasets"][dataset], part)
         return open_source(settings, dataset_folder(dataset)), meant
@@ -133,18 +120,10 @@ class Settings:
         return source.annotation_settings(meant)
 
     def source_file(self, dataset: str, part: str) -> str:
-        """Input: where the annotations of a part are; repeats share them unless they are generated."""
+        """Where the annotations of a part are; repeats share them unless they are generated."""
         meant = self._source(dataset, part)[1]
         shared = self.annotations(dataset, meant) == self.annotations(dataset, part)
         return f"{dataset_folder(dataset)}/{meant if shared else part}_source.json"
-
-    def files_note(self, dataset: str, part: str) -> str:
-        """Where it is noted how the chosen image files were."""
-        return f"{dataset_folder(dataset)}/{part}_files.json"
-
-    def changed_images(self, dataset: str, part: str) -> str:
-        """Tells chosen images that were changed or removed from those that were not."""
-        return changed_files(self.files_note(dataset, part))
 
     def local_annotations(self, dataset: str, part: str) -> Any:
         """The state of the annotation file of a part of a data set that is a folder here."""
@@ -155,10 +134,8 @@ class Settings:
 
     def local_checkpoint(self, model: str) -> Any:
         """The state of the model's checkpoint if it is a file here."""
-        location = self._config["models"][model]["checkpoint"]
-        if is_url(location):
-            return None
-        return file_state(existing(location, f"models.{model}.checkpoint"))
+        path = self._config["models"][model]["checkpoint"]
+        return None if is_url(path) else file_state(existing(path, f"models.{model}.checkpoint"))
 
     def supplied_warmup(self, model: str, quantization: str) -> dict[str, Any]:
         """The warmup file that the config supplies, if any, and its state."""
