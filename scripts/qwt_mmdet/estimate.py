@@ -17,17 +17,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from mmengine.logging import MMLogger
 
-from .config import Search, is_question, resolve, searched_settings
+from .config import Search, resolve, searched_settings
 from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
 from .data.sources import number_of_images
@@ -39,8 +38,7 @@ from .files import read_json, write_json
 from .plan import Job, Plan, Stopped, Variant
 from .plan.files import UNFINISHED, snakefile
 from .plan.run import part_of
-from .resources import JOBS
-from .runtime import hardware
+from .resources import JOBS, Cost, MeasuredStep
 from .staleness import share_with_scripts
 from .steps.export import IMAGES as EXPORT_IMAGES
 
@@ -55,41 +53,8 @@ DETECTIONS = 10
 """On a generated image, at least; an evaluation refuses a detector that finds nothing."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a step costs.
-
-    Args:
-        seconds: once, whatever the number of images.
-        seconds_per_image: for each image, in addition.
-        gigabytes: peak memory of the process.
-        device_gigabytes: peak memory on the GPU; None without one.
-    """
-
-    seconds: float
-    seconds_per_image: float
-    gigabytes: float
-    device_gigabytes: float | None
-
-    def total(self, images: int) -> float:
-        """Seconds for ``images`` images."""
-        return self.seconds + images * self.seconds_per_image
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """What a pilot has found: costs by model and step, and how many layers of each model are quantized."""
-
-    costs: Mapping[tuple[str, str], Cost]
-    layers: Mapping[str, int]
-
-
 def image_counts(config: Mapping[str, Any], part: Part, more: int) -> tuple[int, int]:
-    """Numbers of images of both runs; of an evaluation whole batches, if these are large.
-
-    Args:
-        more: images that the second run has in addition, at least.
-    """
+    """Numbers of images of both runs, of which the second has ``more`` at least; whole batches in an evaluation."""
     batch = config["evaluation"]["batch_size"] if part == "evaluation" else 1
     few = max(FEW, batch)
     return few, few + max(more, batch)
@@ -106,10 +71,7 @@ def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
 def write_images(
     folder: Path, part: Part, count: int, classes: Sequence[str], size: tuple[int, int]
 ) -> Path:
-    """Write generated images with an object each, in COCO's format; more of them hold fewer.
-
-    Args:
-        size: height and width.
+    """Write generated images of a height and width, with an object each, in COCO's format; more hold fewer.
 
     Returns:
         the annotation file, PART-COUNT.json.
@@ -129,19 +91,14 @@ def write_images(
         "annotations": [{**thing, "id": i, "image_id": i} for i in range(1, count + 1)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
     }
-    write_json(folder / f"{part}-{count}.json", content)
-    return folder / f"{part}-{count}.json"
+    path = folder / f"{part}-{count}.json"
+    write_json(path, content)
+    return path
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a model of a pilot runs on.
-
-    Args:
-        folder: with checkpoint.pth and the files of :func:`write_images`.
-        options: changes to the model's config with which it finds something.
-        counts: images of both runs, by part.
-    """
+class Inputs(NamedTuple):
+    """What a model of a pilot runs on: a folder with checkpoint.pth and images, changes to its config with which it
+    finds something, and the numbers of images of both runs."""
 
     folder: Path
     options: Mapping[str, Any]
@@ -183,13 +140,10 @@ def write_inputs(config: Mapping[str, Any], name: str, folder: Path, *, gpu: boo
 
 
 def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str, Any]:
-    """The config of one run of a pilot.
+    """The config of one run of a pilot: 0 with few images, 1 with many.
 
     Each model has the first of its quantizations and compensations, or what is exported first. Of a question
     the settings are taken that all but the bits have.
-
-    Args:
-        inputs: by model. run: 0 for the one with few images, 1 for the other.
     """
     config, targets, export = plan.config, [], []
     content: dict[str, Any] = {"datasets": {}, "models": {}, "quantization": {}}
@@ -235,18 +189,18 @@ def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str
     }
 
 
-def run_pilot(content: Mapping[str, Any], folder: Path, *, threads: int, gpu: bool) -> None:
+def run_pilot(pilot: Plan, folder: Path, *, threads: int, gpu: bool) -> None:
     """Run the workflow in a folder, one job at a time, as far as detectors run in it.
 
     Raises:
         QwtError: a step failed; says what it said.
     """
     folder.mkdir()
-    write_json(folder / "config.yaml", content)  # JSON is YAML
+    write_json(folder / "config.yaml", pilot.config)  # JSON is YAML
     share_with_scripts()
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "snakemake", *Plan(content).detector_results()),
+            *(sys.executable, "-m", "snakemake", *pilot.detector_results()),
             *("--snakefile", str(snakefile()), "--directory", str(folder), "--nocolor"),
             *("--configfile", str(folder / "config.yaml"), "--cores", str(threads)),
             *("--default-resources", "pilot=1", "--resources", "pilot=1", f"gpu={int(gpu)}"),
@@ -267,16 +221,28 @@ def run_pilot(content: Mapping[str, Any], folder: Path, *, threads: int, gpu: bo
 
 def job_cost(job: Job, folder: Path) -> Cost:
     """What a job of a run took, for all its images."""
-    path = folder / "benchmarks" / job.step / f"{job.name}.tsv"
-    with open(path, newline="", encoding="utf-8") as stream:
+    with open(folder / "benchmarks" / job.step / f"{job.name}.tsv", encoding="utf-8") as stream:
         (row,) = csv.DictReader(stream, delimiter="\t")
     known = read_json(folder / job.account)["provenance"] if job.account else {}
     memory = float(row["max_rss"]) if row["max_rss"] not in ("-", "NA") else 0.0  # it was too short
     return Cost(float(row["s"]), 0.0, memory * 2**20 / 1e9, known.get("device_gigabytes"))
 
 
-def measure(plan: Plan, *, threads: int, gpu: bool) -> Pilot:
-    """Run the pilot of a plan.
+def line(jobs: Sequence[tuple[Cost, Cost]], few: int, many: int) -> Cost:
+    """The cost of a start and of an image, from jobs of one step with few and with many images."""
+    starts, ends = (fmean(costs[run].seconds for costs in jobs) for run in (0, 1))
+    per_image = max(0.0, (ends - starts) / (many - few))
+    all_costs = [cost for costs in jobs for cost in costs]
+    return Cost(
+        max(0.0, starts - few * per_image),
+        per_image,
+        max(cost.gigabytes for cost in all_costs),
+        max((c.device_gigabytes for c in all_costs if c.device_gigabytes), default=None),
+    )
+
+
+def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cost]:
+    """Run the pilot of a plan; return what each step of each model costs.
 
     Args:
         threads: of each job. gpu: whether detectors run on one.
@@ -285,42 +251,36 @@ def measure(plan: Plan, *, threads: int, gpu: bool) -> Pilot:
         QwtError: see :func:`write_inputs` and :func:`run_pilot`.
     """
     found: dict[tuple[str, str], list[tuple[Cost, Cost]]] = {}
-    layers = {}
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
-        root = Path(name)
+        few, many = Path(name, "few"), Path(name, "many")
         inputs = {
-            model: write_inputs(plan.config, model, root / "inputs" / model, gpu=gpu)
+            model: write_inputs(plan.config, model, Path(name, "inputs", model), gpu=gpu)
             for model in dict.fromkeys(row.model for row in plan.combinations)
         }
-        folders = root / "few", root / "many"
-        for run, folder in enumerate(folders):
-            content = resolve(pilot_config(plan, inputs, run))
-            run_pilot(content, folder, threads=threads, gpu=gpu)
-        pilot = Plan(content)
+        for run, folder in enumerate((few, many)):
+            pilot = Plan(resolve(pilot_config(plan, inputs, run)))
+            run_pilot(pilot, folder, threads=threads, gpu=gpu)
         for job in pilot.jobs:
-            few, many = (job_cost(job, folder) for folder in folders)
-            found.setdefault((job.model, job.step), []).append((few, many))
-        for row in pilot.combinations:
-            summary = folders[1] / Variant(row.model, row.quantization).calibrated("warmup.json")
-            layers[row.model] = read_json(summary)["summary"]["layers"]
-    costs = {
-        (model, step): _line(jobs, *inputs[model].counts[part_of(step)])
-        for (model, step), jobs in found.items()
-    }
-    return Pilot(costs, layers)
+            both = job_cost(job, few), job_cost(job, many)
+            found.setdefault((job.model, job.step), []).append(both)
+        costs = {
+            (model, step): line(jobs, *inputs[model].counts[part_of(step)])
+            for (model, step), jobs in found.items()
+        }
+        for row in pilot.rows:
+            if search := costliest_search(plan, row.model):
+                warmup = read_json(
+                    many / Variant(row.model, row.quantization).calibrated("warmup.json")
+                )
+                costs |= search_costs(search, row.model, warmup["summary"]["layers"], costs)
+    return costs
 
 
-def _line(jobs: Sequence[tuple[Cost, Cost]], few: int, many: int) -> Cost:
-    """The cost of a start and of an image, from jobs of one step with few and with many images."""
-    starts, ends = (fmean(costs[index].seconds for costs in jobs) for index in (0, 1))
-    per_image = max(0.0, (ends - starts) / (many - few))
-    devices = [one.device_gigabytes for costs in jobs for one in costs if one.device_gigabytes]
-    return Cost(
-        seconds=max(0.0, starts - few * per_image),
-        seconds_per_image=per_image,
-        gigabytes=max(one.gigabytes for costs in jobs for one in costs),
-        device_gigabytes=max(devices, default=None),
-    )
+def costliest_search(plan: Plan, model: str) -> Search | None:
+    """Of the questions of a model the one with the most candidates."""
+    names = [row.quantization for row in plan.combinations if row.model == model]
+    entries = [plan.config["quantization"][name] for name in names if plan.is_question(name)]
+    return max((Search(**entry) for entry in entries), key=rankings, default=None)
 
 
 def rankings(search: Search) -> int:
@@ -328,7 +288,9 @@ def rankings(search: Search) -> int:
     return len({*search.candidates}) + len(search.activation_candidates()) - 1
 
 
-def search_costs(search: Search, layers: int, costs: Mapping[str, Cost]) -> dict[str, Cost]:
+def search_costs(
+    search: Search, model: str, layers: int, costs: Mapping[tuple[str, str], Cost]
+) -> dict[tuple[str, str], Cost]:
     """Costs of the two steps of a search, from those of the steps that it repeats.
 
     They do not grow with the images alone, and to try them would take longer than all other steps. Each ranking
@@ -337,10 +299,9 @@ def search_costs(search: Search, layers: int, costs: Mapping[str, Cost]) -> dict
 
     Args:
         layers: number of those that are quantized.
-        costs: of evaluate_baseline, quantize_model and evaluate_quantized.
     """
-    full, calibration = costs["evaluate_baseline"], costs["quantize_model"]
-    quantized = costs["evaluate_quantized"]
+    steps = ("evaluate_baseline", "quantize_model", "evaluate_quantized")
+    full, calibration, quantized = (costs[model, step] for step in steps)
     times, rounds = rankings(search), search.rounds if search.smallest else 0
     measured = dataclasses.replace(
         calibration,
@@ -354,7 +315,7 @@ def search_costs(search: Search, layers: int, costs: Mapping[str, Cost]) -> dict
         seconds_per_image=bool(rounds) * full.seconds_per_image / 2
         + rounds * (calibration.seconds_per_image + quantized.seconds_per_image) / 2,
     )
-    return {"measure_candidates": measured, "choose_recipe": chosen}
+    return {(model, "measure_candidates"): measured, (model, "choose_recipe"): chosen}
 
 
 def images_of(dataset: Mapping[str, Any], part: Part) -> int:
@@ -372,40 +333,10 @@ def images_of(dataset: Mapping[str, Any], part: Part) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What one step of a run costs, for all its jobs together.
-
-    Args:
-        jobs: how often the step runs. images: of each job.
-    """
-
-    model: str
-    step: str
-    jobs: int
-    images: int
-    cost: Cost
-
-    @property
-    def seconds(self) -> float:
-        """For all jobs, one after the other."""
-        return self.jobs * self.cost.total(self.images)
-
-
-def save_estimate(found: Sequence[StepCost], path: str | os.PathLike[str]) -> None:
-    """Write what the rules ask a cluster for (see :mod:`qwt_mmdet.resources`)."""
-    steps = [
-        {"model": one.model, "step": one.step, "images": one.images, **dataclasses.asdict(one.cost)}
-        for one in found
-    ]
-    write_json(path, {"hardware": hardware(), "steps": steps}, indent=1)
-
-
-def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[StepCost]:
+def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[MeasuredStep]:
     """Estimate the steps of a run that compute, model by model.
 
-    Each model is tried with one quantization and one compensation; others cost about as much. Of several
-    searches the one with the most candidates counts.
+    Each model is tried with one quantization and one compensation; others cost about as much.
 
     Args:
         threads: of each job. gpu: whether detectors run on one.
@@ -416,32 +347,23 @@ def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[Ste
     counted = Counter((job.model, job.step) for job in plan.jobs)
     datasets = {model: plan.config["datasets"][plan.dataset(model)] for model, _ in counted}
     images = {key: images_of(datasets[key[0]], part_of(key[1])) for key in counted}
-    pilot = measure(plan, threads=threads, gpu=gpu)
+    costs = measure(plan, threads=threads, gpu=gpu)
     found = []
-    for model in datasets:
-        costs = {step: cost for (name, step), cost in pilot.costs.items() if name == model}
-        entries = (
-            plan.config["quantization"][row.quantization]
-            for row in plan.combinations
-            if row.model == model
-        )
-        searches = [Search(**entry) for entry in entries if is_question(entry)]
+    for (model, step), jobs in sorted(
+        counted.items(), key=lambda item: [*datasets].index(item[0][0])
+    ):
+        search = costliest_search(plan, model)
         # what does not read all images of its part
         most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
-        if searches:
-            search = max(searches, key=rankings)
-            most["measure_candidates"] = search.images
-            costs |= search_costs(search, pilot.layers[model], costs)
-        for (name, step), jobs in counted.items():
-            if name == model:
-                count = images[name, step]
-                count = min(count, most.get(step, count))
-                found.append(StepCost(model, step, jobs, count, costs[step]))
+        most |= {"measure_candidates": search.images} if search else {}
+        count = min(images[model, step], most.get(step, images[model, step]))
+        cost = dataclasses.asdict(costs[model, step])
+        found.append(MeasuredStep(**cost, model=model, step=step, images=count, jobs=jobs))
     return found
 
 
 def run_seconds(
-    plan: Plan, found: Sequence[StepCost], slots: int, gpus: int | None = None
+    plan: Plan, found: Sequence[MeasuredStep], slots: int, gpus: int | None = None
 ) -> tuple[float, float]:
     """Seconds from start to end of a run whose jobs run side by side, and the sum over its jobs.
 
@@ -455,7 +377,7 @@ def run_seconds(
     for job in plan.jobs:
         one = costs[job.model, job.step]
         parts = plan.split(job.model, at_once) if job.sharded else 1
-        seconds[job] = [one.cost.total(math.ceil(one.images / parts))] * parts
+        seconds[job] = [one.total(math.ceil(one.images / parts))] * parts
     return wall_seconds(seconds, slots, gpus), sum(map(sum, seconds.values()))
 
 

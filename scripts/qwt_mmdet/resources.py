@@ -4,16 +4,18 @@ how many jobs an evaluation is split.
 Light on purpose (no torch, no mmdet): Snakemake asks whenever it reads the workflow.
 """
 
+import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from .errors import QwtError
-from .files import read_json
+from .files import read_json, write_json
+from .runtime import hardware
 
 ESTIMATE = "results/estimate.json"
 """Where the workflow looks for costs; ``qwt-mmdet estimate --save`` writes them."""
@@ -34,21 +36,37 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
-class MeasuredStep:
-    """A step of a model, as it was measured.
+class Cost:
+    """What a step costs.
 
     Args:
-        images: of one job. seconds: once. seconds_per_image: for each image, in addition.
-        gigabytes: peak memory. device_gigabytes: on the GPU.
+        seconds: once, whatever the number of images. seconds_per_image: for each image, in addition.
+        gigabytes: peak memory of the process. device_gigabytes: on the GPU; None without one.
     """
 
-    model: str
-    step: str
-    images: int
     seconds: Amount
     seconds_per_image: Amount
     gigabytes: Amount
     device_gigabytes: Amount | None = None
+
+    def total(self, images: int) -> float:
+        """Seconds for so many images."""
+        return self.seconds + images * self.seconds_per_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredStep(Cost):
+    """What a step of a model costs in a run: ``images`` of each job, and the number of ``jobs``."""
+
+    model: str
+    step: str
+    images: int
+    jobs: int = 1
+
+    @property
+    def all_seconds(self) -> float:
+        """For all jobs, one after the other."""
+        return self.jobs * self.total(self.images)
 
 
 _STEPS = TypeAdapter(list[MeasuredStep])
@@ -72,6 +90,12 @@ def read_estimate(path: str | os.PathLike[str]) -> Mapping[tuple[str, str], Meas
     return {(step.model, step.step): step for step in steps}
 
 
+def save_estimate(found: Sequence[MeasuredStep], path: str | os.PathLike[str]) -> None:
+    """Write what :func:`read_estimate` reads."""
+    steps = [dataclasses.asdict(step) for step in found]
+    write_json(path, {"hardware": hardware(), "steps": steps}, indent=1)
+
+
 def memory_mb(measured: MeasuredStep | None, attempt: int, *, cache_gb: float = 0.0) -> int:
     """Megabytes that a job asks for, twice as many with each attempt.
 
@@ -90,8 +114,7 @@ def minutes(measured: MeasuredStep | None, images: int | None, attempt: int) -> 
     """
     if measured is None:
         return None
-    count = measured.images if images is None else images
-    seconds = measured.seconds + count * measured.seconds_per_image
+    seconds = measured.total(measured.images if images is None else images)
     return math.ceil(seconds * TIME_MARGIN / 60 * 2 ** (attempt - 1))
 
 

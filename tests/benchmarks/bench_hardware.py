@@ -7,8 +7,9 @@ import argparse
 from pathlib import Path
 
 from qwt_mmdet.config import QuantizationSettings, as_plain, resolve
-from qwt_mmdet.estimate import Cost, measure
+from qwt_mmdet.estimate import measure
 from qwt_mmdet.plan import Plan
+from qwt_mmdet.resources import Cost
 from tabulate import tabulate
 
 MODELS = (
@@ -32,7 +33,7 @@ def evaluations(config: str, batch_size: int, *, threads: int, gpu: bool) -> lis
         "compensation": {},
         "evaluation": {"batch_size": batch_size},
     }
-    costs = measure(Plan(resolve(content)), threads=threads, gpu=gpu).costs
+    costs = measure(Plan(resolve(content)), threads=threads, gpu=gpu)
     return [costs["detector", f"evaluate_{kind}"] for kind in ("baseline", "quantized")]
 
 

@@ -4,10 +4,16 @@ import json
 
 import pytest
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.estimate import Cost, StepCost, save_estimate
-from qwt_mmdet.resources import UNMEASURED_MB, MeasuredStep, memory_mb, minutes, read_estimate
+from qwt_mmdet.resources import (
+    UNMEASURED_MB,
+    MeasuredStep,
+    memory_mb,
+    minutes,
+    read_estimate,
+    save_estimate,
+)
 
-STEP = MeasuredStep("m", "evaluate_baseline", 100, seconds=30, seconds_per_image=0.3, gigabytes=2)
+STEP = MeasuredStep(30, 0.3, 2, model="m", step="evaluate_baseline", images=100)
 
 
 def test_time_grows_with_the_images_and_doubles_with_each_attempt():
@@ -27,8 +33,7 @@ def test_memory_doubles_with_each_attempt_and_has_room_for_the_cache():
 def test_what_estimate_saves_is_what_the_rules_read(tmp_path):
     path = tmp_path / "results" / "estimate.json"
     assert read_estimate(path) == {}
-    cost = Cost(seconds=30.0, seconds_per_image=0.3, gigabytes=2.0, device_gigabytes=None)
-    save_estimate([StepCost("m", "evaluate_baseline", 1, 100, cost)], path)
+    save_estimate([STEP], path)
     assert read_estimate(path) == {("m", "evaluate_baseline"): STEP}
 
 

@@ -11,7 +11,7 @@ from ..config import read_file, resolve
 from ..errors import QwtError
 from ..plan import Plan
 from ..reporting.text import duration, number
-from ..resources import ESTIMATE
+from ..resources import ESTIMATE, save_estimate
 from .common import CoresOption, DeviceOption, check_cuda, plain_errors
 
 
@@ -40,7 +40,7 @@ def estimate(
     """
     with plain_errors():
         from ..devices import count_gpus, gpu_fault
-        from ..estimate import estimate_run, run_seconds, save_estimate
+        from ..estimate import estimate_run, run_seconds
 
         plan = Plan(resolve(read_file(config)))
         if device == "cuda":
@@ -62,11 +62,11 @@ def estimate(
                 entry.step,
                 entry.jobs,
                 entry.images,
-                f"{entry.cost.seconds_per_image:.2f} s",
-                duration(entry.cost.seconds),
+                f"{entry.seconds_per_image:.2f} s",
                 duration(entry.seconds),
-                f"{entry.cost.gigabytes:.1f} GB",
-                number(entry.cost.device_gigabytes, 1),
+                duration(entry.all_seconds),
+                f"{entry.gigabytes:.1f} GB",
+                number(entry.device_gigabytes, 1),
             )
             for entry in found
         ]
@@ -76,7 +76,7 @@ def estimate(
         if not on_gpu:
             rows, headers = [row[:-1] for row in rows], headers[:-1]
         typer.echo(tabulate(rows, headers, disable_numparse=True))
-        total = sum(entry.seconds for entry in found)
+        total = sum(entry.all_seconds for entry in found)
         typer.echo(
             f"\nOne after the other: {duration(total)}, on {'a GPU' if on_gpu else 'cpu'}, {threads} threads each."
         )
