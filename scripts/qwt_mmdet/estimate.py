@@ -9,13 +9,14 @@ give the cost of a start and of an image. The plan says how many jobs and images
 import csv
 import dataclasses
 import heapq
+import itertools
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from mmengine.logging import MMLogger
 
-from .config import Search, resolve, searched_settings
+from .config import Search, as_entry, resolve, searched_settings
 from .config.datasets import PARTS, Part
 from .data.loaders import make_loader
 from .data.sources import number_of_images
@@ -56,8 +57,7 @@ DETECTIONS = 10
 def image_counts(config: Mapping[str, Any], part: Part, more: int) -> tuple[int, int]:
     """Numbers of images of both runs, of which the second has ``more`` at least; whole batches in an evaluation."""
     batch = config["evaluation"]["batch_size"] if part == "evaluation" else 1
-    few = max(FEW, batch)
-    return few, few + max(more, batch)
+    return max(FEW, batch), max(FEW, batch) + max(more, batch)
 
 
 def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
@@ -145,12 +145,11 @@ def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str
     Each model has the first of its quantizations and compensations, or what is exported first. Of a question
     the settings are taken that all but the bits have.
     """
-    config, targets, export = plan.config, [], []
+    config, targets, exports = plan.config, [], []
     content: dict[str, Any] = {"datasets": {}, "models": {}, "quantization": {}}
     for name in dict.fromkeys(row.model for row in plan.combinations):
-        exported = next((row for row in plan.exports if row.model == name), None)
         first = next(row for row in plan.combinations if row.model == name)
-        tried = exported or first
+        tried = next((row for row in plan.exports if row.model == name), first)
         own, path = inputs[name], config["models"][name]["config"]
         content["datasets"][name] = {"type": "coco", "root": str(own.folder)} | {
             part: {
@@ -170,22 +169,21 @@ def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str
         names = {"model": [name], "quantization": [tried.quantization]}
         compensation = tried.compensation or first.compensation
         targets.append(names | ({"compensation": [compensation]} if compensation else {}))
-        if exported:
-            how = plan.exports[exported]
-            names |= {"compensation": [exported.compensation]} if exported.compensation else {}
-            export.append({**names, "runtime": how.runtime[:1], "opset": how.opset})
-            export[-1] |= {"input": how.input} if how.input else {}
+        if how := plan.exports.get(tried):
+            exports.append(as_entry(how) | names | {"runtime": how.runtime[:1]})
+            if tried.compensation:
+                exports[-1]["compensation"] = [tried.compensation]
     compensations = {
         name: entry | ({"holdout_fraction": 0.5} if entry["holdout_fraction"] else {})
         for name, entry in config["compensation"].items()
     }  # few images must allow a split
-    kept = ("device", "seed", "calibration", "activation_cache", "max_download_gb")
-    return content | {
-        **{key: config[key] for key in kept},
+    return {
+        **{key: value for key, value in config.items() if key not in ("repeats", "skip")},
+        **content,
         "compensation": compensations,
         "evaluation": {**config["evaluation"], "shards": 1},
         "targets": targets,
-        "export": export,
+        "export": exports,
     }
 
 
@@ -211,12 +209,11 @@ def run_pilot(pilot: Plan, folder: Path, *, threads: int, gpu: bool) -> None:
         text=True,
         check=False,
     )
-    note = folder / UNFINISHED
-    if note.is_file():
-        failed = [f"{one.step}: {one.sentence}" for one in Stopped.read(note).failed]
-        raise QwtError(f"With random weights and generated images, {' '.join(failed)}")
     if done.returncode:
-        raise QwtError(f"The workflow could not run:\n{done.stdout.strip()}")
+        said = done.stdout.strip()
+        if (note := folder / UNFINISHED).is_file():
+            said = " ".join(f"{one.step}: {one.sentence}" for one in Stopped.read(note).failed)
+        raise QwtError(f"With random weights and generated images, the workflow fails. {said}")
 
 
 def job_cost(job: Job, folder: Path) -> Cost:
@@ -228,16 +225,15 @@ def job_cost(job: Job, folder: Path) -> Cost:
     return Cost(float(row["s"]), 0.0, memory * 2**20 / 1e9, known.get("device_gigabytes"))
 
 
-def line(jobs: Sequence[tuple[Cost, Cost]], few: int, many: int) -> Cost:
-    """The cost of a start and of an image, from jobs of one step with few and with many images."""
-    starts, ends = (fmean(costs[run].seconds for costs in jobs) for run in (0, 1))
-    per_image = max(0.0, (ends - starts) / (many - few))
-    all_costs = [cost for costs in jobs for cost in costs]
+def line(few: Sequence[Cost], many: Sequence[Cost], counts: tuple[int, int]) -> Cost:
+    """The cost of a start and of an image, from a step's jobs with few and with many images."""
+    start, end = (fmean(cost.seconds for cost in costs) for costs in (few, many))
+    per_image = max(0.0, (end - start) / (counts[1] - counts[0]))
     return Cost(
-        max(0.0, starts - few * per_image),
+        max(0.0, start - counts[0] * per_image),
         per_image,
-        max(cost.gigabytes for cost in all_costs),
-        max((c.device_gigabytes for c in all_costs if c.device_gigabytes), default=None),
+        max(cost.gigabytes for cost in (*few, *many)),
+        max((c.device_gigabytes for c in (*few, *many) if c.device_gigabytes), default=None),
     )
 
 
@@ -250,29 +246,27 @@ def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cos
     Raises:
         QwtError: see :func:`write_inputs` and :func:`run_pilot`.
     """
-    found: dict[tuple[str, str], list[tuple[Cost, Cost]]] = {}
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
-        few, many = Path(name, "few"), Path(name, "many")
         inputs = {
             model: write_inputs(plan.config, model, Path(name, "inputs", model), gpu=gpu)
             for model in dict.fromkeys(row.model for row in plan.combinations)
         }
-        for run, folder in enumerate((few, many)):
+        found: list[dict[tuple[str, str], list[Cost]]] = []
+        for run, folder in enumerate((Path(name, "few"), Path(name, "many"))):
             pilot = Plan(resolve(pilot_config(plan, inputs, run)))
             run_pilot(pilot, folder, threads=threads, gpu=gpu)
-        for job in pilot.jobs:
-            both = job_cost(job, few), job_cost(job, many)
-            found.setdefault((job.model, job.step), []).append(both)
+            found.append(defaultdict(list))
+            for job in pilot.jobs:
+                found[-1][job.model, job.step].append(job_cost(job, folder))
+        few, many = found
         costs = {
-            (model, step): line(jobs, *inputs[model].counts[part_of(step)])
-            for (model, step), jobs in found.items()
+            key: line(few[key], many[key], inputs[key[0]].counts[part_of(key[1])]) for key in few
         }
         for row in pilot.rows:
             if search := costliest_search(plan, row.model):
-                warmup = read_json(
-                    many / Variant(row.model, row.quantization).calibrated("warmup.json")
-                )
-                costs |= search_costs(search, row.model, warmup["summary"]["layers"], costs)
+                warmup = folder / Variant(row.model, row.quantization).calibrated("warmup.json")
+                layers = read_json(warmup)["summary"]["layers"]
+                costs |= search_costs(search, row.model, layers, costs)
     return costs
 
 
@@ -349,16 +343,15 @@ def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[Mea
     images = {key: images_of(datasets[key[0]], part_of(key[1])) for key in counted}
     costs = measure(plan, threads=threads, gpu=gpu)
     found = []
-    for (model, step), jobs in sorted(
-        counted.items(), key=lambda item: [*datasets].index(item[0][0])
-    ):
-        search = costliest_search(plan, model)
-        # what does not read all images of its part
-        most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
-        most |= {"measure_candidates": search.images} if search else {}
-        count = min(images[model, step], most.get(step, images[model, step]))
-        cost = dataclasses.asdict(costs[model, step])
-        found.append(MeasuredStep(**cost, model=model, step=step, images=count, jobs=jobs))
+    for model, (key, jobs) in itertools.product(datasets, counted.items()):
+        if key[0] == model:
+            search = costliest_search(plan, model)
+            # what does not read all images of its part
+            most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
+            most |= {"measure_candidates": search.images} if search else {}
+            count = min(images[key], most.get(key[1], images[key]))
+            cost = dataclasses.asdict(costs[key])
+            found.append(MeasuredStep(**cost, model=model, step=key[1], images=count, jobs=jobs))
     return found
 
 

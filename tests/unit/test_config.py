@@ -330,7 +330,7 @@ def test_a_whole_number_is_not_written_with_a_point():
 
 
 def test_without_targets_all_combinations_are_wanted():
-    found = config.combinations(config.resolve(MINIMAL))
+    found = config.configuration(config.resolve(MINIMAL)).combinations()
     assert found == [
         ("demo", "w8a8", "qwt"),
         ("demo", "w8a8", "paper"),
@@ -341,9 +341,9 @@ def test_without_targets_all_combinations_are_wanted():
 
 def test_exports_are_quantized_detectors_or_those_with_a_compensation_that_is_named():
     entries = [{"quantization": ["w8a8"]}, {"quantization": ["w4a8"], "compensation": ["qwt"]}]
-    found = config.exports(config.resolve(changed("export", entries)))
+    found = config.configuration(config.resolve(changed("export", entries))).exports()
     assert [row[1:] for row in found] == [("w8a8", None), ("w4a8", "qwt")]
-    assert config.exports(config.resolve(MINIMAL)) == {}
+    assert config.configuration(config.resolve(MINIMAL)).exports() == {}
     again = [{}, {"quantization": ["w4a8"], "runtime": ["onnxruntime", "openvino"]}]
     found = config.exports(config.Configuration(**changed("export", again)))
     assert [about.runtime for about in found.values()] == [
@@ -379,7 +379,7 @@ def test_targets_choose_combinations_and_each_is_wanted_once():
     given = changed(
         "targets", [{"quantization": ["w4a8"]}, {"model": ["demo"], "compensation": ["qwt"]}]
     )
-    found = config.combinations(config.resolve(given))
+    found = config.configuration(config.resolve(given)).combinations()
     assert found == [
         ("demo", "w4a8", "qwt"),
         ("demo", "w4a8", "paper"),

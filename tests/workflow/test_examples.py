@@ -26,7 +26,7 @@ from mmdet.apis import inference_detector
 from mmdet.registry import MODELS
 from qwt_mmdet import evaluate_detector, load_exported
 from qwt_mmdet.cli import app
-from qwt_mmdet.config import combinations, resolve
+from qwt_mmdet.config import configuration, resolve
 from running import ROOT, Workflow
 from snakemake.cli import get_argument_parser
 from typer.testing import CliRunner
@@ -182,7 +182,7 @@ def test_a_piece_of_configuration_is_sound(page, example, monkeypatch, tmp_path)
             entries = content.get(section, {}) | entries
         content[section] = entries
     resolved = resolve(content)
-    assert combinations(resolved)
+    assert configuration(resolved).combinations()
 
 
 # What is run

@@ -43,6 +43,9 @@ rule prepare_dataset:
         "../../scripts/prepare_dataset.py"
 
 
+FILES_NOTE = "results/datasets/{dataset}/{part}_files.json"
+
+
 rule select_images:
     """Choose a part's images, of which the other part has none, and fetch them if remote."""
     input:
@@ -58,8 +61,8 @@ rule select_images:
     params:
         settings=of(SETTINGS.choice, "dataset", "part"),
         # no output: Snakemake would remove it before the job could tell what had changed
-        files="results/datasets/{dataset}/{part}_files.json",
-        images=lambda wildcards, params: changed_files(params.files),
+        files=FILES_NOTE,
+        images=lambda wildcards: changed_files(FILES_NOTE.format(**wildcards)),
         read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("select_images"),
     script:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from tabulate import tabulate
 
-from ..config import combinations, read_file, resolve
+from ..config import configuration, read_file, resolve
 from ..config.datasets import PARTS
 from ..data.sources import open_source
 from ..errors import QwtError
@@ -49,6 +49,6 @@ def validate(
                     check_annotations(built, evaluated[model["dataset"]])
             except QwtError as error:
                 raise QwtError(f"models.{name}: {error}") from error
-        rows = combinations(resolved)
+        rows = configuration(resolved).combinations()
         typer.echo(tabulate(rows, ("model", "quantization", "compensation")))
         typer.echo(f"\n{config} is sound: {len(rows)} combinations.")

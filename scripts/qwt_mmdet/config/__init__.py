@@ -9,7 +9,7 @@ from .quantization import Override, QuantizationSettings
 from .reading import read_file
 from .search import Best, Search, Smallest, is_question, searched_settings
 from .section import as_entry, as_plain
-from .workflow import Combination, Configuration, combinations, exports, resolve
+from .workflow import Combination, Configuration, configuration, resolve
 
 __all__ = [
     "RECIPES",
@@ -24,8 +24,7 @@ __all__ = [
     "Smallest",
     "as_entry",
     "as_plain",
-    "combinations",
-    "exports",
+    "configuration",
     "is_question",
     "of_repeat",
     "read_file",

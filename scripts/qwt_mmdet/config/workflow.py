@@ -357,14 +357,9 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     return _CONFIGURATION.dump_python(parse(config), mode="json", exclude_none=True)
 
 
-def combinations(config: Mapping[str, Any]) -> list[Combination]:
-    """Return the combinations that a resolved config asks for, each once, in the config's order."""
-    return _CONFIGURATION.validate_python(config).combinations()
-
-
-def exports(config: Mapping[str, Any]) -> dict[Combination, Export]:
-    """Return the combinations that a resolved config exports, in the config's order, and how."""
-    return _CONFIGURATION.validate_python(config).exports()
+def configuration(config: Mapping[str, Any]) -> Configuration:
+    """Return a resolved config as its sections, without another look at files."""
+    return _CONFIGURATION.validate_python(config)
 
 
 def zoo_folder() -> Path | None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import Combination, combinations, exports, is_question, searched_settings
+from ..config import Combination, configuration, is_question, searched_settings
 from ..config.datasets import Part
 from ..data.sources import number_of_images
 from ..resources import default_shards
@@ -114,8 +114,8 @@ class Plan:
     def __init__(self, config: Mapping[str, Any], stopped: Stopped | None = None) -> None:
         self.config = config
         self.stopped = stopped or Stopped()
-        self.combinations = combinations(config)
-        self.exports = exports(config)
+        self.combinations = configuration(config).combinations()
+        self.exports = configuration(config).exports()
 
     def dataset(self, model: str) -> str:
         """Name of a model's data set."""
@@ -214,24 +214,23 @@ class Plan:
     def _row(self, combination: Combination) -> ResultRow:
         model, quantization, compensation = combination
         first, dataset = Variant(*combination), self.dataset(model)
+        finished = self.stopped.finished
         wanted: dict[str, list[str]] = {kind: [] for kind in KINDS}
         for repeat in range(1, self.config["repeats"] + 1):
             for kind, variant in self._evaluated(combination, repeat).items():
-                wanted[kind].append(variant.evaluated)
-        finished = self.stopped.finished
+                wanted[kind] += [variant.evaluated] if variant.evaluated not in wanted[kind] else []
         found = {
-            kind: unique(finished(folder, "metrics.json") for folder in folders)
+            kind: [folder for folder in folders if finished(folder, "metrics.json")]
             for kind, folders in wanted.items()
         }
-        missing = any(set(found[kind]) != set(wanted[kind]) for kind in KINDS)
         names = {**combination._asdict(), "dataset": dataset, "variant": None}
-        recipe = self.is_question(quantization) and finished(first.calibrated("recipe.json"))
+        recipe = first.calibrated("recipe.json") if self.is_question(quantization) else None
         return ResultRow(
             **combination._asdict(),
             dataset=dataset,
-            failed=self.stopped.causes(names) if missing else [],
+            failed=self.stopped.causes(names) if found != wanted else [],
             settings=searched_settings(self.config["quantization"], quantization),
-            recipe=recipe or None,
+            recipe=recipe and finished(recipe),
             limit=self.config["quantization"][quantization].get("smallest"),
             compensation_settings=self.config["compensation"].get(compensation),
             annotations=finished(chosen_images(dataset, "evaluation")),
@@ -245,29 +244,24 @@ class Plan:
     @cached_property
     def export_rows(self) -> list[ExportRow]:
         """What summary and report say of each exported detector in each runtime."""
-        return [
-            self._export_row(combination, runtime)
-            for combination, entry in self.exports.items()
-            for runtime in entry.runtime
-        ]
-
-    def _export_row(self, combination: Combination, runtime: str) -> ExportRow:
-        variant = Variant(*combination)
-        folder = f"{variant.exported}/{runtime}"
-        simulated = self._evaluated(combination).get(variant.kind)
+        rows = []
         finished = self.stopped.finished
-        exported = finished(folder, "metrics.json")
-        benchmark = finished(f"{folder}/benchmark.json")
-        names = {**combination._asdict(), "runtime": runtime, "variant": variant.name}
-        names["dataset"] = self.dataset(combination.model)
-        return ExportRow(
-            **combination._asdict(),
-            runtime=runtime,
-            exported=exported,
-            benchmark=benchmark,
-            simulated=finished(simulated.evaluated, "metrics.json") if simulated else None,
-            failed=self.stopped.causes(names) if None in (exported, benchmark) else [],
-        )
+        for combination, entry in self.exports.items():
+            variant = Variant(*combination)
+            simulated = self._evaluated(combination).get(variant.kind)
+            for runtime in entry.runtime:
+                folder = f"{variant.exported}/{runtime}"
+                exported = finished(folder, "metrics.json")
+                benchmark = finished(f"{folder}/benchmark.json")
+                names = {**combination._asdict(), "runtime": runtime, "variant": variant.name}
+                names["dataset"] = self.dataset(combination.model)
+                row = ExportRow(
+                    *(*combination, runtime, exported, benchmark),
+                    simulated=finished(simulated.evaluated, "metrics.json") if simulated else None,
+                    failed=self.stopped.causes(names) if None in (exported, benchmark) else [],
+                )
+                rows.append(row)
+        return rows
 
     def result_files(self, *names: str, kinds: Iterable[str] = KINDS) -> list[str]:
         """The files of these names in all result folders, each once."""
