@@ -71,11 +71,7 @@ def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
 def write_images(
     folder: Path, part: Part, count: int, classes: Sequence[str], size: tuple[int, int]
 ) -> Path:
-    """Write generated images of a height and width, with an object each, in COCO's format; more hold fewer.
-
-    Returns:
-        the annotation file, PART-COUNT.json.
-    """
+    """Write generated images with an object each, and their annotation file PART-COUNT.json, which is returned."""
     images = []
     for number in range(1, count + 1):
         noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -91,14 +87,12 @@ def write_images(
         "annotations": [{**thing, "id": i, "image_id": i} for i in range(1, count + 1)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
     }
-    path = folder / f"{part}-{count}.json"
-    write_json(path, content)
+    write_json(path := folder / f"{part}-{count}.json", content)
     return path
 
 
 class Inputs(NamedTuple):
-    """What a model of a pilot runs on: a folder with checkpoint.pth and images, changes to its config with which it
-    finds something, and the numbers of images of both runs."""
+    """Folder with checkpoint.pth and images, changes to a model's config, and numbers of images of both runs."""
 
     folder: Path
     options: Mapping[str, Any]
@@ -386,18 +380,18 @@ def wall_seconds(
     waiting = [(job, cost) for job, costs in seconds.items() for cost in costs]
     left = {job: len(costs) for job, costs in seconds.items()}
     running: list[tuple[float, int, Job]] = []
-    now, on_gpus, number = 0.0, 0, 0
+    now, order = 0.0, itertools.count()
+
+    def can_start(job: Job) -> bool:
+        on_gpus = sum(other.wants_gpu for *_, other in running)
+        no_card = gpus is not None and job.wants_gpu and on_gpus >= max(gpus, 1)
+        return len(running) < slots and not no_card and not any(map(left.get, job.after))
+
     while waiting or running:
-        for entry in list(waiting):
-            job, cost = entry
-            takes = gpus is not None and job.wants_gpu
-            ready = not any(left.get(other) for other in job.after)
-            if len(running) < slots and ready and not (takes and on_gpus >= (gpus or 1)):
-                waiting.remove(entry)
-                on_gpus += takes
-                number += 1
-                heapq.heappush(running, (now + cost, number, job))
+        for job, cost in list(waiting):
+            if can_start(job):
+                waiting.remove((job, cost))
+                heapq.heappush(running, (now + cost, next(order), job))
         now, _, job = heapq.heappop(running)
         left[job] -= 1
-        on_gpus -= gpus is not None and job.wants_gpu
     return now

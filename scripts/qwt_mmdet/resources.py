@@ -116,13 +116,3 @@ def minutes(measured: MeasuredStep | None, images: int | None, attempt: int) -> 
         return None
     seconds = measured.total(measured.images if images is None else images)
     return math.ceil(seconds * TIME_MARGIN / 60 * 2 ** (attempt - 1))
-
-
-def default_shards(images: int | None, evaluations: int, jobs: int) -> int:
-    """Into how many jobs to split each evaluation, so that all that can run side by side are busy.
-
-    Args:
-        images: of one evaluation; None where their number is not known yet, which splits nothing.
-        evaluations: of the whole run. jobs: that run side by side.
-    """
-    return max(1, min(jobs // evaluations, (images or 0) // SHARD_IMAGES))

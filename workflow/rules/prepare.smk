@@ -35,7 +35,7 @@ rule prepare_dataset:
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=of(SETTINGS.annotations, "dataset", "part"),
+        settings=of(SETTINGS.part, "dataset", "part", chosen=False),
         state=of(SETTINGS.local_annotations, "dataset", "part"),
         read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("prepare_dataset"),
@@ -59,7 +59,7 @@ rule select_images:
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=of(SETTINGS.choice, "dataset", "part"),
+        settings=of(SETTINGS.part, "dataset", "part", chosen=True),
         # no output: Snakemake would remove it before the job could tell what had changed
         files=FILES_NOTE,
         images=lambda wildcards: changed_files(FILES_NOTE.format(**wildcards)),

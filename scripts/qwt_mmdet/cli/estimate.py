@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from tabulate import tabulate
@@ -56,26 +56,21 @@ def estimate(
         found = estimate_run(plan, threads=threads, gpu=on_gpu)
         if save is not None:
             save_estimate(found, save)
-        rows: list[tuple[Any, ...]] = [
-            (
-                entry.model,
-                entry.step,
-                entry.jobs,
-                entry.images,
-                f"{entry.seconds_per_image:.2f} s",
-                duration(entry.seconds),
-                duration(entry.all_seconds),
-                f"{entry.gigabytes:.1f} GB",
-                number(entry.device_gigabytes, 1),
-            )
+        rows = [
+            {
+                "model": entry.model,
+                "step": entry.step,
+                "jobs": entry.jobs,
+                "images": entry.images,
+                "an image": f"{entry.seconds_per_image:.2f} s",
+                "once": duration(entry.seconds),
+                "all jobs": duration(entry.all_seconds),
+                "memory": f"{entry.gigabytes:.1f} GB",
+                **({"GPU memory": number(entry.device_gigabytes, 1)} if on_gpu else {}),
+            }
             for entry in found
         ]
-        headers: tuple[str, ...] = (
-            "model", "step", "jobs", "images", "an image", "once", "all jobs", "memory", "GPU memory",
-        )  # fmt: skip
-        if not on_gpu:
-            rows, headers = [row[:-1] for row in rows], headers[:-1]
-        typer.echo(tabulate(rows, headers, disable_numparse=True))
+        typer.echo(tabulate(rows, headers="keys", disable_numparse=True))
         total = sum(entry.all_seconds for entry in found)
         typer.echo(
             f"\nOne after the other: {duration(total)}, on {'a GPU' if on_gpu else 'cpu'}, {threads} threads each."

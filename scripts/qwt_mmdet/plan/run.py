@@ -13,7 +13,7 @@ from typing import Any
 from ..config import Combination, configuration, is_question, searched_settings
 from ..config.datasets import Part
 from ..data.sources import number_of_images
-from ..resources import default_shards
+from ..resources import SHARD_IMAGES
 from ..staleness import source_hash
 from .files import (
     DOCUMENT,
@@ -96,12 +96,12 @@ class Job:
 
     @property
     def account(self) -> str | None:
-        """The JSON file whose ``provenance`` tells what it took; None where none does."""
-        if self.step.startswith("evaluate"):
-            folder = f"{self.variant.exported}/{self.runtime}" if self.runtime else None
-            return f"{folder or self.variant.evaluated}/metrics.json"
-        made = {"quantize_model": "warmup", "fit_compensation": "compensation"}.get(self.step)
-        return f"{os.path.splitext(self.variant.parts()[made])[0]}.json" if made else None
+        """The JSON file whose ``provenance`` tells what it took on a GPU; None where none does."""
+        files = {
+            "quantize_model": self.variant.calibrated("warmup.json"),
+            "fit_compensation": f"{self.variant.evaluated}/compensation.json",
+        }
+        return f"{self.variant.evaluated}/metrics.json" if self.sharded else files.get(self.step)
 
 
 class Plan:
@@ -181,19 +181,16 @@ class Plan:
         return is_question(self.config["quantization"][without_repeat(quantization)])
 
     def split(self, model: str, jobs: int) -> int:
-        """Into how many shards an evaluation of a model is split, if none was done yet.
+        """Into how many jobs an evaluation is split that was not done yet, so that ``jobs`` at a time are busy.
 
-        Args:
-            jobs: that run side by side.
+        One whose number of images is not known yet is not split.
         """
-        chosen = self.config["evaluation"]["shards"]
+        chosen, each = self.config["evaluation"]["shards"], jobs // len(self.evaluations)
         if chosen != "auto":
             return int(chosen)
-        evaluations = len(self.evaluations)
-        if jobs < 2 * evaluations:
-            return 1  # without counting images
         dataset = self.config["datasets"][self.dataset(model)]
-        return default_shards(number_of_images(dataset, "evaluation"), evaluations, jobs)
+        images = number_of_images(dataset, "evaluation") if each > 1 else 0
+        return max(1, min(each, (images or 0) // SHARD_IMAGES))
 
     def shards(self, variant: Variant, jobs: int) -> list[str]:
         """Files of the shards of an evaluation: as many as it was done in, or as :meth:`split` says; none for one."""

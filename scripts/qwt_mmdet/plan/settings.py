@@ -109,21 +109,16 @@ class Settings:
         settings, meant = of_repeat(self._config["datasets"][dataset], part)
         return open_source(settings, dataset_folder(dataset)), meant
 
-    def choice(self, dataset: str, part: str) -> dict[str, Any]:
-        """What decides which images of a part are chosen."""
+    def part(self, dataset: str, part: str, *, chosen: bool) -> dict[str, Any]:
+        """What decides the annotations of a part, or which of its images are chosen."""
         source, meant = self._source(dataset, part)
-        return source.choice_settings(meant)
-
-    def annotations(self, dataset: str, part: str) -> dict[str, Any]:
-        """What decides the annotations of a part, before images are chosen."""
-        source, meant = self._source(dataset, part)
-        return source.annotation_settings(meant)
+        return source.choice_settings(meant) if chosen else source.annotation_settings(meant)
 
     def source_file(self, dataset: str, part: str) -> str:
         """Where the annotations of a part are; repeats share them unless they are generated."""
         meant = self._source(dataset, part)[1]
-        shared = self.annotations(dataset, meant) == self.annotations(dataset, part)
-        return f"{dataset_folder(dataset)}/{meant if shared else part}_source.json"
+        first, own = (self.part(dataset, name, chosen=False) for name in (meant, part))
+        return f"{dataset_folder(dataset)}/{meant if first == own else part}_source.json"
 
     def local_annotations(self, dataset: str, part: str) -> Any:
         """The state of the annotation file of a part of a data set that is a folder here."""

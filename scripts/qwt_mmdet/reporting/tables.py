@@ -396,15 +396,17 @@ def summarize(
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.
     """
-    by_model: dict[str, list[ResultRow]] = {}
-    for row in rows:
-        by_model.setdefault(row.model, []).append(row)
     found: list[Row] = []
     quantizations: list[dict[str, Any]] = []
     exported: list[ExportedRow] = []
-    for model, group in by_model.items():
-        own = [row for row in exports if row.model == model]
-        of_model = _model_summary(group, own, resamples=resamples, seed=seed, processes=processes)
+    for model in dict.fromkeys(row.model for row in rows):
+        of_model = _model_summary(
+            [row for row in rows if row.model == model],
+            [row for row in exports if row.model == model],
+            resamples=resamples,
+            seed=seed,
+            processes=processes,
+        )
         found += of_model[0]
         quantizations += of_model[1]
         exported += of_model[2]
