@@ -35,8 +35,8 @@ def estimate(
 ) -> None:
     """Tell what a run of a config would take on this machine; needs neither weights nor images.
 
-    Each model is tried on a few generated images, one step at a time, which takes minutes. Downloads,
-    summary and report are not in it.
+    The workflow runs twice with random weights, on a few generated images and on some more, one step at a time,
+    which takes minutes. Downloads, summary and report are not in it.
     """
     with plain_errors():
         from ..devices import count_gpus, gpu_fault
