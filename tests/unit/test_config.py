@@ -345,7 +345,7 @@ def test_exports_are_quantized_detectors_or_those_with_a_compensation_that_is_na
     assert [row[1:] for row in found] == [("w8a8", None), ("w4a8", "qwt")]
     assert config.configuration(config.resolve(MINIMAL)).exports() == {}
     again = [{}, {"quantization": ["w4a8"], "runtime": ["onnxruntime", "openvino"]}]
-    found = config.exports(config.Configuration(**changed("export", again)))
+    found = config.Configuration(**changed("export", again)).exports()
     assert [about.runtime for about in found.values()] == [
         ("onnxruntime",), ("onnxruntime", "openvino"),
     ]  # fmt: skip
