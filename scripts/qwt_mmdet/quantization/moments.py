@@ -1,5 +1,6 @@
 """Streaming moments of what a layer's weights are multiplied with, for bias correction and GPTQ."""
 
+import functools
 import math
 
 import torch
@@ -115,11 +116,15 @@ def _input_sums(layer: QuantizedLayer, x: Tensor, size: tuple[int, ...]) -> Tens
     geometry = zip(
         padded.shape[2:], size[1:], layer.kernel_size, layer.stride, layer.dilation, strict=True
     )
-    down, across = (_places(*axis, padded) for axis in geometry)
+    down, across = (_places(*axis, padded.device) for axis in geometry)
     return (down @ padded @ across.T).sum(0)
 
 
-def _places(length: int, outputs: int, taps: int, stride: int, spread: int, like: Tensor) -> Tensor:
-    """1 where a tap of a kernel comes by along an axis of the input, else 0: [taps, length]."""
-    tap, output = (torch.arange(n, device=like.device) for n in (taps, outputs))
-    return like.new_zeros(taps, length).scatter_(1, tap[:, None] * spread + output * stride, 1.0)
+@functools.lru_cache(maxsize=1024)
+def _places(
+    length: int, outputs: int, taps: int, stride: int, spread: int, device: torch.device
+) -> Tensor:
+    """1 where a tap of a kernel comes by along an axis of the input, else 0: [taps, length], float64."""
+    tap, output = (torch.arange(n, device=device) for n in (taps, outputs))
+    places = torch.zeros(taps, length, dtype=torch.float64, device=device)
+    return places.scatter_(1, tap[:, None] * spread + output * stride, 1.0)
