@@ -2,16 +2,19 @@
 
 import ast
 import json
+import re
 import shutil
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from qwt_mmdet import staleness
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
 EVALUATIONS = {"evaluate_baseline", "evaluate_quantized", "evaluate_compensated"}
 STEPS = EVALUATIONS | {path.stem for path in SCRIPTS.glob("*.py")}
 STEPS -= {"evaluate_detector", "run_calibration"}
@@ -231,3 +234,16 @@ def test_a_note_that_is_cut_off_asks_for_another_choice(chosen):
     _, note = chosen
     note.write_text(note.read_text()[:20])
     assert staleness.changed_files(note)
+
+
+def test_the_map_of_the_documentation_is_what_lint_checks():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `([\w.]+)` \|", page, re.MULTILINE)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = next(c["layers"] for c in contracts["contracts"] if c["type"] == "layers")
+    checked = [
+        (str(level), room)
+        for level, rooms in enumerate(layers, start=1)
+        for room in rooms.split(" | ")
+    ]
+    assert sorted(rows) == sorted(checked)
