@@ -5,28 +5,15 @@ from collections.abc import Iterator
 import pytest
 import tiny
 import torch
-from qwt_mmdet.quantization import ranges
 
 DEVICES = ["cpu", pytest.param("pretended", marks=pytest.mark.slow)]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
-SHORT_SEARCH = {"COARSE_FRACTIONS": [0.5], "FINE_FRACTIONS": [0.8]}
-"""Of ranges, on the pretended GPU: it looks at every call of torch, and most of these are alike.
-
-Tests of the search itself have it whole.
-"""
-
-
 @pytest.fixture(params=DEVICES)
-def device(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[torch.device]:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """A device to compute on; tiny detectors and their images are there, too."""
-    if request.param == "pretended" and request.path.stem != "test_ranges":
-        for name, fractions in SHORT_SEARCH.items():
-            monkeypatch.setattr(ranges, name, fractions)
     with tiny.computing_on(request.param) as device:
         yield device
 
