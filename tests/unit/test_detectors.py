@@ -261,19 +261,19 @@ def test_a_config_brings_modules_of_its_own(checkpoint, tmp_path, monkeypatch):
         "from mmdet.models.backbones import CSPDarknet\n"
         "from mmdet.registry import MODELS\n"
         "@MODELS.register_module()\n"
-        "class OwnDarknet(CSPDarknet):\n"
+        "class DarknetOfAConfig(CSPDarknet):\n"
         "    pass\n"
     )
     config = tmp_path / "own.py"
     config.write_text(
         f"_base_ = {str(resolve_config(NANO))!r}\n"
         "custom_imports = dict(imports=['own_backbone'])\n"
-        "model = dict(backbone=dict(type='OwnDarknet'))\n"
+        "model = dict(backbone=dict(type='DarknetOfAConfig'))\n"
     )
     with pytest.raises(QwtError, match="own_backbone"):
         load_detector(config, checkpoint)
     monkeypatch.syspath_prepend(tmp_path)
-    assert type(load_detector(config, checkpoint).backbone).__name__ == "OwnDarknet"
+    assert type(load_detector(config, checkpoint).backbone).__name__ == "DarknetOfAConfig"
 
 
 def test_what_training_alone_needs_is_dropped():

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from qwt_mmdet import estimate
-from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.build import random_detector
 from qwt_mmdet.files import write_json
 from qwt_mmdet.quantization.state import load_warmup
@@ -117,15 +115,3 @@ def test_a_search_measures_layers_and_chooses_a_recipe(inputs, tmp_path, questio
     about = json.loads(files["summary"].read_text())
     assert 4 <= about["average_weight_bits"] <= 8
     assert len(about["rounds"]) == question.get("rounds", 0)
-
-
-def test_steps_are_tried_for_an_estimate(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "SIZE", (64, 64))
-    sizes = dict.fromkeys(estimate.PARTS, 1)
-    trial = estimate.Trial(
-        tmp_path, inputs.config, SMALL, QuantizationSettings(**PLAIN), None, inputs.job.device,
-        sizes, 1,
-    )  # fmt: skip
-    estimate.prepare(trial)
-    for step in ("quantize_model", "evaluate_quantized"):
-        assert estimate._run(trial, step, 2) > 0

@@ -1,11 +1,13 @@
 """Algorithms by name: the configuration and the tables know the same ones, and a user can add to them."""
 
 import copy
+import sys
 from typing import get_args
 
 import pytest
 import tiny
 import torch
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation.blocks import BACKBONES
 from qwt_mmdet.compensation.fit import fit_compensation
@@ -175,6 +177,8 @@ def restored():
     for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)
+    sys.modules.pop("mylab_for_test", None)
+    MODELS.module_dict.pop("OwnNet", None)
 
 
 @pytest.mark.usefixtures("restored")

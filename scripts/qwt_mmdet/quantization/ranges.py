@@ -252,7 +252,8 @@ class RangeObserver:
         scales = largest[:, None] * largest.new_tensor([10 ** (-step / 40) for step in range(41)])
         errors = fake_quantize_log_sqrt2(values[:, None], scales[..., None], bits) - values[:, None]
         errors = torch.linalg.vecdot(errors.double().square_(), counts[:, None])
-        return scales[:, errors.sum(0).argmin()]
+        # A tensor of its own: a view would be saved with the scales that were tried.
+        return scales[:, errors.sum(0).argmin()].clone(memory_format=torch.contiguous_format)
 
     def _centers(self) -> Tensor:
         """Value that stands for each bin: [channels, bins], float32, within what was seen."""
