@@ -138,9 +138,9 @@ def add_account(path: str | os.PathLike[str], account: Mapping[str, Any]) -> Non
     write_json(summary_path(path), content, indent=1)
 
 
-def worst_layers(signal_noise: Mapping[str, float | None], most: int = 3) -> str:
+def worst_layers(sqnr_db: Mapping[str, float | None], most: int = 3) -> str:
     """``backbone.conv1 (-2.5 dB), …``: the layers with the lowest ratios in dB, the worst first."""
-    measured = [(ratio, name) for name, ratio in signal_noise.items() if ratio is not None]
+    measured = [(ratio, name) for name, ratio in sqnr_db.items() if ratio is not None]
     return ", ".join(f"{name} ({ratio:.1f} dB)" for ratio, name in sorted(measured)[:most])
 
 
@@ -150,7 +150,7 @@ HARMLESS_DB = 23.0
 """What is better than this on other images is harmless: noise of half a percent of the outputs' power."""
 
 
-def unsettled_ranges(check: Mapping[str, Any] | None) -> str | None:
+def overfitted_ranges(check: Mapping[str, Any] | None) -> str | None:
     """A sentence about ranges that too few images have made; None where they hold on other images, too.
 
     Args:

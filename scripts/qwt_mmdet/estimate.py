@@ -267,7 +267,7 @@ def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cos
 def costliest_search(plan: Plan, model: str) -> Search | None:
     """Of the questions of a model the one with the most candidates."""
     names = [row.quantization for row in plan.combinations if row.model == model]
-    entries = [plan.config["quantization"][name] for name in names if plan.is_question(name)]
+    entries = [plan.config["quantization"][name] for name in names if plan.is_search(name)]
     return max((Search(**entry) for entry in entries), key=rankings, default=None)
 
 

@@ -54,8 +54,8 @@ class Quantization:
         settings: that it was quantized with.
         folds: LayerNorms whose ranges per channel fold into the layers around them.
         not_quantized: what stays in full precision.
-        signal_noise: signal-to-quantization-noise ratio in dB of each layer and each operand of attention
-            (:func:`.quantization.noise.measure_noise`), None where there is no noise; empty before calibration.
+        sqnr_db: signal-to-quantization-noise ratio in dB of each layer and each operand of attention
+            (:func:`.quantization.sqnr.measure_sqnr`), None where there is no noise; empty before calibration.
         range_check: None before calibration.
         fitted: weights and bias of each layer after a sequential refit, before they were rounded, where calibration
             keeps the weights in full precision.
@@ -64,7 +64,7 @@ class Quantization:
     settings: QuantizationSettings
     folds: list["Fold"] = field(default_factory=list)
     not_quantized: list[NotQuantized] = field(default_factory=list)
-    signal_noise: dict[str, float | None] = field(default_factory=dict)
+    sqnr_db: dict[str, float | None] = field(default_factory=dict)
     range_check: RangeCheck | None = None
     fitted: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 

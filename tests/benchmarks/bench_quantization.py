@@ -21,7 +21,7 @@ from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.quantization.calibrate import calibrate, find_ranges
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.quantization.kernels import COMPILE_VARIABLE
+from qwt_mmdet.quantization.grid_rounding import COMPILE_VARIABLE
 from torch import nn
 
 SETTINGS = QuantizationSettings(

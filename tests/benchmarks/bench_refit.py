@@ -29,7 +29,7 @@ from qwt_mmdet.detectors.forward import head_tensors
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.quantization.noise import HeadNoise, decibels
+from qwt_mmdet.quantization.sqnr import HeadError, sqnr_db
 from torch import nn
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,10 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def noise_at_heads(full: nn.Module, model: nn.Module, loader: Any) -> float:
     """Signal-to-noise ratio in dB: noise by signal power, averaged over the tensors of the heads."""
-    noise = HeadNoise()
+    noise = HeadError()
     for batch in loader:
         noise.update(head_tensors(full, batch), head_tensors(model, batch))
-    return decibels(noise.relative()) or math.inf
+    return sqnr_db(noise.relative()) or math.inf
 
 
 def measure(

@@ -293,8 +293,8 @@ def test_signal_to_noise_ratios_are_those_of_each_layer_alone(kind):
         handle.remove()
     for name, (signal, noise) in sums.items():
         expected = 10 * torch.log10(signal / noise).item()
-        assert quantization_of(model).signal_noise[name] == pytest.approx(expected, abs=0.02)
-    operands = set(quantization_of(model).signal_noise) - set(sums)
+        assert quantization_of(model).sqnr_db[name] == pytest.approx(expected, abs=0.02)
+    operands = set(quantization_of(model).sqnr_db) - set(sums)
     assert len(operands) == (16 if kind == "swin" else 0)
 
 
@@ -311,7 +311,7 @@ def test_calibration_does_not_depend_on_the_batch_size(kind):
         calibrate(model, [{"inputs": images[i : i + size]} for i in range(0, 4, size)])
         state = {name: q.scale for name, q in activation_quantizers(model).items()}
         state |= {name: layer.weight_codes for name, layer in quantized_layers(model).items()}
-        found.append((state, quantization_of(model).signal_noise))
+        found.append((state, quantization_of(model).sqnr_db))
     for state, noise in found[1:]:
         assert noise == found[0][1]
         assert all(torch.equal(state[name], tensor) for name, tensor in found[0][0].items())

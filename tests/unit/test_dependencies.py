@@ -122,7 +122,7 @@ EVERY_DETECTOR = QUANTIZED | COCO
         ("compensation/kinds.py", FIT),
         ("quantization/calibrate.py", {"quantize_model", "rank_layers", *SEARCH}),
         ("quantization/rounding.py", QUANTIZED - {"evaluate_quantized"}),
-        ("quantization/recipe.py", QUANTIZED),
+        ("quantization/scheme.py", QUANTIZED),
         ("search/sensitivity.py", {"rank_layers", *SEARCH}),
         ("steps/rank.py", {"rank_layers"}),
         ("steps/quantize.py", {"quantize_model"}),

@@ -122,7 +122,7 @@ def test_readers_of_one_norm_may_have_different_bits():
     for bits, overrides in ((4, keys), (8, ())):
         settings = QuantizationSettings(8, bits, activation_range="repq", overrides=overrides)
         model = calibrate(quantize_model(detector("pvt"), settings), tiny.batches(2))
-        found[bits] = quantization_of(model).signal_noise
+        found[bits] = quantization_of(model).sqnr_db
     for override in keys:
         assert found[4][override.pattern] == pytest.approx(found[8][override.pattern], abs=2)
 

@@ -12,7 +12,7 @@ from qwt_mmdet.quantization.primitives import (
     quantization_parameters,
 )
 from qwt_mmdet.quantization.ranges import RangeObserver
-from qwt_mmdet.quantization.recipe import weight_grid
+from qwt_mmdet.quantization.scheme import weight_grid
 from torch.utils._python_dispatch import TorchDispatchMode
 
 

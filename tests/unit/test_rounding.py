@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from qwt_mmdet.quantization.layers import QuantizedConv2d, become
+from qwt_mmdet.quantization.layers import QuantizedConv2d, exchange_class
 from qwt_mmdet.quantization.moments import InputMoments, measure_inputs
 from qwt_mmdet.quantization.primitives import dequantize, quantization_parameters, quantize
 from qwt_mmdet.quantization.rounding import DAMPING, gptq_codes
@@ -119,7 +119,7 @@ def test_moments_that_rounding_made_indefinite_are_damped_until_they_are_not(dev
 def test_moments_of_a_convolution_are_those_of_its_unfolded_input(device, options):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 6, 13, 11, generator=generator).to(device)
-    layer = become(nn.Conv2d(6, 6, **options).to(device), QuantizedConv2d)
+    layer = exchange_class(nn.Conv2d(6, 6, **options).to(device), QuantizedConv2d)
     layer._attach("layer", 8, 8)
     layer.input_quantizer.channel_axis = None
     layer.input_quantizer.set_range(torch.tensor([-2.0], device=device), x.max().view(1))
@@ -143,7 +143,7 @@ def test_moments_of_a_convolution_are_those_of_its_unfolded_input(device, option
 
 
 def test_so_many_positions_of_a_call_count_towards_second_moments(device):
-    layer = become(nn.Conv2d(1, 1, 1).to(device), QuantizedConv2d)
+    layer = exchange_class(nn.Conv2d(1, 1, 1).to(device), QuantizedConv2d)
     layer._attach("layer", 8, 8)
     x = torch.arange(100.0, device=device).view(1, 1, 10, 10)
     layer.input_quantizer.set_range(

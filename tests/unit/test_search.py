@@ -1,7 +1,8 @@
-"""Quantizations that are questions: what is measured, what is chosen, and what is refused."""
+"""Mixed-precision search: what is measured, what is chosen, and what is refused."""
 
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,9 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import summarize_quantization
 from qwt_mmdet.search.mixed import (
-    Candidate,
-    Front,
     Measurement,
+    ParetoFront,
+    SearchedLayer,
     measure_candidates,
     recipe_settings,
 )
@@ -26,53 +27,53 @@ from qwt_mmdet.steps import search as steps
 A8 = {8: 0.0}
 
 
-def candidate(name, weights, noise, relief=None, activation_noise=A8, share=50.0):
-    """A layer whose noise at 4 bits is ``noise`` and falls by 6 dB per bit."""
-    by_bits = {bits: noise * 4.0 ** (4 - bits) for bits in (3, 4, 6, 8)}
-    relief = by_bits[3] if relief is None else relief
-    return Candidate(name, weights, share, by_bits, activation_noise, relief)
+def layer(name, weights, error, gain=None, activation_errors=A8, share=50.0):
+    """A layer whose error at 4 bits is ``error`` and falls by 6 dB per bit."""
+    by_bits = {bits: error * 4.0 ** (4 - bits) for bits in (3, 4, 6, 8)}
+    gain = by_bits[3] if gain is None else gain
+    return SearchedLayer(name, weights, share, by_bits, activation_errors, gain)
 
 
 LAYERS = [
-    candidate("a", 10, 0.5),
-    candidate("b", 10, 0.01),
-    candidate("c", 10, 0.2),
-    candidate("d", 10, 1e-5),
+    layer("a", 10, 0.5),
+    layer("b", 10, 0.01),
+    layer("c", 10, 0.2),
+    layer("d", 10, 1e-5),
 ]
 
 
-def test_recipes_of_the_front_have_the_least_noise_of_all_for_their_bytes():
+def test_recipes_of_the_front_have_the_smallest_error_of_all_for_their_bytes():
     everything = [
         (
             sum(c.weights * bits / 8 for c, bits in zip(LAYERS, chosen, strict=True)),
-            sum(c.noise(bits, 8) for c, bits in zip(LAYERS, chosen, strict=True)),
+            sum(c.relative_error(bits, 8) for c, bits in zip(LAYERS, chosen, strict=True)),
         )
         for chosen in itertools.product((3, 4, 6, 8), repeat=4)
     ]
-    front = Front(LAYERS, "bytes")
+    front = ParetoFront(LAYERS, "bytes")
     recipes = [front[index] for index in range(len(front))]
     assert (recipes[0].bytes, recipes[-1].bytes) == (4 * 10 * 3 / 8, 4 * 10)
-    for recipe, noise in zip(recipes, front.noise(), strict=True):
-        best = min(noise for size, noise in everything if size <= recipe.bytes)
-        assert recipe.noise == pytest.approx(best) == pytest.approx(noise)
+    for recipe, error in zip(recipes, front.relative_errors(), strict=True):
+        best = min(error for size, error in everything if size <= recipe.bytes)
+        assert recipe.relative_error == pytest.approx(best) == pytest.approx(error)
 
 
 def test_a_budget_is_used_but_not_exceeded():
     for budget in (15, 17.5, 23, 40):
-        recipe = Front(LAYERS, "bytes").within(budget)
+        recipe = ParetoFront(LAYERS, "bytes").within(budget)
         assert budget - 10 * 2 / 8 < recipe.bytes <= budget or recipe.bytes == 40
     with pytest.raises(QwtError, match="below"):
-        Front(LAYERS, "bytes").within(14.9)
+        ParetoFront(LAYERS, "bytes").within(14.9)
 
 
 def test_activation_bits_matter_for_bit_operations_alone():
     both = {4: 0.004, 8: 0.001}
     layers = [
-        candidate("busy", 10, 0.001, activation_noise=both, share=90),
-        candidate("idle", 10, 0.001, activation_noise=both, share=10),
+        layer("busy", 10, 0.001, activation_errors=both, share=90),
+        layer("idle", 10, 0.001, activation_errors=both, share=10),
     ]
-    assert {c.activation_bits for c in Front(layers, "bytes")[-1].choices.values()} == {8}
-    front = Front(layers, "bit_operations")
+    assert {c.activation_bits for c in ParetoFront(layers, "bytes")[-1].choices.values()} == {8}
+    front = ParetoFront(layers, "bit_operations")
     assert front[-1].bit_operations == pytest.approx(100)
     assert front[0].bit_operations == pytest.approx(100 * 3 * 4 / 64)
     halfway = front.within(50).choices
@@ -81,8 +82,8 @@ def test_activation_bits_matter_for_bit_operations_alone():
 
 
 def test_what_other_layers_hide_counts_half():
-    alone, hidden = candidate("a", 10, 0.1), candidate("a", 10, 0.1, relief=0.0)
-    assert hidden.noise(4, 8) == pytest.approx(alone.noise(4, 8) / 2)
+    alone, hidden = layer("a", 10, 0.1), layer("a", 10, 0.1, gain=0.0)
+    assert hidden.relative_error(4, 8) == pytest.approx(alone.relative_error(4, 8) / 2)
 
 
 class Detector(tiny.TinyDetector):
@@ -114,30 +115,30 @@ def measured():
     return settings, found
 
 
-def test_noise_falls_with_bits_and_layers_that_overrides_name_keep_theirs(measured):
+def test_errors_fall_with_bits_and_layers_that_overrides_name_keep_theirs(measured):
     settings, found = measured
-    layers = [c for c in found.candidates if c.weights]
-    assert all(c.weight_noise[3] > c.weight_noise[5] for c in layers)
+    layers = [c for c in found.layers if c.weights]
+    assert all(c.weight_errors[3] > c.weight_errors[5] for c in layers)
     assert settings.overrides[0].pattern not in {c.name for c in layers}
-    assert sum(c.multiply_adds_percent for c in found.candidates) == pytest.approx(100)
-    assert [c for c in found.candidates if not c.weights]  # attention
+    assert sum(c.multiply_adds_percent for c in found.layers) == pytest.approx(100)
+    assert [c for c in found.layers if not c.weights]  # attention
 
 
 @pytest.mark.parametrize("objective", ["bytes", "bit_operations"])
 def test_what_was_measured_is_what_the_chosen_recipe_does(measured, objective):
     settings, found = measured
-    recipe = Front(found.candidates, objective)[0]
+    recipe = ParetoFront(found.layers, objective)[0]
     ranked = rank_layers(calibrated(recipe_settings(settings, recipe)), tiny.batches(1))
     runs = {entry.name: entry for entry in ranked}
-    for layer in found.candidates:
+    for layer in found.layers:
         bits = recipe.choices[layer.name].weight_bits, recipe.choices[layer.name].activation_bits
         assert (runs[layer.name].weight_bits, runs[layer.name].activation_bits) == bits
         if bits[1] == 8:
-            said = layer.weight_noise[bits[0]] if layer.weights else layer.activation_noise[8]
-            assert runs[layer.name].relative_noise == pytest.approx(said)
+            said = layer.weight_errors[bits[0]] if layer.weights else layer.activation_errors[8]
+            assert runs[layer.name].relative_error == pytest.approx(said)
     assert runs[STEM].activation_bits == settings.input_bits == 8
     assert recipe.choices[STEM].bit_operations == pytest.approx(
-        next(c.multiply_adds_percent for c in found.candidates if c.name == STEM) * 3 * 8 / 64
+        next(c.multiply_adds_percent for c in found.layers if c.name == STEM) * 3 * 8 / 64
     )
 
 
@@ -145,7 +146,7 @@ def test_one_number_of_bits_for_weights_leaves_the_activations_to_search():
     found = measure_candidates(
         calibrated, QuantizationSettings(8, 8), (8,), (4, 8), tiny.batches(1)
     )
-    bits = {(*c.weight_noise, *c.activation_noise) for c in found.candidates if c.weights}
+    bits = {(*c.weight_errors, *c.activation_errors) for c in found.layers if c.weights}
     assert bits == {(8, 4, 8), (8, 8)}  # the second of the layer that sees the image
 
 
@@ -157,7 +158,7 @@ def test_no_number_of_bits_is_an_error(bits):
 
 def test_the_recipe_quantizes_a_detector_to_the_bits_and_the_bytes_that_it_names(measured):
     settings, found = measured
-    front = Front(found.candidates, "bytes")
+    front = ParetoFront(found.layers, "bytes")
     recipe = front[len(front) // 2]
     entry = yaml.safe_load(yaml.safe_dump(as_entry(recipe_settings(settings, recipe))))
     model = quantize_model(detector(), QuantizationSettings.from_mapping(entry))
@@ -191,25 +192,25 @@ def annotations(tmp_path):
 
 
 def test_no_image_both_calibrates_and_scores(annotations):
-    with steps.halves(annotations()) as paths:
+    with steps.split_images(annotations()) as paths:
         calibration, scoring = (json.loads(path.read_text()) for path in paths)
     ids = [{image["id"] for image in part["images"]} for part in (calibration, scoring)]
     assert ids == [{0, 1, 3, 5, 7, 8, 9}, {2, 4, 6}]
     assert {a["image_id"] for a in scoring["annotations"]} == ids[1]
 
 
-def chooser(**question):
+def chooser(**search):
     return steps.Chooser(
-        "mixed", Search(**question), QuantizationSettings(8, 8), Measurement(LAYERS, 1000.0)
+        "mixed", Search(**search), QuantizationSettings(8, 8), Measurement(LAYERS, 1000.0)
     )
 
 
 @pytest.fixture
-def judge(monkeypatch):
-    """A judge for whom AP falls in proportion to the noise; notes the recipes that it was asked for."""
+def scorer(monkeypatch):
+    """A scorer whose AP loss is proportional to the error; notes the bits that it was asked for."""
     asked = []
 
-    class Judge:
+    class Scorer:
         baseline, images, fingerprint = 0.5, 10, {"model": "tiny"}
 
         def __init__(self, *_):
@@ -218,40 +219,42 @@ def judge(monkeypatch):
         def drop(self, settings):
             bits = {entry.pattern: entry.weight_bits for entry in settings.overrides}
             asked.append(bits)
-            return sum(c.noise(bits.get(c.name, 8), 8) for c in LAYERS) / 10
+            return sum(c.relative_error(bits.get(c.name, 8), 8) for c in LAYERS) / 10
 
-    monkeypatch.setattr(steps, "Judge", Judge)
+    monkeypatch.setattr(steps, "Scorer", Scorer)
     return asked
 
 
 @pytest.mark.parametrize("max_drop", [0.001, 0.01, 0.1])
 def test_the_smallest_recipe_is_the_cheapest_that_loses_at_most_so_much(
-    max_drop, judge, annotations
+    max_drop, scorer, annotations
 ):
     asks = chooser(smallest=Smallest(max_drop), rounds=20)
     recipe, rounds = asks.smallest(SimpleNamespace(annotations=annotations()))
     front = asks.front()
-    fitting = [index for index, noise in enumerate(front.noise()) if noise / 10 <= max_drop]
+    fitting = [
+        index for index, error in enumerate(front.relative_errors()) if error / 10 <= max_drop
+    ]
     assert recipe == front[fitting[0]]
-    assert len(rounds) == len(judge) <= 4  # of 13 recipes
+    assert len(rounds) == len(scorer) <= 4  # of 13 recipes
 
 
-def test_rounds_bound_the_calibrations_and_the_best_that_was_tried_is_taken(judge, annotations):
+def test_rounds_bound_the_calibrations_and_the_best_that_was_tried_is_taken(scorer, annotations):
     recipe, rounds = chooser(smallest=Smallest(0.01), rounds=1).smallest(
         SimpleNamespace(annotations=annotations())
     )
-    assert len(rounds) == len(judge) == 1
-    assert recipe.noise / 10 <= 0.01
+    assert len(rounds) == len(scorer) == 1
+    assert recipe.relative_error / 10 <= 0.01
 
 
-def test_where_every_recipe_loses_too_much_the_largest_is_taken(judge, annotations):
+def test_where_every_recipe_loses_too_much_the_largest_is_taken(scorer, annotations):
     asks = chooser(smallest=Smallest(0.0001), rounds=2)
     recipe, _ = asks.smallest(SimpleNamespace(annotations=annotations()))
     assert recipe == asks.front()[-1]
 
 
 def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
-    judge, annotations, tmp_path, monkeypatch
+    scorer, annotations, tmp_path, monkeypatch
 ):
     (tmp_path / "images").mkdir()
     path = annotations()
@@ -263,28 +266,28 @@ def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
     path.write_text(json.dumps(content))
     inputs = SimpleNamespace(annotations=path, job=SimpleNamespace(device="cpu"), seed=0)
     candidates, recipe, summary = (tmp_path / name for name in ("c.json", "r.yaml", "r.json"))
-    dump = steps._MEASUREMENT.dump_json
+    dump = partial(steps._MEASUREMENT.dump_json, by_alias=True)
     candidates.write_bytes(dump(Measurement(LAYERS, 1000.0)))
     monkeypatch.setattr(inputs.job, "account", dict, raising=False)
 
     def choose(stop=None, **changes):
         """Choose a recipe, or be stopped in round ``stop``; return how many recipes were calibrated."""
-        drop = steps.Judge.drop
+        drop = steps.Scorer.drop
 
         def stopped(self, settings):
-            if stop is not None and len(judge) == stop:
+            if stop is not None and len(scorer) == stop:
                 raise KeyboardInterrupt
             return drop(self, settings)
 
-        judge.clear()
-        question = {"smallest": {"max_drop": 0.001}, "rounds": 20} | changes
+        scorer.clear()
+        search = {"smallest": {"max_drop": 0.001}, "rounds": 20} | changes
         with monkeypatch.context() as patch:
-            patch.setattr(steps.Judge, "drop", stopped)
+            patch.setattr(steps.Scorer, "drop", stopped)
             steps.choose(
-                inputs, name="mixed", search=question, settings={"weight_bits": 8, "activation_bits": 8},
+                inputs, name="mixed", search=search, settings={"weight_bits": 8, "activation_bits": 8},
                 candidates=candidates, recipe=recipe, summary=summary,
             )  # fmt: skip
-        return len(judge)
+        return len(scorer)
 
     whole = choose()
     expected = recipe.read_text(), summary.read_text()
@@ -308,7 +311,7 @@ def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
     candidates.write_bytes(dump(Measurement(LAYERS, 1001.0)))
     assert choose() == whole
     stop_after_two()
-    steps.Judge.fingerprint = {"model": "other"}
+    steps.Scorer.fingerprint = {"model": "other"}
     assert choose() == whole
     stop_after_two()
     (tmp_path / "r.json.unfinished").write_text('{"inputs"')  # cut off
@@ -342,7 +345,7 @@ def test_a_metric_that_the_detector_lacks_is_an_error(annotations):
 def test_a_recipe_is_calibrated_within_the_activation_cache(annotations, monkeypatch):
     limits, seen = {"device_gb": 1.0, "memory_gb": 0.5}, []
     monkeypatch.setattr(steps, "check_scoring", lambda *_: None)
-    monkeypatch.setattr(steps.Judge, "_ap", lambda *_: 0.5)
+    monkeypatch.setattr(steps.Scorer, "_ap", lambda *_: 0.5)
     monkeypatch.setattr(steps.Inputs, "loader", lambda *_: [])
     monkeypatch.setattr(steps, "quantize_model", lambda model, settings: model)
     monkeypatch.setattr(steps, "calibrate", lambda *_, **options: seen.append(options))
@@ -359,7 +362,7 @@ class Unloaded(steps.Inputs):
 
 
 @pytest.mark.parametrize(
-    ("question", "message"),
+    ("search", "message"),
     [
         ({}, "either smallest or best"),
         ({"smallest": Smallest(0.1), "best": Best(5)}, "either smallest or best"),
@@ -374,9 +377,9 @@ class Unloaded(steps.Inputs):
         ({"best": Best(5), "objective": "bit_operations"}, "contradicts"),
     ],
 )
-def test_contradictions_are_told(question, message):
+def test_contradictions_are_told(search, message):
     with pytest.raises(QwtError, match=message):
-        Search(**question)
+        Search(**search)
 
 
 @pytest.mark.parametrize("budgets", [{}, {"average_weight_bits": 5, "max_size_mb": 3}])

@@ -14,9 +14,9 @@ from qwt_mmdet.record import quantization_of
 from qwt_mmdet.search.sensitivity import (
     Sensitivity,
     choose_bits,
+    leave_one_out_gains,
     mixed_precision,
     rank_layers,
-    relieve_layers,
 )
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -34,8 +34,8 @@ def warmed_up(tmp_path, bits=4, **settings):
 
 
 @torch.no_grad()
-def noise_by_hand(expected, found):
-    """Mean over the tensors of the noise by the signal."""
+def relative_error_by_hand(expected, found):
+    """Mean over the tensors of error power by signal power."""
     pairs = list(zip(expected, found, strict=True))
     return sum(float((a - b).square().sum() / a.square().sum()) for a, b in pairs) / len(pairs)
 
@@ -64,8 +64,8 @@ def test_a_layer_alone_does_what_a_model_with_that_layer_alone_quantized_does(tm
     )
     images = torch.stack(batch[0]["inputs"])
     with torch.no_grad():
-        expected = noise_by_hand(reference.backbone(images), single.backbone(images))
-    assert ranked[name].relative_noise == pytest.approx(expected, rel=1e-4)
+        expected = relative_error_by_hand(reference.backbone(images), single.backbone(images))
+    assert ranked[name].relative_error == pytest.approx(expected, rel=1e-4)
     assert ranked[name].sqnr_db == pytest.approx(-10 * math.log10(expected), abs=1e-3)
 
 
@@ -74,10 +74,10 @@ def test_the_ranking_falls_and_leaves_the_model_as_it_was(tmp_path, activation_r
     model = warmed_up(tmp_path, activation_range=activation_range)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ranked = rank_layers(model, tiny.batches(2))
-    noise = [entry.relative_noise for entry in ranked]
-    assert all(noise)
-    assert noise == sorted(noise, reverse=True)
-    assert max(noise) < 1  # folded layers too are compared with the function that they belong to
+    errors = [entry.relative_error for entry in ranked]
+    assert all(errors)
+    assert errors == sorted(errors, reverse=True)
+    assert max(errors) < 1  # folded layers too are compared with the function that they belong to
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert any(entry.weight_bits is None for entry in ranked)  # attention has its place
 
@@ -90,30 +90,30 @@ def test_what_a_refit_repairs_is_no_harm_of_a_layer(tmp_path, fitted):
         settings = quantization_of(refit).settings
         refit = calibrate(quantize_model(detector(), settings), tiny.batches(2), keep_weights=True)
     plain, found = (
-        {entry.name: entry.relative_noise for entry in rank_layers(model, tiny.batches(1))}
+        {entry.name: entry.relative_error for entry in rank_layers(model, tiny.batches(1))}
         for model in (warmed_up(tmp_path), refit)
     )
-    for name, noise in plain.items():
-        assert found[name] == pytest.approx(noise, rel=0.5)
+    for name, error in plain.items():
+        assert found[name] == pytest.approx(error, rel=0.5)
 
 
-def test_where_a_refit_layer_is_exact_the_noise_of_its_rounding_goes():
-    """One layer has weights of 2 bits, all others of 8: its rounding is most of the noise."""
+def test_where_a_refit_layer_is_left_out_the_error_of_its_rounding_goes():
+    """One layer has weights of 2 bits, all others of 8: its rounding is most of the error."""
     name = "backbone.stages.0.blocks.1.ffn.layers.1"
     coarse = Override(name, weight_bits=2)
     settings = QuantizationSettings(8, 8, refit="sequential", overrides=(coarse,))
     model = calibrate(quantize_model(detector(), settings), tiny.batches(2), keep_weights=True)
-    relief = relieve_layers(model, tiny.batches(1))
-    others = sorted(abs(fall) for layer, fall in relief.items() if layer != name)
-    assert relief[name] > 2 * others[-1]
+    gains = leave_one_out_gains(model, tiny.batches(1))
+    others = sorted(abs(fall) for layer, fall in gains.items() if layer != name)
+    assert gains[name] > 2 * others[-1]
 
 
-def entry(name, weights, noise, bits=4):
-    return Sensitivity(name, bits, bits, weights, noise)
+def entry(name, weights, error, bits=4):
+    return Sensitivity(name, bits, bits, weights, error)
 
 
-def total_noise(ranked, bits):
-    return sum(e.relative_noise * 4.0 ** (e.weight_bits - bits[e.name]) for e in ranked)
+def total_error(ranked, bits):
+    return sum(e.relative_error * 4.0 ** (e.weight_bits - bits[e.name]) for e in ranked)
 
 
 @pytest.mark.parametrize("average", [2.5, 3, 4, 5.25])
@@ -125,17 +125,17 @@ def test_chosen_bits_are_the_best_of_all_for_layers_of_one_size(average):
         for bits in itertools.product(range(2, 9), repeat=4)
         if sum(bits) / 4 <= average
     ]
-    best = min(total_noise(ranked, bits) for bits in possible)
+    best = min(total_error(ranked, bits) for bits in possible)
     assert sum(chosen.values()) / 4 <= average
-    assert total_noise(ranked, chosen) == pytest.approx(best)
+    assert total_error(ranked, chosen) == pytest.approx(best)
 
 
-def test_small_layers_are_served_before_large_ones_of_equal_noise():
+def test_small_layers_are_served_before_large_ones_of_equal_error():
     chosen = choose_bits([entry("large", 1000, 0.1), entry("small", 10, 0.1)], 4)
     assert chosen["small"] > chosen["large"]
 
 
-def test_layers_without_noise_or_weights_keep_their_bits():
+def test_layers_without_error_or_weights_keep_their_bits():
     unmeasured = [Sensitivity("roi", 4, 4, 10, None), Sensitivity("attention", None, 4, 0, 0.3)]
     assert choose_bits([*unmeasured, entry("a", 10, 0.1)], 8) == {"a": 8}
 

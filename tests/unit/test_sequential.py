@@ -187,9 +187,7 @@ def test_a_layer_of_eight_bits_is_not_blamed_for_what_it_repairs():
         for name in ("shared", "query", "key", "last")
     )
     noise = {
-        refit: quantization_of(
-            calibrated({"refit": refit, "overrides": eight}, images)
-        ).signal_noise
+        refit: quantization_of(calibrated({"refit": refit, "overrides": eight}, images)).sqnr_db
         for refit in ("none", "sequential")
     }
     for name, decibels in noise["none"].items():

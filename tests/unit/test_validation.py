@@ -5,7 +5,7 @@ import logging
 import pytest
 import tiny
 import torch
-from qwt_mmdet.archives import unsettled_ranges
+from qwt_mmdet.archives import overfitted_ranges
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model
@@ -94,5 +94,5 @@ def test_a_warmup_file_keeps_the_check(tmp_path):
 )
 def test_a_sentence_is_made_of_a_check(seen, unseen, told):
     check = {"images": 4, "seen_db": seen, "unseen_db": unseen}
-    assert bool(unsettled_ranges(check)) is told
-    assert unsettled_ranges(None) is None, "a warmup file of an earlier version has no check"
+    assert bool(overfitted_ranges(check)) is told
+    assert overfitted_ranges(None) is None, "a warmup file of an earlier version has no check"

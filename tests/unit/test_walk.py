@@ -96,7 +96,7 @@ def walk_all(model, images, record=True, memory_gb=4.0):
             for name in order:
                 for number in range(len(images)):
                     seen[name, number] = reach(walk, model, name, number)
-                walk.unsettled.discard(name)
+                walk.pending.discard(name)
     return seen, runs
 
 
@@ -155,7 +155,7 @@ def test_layers_that_run_several_times_in_an_order_that_varies():
                     seen = reach(walk, model, name, number, calls=len(expected))
                     assert len(seen) == len(expected)
                     assert all(map(torch.equal, seen, expected))
-                walk.unsettled.discard(name)
+                walk.pending.discard(name)
 
 
 class Erased(nn.Module):

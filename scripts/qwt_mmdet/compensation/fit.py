@@ -24,7 +24,7 @@ from ..detectors.forward import check_precision, head_tensors
 from ..devices import peak_gigabytes
 from ..errors import QwtError
 from ..progress import progress
-from ..quantization.noise import HeadNoise, decibels
+from ..quantization.sqnr import HeadError, sqnr_db
 from ..record import record_of
 from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
 from ..replay.forwards import detached
@@ -224,7 +224,7 @@ def _check_at_heads(
         fit.cache["heads", image] = head_tensors(reference, fit.cache["image", image])
 
     def noise_with(kept: Sequence[BlockFit]) -> float:
-        noise = HeadNoise()
+        noise = HeadError()
         kinds = {block.name: block.trial for block in kept if block.trial}
         with compensating(model, kinds):
             for image in images:
@@ -241,7 +241,7 @@ def _check_at_heads(
     dropped = [block.name for block in blocks if block.kept and block.name not in names]
     logger.info(
         "At the heads, on %d held-out images: %s dB without compensation, %s dB with it; %s",
-        len(images), *(f"{decibels(noise) or math.inf:.1f}" for noise in (before, after)),
+        len(images), *(f"{sqnr_db(noise) or math.inf:.1f}" for noise in (before, after)),
         f"left out, as they do not lower the noise: {', '.join(dropped)}" if dropped else "all of it stays",
     )  # fmt: skip
     blocks = [
@@ -274,7 +274,7 @@ def _fit_pass(
         full = None
         if fit.settings.target == "reference":
             full = stack.enter_context(_walking(fit, reference, f"{name} full"))
-            full.unsettled.clear()
+            full.pending.clear()
         for block in fits:
             _settle(quantized, model, block)
         for block_name in progress(list(fit.positions)[len(fits) :], "Fitting", unit="block"):
@@ -296,7 +296,7 @@ def _walking(fit: _Fit, model: nn.Module, tag: str) -> Iterator[Walk]:
 
 def _settle(walk: Walk, model: nn.Module, block: BlockFit) -> None:
     """Let a block run with its compensation from now on."""
-    walk.unsettled.discard(block.name)
+    walk.pending.discard(block.name)
     if block.kept and block.kind is not None:
         module, kind = model.get_submodule(block.name), block.kind
         walk.completions[block.name] = partial(compensated, module, kind)

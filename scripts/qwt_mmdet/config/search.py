@@ -1,4 +1,4 @@
-"""Quantizations that are questions: the bits of each layer are searched."""
+"""Quantizations that are searched: entries whose bits a mixed-precision search chooses for each layer."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -11,24 +11,24 @@ from .section import Nested, Text, as_plain, section
 
 @section
 class Smallest:
-    """The smallest detector that loses at most so much."""
+    """The smallest detector whose loss of AP is within a limit."""
 
     max_drop: Annotated[float, Strict(), Field(ge=0.0001, le=1)]
-    """Most AP that may be lost, on a scale to 1: 0.01 is one point."""
+    """Largest loss of AP, with AP from 0 to 1: 0.01 is one point."""
     metric: Literal["bbox", "segm"] = "bbox"
     """Box AP or mask AP."""
 
 
 @section
 class Best:
-    """The best detector that is at most so large."""
+    """The best detector whose size is within a limit."""
 
     average_weight_bits: Annotated[float, Strict(), Field(ge=LEAST_BITS, le=MOST_BITS)] | None = (
         None
     )
-    """Bits per weight of the layers that are searched, on average."""
+    """Average bits per weight of the searched layers."""
     max_size_mb: Annotated[float, Strict(), Field(ge=0.001, le=1_000_000)] | None = None
-    """Size of all weights in megabytes, with what stays in full precision."""
+    """Size of all weights in megabytes, including those that stay in full precision."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Best":
@@ -39,28 +39,29 @@ class Best:
 
 @section
 class Search:
-    """A quantization whose bits are searched, layer by layer, on the calibration images."""
+    """A quantization whose bits are searched for each layer, on the calibration images."""
 
     smallest: Annotated[Smallest, Nested] | None = None
-    """Ask for the smallest detector that loses at most so much (this or `best`)."""
+    """Search the smallest detector whose loss of AP is at most `max_drop` (this or `best`)."""
     best: Annotated[Best, Nested] | None = None
-    """Ask for the best detector of at most this size (this or `smallest`)."""
+    """Search the best detector of at most this size (this or `smallest`)."""
     like: Text | None = None
-    """Plain quantization whose other settings hold: scope, ranges, rounding, overrides. Layers that the search
-    cannot judge keep its bits. Omitted: the defaults, with 8 bits."""
+    """Name of the plain quantization whose other settings are used: scope, ranges, rounding, overrides. Layers
+    that do not reach the heads keep its bits. Omitted: the defaults, with 8 bits."""
     candidates: Annotated[tuple[Bits, ...], Field(min_length=2)] = (3, 4, 5, 6, 8)
-    """Bits that weights can get."""
+    """Numbers of bits that the weights of a layer can get."""
     min_activation_bits: Bits = 4
-    """Fewest bits of activations. It matters for the objective `bit_operations` alone; the fewest bytes leave
-    all activations at the most bits."""
+    """Fewest bits of activations. Used by the objective `bit_operations` alone; with `size`, all activations have
+    `max_activation_bits`."""
     max_activation_bits: Bits = 8
     """Most bits of activations."""
     objective: Literal["size", "bit_operations"] = "size"
-    """What `smallest` makes small: bytes of weights, or multiply-adds times the bits of both factors."""
+    """What `smallest` minimizes: bytes of weights, or multiply-adds times the bits of both factors."""
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 4
-    """Calibration images on which the noise of each layer at each number of bits is measured."""
+    """Calibration images on which the error of each layer is measured at each number of bits."""
     rounds: Annotated[int, Strict(), Field(ge=1, le=100)] = 5
-    """Recipes that `smallest` calibrates and evaluates, at most, on halves of the calibration images."""
+    """Most recipes that `smallest` tries. Each is calibrated on some of the calibration images and evaluated on
+    the others."""
 
     @model_validator(mode="after")
     def _agree(self) -> "Search":
@@ -76,7 +77,7 @@ class Search:
             )
         if self.best is not None and self.objective != "size":
             problems.append(
-                f"best limits the size, so objective: {self.objective} contradicts it; take it out, or ask for "
+                f"best limits the size, which objective: {self.objective} contradicts; remove objective, or use "
                 "smallest."
             )
         average = self.best and self.best.average_weight_bits
@@ -104,21 +105,21 @@ class Search:
 def searched_settings(
     quantizations: Mapping[str, Mapping[str, Any]], name: str
 ) -> Mapping[str, Any]:
-    """The plain settings of which all but the bits holds in the answer to a question; a plain entry's own.
+    """The plain settings in which a search replaces the bits; of an entry that is not searched, its own.
 
     Args:
         quantizations: resolved entries by name.
     """
     entry = quantizations[name]
-    if not is_question(entry):
+    if not is_search(entry):
         return entry
     if "like" in entry:
         return quantizations[entry["like"]]
     return as_plain(QuantizationSettings(8, 8))
 
 
-def is_question(entry: Any) -> bool:
-    """Whether a quantization entry, as it was read or resolved, is a question."""
+def is_search(entry: Any) -> bool:
+    """Whether the bits of a quantization entry, as it was read or resolved, are searched."""
     return isinstance(entry, Search) or (
         hasattr(entry, "keys") and bool({"smallest", "best"} & set(entry))
     )

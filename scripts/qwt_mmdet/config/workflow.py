@@ -26,7 +26,7 @@ from .models import Model
 from .names import Name
 from .quantization import LEAST_BITS, MOST_BITS, QuantizationSettings
 from .reading import check_values
-from .search import Search, is_question
+from .search import Search, is_search
 from .section import Flag, Gigabytes, Nested, Seed, Text, raise_problems, section, sentences, shown
 
 RESERVED_NAMES: dict[str, tuple[str, ...]] = {
@@ -135,7 +135,7 @@ Quantization = Annotated[
     Annotated[
         Annotated[QuantizationSettings, Tag("QuantizationSettings")]
         | Annotated[Search, Tag("Search")],
-        Discriminator(lambda entry: "Search" if is_question(entry) else "QuantizationSettings"),
+        Discriminator(lambda entry: "Search" if is_search(entry) else "QuantizationSettings"),
     ],
     Nested,
 ]

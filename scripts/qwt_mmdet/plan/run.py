@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import Combination, configuration, is_question, searched_settings
+from ..config import Combination, configuration, is_search, searched_settings
 from ..config.datasets import Part
 from ..data.sources import number_of_images
 from ..resources import SHARD_IMAGES
@@ -158,7 +158,7 @@ class Plan:
                 before = making(Variant(model, quantization))
                 return (add("fit_compensation", variant, None, before),)
             answer: tuple[Job, ...] = ()
-            if self.is_question(quantization):
+            if self.is_search(quantization):
                 candidates = add("measure_candidates", variant)
                 answer = (add("choose_recipe", variant, None, (candidates,)),)
             return (add("quantize_model", variant, None, answer),)
@@ -176,9 +176,9 @@ class Plan:
                 add("benchmark_exported", graph.variant, runtime, (graph, full))
         return list(found)
 
-    def is_question(self, quantization: str) -> bool:
+    def is_search(self, quantization: str) -> bool:
         """Whether the bits of a quantization, perhaps with the number of a repeat, are searched."""
-        return is_question(self.config["quantization"][without_repeat(quantization)])
+        return is_search(self.config["quantization"][without_repeat(quantization)])
 
     def split(self, model: str, jobs: int) -> int:
         """Into how many jobs an evaluation is split that was not done yet, so that ``jobs`` at a time are busy.
@@ -221,7 +221,7 @@ class Plan:
             for kind, folders in wanted.items()
         }
         names = {**combination._asdict(), "dataset": dataset, "variant": None}
-        recipe = first.calibrated("recipe.json") if self.is_question(quantization) else None
+        recipe = first.calibrated("recipe.json") if self.is_search(quantization) else None
         return ResultRow(
             **combination._asdict(),
             dataset=dataset,

@@ -47,7 +47,7 @@ class Settings:
 
     def plain(self, quantization: str) -> Mapping[str, Any] | None:
         """A quantization; None where it is a question, which a recipe answers."""
-        asked = self._plan.is_question(quantization)
+        asked = self._plan.is_search(quantization)
         return None if asked else self.searched(quantization)
 
     def searched(self, quantization: str) -> Mapping[str, Any]:
@@ -66,7 +66,7 @@ class Settings:
     def recipe(self, model: str, quantization: str) -> list[str]:
         """The answer to a quantization that is a question."""
         recipe = Variant(model, quantization).calibrated("recipe.yaml")
-        return [recipe] if self._plan.is_question(quantization) else []
+        return [recipe] if self._plan.is_search(quantization) else []
 
     def images(self, part: str, model: str, quantization: str | None) -> str:
         """Annotation file of a model's images, for calibration those of the repeat."""

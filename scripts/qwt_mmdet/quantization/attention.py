@@ -1,8 +1,7 @@
 """Attention classes whose two matrix products are quantized.
 
-``softmax(q kᵀ) v`` has two products of activations, which no Linear layer covers. A quantized form
-is registered per attention class; it must compute what the original computes when its quantizers
-are switched off.
+``softmax(q kᵀ) v`` has two products of activations, which belong to no Linear layer. Each attention class has
+a registered quantized class, which computes the same as the original when its quantizers are disabled.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ Quantized = TypeVar("Quantized", bound="type[QuantizedAttention]")
 
 
 def register_attention(original: type[nn.Module]) -> Callable[[Quantized], Quantized]:
-    """Class decorator: the decorated subclass of ``original`` is its quantized form.
+    """Class decorator: the decorated subclass of ``original`` is its quantized class.
 
     The subclass names its operands in ``operands``; each becomes an ActivationQuantizer submodule
     ``{operand}_quantizer``.
@@ -39,7 +38,7 @@ class QuantizedAttention(nn.Module):
     """Base of the quantized attention classes: query, key, probability and value quantizers."""
 
     operands = ("query", "key", "probability", "value")
-    weight_bits = None  # it has no weights of its own; those of its projections are layers
+    weight_bits = None  # its projections are layers of their own
 
     query_quantizer: ActivationQuantizer
     key_quantizer: ActivationQuantizer
@@ -85,7 +84,7 @@ class QuantizedAttention(nn.Module):
             add_bias: adds position bias and masks to scores […, queries, keys].
             dropout: of the probabilities, in training.
         """
-        # The products would copy operands that are not contiguous, after they are rounded.
+        # Made contiguous first, or the products would copy the rounded operands.
         query, key, value = (
             quantizer(operand.contiguous(), overwrite=True)
             for quantizer, operand in (
@@ -210,7 +209,7 @@ def _merged_mask(
     Args:
         attention: [queries, sources] or [batch · heads, queries, sources].
         padding: [batch, sources]. True or −∞ excludes a key in both.
-        keys: sources and the keys that biases and zero attention add to them; nothing excludes those.
+        keys: number of sources, and of the keys that biases and zero attention add, which no mask excludes.
     """
     merged = None
     for mask, is_padding in ((attention, False), (padding, True)):
@@ -254,6 +253,6 @@ def split_projections(attention: nn.MultiheadAttention) -> None:
         "in_proj_bias",
     ):
         setattr(attention, name, None)
-    # torch's transformer layers take a short cut through the packed weight unless told otherwise.
+    # torch's transformer layers would otherwise use the packed weight directly.
     attention._qkv_same_embed_dim = False
     attention.train(attention.training)

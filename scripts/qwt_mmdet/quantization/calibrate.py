@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..archives import unsettled_ranges
+from ..archives import overfitted_ranges
 from ..data.batches import count_images, single_images
 from ..detectors.forward import check_precision, forward_scope
 from ..errors import QwtError
@@ -32,10 +32,10 @@ from .convert import (
 from .folding import apply_fold, factors, folded_range
 from .layers import QuantizedConv2d, QuantizedLayer, layer_by_name
 from .moments import InputMoments, measure_inputs
-from .noise import count_multiply_adds, measure_noise
 from .quantizer import ActivationQuantizer, Watch
 from .rounding import rounding_by_name
 from .sequential import ROWS, FullPrecision, calibrate_sequentially, weigh_positions
+from .sqnr import count_multiply_adds, measure_sqnr
 from .validation import FoldedObserver, RangeValidation
 from .weights import quantize_weight
 
@@ -44,20 +44,20 @@ logger = logging.getLogger(__name__)
 NOISE_IMAGES = 8
 """Calibration images that signal-to-noise ratios are measured on, of layers and of ranges."""
 UNKNOWN_IMAGES = 128
-"""So many are expected of a loader that doesn't know."""
+"""Number of images that is assumed for a loader that does not know its length."""
 
 
 @dataclass
 class Calibration:
-    """What the passes hand on.
+    """The state that the passes share.
 
     Attributes:
         first: name of the layer that runs first.
-        observers: what each activation quantizer has seen.
-        validation: of the ranges, with those of half of the images.
-        shares: by name of a module that is not quantized its share of the multiply-adds, in percent.
+        observers: histograms of the input of each activation quantizer.
+        validation: of the ranges, on half of the images.
+        shares: percentage of the multiply-adds of each module that is not quantized, by name.
         images_seen: number of calibration images that have run.
-        moments: of the inputs of each layer, as far as rounding and bias correction ask for them.
+        moments: of the inputs of each layer, where rounding or bias correction need them.
         full: outputs of the layers in full precision, with ``refit: sequential``.
     """
 
@@ -74,28 +74,31 @@ class Calibration:
 
     @property
     def about(self) -> Quantization:
-        """The model's own record, which the passes complete."""
+        """The record of the quantized model, which the passes complete."""
         return quantization_of(self.model)
 
     @property
     def expected_images(self) -> int:
-        """How many images there are, as far as one knows."""
+        """Number of images; ``UNKNOWN_IMAGES`` where the loader has no length."""
         return count_images(self.loader) or length_hint(self.loader, UNKNOWN_IMAGES)
 
     def images(self, description: str) -> Iterator[dict[str, Any]]:
-        """All images, each alone."""
+        """All images, in batches of one."""
         total = count_images(self.loader)
         return progress(single_images(self.loader), description, total=total)
 
     def forward(self, image: dict[str, Any]) -> None:
-        """Run what is in scope."""
+        """Run the modules in scope."""
         forward_scope(self.model, image, self.about.settings.scope)
 
 
 def observe(run: Calibration) -> None:
-    """Collect histograms of all activations whose ranges come from full precision, from all images."""
+    """Run all images in full precision; collect a histogram of each activation.
+
+    A sequential refit chooses most ranges later; then only those of folded LayerNorms and attention are observed.
+    """
     quantizers = activation_quantizers(run.model)
-    if run.full is not None:  # ranges of other inputs are chosen in sequence
+    if run.full is not None:
         kept = {
             f"{name}.input_quantizer"
             for name in quantized_layers(run.model).keys() - run.about.folded_layers
@@ -131,7 +134,7 @@ def observe(run: Calibration) -> None:
 
 
 def set_input_bits(run: Calibration) -> None:
-    """Give the layer that sees the image ``input_bits``, unless an override says otherwise."""
+    """Give the first layer ``input_bits``, unless an override sets its activation bits."""
     settings = run.about.settings
     override = run.first and matching_override(run.first, settings.overrides)
     if run.first and (not override or override.activation_bits is None):
@@ -139,7 +142,7 @@ def set_input_bits(run: Calibration) -> None:
 
 
 def choose_ranges(run: Calibration) -> None:
-    """Turn histograms into grids; where scales migrate, together with the weights' grids."""
+    """Choose activation grids from the histograms; scale migration also considers the weights' grids."""
     settings = run.about.settings
     migrating = {
         layer.input_quantizer: layer
@@ -170,7 +173,7 @@ def fold_norms(run: Calibration) -> None:
 
 
 def measure_moments(run: Calibration) -> None:
-    """Measure the quantized inputs of all layers, in a full-precision pass, if anything asks for it."""
+    """Measure moments of the quantized inputs of all layers, where rounding or bias correction need them."""
     settings = run.about.settings
     second = rounding_by_name(settings.rounding).needs_moments
     if not settings.bias_correction and not second:
@@ -189,26 +192,26 @@ def measure_moments(run: Calibration) -> None:
 
 
 def quantize_weights(run: Calibration) -> None:
-    """Choose grids, codes and bias corrections of all weights; the weights themselves stay."""
+    """Choose grids, codes and bias corrections of all weights; ``weight`` stays in full precision."""
     layers = [layer for layer in quantized_layers(run.model).values() if layer.is_calibrated]
     for layer in progress(layers, "Quantizing weights", unit="layer"):
         quantize_weight(layer, run.about.settings, run.moments.pop(layer, None))
 
 
 def weigh(run: Calibration) -> None:
-    """Ask the full-precision detector where it sees objects, if the refit weights positions."""
+    """Map the full-precision detector's scores, if the refit weights positions by them."""
     if run.full is not None and run.about.settings.refit_weighting:
         weigh_positions(run.model, run.full)
 
 
 def refit(run: Calibration) -> None:
-    """Take all layers in sequence: range, weights and bias on what the layers before it hand over."""
+    """Fit the layers in running order: range, weights and bias, on inputs from the quantized layers before."""
     if run.full is not None:
         calibrate_sequentially(run.model, run.full, run.about.settings, run.validation)
 
 
 def check_ranges(run: Calibration) -> None:
-    """Warn of ranges that do not hold on images that did not make them."""
+    """Warn of ranges that fit only the images that they were estimated from."""
     if not run.noise_images:
         return
     folded = {f"{name}.input_quantizer" for name in run.about.folded_layers}
@@ -217,28 +220,28 @@ def check_ranges(run: Calibration) -> None:
         islice(single_images(run.loader), run.noise_images),
         run.images_seen,
         run.about.settings.scope,
-        spared=folded,  # what they read has been rescaled since
+        spared=folded,  # folding has rescaled their inputs since
     )
-    if sentence := unsettled_ranges(dataclasses.asdict(check)):
+    if sentence := overfitted_ranges(dataclasses.asdict(check)):
         logger.warning("%s", sentence)
 
 
 def measure_layers(run: Calibration) -> None:
-    """Measure the noise that every layer adds, on the first images, for the report."""
+    """Measure the SQNR of every layer on the first images, for the report."""
     images = islice(single_images(run.loader), run.noise_images)
     fitted = run.full.fitted if run.full is not None else None
-    run.about.signal_noise = measure_noise(run.model, images, run.about.settings.scope, fitted)
+    run.about.sqnr_db = measure_sqnr(run.model, images, run.about.settings.scope, fitted)
 
 
 def round_weights(run: Calibration) -> None:
-    """Put the rounded values into the weights: from here on the model computes quantized."""
+    """Set the weights to their rounded values: from here on the model computes quantized."""
     for layer in quantized_layers(run.model).values():
         if layer.is_calibrated:
             layer.restore_weight()
 
 
 def list_what_is_not_quantized(run: Calibration) -> None:
-    """Add what never ran, and the shares of the multiply-adds."""
+    """Complete the list of what is not quantized: layers that never ran, and shares of the multiply-adds."""
     for name, unit in quantized_units(run.model).items():
         if not unit.is_calibrated:
             reason = "never ran on a calibration image"
@@ -252,18 +255,18 @@ def list_what_is_not_quantized(run: Calibration) -> None:
 
 RANGE_PASSES: tuple[Callable[[Calibration], None], ...] = (
     observe,
-    set_input_bits,  # needs to know which layer ran first, and comes before any grid
+    set_input_bits,  # after the pass that tells which layer runs first, before any grid is chosen
     choose_ranges,
-    fold_norms,  # changes weights, so it comes before all that looks at them
+    fold_norms,  # changes weights, so it comes before all passes that read them
 )
 WEIGHT_PASSES: dict[str, tuple[Callable[[Calibration], None], ...]] = {
     "none": (measure_moments, quantize_weights),
     "sequential": (weigh, refit),
 }
-"""What chooses codes and biases, by the setting ``refit``."""
+"""Passes that choose codes and biases, by the setting ``refit``."""
 LAST_PASSES: tuple[Callable[[Calibration], None], ...] = (
     check_ranges,
-    measure_layers,  # full-precision weights and codes side by side
+    measure_layers,  # needs full-precision weights beside the codes
     round_weights,
     list_what_is_not_quantized,
 )
@@ -283,12 +286,11 @@ def calibrate(
 
     Args:
         model: from :func:`.convert.quantize_model`.
-        loader: batches as mmdet's test step takes them; their size changes nothing, since each image runs
-            alone. It is gone through once for the ranges and, where rounding or bias correction look at
-            the inputs, once more for their moments (with ``refit: sequential`` they are kept instead); its first images once more for the ratio of signal to
-            noise of every layer.
-        noise_images: number of these.
-        device_gb, memory_gb: with ``refit: sequential``, activations beyond this wait elsewhere (see
+        loader: batches as mmdet's test step takes them, of any size: each image runs alone. It is iterated
+            once for the ranges. Where rounding or bias correction need moments of the inputs, it is iterated
+            once more (``refit: sequential`` keeps the images instead).
+        noise_images: number of images, the first ones, on which the SQNR of every layer is measured.
+        device_gb, memory_gb: with ``refit: sequential``, limits of kept activations (see
             :class:`..replay.cache.ActivationCache`).
         keep_weights: leave the weights in full precision, as ``load_warmup(…, round_weights=False)`` does.
 
@@ -316,7 +318,7 @@ def calibrate(
 
 @torch.no_grad()
 def quantize_weights_alone(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
-    """Choose codes and bias corrections anew as without a refit: each layer for itself.
+    """Choose codes and bias corrections again, each layer by itself, as ``refit: none`` does.
 
     Args:
         model: calibrated; its weights are not rounded.
@@ -329,7 +331,7 @@ def quantize_weights_alone(model: nn.Module, loader: Iterable[dict[str, Any]]) -
 
 @torch.no_grad()
 def find_ranges(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
-    """The first passes of :func:`calibrate`: run all images in full precision and choose the ranges."""
+    """Run all images in full precision and choose the ranges: the first passes of :func:`calibrate`."""
     run = Calibration(model, loader, 0)
     for run_pass in RANGE_PASSES:
         run_pass(run)

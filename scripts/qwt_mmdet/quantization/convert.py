@@ -14,12 +14,12 @@ from ..errors import QwtError
 from ..record import NotQuantized, Quantization, record_of
 from .attention import ATTENTION, QuantizedAttention, split_projections
 from .folding import find_folds
-from .layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, become, layer_by_name
+from .layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, exchange_class, layer_by_name
 from .quantizer import ActivationQuantizer, Watch
-from .recipe import folds_norms, integer_grids, logarithmic_attention
-from .subclasses import quantized_form, reason_against
+from .scheme import folds_norms, integer_grids, logarithmic_attention
+from .subclasses import quantized_class, reason_against
 
-# Exact classes only; subclasses with a forward of their own keep it (see subclasses.py).
+# Exact classes only; subclasses.py handles subclasses.
 LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv2d: QuantizedConv2d,
@@ -31,7 +31,7 @@ LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
 UNSUPPORTED = "layer type that cannot be quantized"
 
 Unit = QuantizedLayer | QuantizedAttention
-"""What is quantized: a layer, or the matrix products of attention."""
+"""A unit of quantization: a layer, or the matrix products of attention."""
 
 
 def in_scope(name: str, scope: str) -> bool:
@@ -47,12 +47,12 @@ def matching_override(name: str, overrides: tuple[Override, ...]) -> Override | 
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    """Modules that use their children's weights without calling the children."""
+    """Whether a module uses its children's weights without calling the children."""
     return isinstance(module, nn.MultiheadAttention) and type(module) not in ATTENTION
 
 
 def _reason_against(layer: nn.Linear | nn.Conv2d) -> str | None:
-    """Why a layer stays in full precision, or None where it has a quantized form."""
+    """Why a layer stays in full precision; None where it has a quantized class."""
     if "weight" not in layer._parameters:  # torch.nn.utils.weight_norm and its kin
         return "its weight is computed from other tensors"
     return None if type(layer) in LAYERS else reason_against(layer)
@@ -75,8 +75,8 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
         raise QwtError("This model is quantized already; load it again in full precision first.")
     check_precision(model)
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
-        from . import timm_models  # noqa: F401  registers what it knows
-    candidates: list[tuple[str, nn.Module]] = []
+        from . import timm_models  # noqa: F401  registers its classes
+    found: list[tuple[str, nn.Module]] = []
     not_quantized: list[NotQuantized] = []
     opaque: list[str] = []
     for module in [m for n, m in model.named_modules() if in_scope(n, settings.scope)]:
@@ -90,32 +90,32 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             opaque.append(name)
             not_quantized.append(
                 NotQuantized(
-                    name, class_name, "attention class without a registered quantized form"
+                    name, class_name, "attention class without a registered quantized class"
                 )
             )
         elif type(module) in ATTENTION:
-            candidates.append((name, module))
+            found.append((name, module))
         elif isinstance(module, nn.Linear | nn.Conv2d):
             reason = _reason_against(module)
             if reason is None:
-                candidates.append((name, module))
+                found.append((name, module))
             else:
                 not_quantized.append(NotQuantized(name, class_name, f"{UNSUPPORTED}: {reason}"))
         elif any(True for p in module.parameters(recurse=False) if p.dim() > 1):
             not_quantized.append(NotQuantized(name, class_name, UNSUPPORTED))
-    if not candidates:
+    if not found:
         raise QwtError(
             f"The scope {settings.scope!r} of this model holds no Linear or Conv2d layer; "
             "choose another scope."
         )
-    names = [name for name, _ in candidates]
+    names = [name for name, _ in found]
     for entry in settings.overrides:
         if not fnmatch.filter(names, entry.pattern):
             raise QwtError(
                 f"The override pattern {entry.pattern!r} matches no layer in scope "
                 f"{settings.scope!r}; layer names look like {', '.join(names[:3])}."
             )
-    for name, module in candidates:
+    for name, module in found:
         original = type(module)
         override = matching_override(name, settings.overrides)
         if override is not None and override.skip:
@@ -128,10 +128,10 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             activation_bits = override.activation_bits or activation_bits
         if isinstance(module, nn.Linear | nn.Conv2d):
             # mypy takes no class for hashable.
-            form = LAYERS.get(original) or quantized_form(original)  # type: ignore[arg-type]
-            become(module, form)._attach(name, weight_bits, activation_bits)
+            quantized = LAYERS.get(original) or quantized_class(original)  # type: ignore[arg-type]
+            exchange_class(module, quantized)._attach(name, weight_bits, activation_bits)
         else:
-            become(module, ATTENTION[original])._attach(
+            exchange_class(module, ATTENTION[original])._attach(
                 name, activation_bits, logarithmic_probability=logarithmic_attention(settings)
             )
     folds = find_folds(model) if folds_norms(settings) else []
@@ -142,7 +142,7 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
     for layer in quantized_layers(model).values():
         quantizer = layer.input_quantizer
         if isinstance(layer, nn.Conv2d):
-            if layer.is_depthwise:  # its channels need one zero point on integer grids
+            if layer.is_depthwise:  # integer grids need one zero point for all channels
                 layer.migrates = integer_grids(settings)
             elif settings.migrate_scales and quantizer.channel_axis is None:
                 layer.migrates, quantizer.channel_axis = True, 1
@@ -167,7 +167,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 @contextlib.contextmanager
 def running_order(model: nn.Module) -> Iterator[list[str]]:
-    """Inside: note the name of each quantized layer whenever it runs. The first one sees the image."""
+    """Inside: append the name of each quantized layer whenever it runs."""
     order: list[str] = []
     with contextlib.ExitStack() as stack:
         for name, layer in quantized_layers(model).items():
@@ -180,7 +180,7 @@ def running_order(model: nn.Module) -> Iterator[list[str]]:
 def rounded_weights(model: nn.Module, watch: Mapping[nn.Module, Watch]) -> Iterator[None]:
     """Let a calibrated model whose weights are not rounded yet compute quantized.
 
-    What calibration has not seen stays in full precision.
+    Layers that never ran during calibration stay in full precision.
 
     Args:
         watch: as of :func:`full_precision`.
@@ -206,8 +206,7 @@ def full_precision(model: nn.Module, watch: Mapping[nn.Module, Watch]) -> Iterat
     """Let a model whose weights are not rounded yet compute in full precision.
 
     Args:
-        watch: by layer or activation quantizer what is called with its input and its output whenever it
-            has run.
+        watch: callbacks by layer or activation quantizer, called with its input and its output after each run.
     """
     switched: list[QuantizedLayer | ActivationQuantizer]
     switched = [*quantized_layers(model).values(), *activation_quantizers(model).values()]

@@ -1,10 +1,10 @@
-"""Scale reparameterization: per-channel quantization after a LayerNorm at the price of per-tensor.
+"""Scale reparameterization: per-channel quantization after a LayerNorm at the cost of per-tensor.
 
-Channels of a LayerNorm's output differ in range, and one scale for all of them wastes codes. With a
-scale s and a zero point z per channel, and the factors r1 = s / mean(s) and r2 = z − round(mean(z)),
-the LayerNorm can put out (y + s r2) / r1 in place of y and the next layer can take that back in its
-weight and bias. The new tensor, quantized with one scale and one zero point, has the very codes
-that y has channel by channel (RepQ-ViT, arXiv 2212.08254, section 3.2).
+Channels of a LayerNorm's output differ in range, so one scale for all of them wastes codes. Let s be the
+scale and z the zero point of each channel, r1 = s / mean(s) and r2 = z − round(mean(z)). The LayerNorm
+returns (y + s r2) / r1 in place of y, and the next layer inverts this in its weight and bias. The new
+tensor, quantized with one scale and one zero point, has the same codes as y quantized per channel
+(RepQ-ViT, arXiv 2212.08254, section 3.2).
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
 from mmdet.models.layers.transformer.utils import PatchMerging
 from torch import Tensor, nn
 
-from .layers import QuantizedConv2d, QuantizedLinear, become, layer_by_name
+from .layers import QuantizedConv2d, QuantizedLinear, exchange_class, layer_by_name
 from .quantizer import ActivationQuantizer
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A LayerNorm and the layers that read its output, which nothing else reads.
+    """A LayerNorm and the layers that read its output. Nothing else reads it.
 
     Attributes:
         norm, layers: names of modules, relative to the module that they were found in.
-        padder: name of a module in between that pads with zeros and can pad with something else.
+        padder: name of a module in between that pads with zeros, whose padding the fold changes.
     """
 
     norm: str
@@ -63,11 +63,11 @@ FOLDS: dict[type[nn.Module], Callable[[Any], list[Fold]]] = {
     PatchMerging: _patch_merging_folds,
     PVTEncoderLayer: _pvt_folds,
 }
-"""Where LayerNorms are followed by layers, by class of the module that holds both."""
+"""Functions that return the folds inside of a module, by its class."""
 
 
 class FoldedShiftWindowMSA(ShiftWindowMSA):
-    """mmdet's shifted windows, padded with what zero has become in the folded input."""
+    """mmdet's shifted windows, padded with the folded value of zero."""
 
     padding: Tensor
 
@@ -85,11 +85,7 @@ class FoldedShiftWindowMSA(ShiftWindowMSA):
 
 
 def find_folds(model: nn.Module) -> list[Fold]:
-    """All folds whose modules are a LayerNorm and quantized layers that add no padding.
-
-    Returns:
-        Folds with names relative to ``model``.
-    """
+    """All folds of a model's LayerNorms into quantized layers without padding, with names relative to ``model``."""
     found = []
     for name, module in model.named_modules():
         for fold in FOLDS.get(type(module), lambda _: [])(module):
@@ -112,7 +108,7 @@ def _takes_factors(layer: nn.Module) -> bool:
 
 
 def factors(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What turns per-channel quantization into per-tensor quantization.
+    """Parameters that turn per-channel quantization into per-tensor quantization.
 
     Args:
         scale, zero_point: [channels].
@@ -129,10 +125,10 @@ def factors(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 def folded_range(
     quantizer: ActivationQuantizer, factor: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The clipping range of the folded tensor, [1] each, from a quantizer's own ranges per channel.
+    """The clipping range of the folded tensor, [1] each, from a quantizer's ranges per channel.
 
     Args:
-        factor, shift: of a reader with another number of bits (:func:`factors`).
+        factor, shift: from :func:`factors` of another quantizer, whose bits differ.
     """
     scale, zero_point = quantizer.grid
     ends = (-zero_point, 2**quantizer.bits - 1 - zero_point)
@@ -142,16 +138,16 @@ def folded_range(
 
 @torch.no_grad()
 def apply_fold(model: nn.Module, fold: Fold, factor: Tensor, shift: Tensor) -> None:
-    """Let the LayerNorm put out (y + shift) / factor, and its readers take that back, in place.
+    """Change the LayerNorm to return (y + shift) / factor, and its readers to invert this, in place.
 
-    Their full-precision function stays the same. ``factor`` and ``shift`` are kept as buffers of the
-    first layer, so that a saved state can do it again.
+    Their full-precision function stays the same. ``factor`` and ``shift`` become buffers of the first layer,
+    so that loading a saved state can repeat the fold.
 
     Args:
         factor, shift: [channels].
     """
     norm = model.get_submodule(fold.norm)
-    assert isinstance(norm, nn.LayerNorm)  # find_folds takes nothing else
+    assert isinstance(norm, nn.LayerNorm)  # as find_folds has checked
     norm.bias.copy_((norm.bias + shift) / factor)
     norm.weight.copy_(norm.weight / factor)
     for name in fold.layers:
@@ -165,5 +161,5 @@ def apply_fold(model: nn.Module, fold: Fold, factor: Tensor, shift: Tensor) -> N
     first = layer_by_name(model, fold.layers[0])
     first.fold_factor, first.fold_shift = factor, shift
     if fold.padder is not None:
-        padder = become(model.get_submodule(fold.padder), FoldedShiftWindowMSA)
+        padder = exchange_class(model.get_submodule(fold.padder), FoldedShiftWindowMSA)
         padder.register_buffer("padding", shift / factor, persistent=False)

@@ -1,8 +1,8 @@
 """Quantized layers: the model's own modules, given quantizers in place.
 
-A layer keeps its identity (name, parents, sharing between parents): its class is exchanged for a
-subclass that quantizes its input and holds quantized weights. All that calibration finds is held
-in buffers, so state_dict is the file format. How it is found stands elsewhere (:mod:`.calibrate`).
+A layer keeps its identity (name, parents, sharing between parents). Its class is exchanged for a
+subclass that quantizes its input and holds quantized weights. Buffers hold the results of calibration
+(:mod:`.calibrate`), so state_dict is the file format.
 """
 
 from typing import TypeVar
@@ -25,22 +25,22 @@ LAYER_BUFFERS = (
 """Buffers of a quantized layer beside those of its input quantizer."""
 
 
-Form = TypeVar("Form", bound=nn.Module)
+Subclass = TypeVar("Subclass", bound=nn.Module)
 
 
-def become(module: nn.Module, form: type[Form]) -> Form:
+def exchange_class(module: nn.Module, subclass: type[Subclass]) -> Subclass:
     """Exchange the class of a module, in place, for a subclass of it; returns the module."""
-    module.__class__ = form
-    assert isinstance(module, form)
+    module.__class__ = subclass
+    assert isinstance(module, subclass)
     return module
 
 
 class QuantizedLayer(nn.Module):
-    """What quantized Linear and Conv2d share: an input quantizer and weights with integer codes.
+    """Base of quantized Linear and Conv2d: an input quantizer and weights with integer codes.
 
-    ``weight`` holds the full-precision weights until :meth:`restore_weight` rounds them. With
-    ``enabled`` off the layer computes with what ``weight`` holds and nothing else. ``migrates``: its input's
-    scales are chosen by scale migration.
+    ``weight`` holds the full-precision weights until :meth:`restore_weight` rounds them. If ``enabled`` is
+    False, the layer computes with ``weight`` and the original bias. ``migrates``: scale migration chooses the
+    scales of its input.
     """
 
     weight: Tensor
@@ -68,7 +68,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight_groups(self) -> int:
-        """Groups of output channels that see input channels of their own."""
+        """Number of groups of channels, as of a grouped convolution."""
         return 1
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def quantized_output(self, x: Tensor) -> Tensor:
-        """What the layer returns once ``weight`` holds the rounded values."""
+        """The layer's output with quantized input and weights, whatever ``weight`` and ``enabled`` are."""
         return self._compute(
             self.input_quantizer.quantized(x), self.rounded_weight(), self.effective_bias()
         )
@@ -112,10 +112,10 @@ class QuantizedLayer(nn.Module):
         return dequantize(codes, scale.view(shape), zero_point.view(shape)) / self.input_factor()
 
     def input_factor(self, scale: Tensor | None = None) -> Tensor:
-        """What the weights are multiplied with before they are rounded; broadcasts against them.
+        """Factor of the weights before they are rounded; broadcasts against them.
 
-        Integer arithmetic has one scale per output channel. Where input channels have scales of their
-        own, the weights take up how these differ.
+        Integer arithmetic has one scale per output channel. If each input channel has a scale, the weights are
+        multiplied with its ratio to the mean scale.
 
         Args:
             scale: of the input; None for that of its quantizer.
@@ -143,11 +143,11 @@ def layer_by_name(model: nn.Module, name: str) -> QuantizedLayer:
 
 
 LARGE_INPUT = 2**23
-"""Elements beyond which a new tensor costs more than what is done with it: C libraries take fresh
+"""Elements beyond which allocating a tensor costs more than computing with it: C libraries take fresh
 pages from the system for each (glibc: from 32 MiB)."""
 
 CHUNK = 2**19
-"""Elements that are rounded at a time where the input is large: they stay in the cache."""
+"""Elements of a large input that are rounded at a time, so that they stay in the cache."""
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -160,9 +160,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         in_chunks = self.enabled and x.numel() > LARGE_INPUT and x.device.type == "cpu"
         if not in_chunks or torch.is_grad_enabled():
             return super().forward(x)
-        rows = x.flatten(0, -2)
-        output = rows.new_empty(len(rows), self.out_features)
-        chunks = (t.split(max(1, CHUNK // self.in_features)) for t in (rows, output))
+        vectors = x.flatten(0, -2)
+        output = vectors.new_empty(len(vectors), self.out_features)
+        chunks = (t.split(max(1, CHUNK // self.in_features)) for t in (vectors, output))
         for chunk, place in zip(*chunks, strict=True):
             place.copy_(super().forward(chunk))
         return output.unflatten(0, x.shape[:-1])
@@ -174,9 +174,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d with quantized input and weight (per output channel).
 
-    The input of a depthwise convolution has a scale per channel: each output channel sees one input
-    channel, so the factor folds into the weight and the integer arithmetic stays the same. Other
-    convolutions may have such scales too (:mod:`.migration`).
+    The input of a depthwise convolution has a scale per channel. Each output channel sees one input
+    channel, so the scale folds into the weight's and the integer arithmetic stays the same. Inputs of other
+    convolutions have scales per channel only by migration (:mod:`.migration`).
     """
 
     def _input_channel_axis(self) -> int | None:

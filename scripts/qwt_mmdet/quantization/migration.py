@@ -1,15 +1,14 @@
-"""Scale migration: scales per input channel of a convolution, which the weights take up.
+"""Scale migration: a scale per input channel of a convolution, folded into the weights.
 
-Quiet channels waste the codes of a common scale. With scales of their own the weights have to take up
-how the scales differ, and are harder to round (SmoothQuant, Xiao et al., arXiv 2211.10438, with one
-strength for all layers). Here ranges go from the tensor's to the channel's by powers,
-range_tensor^(1 − a) · range_channel^a, and each layer takes the strength a with the smallest expected
-error of its output,
+Channels of small range waste the codes of a common scale. A scale per channel avoids this, but its ratio to
+the mean scale must be folded into the weights, which makes them harder to round. SmoothQuant (Xiao et al.,
+arXiv 2211.10438) balances both with one strength for all layers. Here the range of a channel is
+range_tensor^(1 − a) · range_channel^a. Each layer gets the strength a with the smallest expected error of its
+output, as if errors of the input channels c were not correlated:
 
     Σ_c (Σ W_c² · E[(x_c − x̂_c)²] + Σ (W_c − Ŵ_c)² · E[x_c²])
 
-over input channels c, as if errors were not correlated, with Ŵ rounded to the nearest and deviations
-from the mean in the place of x_c where biases are corrected.
+Ŵ is rounded to the nearest. Where biases are corrected, x_c is its deviation from the mean.
 """
 
 import torch
@@ -20,7 +19,7 @@ from .layers import QuantizedConv2d
 from .primitives import fake_quantize, quantization_parameters
 from .quantizer import ActivationQuantizer
 from .ranges import RangeObserver
-from .recipe import integer_grids, range_method, weight_grid
+from .scheme import integer_grids, range_method, weight_grid
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """From one scale for all input channels to one for each."""
@@ -33,10 +32,10 @@ def choose_grid(
     migrating: QuantizedConv2d | None,
     settings: QuantizationSettings,
 ) -> None:
-    """Turn what an activation's quantizer has seen into its grid.
+    """Choose the grid of an activation from its histogram.
 
     Args:
-        migrating: the layer that takes up the scales of this input, if one does.
+        migrating: the convolution whose weights the scales are folded into; None: no scale migration.
     """
     if migrating is not None:
         migrate_scales(migrating, observer, settings)
@@ -53,17 +52,17 @@ def choose_grid(
 def migrate_scales(
     layer: QuantizedConv2d, observer: RangeObserver, settings: QuantizationSettings
 ) -> None:
-    """Choose how far the scale of a convolution's input goes with its channels; set the grid.
+    """Choose the strength of scale migration for a convolution's input; set the grid.
 
     Args:
-        observer: what the input's quantizer has seen, channel by channel.
+        observer: histograms of the input, one per channel.
     """
     quantizer = layer.input_quantizer
     each, tensor = (
         seen.estimate(range_method(settings), quantizer.bits, settings.percentile)
         for seen in (observer, observer.pooled())
     )
-    silent = (each[0] == 0) & (each[1] == 0)  # their scale would say nothing
+    silent = (each[0] == 0) & (each[1] == 0)  # channels without a scale
     channel = [torch.where(silent, t, c) for t, c in zip(tensor, each, strict=True)]
     power = observer.mean_square(centred=settings.bias_correction)
     energy = _by_input_channel(layer, layer.weight.square())
@@ -78,7 +77,7 @@ def migrate_scales(
     ]
     low, high = (torch.stack(limits, dim=1) for limits in ranges)
     if integer_grids(settings):
-        # With a single scale they have one zero point already.
+        # At strength 0 there is one scale, so also one zero point.
         apart = torch.tensor(STRENGTHS, device=low.device) > 0
         low[:, apart], high[:, apart] = common_zero(
             observer, low[:, apart], high[:, apart], quantizer.bits, energy
@@ -97,26 +96,26 @@ def migrate_scales(
     )
     lost = fake_quantize(weights, scale, zero_point, layer.weight_bits) - weights
     lost = _by_input_channel(layer, (lost.view_as(factors) / factors).square())
-    # The same sum for each strength, so that of equal ones the first is taken.
+    # Summed alike for each strength, so that ties are exact and the first one wins.
     rounding = observer.mean_error(low, high, quantizer.bits).T.contiguous()
     errors = torch.linalg.vecdot(rounding, energy) + torch.linalg.vecdot(lost, power)
     quantizer.set_parameters(*grids[int(errors.argmin())])
 
 
 ZEROS = 8
-"""Zero points that are tried for all channels, from the smallest that one of them asks for to the largest."""
+"""Number of common zero points that are tried, from the smallest zero point of a channel to the largest."""
 
 
 def common_zero(
     observer: RangeObserver, low: Tensor, high: Tensor, bits: int, energy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Change ranges of channels so that they have one zero point.
+    """Change ranges of channels so that they share a zero point.
 
-    A channel keeps its whole range, or the larger side of it, whichever has the smaller error. The zero
-    point is the one with the smallest error of all channels together.
+    With a common zero point, a channel's new range either covers both sides of its range or fits its upper side
+    alone, whichever has the smaller error. The zero point with the smallest summed error is chosen.
 
     Args:
-        low, high: [channels, strengths]; each strength gets a zero point of its own.
+        low, high: [channels, strengths]; each strength gets its own zero point.
         energy: [channels] weights of the channels' squared errors.
 
     Returns:
@@ -142,6 +141,6 @@ def common_zero(
 
 
 def _by_input_channel(layer: QuantizedConv2d, weight: Tensor) -> Tensor:
-    """Sum […, out, in, height, width], as weights are, over all but input channels: […, in], float64."""
+    """Sum a tensor of the weight's shape, […, out, in, height, width], per input channel: […, in], float64."""
     grouped = weight.double().unflatten(-4, (layer.groups, -1))
     return grouped.sum((-4, -2, -1)).flatten(-2)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import grid_rounding
 
 
 def quantization_parameters(
@@ -67,7 +67,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounded values, with the gradient of the values that were rounded."""
+    """Rounded values with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
@@ -89,12 +89,12 @@ def fake_quantize(
 ) -> Tensor:
     """Round ``x`` to its quantization grid and keep it in floating point.
 
-    Equal to ``dequantize(quantize(x))`` and to torch.fake_quantize_per_tensor_affine, by whichever of
-    two ways (see :mod:`.kernels`).
+    Equal to ``dequantize(quantize(x))`` and to torch.fake_quantize_per_tensor_affine; in place or compiled
+    (see :mod:`.grid_rounding`).
 
     Args:
         x: any shape; ``scale`` and ``zero_point`` broadcast against it.
-        overwrite: ``x`` is not needed any more; the result may take its place, but for autograd.
+        overwrite: the result may be written into ``x``, unless autograd records.
 
     Returns:
         A tensor of the shape and dtype of ``x``, a new one unless ``overwrite`` is set.
@@ -104,9 +104,9 @@ def fake_quantize(
     if _is_differentiated(x):
         values = x.detach()
         codes = (values * inverse).round_()
-        rounded = kernels.round_to_grid(values, inverse, low, high, scale)
+        rounded = grid_rounding.round_to_grid(values, inverse, low, high, scale)
         return _StraightThrough.apply(x, rounded.to(x.dtype), (codes >= low) & (codes <= high))
-    rounded = kernels.round_to_grid(x, inverse, low, high, scale, overwrite=overwrite)
+    rounded = grid_rounding.round_to_grid(x, inverse, low, high, scale, overwrite=overwrite)
     return rounded.to(x.dtype)
 
 
@@ -118,16 +118,15 @@ def fake_quantize_log_sqrt2(
 ) -> Tensor:
     """Round ``x`` ≥ 0 to powers of √2 and keep it in floating point.
 
-    ``scale · 2^(−q/2)`` with ``q = max(0, round(−2 log2(x / scale)))``; the last of the 2^bits codes
-    stands for zero, and takes what is smaller than the smallest power (arXiv 2212.08254, equations 12
-    and 13, where zero is a code more).
+    ``scale · 2^(−q/2)`` with ``q = max(0, round(−2 log2(x / scale)))``. The last of the 2^bits codes
+    represents zero, for values below the smallest power (arXiv 2212.08254, equations 12 and 13, where zero
+    is an additional code).
 
-    Rounding in the logarithm is a cut of the exponent: ``−q = floor(log2(√2 (x / scale)²))``, which
-    costs no logarithm.
+    ``−q = floor(log2(√2 (x / scale)²))`` is read from the exponent bits of a float, without a logarithm.
 
     Args:
         x: any shape, no value below 0; ``scale`` broadcasts against it.
-        overwrite: ``x`` is not needed any more; the result may take its place, but for autograd.
+        overwrite: the result may be written into ``x``, unless autograd records.
 
     Returns:
         A tensor of the shape and dtype of ``x``, a new one unless ``overwrite`` is set.

@@ -12,14 +12,13 @@ Watch = Callable[[Tensor, Tensor], None]
 
 
 class ActivationQuantizer(nn.Module):
-    """The grid of one activation tensor: it is found by calibration, kept here and applied.
+    """The grid of one activation tensor, which calibration sets.
 
     Args:
         name: of the layer and input, for messages.
         bits: 2 to 8.
         channel_axis: axis with a scale per channel, or None for one scale per tensor.
-        logarithmic: powers of √2 in place of a uniform grid, for values from 0 such as attention
-            probabilities.
+        logarithmic: powers of √2 in place of a uniform grid, for values ≥ 0 such as attention probabilities.
     """
 
     scale: Tensor | None
@@ -56,9 +55,8 @@ class ActivationQuantizer(nn.Module):
         """
         if self.scale is None or self.zero_point is None:
             raise QwtError(
-                f"{self.name} runs now but did not run on any calibration image, so it has no "
-                "range; calibrate the model, with more images than before, or exclude the layer with an "
-                "override (skip: true)."
+                f"{self.name} has no range, because it did not run on any calibration image; calibrate the "
+                "model with more images, or exclude the layer with an override (skip: true)."
             )
         return self.scale, self.zero_point
 
@@ -76,7 +74,7 @@ class ActivationQuantizer(nn.Module):
         """Return ``x`` on its grid (when disabled: ``x`` itself).
 
         Args:
-            overwrite: nobody else needs ``x``; the result may take its place.
+            overwrite: the result may be written into ``x``.
         """
         if self.enabled:
             output = self.quantized(x, overwrite=overwrite and self.watch is None)

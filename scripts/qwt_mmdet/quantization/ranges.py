@@ -1,8 +1,8 @@
 """Range estimation: from data to clipping ranges.
 
-Activations are seen once, image by image, in a histogram whose bin width is a power of two and
-whose bin edges are whole multiples of it. When a larger value arrives, neighbouring bins are
-merged, which is exact: the histogram of all images is the same whatever their order or batch.
+Activations are counted image by image in a histogram. Its bin width is a power of two, and its bin edges are
+multiples of it. When a larger value arrives, neighbouring bins are merged. This is exact: the histogram of
+all images does not depend on their order or batches.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,9 @@ from .primitives import fake_quantize_log_sqrt2, quantization_parameters
 BINS = 8192
 CHANNEL_BINS = 2048
 CHUNK = 2**18
-"""Elements that are counted at once."""
+"""Elements that are counted at a time."""
 TRIED = {"cpu": 2**17, "cuda": 2**22}
-"""Elements that a search for ranges rounds at once, each value once for every grid: on the CPU they stay
-in its cache."""
+"""Products of values and grids that a search for ranges rounds at a time; on the CPU they fit its cache."""
 COARSE_FRACTIONS = torch.tensor([10 ** (-step / 8) for step in range(1, 17)])
 FINE_FRACTIONS = torch.tensor([10 ** (step / 40) for step in (-4, -3, -2, -1, 1, 2, 3, 4)])
 """Fractions of the full range that the search for the smallest squared error tries."""
@@ -29,10 +28,10 @@ _SMALLEST_EXPONENT = -120
 
 
 class Distribution(Protocol):
-    """What a range is estimated from, row by row: of an activation's channels, or of a weight's.
+    """The values that ranges are estimated from: of each channel of an activation or of a weight.
 
     Attributes:
-        symmetric: the grid will be (see :func:`.primitives.quantization_parameters`).
+        symmetric: whether the grid is symmetric (see :func:`.primitives.quantization_parameters`).
     """
 
     @property
@@ -40,21 +39,21 @@ class Distribution(Protocol):
 
     @property
     def low(self) -> Tensor:
-        """The smallest value of each row, [rows]."""
+        """The smallest value of each channel, [channels]."""
 
     @property
     def high(self) -> Tensor:
-        """The largest value of each row, [rows]."""
+        """The largest value of each channel, [channels]."""
 
     def weighted_values(self) -> tuple[Tensor, Tensor | None]:
-        """Values [rows, n] and how often each occurs [rows, n], None for once."""
+        """Values [channels, n] and their counts [channels, n]; None: each value occurs once."""
 
     def percentiles(self, percentile: float) -> tuple[Tensor, Tensor]:
-        """Values that the smallest and the largest (100 − percentile) percent lie beyond, [rows]."""
+        """The (100 − percentile)-th and the ``percentile``-th percentile, [channels] each."""
 
 
 RangeMethod = Callable[[Distribution, int, float], tuple[Tensor, Tensor]]
-"""Takes a distribution, bits and the percentile of the settings; returns low and high, [rows]."""
+"""Takes a distribution, bits and the percentile of the settings; returns low and high, [channels]."""
 
 RANGES: dict[str, RangeMethod] = {}
 """Range method by its name in the settings."""
@@ -82,9 +81,9 @@ def range_by_name(name: str) -> RangeMethod:
 class RangeObserver:
     """Streaming, mergeable histogram of a tensor, or of each of its channels.
 
-    Memory is fixed: ``BINS`` counts per tensor or ``CHANNEL_BINS`` per channel. A bin is at most
-    1/1024 (per channel: 1/512) of the largest magnitude wide, which bounds the error of every
-    percentile; minimum and maximum are exact.
+    Memory is fixed: ``BINS`` counts per tensor or ``CHANNEL_BINS`` per channel. The width of a bin is at most
+    1/1024 (per channel: 1/512) of the largest magnitude. This bounds the error of every percentile; minimum
+    and maximum are exact.
 
     Args:
         name: of the layer, for error messages.
@@ -157,7 +156,7 @@ class RangeObserver:
             self.counts += counts.view_as(self.counts)
 
     def merge(self, other: "RangeObserver") -> None:
-        """Add all that ``other`` has seen; the result does not depend on who saw what."""
+        """Add the histogram of ``other``; the result is the same as of one observer of all tensors."""
         if other.is_empty:
             return
         if self.is_empty:
@@ -174,8 +173,7 @@ class RangeObserver:
         self.high = torch.maximum(self.high, other.high)
 
     def pooled(self) -> "RangeObserver":
-        """The histogram of all channels together, as an observer of the whole tensor has it, but for
-        bins as wide as the widest here."""
+        """The histogram of all channels together, with bins as wide as the widest of a channel."""
         copy = RangeObserver(self.name, self.channel_axis)
         copy.merge(self)
         copy._coarsen(self.exponent.max().expand_as(self.exponent))
@@ -188,7 +186,7 @@ class RangeObserver:
         return whole
 
     def mean_square(self, *, centred: bool) -> Tensor:
-        """Mean square of the values (``centred``: of their deviations from the mean), [channels]."""
+        """Mean square of the values, [channels]; ``centred``: of their deviations from the mean."""
         centers, counts = self.weighted_values()
         centers, total = centers.double(), counts.sum(1)
         mean = torch.linalg.vecdot(centers, counts) / total
@@ -216,8 +214,8 @@ class RangeObserver:
 
         Args:
             method: name of a range method (see ``RANGES``).
-            bits: of the grid that ``mse`` minimises the error of.
-            percentile: in percent, e.g. 99.99 cuts 0.01 % on both sides.
+            bits: of the grid.
+            percentile: in percent; 99.99 cuts off 0.01 % on both sides.
 
         Raises:
             QwtError: there is no such method.
@@ -227,12 +225,12 @@ class RangeObserver:
         return range_by_name(method)(self, bits, percentile)
 
     def weighted_values(self) -> tuple[Tensor, Tensor]:
-        """Centres of bins and how many values each holds, [channels, n], float32 and float64.
+        """Centres of bins and their counts, [channels, n], float32 and float64.
 
-        Bins that hold none are left out, but for what makes all channels the same length.
+        Empty bins are left out, but for padding of the channels to one length.
         """
         holds = self.counts > 0
-        place = torch.where(holds, holds.cumsum(1), 0)  # 0 for all that are left out
+        place = torch.where(holds, holds.cumsum(1), 0)  # 0 for all empty bins
         empty = torch.zeros(len(place), int(place.max()) + 1, device=place.device)
         return (
             empty.scatter(1, place, self._centers()),
@@ -242,7 +240,7 @@ class RangeObserver:
     def estimate_log_scale(self, bits: int) -> Tensor:
         """Return the scale, shape [1], of a log-√2 grid with the smallest mean squared error.
 
-        The candidates are fractions of the largest value.
+        Fractions of the largest value are tried.
         """
         if self.is_empty:
             raise AssertionError(f"{self.name} has seen no data")
@@ -256,14 +254,14 @@ class RangeObserver:
         return scales[:, errors.sum(0).argmin()].clone(memory_format=torch.contiguous_format)
 
     def _centers(self) -> Tensor:
-        """Value that stands for each bin: [channels, bins], float32, within what was seen."""
+        """The centre of each bin, clamped to the smallest and the largest value: [channels, bins], float32."""
         width = _power_of_two(self.exponent, torch.float64)[:, None]
         edges = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
         centers = ((edges + 0.5) * width).float()
         return torch.maximum(torch.minimum(centers, self.high[:, None]), self.low[:, None])
 
     def percentiles(self, percentile: float) -> tuple[Tensor, Tensor]:
-        """Values that the smallest and the largest (100 − percentile) percent lie beyond, [channels]."""
+        """The (100 − percentile)-th and the ``percentile``-th percentile, [channels] each."""
         width = _power_of_two(self.exponent, torch.float64)
         edges = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
         cumulative = self.counts.cumsum(1).double()
@@ -292,18 +290,17 @@ def mse_range(
 ) -> tuple[Tensor, Tensor]:
     """Clipping range with the smallest mean squared quantization error.
 
-    Both limits are first shrunk together, then each alone (a search as in arXiv 2106.08295, section
-    3.1): over a logarithmic grid of fractions of the full range, and then over a finer one around
-    the best of them.
+    Both limits are first shrunk together, then each alone (a search as in arXiv 2106.08295, section 3.1). Each
+    search tries a logarithmic series of fractions of the full range, then a finer one around the best of them.
 
     Args:
-        values: [rows, n] values, or centres of histogram bins.
-        weights: [rows, n] counts of the values, or None for ones.
-        low, high: [rows] smallest and largest value.
-        symmetric: of a symmetric grid.
+        values: [channels, n] values, or centres of histogram bins.
+        weights: [channels, n] counts of the values, or None for ones.
+        low, high: [channels] smallest and largest value.
+        symmetric: whether the grid is symmetric.
 
     Returns:
-        low, high of shape [rows], float32.
+        low, high of shape [channels], float32.
     """
     full = torch.stack((low.clamp(max=0), high.clamp(min=0)))
     best = full
@@ -313,7 +310,7 @@ def mse_range(
         start, fraction = best[..., None], torch.ones_like(low)
         for steps in (COARSE_FRACTIONS, FINE_FRACTIONS):
             tried = (fraction[:, None] * steps.to(low.device)).clamp(max=1.0)
-            # One-sided rounds search the full range again, so that a limit can also grow back.
+            # One-sided searches start from the full range again, so that a limit can also grow.
             limits = torch.stack(
                 [
                     whole * tried if shrink else kept.expand_as(tried)
@@ -335,11 +332,11 @@ def range_errors(
     bits: int,
     symmetric: bool = False,
 ) -> Tensor:
-    """Summed squared quantization error of each row for each of its ranges, [rows, ranges], float64.
+    """Summed squared quantization error of each channel for each of its ranges, [channels, ranges], float64.
 
     Args:
-        values, weights: [rows, n], as of :func:`mse_range`.
-        limits: [2, rows, ranges], lower and upper ones.
+        values, weights: [channels, n], as of :func:`mse_range`.
+        limits: [2, channels, ranges], lower and upper ones.
     """
     low, high = limits
     scale, zero_point = quantization_parameters(low, high, bits, symmetric=symmetric)
@@ -360,8 +357,8 @@ def range_errors(
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The weights of each output channel, [rows, n], as a distribution."""
+class WeightDistribution:
+    """The weights of each output channel, [channels, n], as a distribution."""
 
     values: Tensor
     symmetric: bool = False
@@ -392,11 +389,11 @@ def minmax(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Te
 
 @register_range("percentile")
 def percentiles(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
-    """What a fraction of the values lies beyond, at both ends."""
+    """Percentiles at both ends."""
     return seen.percentiles(percentile)
 
 
 @register_range("mse")
 def mse(seen: Distribution, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
-    """The range with the smallest squared error of rounding."""
+    """The range with the smallest mean squared quantization error."""
     return mse_range(*seen.weighted_values(), seen.low, seen.high, bits, symmetric=seen.symmetric)

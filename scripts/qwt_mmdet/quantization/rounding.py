@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import registered
-from .kernels import round_to_grid
+from .grid_rounding import round_to_grid
 from .primitives import quantize
 
 Round = Callable[[Tensor, Tensor, Tensor, int, Sequence[Tensor] | None], Tensor]

@@ -32,9 +32,15 @@ from .moments import MAX_COLUMNS
 from .quantizer import ActivationQuantizer, Watch
 from .regression import RegressionSums, ridge_towards
 from .rounding import rounding_by_name
-from .rows import input_rows, output_rows, output_size, quantized_rows, sampled_positions
 from .scores import score_map, scores_at
 from .validation import FoldedObserver, RangeValidation
+from .vectors import (
+    input_vectors,
+    output_size,
+    output_vectors,
+    quantized_vectors,
+    sampled_positions,
+)
 from .weights import choose_codes
 
 logger = logging.getLogger(__name__)
@@ -91,7 +97,7 @@ class FullPrecision:
         size = output_size(layer, x)
         calls = self.calls[0, name] if image else 1  # those of one image share its positions
         chosen = self.positions(image, call, size, math.ceil(self._rows / max(1, calls)), x.device)
-        rows = output_rows(layer, output, chosen)
+        rows = output_vectors(layer, output, chosen)
         if not torch.isfinite(rows).all():
             raise QwtError(
                 f"The full-precision output of layer {name} holds NaN or infinite values during "
@@ -166,14 +172,14 @@ class LayerFit:
         expected = self.full.outputs(image, self.name, call, size)
         limit = self.full.rows if expected is None else len(expected)
         chosen = self.full.positions(image, call, size, limit, x.device)
-        rows = input_rows(layer, x, size, chosen)
+        rows = input_vectors(layer, x, size, chosen)
         own = (rows @ self.weight.transpose(1, 2)).transpose(0, 1).flatten(1)
         if layer.bias is not None:
             own += layer.bias
         y = own if expected is None or not corresponds(expected, own) else expected
         groups = len(self.weight)
         self.sums.update(
-            quantized_rows(layer, rows),
+            quantized_vectors(layer, rows),
             y.unflatten(1, (groups, -1)).transpose(0, 1),
             self._weights(image, size, chosen),
         )
@@ -296,7 +302,7 @@ def calibrate_sequentially(
                 full.cache["fitted", name] = fit.finish(settings)
                 layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
                 layer.enabled = quantizer.enabled = True
-                walk.unsettled.discard(name)
+                walk.pending.discard(name)
         finally:
             for layer, weight in weights.items():
                 layer.weight.data = weight

@@ -140,7 +140,7 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
 
 def _layer_noise(model: nn.Module) -> list[dict[str, Any]]:
     units, rows = quantized_units(model), []
-    for name, decibels in quantization_of(model).signal_noise.items():
+    for name, decibels in quantization_of(model).sqnr_db.items():
         unit = units[name.partition(" ")[0]]
         rows.append(
             {
@@ -247,7 +247,7 @@ def load_warmup(
             if layer.is_calibrated:
                 layer.restore_weight()
     about.not_quantized = [NotQuantized(**v) for v in content["summary"]["not_quantized"]]
-    about.signal_noise = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
+    about.sqnr_db = {v["name"]: v["sqnr_db"] for v in content["summary"]["layer_sqnr"]}
     check = content["summary"].get("range_check")
     about.range_check = check and RangeCheck(**check)
     return model

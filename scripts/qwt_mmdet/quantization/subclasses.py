@@ -97,7 +97,7 @@ class _OwnForward(QuantizedLayer):
 
 
 @functools.cache
-def quantized_form(original: type[nn.Module]) -> type[QuantizedLayer]:
+def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer]:
     """The class that a module of the subclass ``original`` takes when it is quantized."""
     base = QuantizedConv2d if issubclass(original, nn.Conv2d) else QuantizedLinear
     attributes = {"original": original, "base": base, "__module__": __name__}

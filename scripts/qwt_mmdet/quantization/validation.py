@@ -20,9 +20,9 @@ from ..record import RangeCheck
 from .convert import activation_quantizers, full_precision
 from .layers import QuantizedConv2d
 from .migration import choose_grid
-from .noise import HeadNoise, decibels
 from .quantizer import ActivationQuantizer
 from .ranges import RangeObserver
+from .sqnr import HeadError, sqnr_db
 
 PERCENTILE = 99.99
 
@@ -104,7 +104,7 @@ class RangeValidation:
         scales = {
             q: self._scales[q] for n, q in named.items() if n not in spared and q in self._scales
         }
-        noise = HeadNoise(), HeadNoise()
+        noise = HeadError(), HeadError()
         with full_precision(model, {}):
             try:
                 for quantizer, scale in scales.items():
@@ -119,5 +119,5 @@ class RangeValidation:
             finally:
                 for quantizer, kept in own.items():
                     quantizer.scale = kept
-        seen, unseen = (decibels(of.relative()) for of in noise)
+        seen, unseen = (sqnr_db(of.relative()) for of in noise)
         return RangeCheck(count, seen, unseen)

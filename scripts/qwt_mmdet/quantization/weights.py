@@ -8,8 +8,8 @@ from torch import Tensor
 from ..config import QuantizationSettings
 from .layers import QuantizedConv2d, QuantizedLayer
 from .moments import InputMoments
-from .recipe import integer_grids, weight_grid
 from .rounding import rounding_by_name
+from .scheme import integer_grids, weight_grid
 
 
 @torch.no_grad()

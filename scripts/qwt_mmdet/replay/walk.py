@@ -149,7 +149,7 @@ class Walk:
         tag: str = "",
         uses: Uses | None = None,
     ) -> None:
-        self.unsettled = set(stops)
+        self.pending = set(stops)
         self.completions: dict[str, Completion] = {}
         self._model = model
         self._scope = scope
@@ -251,7 +251,7 @@ class Walk:
             if place in self._cache or place in self._outlines:
                 parent.kept.append(key)
                 return self._recalled(place, (args, kwargs), complete)
-            if name in self.unsettled:
+            if name in self.pending:
                 self._is_settled = False
             frame = _Frame(key)
             self._frames.append(frame)

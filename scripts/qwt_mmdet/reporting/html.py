@@ -464,7 +464,7 @@ class Model:
 
     def answers(self) -> list[str]:
         own = [entry for entry in self._summary.quantizations if entry["model"] == self.name]
-        return [*answers(self._rows), *text.unsettled(own)]
+        return [*answers(self._rows), *text.overfitted_ranges_of(own)]
 
     def results(self) -> list[dict[str, Any]]:
         """Rows and lines of each type of AP that the model has."""

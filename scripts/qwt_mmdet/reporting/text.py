@@ -12,7 +12,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..archives import unsettled_ranges
+from ..archives import overfitted_ranges
 from ..errors import QwtError
 from ..evaluation.estimates import Estimate, value_of
 from ..plan.files import DOCUMENT, REPORT, TABLE, UNFINISHED
@@ -120,12 +120,12 @@ def collapses(rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def unsettled(quantizations: Iterable[Mapping[str, Any]]) -> list[str]:
+def overfitted_ranges_of(quantizations: Iterable[Mapping[str, Any]]) -> list[str]:
     """A sentence about each quantization whose ranges too few images have made."""
     return [
         f"{entry['model']}, {entry['quantization']}: {sentence[0].lower()}{sentence[1:]}"
         for entry in quantizations
-        if (sentence := unsettled_ranges(entry.get("range_check")))
+        if (sentence := overfitted_ranges(entry.get("range_check")))
     ]
 
 

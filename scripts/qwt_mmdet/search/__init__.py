@@ -1,1 +1,1 @@
-"""Search for better settings of a quantization."""
+"""Sensitivity of layers, and mixed-precision search."""

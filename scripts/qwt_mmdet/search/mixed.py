@@ -1,8 +1,8 @@
-"""Bits for each layer: what every choice does to the heads, what it costs, and which choices are best.
+"""Mixed-precision search: the error and the cost of each layer's bits, and their Pareto front.
 
-The noise of several layers at the heads is taken to add up. Then the recipes that have the least noise for
-their cost follow from each layer's own choices: a layer takes the next bits where they bring most for their
-cost (marginal analysis: Shoham and Gersho, 1988, which is the Lagrangian's answer for each multiplier).
+Errors of several layers are taken to add up at the heads. Then the Pareto front follows from each layer's own
+choices: the next bits go to the layer whose error falls most for their cost (marginal analysis: Shoham and
+Gersho, 1988; equal to minimizing the Lagrangian for each multiplier).
 """
 
 import itertools
@@ -10,9 +10,10 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ..config import Override, QuantizationSettings
@@ -20,102 +21,104 @@ from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..quantization.convert import matching_override, quantized_units
 from ..quantization.layers import QuantizedLayer
-from ..quantization.noise import count_multiply_adds
+from ..quantization.sqnr import count_multiply_adds
 from ..quantization.state import summarize_quantization
-from .sensitivity import Sensitivity, rank_layers, relieve_layers
+from .sensitivity import Sensitivity, leave_one_out_gains, rank_layers
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SearchedLayer:
     """A layer, or the matrix products of attention, whose bits are to be chosen.
+
+    All errors are relative: error power by signal power at the heads. The JSON keys are the fields' aliases.
 
     Args:
         weights: number of weights; 0 for attention.
         multiply_adds_percent: its share in those of everything that is searched.
-        weight_noise: noise by signal power at the heads by bits of the weights, the activations having the
-            most bits and all other layers being exact; empty for attention.
-        activation_noise: the same by bits of the activations, the weights having the most bits.
-        relief: what the noise of the detector with the fewest bits of weights everywhere falls by when this
-            layer alone is exact.
+        weight_errors: error by bits of the weights, with the most bits for activations, all other layers in
+            full precision; empty for attention.
+        activation_errors: the same by bits of the activations, with the most bits for weights.
+        leave_one_out_gain: how much the error of the detector with the fewest weight bits falls when this layer
+            alone is in full precision.
     """
 
     name: str
     weights: int
     multiply_adds_percent: float
-    weight_noise: Mapping[int, float]
-    activation_noise: Mapping[int, float]
-    relief: float
+    weight_errors: Annotated[Mapping[int, float], Field(alias="weight_noise")]
+    activation_errors: Annotated[Mapping[int, float], Field(alias="activation_noise")]
+    leave_one_out_gain: Annotated[float, Field(alias="relief")]
 
-    def noise(self, weight_bits: int | None, activation_bits: int) -> float:
-        """Estimate of the noise that the layer adds to a detector of mixed bits.
+    def relative_error(self, weight_bits: int | None, activation_bits: int) -> float:
+        """Estimate of the error that the layer adds to a detector of mixed precision.
 
-        It is the mean of what both ways say: alone in an exact detector, and in the detector with the fewest
-        bits, where what comes of other layers hides a part of it or makes it larger.
+        It is the mean of two errors. One is measured with only this layer quantized. The other is the
+        leave-one-out gain, in which the errors of other layers hide or amplify this one's.
         """
-        both = self.activation_noise.get(activation_bits, 0.0)
+        both = self.activation_errors.get(activation_bits, 0.0)
         if weight_bits is not None:
-            most = max(self.activation_noise, default=activation_bits)
-            both = self.weight_noise[weight_bits] + both - self.activation_noise.get(most, 0.0)
+            most = max(self.activation_errors, default=activation_bits)
+            both = self.weight_errors[weight_bits] + both - self.activation_errors.get(most, 0.0)
         return max(both, 0.0) * self._context()
 
     def _context(self) -> float:
-        if self.weight_noise:
-            alone = self.weight_noise[min(self.weight_noise)]
+        if self.weight_errors:
+            alone = self.weight_errors[min(self.weight_errors)]
         else:
-            alone = self.activation_noise[max(self.activation_noise)]
-        return (1 + max(self.relief, 0.0) / alone) / 2 if alone else 1.0
+            alone = self.activation_errors[max(self.activation_errors)]
+        return (1 + max(self.leave_one_out_gain, 0.0) / alone) / 2 if alone else 1.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Bits of a layer (no weight bits for attention), and what they do and cost.
+    """Bits of a layer (no weight bits for attention), with their relative error and their cost.
 
     Args:
         bytes: of the codes of its weights.
-        bit_operations: multiply-adds times the bits of both factors, in percent of those of everything that is
-            searched at W8A8.
+        bit_operations: multiply-adds times the bits of both factors, in percent of the total of all searched
+            layers at W8A8.
     """
 
     weight_bits: int | None
     activation_bits: int
-    noise: float
+    relative_error: float
     bytes: float
     bit_operations: float
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A choice for every layer, by name."""
+    """The result of a search: a choice for every searched layer, by name."""
 
     choices: Mapping[str, Choice]
 
     @property
-    def noise(self) -> float:
-        """Noise by signal power at the heads, as the sum over the layers says."""
-        return sum(choice.noise for choice in self.choices.values())
+    def relative_error(self) -> float:
+        """Estimated relative error at the heads: the sum over the layers."""
+        return sum(choice.relative_error for choice in self.choices.values())
 
     @property
     def bytes(self) -> float:
-        """Of the codes of all weights that were searched."""
+        """Bytes of the codes of all searched weights."""
         return sum(choice.bytes for choice in self.choices.values())
 
     @property
     def bit_operations(self) -> float:
-        """In percent of W8A8's."""
+        """Bit operations in percent of those at W8A8."""
         return sum(choice.bit_operations for choice in self.choices.values())
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a search knows of a detector.
+    """What a search has measured of a detector.
 
     Args:
-        fixed_bytes: of all weights but the codes of those that are searched, with scales and zero points.
+        fixed_bytes: of all parameters but the codes of searched weights; includes scales and zero points.
     """
 
-    candidates: list[Candidate]
+    layers: Annotated[list[SearchedLayer], Field(alias="candidates")]
     fixed_bytes: float
 
 
@@ -126,16 +129,15 @@ def measure_candidates(
     activation_bits: Iterable[int],
     images: Sequence[dict[str, Any]],
 ) -> Measurement:
-    """Measure the noise of each layer at each number of bits, alone and among layers with few bits.
+    """Measure the error of each layer at each number of bits, and its leave-one-out gain at the fewest.
 
-    Layers that overrides of the settings name, and those that the heads do not notice, keep their bits. A layer
-    whose activations do not follow the settings' bits (the first one has ``input_bits``) has the choices that
-    it was measured with.
+    A layer is not searched if an override names it or the heads do not depend on it. A layer whose activation
+    bits are fixed (the first one has ``input_bits``) is measured with these alone.
 
     Args:
-        calibrated: returns the detector with these settings, calibrated, whose weights are not rounded yet.
-        settings: of which all but the bits holds.
-        images: batches to measure on; each is run about once for each layer and number of bits.
+        calibrated: returns the calibrated detector of some settings, its weights not rounded yet.
+        settings: the plain quantization whose bits are replaced; all else is kept.
+        images: batches to measure on; each runs about once per layer and number of bits.
 
     Raises:
         QwtError: there is no layer or no number of bits to search.
@@ -159,55 +161,55 @@ def measure_candidates(
     for bits in widths[-2::-1]:
         model, found = ranked(bits, activations[-1])
         by_weights.append(found)
-    relief = relieve_layers(model, images)
+    gains = leave_one_out_gains(model, images)
     units = quantized_units(model)
     names = [
         name
         for name, entry in found.items()
-        if entry.relative_noise and matching_override(name, settings.overrides) is None
+        if entry.relative_error and matching_override(name, settings.overrides) is None
     ]
     if not any(isinstance(units[name], QuantizedLayer) for name in names):
         raise QwtError(
-            "There is no layer whose bits could be searched: overrides name all of them, or none of them reaches "
-            "the heads; change overrides or scope of the entry that `like` names."
+            "There is no layer whose bits could be searched: overrides name all layers, or the heads depend on none; "
+            "change overrides or scope of the entry that `like` names."
         )
-    candidates = []
+    layers = []
     for name, share in _own_multiply_adds(model, names, images[0]).items():
         unit = units[name]
         layer = unit if isinstance(unit, QuantizedLayer) else None
-        candidates.append(
-            Candidate(
+        layers.append(
+            SearchedLayer(
                 name,
                 layer.weight.numel() if layer else 0,
                 share,
-                _noise_by("weight_bits", name, by_weights) if layer else {},
-                _noise_by("activation_bits", name, by_activations),
-                relief[name],
+                _errors_by("weight_bits", name, by_weights) if layer else {},
+                _errors_by("activation_bits", name, by_activations),
+                gains[name],
             )
         )
     fixed = summarize_quantization(model)["weight_bytes"]
-    fixed -= sum(candidate.weights for candidate in candidates) * widths[0] / 8
-    # What is not searched gets the settings' own bits in the end.
+    fixed -= sum(layer.weights for layer in layers) * widths[0] / 8
+    # Layers that are not searched end up with the settings' own bits.
     for name, unit in units.items():
         if name not in names and isinstance(unit, QuantizedLayer) and unit.is_calibrated:
             override = matching_override(name, settings.overrides)
             bits = (override and override.weight_bits) or settings.weight_bits
             fixed += unit.weight.numel() * (bits - unit.weight_bits) / 8
-    return Measurement(candidates, fixed)
+    return Measurement(layers, fixed)
 
 
-def _noise_by(
+def _errors_by(
     key: str, name: str, measured: Iterable[Mapping[str, Sensitivity]]
 ) -> dict[int, float]:
-    """Noise of a layer by the bits that it had, in rising order."""
+    """Relative errors of a layer by the bits that it had, in rising order."""
     entries = [found[name] for found in measured]
-    return dict(sorted((getattr(entry, key), entry.relative_noise or 0.0) for entry in entries))
+    return dict(sorted((getattr(entry, key), entry.relative_error or 0.0) for entry in entries))
 
 
 def _own_multiply_adds(
     model: nn.Module, names: Sequence[str], image: dict[str, Any]
 ) -> dict[str, float]:
-    """Share of each module in the multiply-adds of all of them in percent, without those inside of it."""
+    """Each module's percentage of the multiply-adds of all ``names``; without those of modules inside of it."""
     with count_multiply_adds(model, names) as shares, torch.no_grad():
         head_tensors(model, image)
     own = {
@@ -219,62 +221,66 @@ def _own_multiply_adds(
     return {name: 100 * share / total for name, share in own.items()}
 
 
-def _choices(candidate: Candidate) -> list[Choice]:
-    """What a layer can be, the cheapest first."""
+def _choices(layer: SearchedLayer) -> list[Choice]:
+    """All combinations of bits that a layer can get, the fewest first."""
     return [
         Choice(
             weight_bits,
             activation_bits,
-            candidate.noise(weight_bits, activation_bits),
-            candidate.weights * (weight_bits or 0) / 8,
-            candidate.multiply_adds_percent
-            * (weight_bits or activation_bits)
-            * activation_bits
-            / 64,
+            layer.relative_error(weight_bits, activation_bits),
+            layer.weights * (weight_bits or 0) / 8,
+            layer.multiply_adds_percent * (weight_bits or activation_bits) * activation_bits / 64,
         )
-        for weight_bits in (*sorted(candidate.weight_noise),) or (None,)
-        for activation_bits in sorted(candidate.activation_noise)
+        for weight_bits in (*sorted(layer.weight_errors),) or (None,)
+        for activation_bits in sorted(layer.activation_errors)
     ]
 
 
-class Front:
-    """The recipes that have the least noise for their cost, the cheapest first.
+class ParetoFront:
+    """The recipes with the smallest error for their cost, the cheapest first.
 
     Args:
-        objective: what counts as cost: ``bytes`` or ``bit_operations``.
+        objective: the cost: ``bytes`` or ``bit_operations``.
     """
 
-    def __init__(self, candidates: Iterable[Candidate], objective: str) -> None:
+    def __init__(self, layers: Iterable[SearchedLayer], objective: str) -> None:
         self._objective = objective
         self._cheapest: dict[str, Choice] = {}
         steps: list[tuple[float, int, str, Choice]] = []
-        for candidate in candidates:
-            hull = _lower_hull(_choices(candidate), objective)
-            self._cheapest[candidate.name] = hull[0]
+        for layer in layers:
+            hull = _lower_hull(_choices(layer), objective)
+            self._cheapest[layer.name] = hull[0]
             for number, (before, after) in enumerate(itertools.pairwise(hull)):
                 extra = getattr(after, objective) - getattr(before, objective)
-                steps.append(((after.noise - before.noise) / extra, number, candidate.name, after))
+                steps.append(
+                    (
+                        (after.relative_error - before.relative_error) / extra,
+                        number,
+                        layer.name,
+                        after,
+                    )
+                )
         self._steps = sorted(steps, key=lambda step: step[:3])
 
     def __len__(self) -> int:
         return len(self._steps) + 1
 
     def __getitem__(self, index: int) -> Recipe:
-        """The recipe after so many steps from the cheapest one."""
+        """The recipe ``index`` steps from the cheapest one; negative: from the end."""
         steps = self._steps[: index if index >= 0 else len(self) + index]
         return Recipe(self._cheapest | {name: choice for *_, name, choice in steps})
 
-    def noise(self) -> list[float]:
-        """The noise of each recipe, which falls."""
+    def relative_errors(self) -> list[float]:
+        """The relative error of each recipe, in falling order."""
         gains = []
         choices = dict(self._cheapest)
         for *_, name, choice in self._steps:
-            gains.append(choice.noise - choices[name].noise)
+            gains.append(choice.relative_error - choices[name].relative_error)
             choices[name] = choice
-        return list(itertools.accumulate(gains, initial=self[0].noise))
+        return list(itertools.accumulate(gains, initial=self[0].relative_error))
 
     def within(self, budget: float) -> Recipe:
-        """The recipe with the least noise whose cost is at most ``budget``, but for the last few bits.
+        """The recipe with nearly the smallest error whose cost is at most ``budget`` (greedy for the last bits).
 
         Raises:
             QwtError: the cheapest one costs more.
@@ -292,10 +298,10 @@ class Front:
 
 
 def _lower_hull(choices: Iterable[Choice], objective: str) -> list[Choice]:
-    """The choices on the lower convex hull of noise over cost, from the cheapest to that with the least noise."""
+    """The choices on the lower convex hull of error over cost, from the cheapest to the smallest error."""
     hull: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (getattr(c, objective), c.noise)):
-        if hull and choice.noise >= hull[-1].noise:
+    for choice in sorted(choices, key=lambda c: (getattr(c, objective), c.relative_error)):
+        if hull and choice.relative_error >= hull[-1].relative_error:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1], objective) >= _slope(
             hull[-1], choice, objective
@@ -306,9 +312,9 @@ def _lower_hull(choices: Iterable[Choice], objective: str) -> list[Choice]:
 
 
 def _slope(before: Choice, after: Choice, objective: str) -> float:
-    """What the noise changes by for a unit of the cost; infinite where the cost is the same."""
+    """Change of the error per unit of cost; −∞ where the cost is the same."""
     extra = float(getattr(after, objective) - getattr(before, objective))
-    return (after.noise - before.noise) / extra if extra else -math.inf
+    return (after.relative_error - before.relative_error) / extra if extra else -math.inf
 
 
 def recipe_settings(settings: QuantizationSettings, recipe: Recipe) -> QuantizationSettings:

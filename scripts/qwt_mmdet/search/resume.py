@@ -1,4 +1,4 @@
-"""The finished rounds of a search that is still running, in a file."""
+"""The finished rounds of an unfinished search, in a file."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class FinishedRounds:
-    """What recipes lose, by their numbers on the front; the file is written after each round.
+    """The loss of AP of evaluated recipes, by their indices on the Pareto front; saved after each round.
 
     Args:
         path: the file; None keeps nothing.
-        inputs: all that decides what recipes lose, as plain values. A file with other inputs is ignored and
+        inputs: everything that the losses depend on, as plain values. A file with other inputs is ignored and
             overwritten.
     """
 
@@ -39,7 +39,7 @@ class FinishedRounds:
         logger.info("Going on after %d finished rounds", len(self.drops))
 
     def add(self, index: int, drop: float) -> None:
-        """Record what recipe ``index`` loses."""
+        """Record the loss of AP of recipe ``index``."""
         self.drops[index] = drop
         if self.path is not None:
             write_json(self.path, {"inputs": self.inputs, "drops": self.drops}, indent=1)

@@ -1,4 +1,4 @@
-"""How much each layer's quantization alone disturbs what the heads compute, and bits chosen by it."""
+"""Sensitivity: the error at the heads with one layer quantized, and the gain with one layer left out."""
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
@@ -17,9 +17,9 @@ from ..progress import progress
 from ..quantization.calibrate import quantize_weights_alone
 from ..quantization.convert import Unit, full_precision, quantized_units, running_order
 from ..quantization.layers import QuantizedLayer
-from ..quantization.noise import HeadNoise, decibels
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.sequential import Affine
+from ..quantization.sqnr import HeadError, sqnr_db
 from ..record import quantization_of
 
 LEAST_BITS, MOST_BITS = 2, 8
@@ -27,14 +27,14 @@ LEAST_BITS, MOST_BITS = 2, 8
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What quantizing one layer alone does.
+    """The error at the heads where one layer alone is quantized.
 
     Args:
-        name: of the layer, or of the attention module whose matrix products are meant.
-        weight_bits: None for attention, which has no weights of its own here.
+        name: of the layer, or of the attention module whose matrix products are quantized.
+        weight_bits: None for attention; its projections count as layers.
         weights: number of weights.
-        relative_noise: noise by signal power at the heads, averaged over their tensors; None where
-            nothing that is measured depends on the layer.
+        relative_error: error power by signal power at the heads, averaged over their tensors; None where the
+            heads do not depend on the layer.
         sees_image: whether it is the layer whose activations have ``input_bits``.
     """
 
@@ -42,18 +42,18 @@ class Sensitivity:
     weight_bits: int | None
     activation_bits: int
     weights: int
-    relative_noise: float | None
+    relative_error: float | None
     sees_image: bool = False
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal-to-quantization-noise ratio at the heads in dB; None without any noise."""
-        return decibels(self.relative_noise)
+        """Signal-to-quantization-noise ratio at the heads in dB; None without any error."""
+        return sqnr_db(self.relative_error)
 
 
 @contextmanager
 def _computing(layer: QuantizedLayer, compute: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside: what a layer multiplies with, ``compute(x, weight, bias)``, is something else."""
+    """Inside: a layer computes ``compute(x, weight, bias)`` in place of its own product."""
     vars(layer)["_compute"] = compute
     try:
         yield
@@ -66,7 +66,8 @@ def _quantized_alone(unit: Unit, fitted: Affine | None) -> Iterator[None]:
     """Inside ``full_precision``: let one layer or attention module compute quantized.
 
     Args:
-        fitted: by a refit. Then what their rounding changes is added to the output of the original weights.
+        fitted: weights and bias after a refit. Then the original weights compute, and the change of the
+            output by rounding the fitted ones is added.
     """
     switched: list[QuantizedLayer | ActivationQuantizer]
     with ExitStack() as stack:
@@ -94,15 +95,15 @@ def _quantized_alone(unit: Unit, fitted: Affine | None) -> Iterator[None]:
 
 @torch.no_grad()
 def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[Sensitivity]:
-    """Quantize each layer alone and measure the noise at the heads; the most harmful one first.
+    """Quantize each layer alone and measure the error at the heads; the largest first.
 
-    What a sequential refit makes of a layer's weights repairs the layers before it, and alone would be noise. So
-    the noise is that of rounding the refit weights, where ``calibrate(…, keep_weights=True)`` has kept them. A
-    warmup file has not; then the layers get codes of their original weights, which they keep.
+    Refit weights also correct the errors of earlier layers, which do not occur here. So only the rounding of the
+    refit weights counts, where ``calibrate(…, keep_weights=True)`` has kept these. A warmup file lacks them: then
+    the layers get, and keep, codes of their original weights.
 
     Args:
         model: from ``load_warmup(…, round_weights=False)`` or ``calibrate(…, keep_weights=True)``.
-        loader: calibration batches; each is run once more than there are layers.
+        loader: calibration batches; each runs once in full precision and once per layer.
 
     Raises:
         QwtError: no image came.
@@ -112,7 +113,7 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
         loader = [*loader]
         quantize_weights_alone(model, loader)
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
-    noise = {name: HeadNoise() for name in units}
+    errors = {name: HeadError() for name in units}
     images = 0
     with full_precision(model, {}):
         for batch in progress(loader, "Quantizing each layer alone", unit="batch"):
@@ -121,7 +122,7 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
             images += 1
             for name, unit in units.items():
                 with _quantized_alone(unit, about.fitted.get(name)):
-                    noise[name].update(expected, head_tensors(model, batch))
+                    errors[name].update(expected, head_tensors(model, batch))
     if images == 0:
         raise QwtError("There are no calibration images; choose at least one.")
     ranked = [
@@ -130,21 +131,21 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
             unit.weight_bits,
             unit.activation_bits,
             unit.weight.numel() if isinstance(unit, QuantizedLayer) else 0,
-            noise[name].relative() or None,
+            errors[name].relative() or None,
             sees_image=name in order[:1],
         )
         for name, unit in units.items()
     ]
-    return sorted(ranked, key=lambda entry: -(entry.relative_noise or 0))
+    return sorted(ranked, key=lambda entry: -(entry.relative_error or 0))
 
 
 @contextmanager
-def _exact_alone(unit: Unit, weight: Tensor | None, fitted: Affine | None) -> Iterator[None]:
-    """Let one layer or attention module of a model that computes quantized compute in full precision.
+def _left_out(unit: Unit, weight: Tensor | None, fitted: Affine | None) -> Iterator[None]:
+    """Let one layer or attention module of a quantized model compute in full precision.
 
     Args:
-        weight: of the layer in full precision.
-        fitted: by a refit; the layer then computes with these.
+        weight: the layer's weight in full precision.
+        fitted: weights and bias after a refit, used in place of ``weight``.
     """
     switched: list[QuantizedLayer | ActivationQuantizer]
     with ExitStack() as stack:
@@ -165,12 +166,12 @@ def _exact_alone(unit: Unit, weight: Tensor | None, fitted: Affine | None) -> It
 
 
 @torch.no_grad()
-def relieve_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Measure how much the noise at the heads falls where one layer of the quantized model is exact, by name.
+def leave_one_out_gains(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Measure how much the relative error at the heads falls where one layer is in full precision, by name.
 
     Args:
         model: as for :func:`rank_layers`; its weights are rounded afterwards.
-        loader: calibration batches; each is run twice more than there are layers.
+        loader: calibration batches; each runs twice, and once per layer.
     """
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
     fitted = quantization_of(model).fitted
@@ -183,24 +184,24 @@ def relieve_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> dic
         if isinstance(unit, QuantizedLayer):
             full[name] = unit.weight.data.clone()
             unit.restore_weight()
-    together, noise = HeadNoise(), {name: HeadNoise() for name in units}
-    for batch, tensors in progress(expected, "Relieving each layer alone", unit="batch"):
+    together, without = HeadError(), {name: HeadError() for name in units}
+    for batch, tensors in progress(expected, "Leaving out each layer", unit="batch"):
         together.update(tensors, head_tensors(model, batch))
         for name, unit in units.items():
-            with _exact_alone(unit, full.get(name), fitted.get(name)):
-                noise[name].update(tensors, head_tensors(model, batch))
-    return {name: together.relative() - without.relative() for name, without in noise.items()}
+            with _left_out(unit, full.get(name), fitted.get(name)):
+                without[name].update(tensors, head_tensors(model, batch))
+    return {name: together.relative() - error.relative() for name, error in without.items()}
 
 
 def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str, int]:
-    """Weight bits of each layer that make the sum of the noise small, for an average bit width.
+    """Weight bits of each layer that make the sum of the errors small, for an average bit width.
 
-    A layer's noise is taken to fall by 6 dB per bit (uniform quantization), and the noise of several
-    layers to add up. Then giving the next bit to the layer that gains most per weight is optimal
+    The power of a layer's error is taken to fall by 6 dB per bit (uniform quantization). Errors of several
+    layers are taken to add up. Then giving the next bit to the layer that gains most per weight is optimal,
     but for the last few bits (marginal analysis: Shoham and Gersho, 1988).
 
     Args:
-        ranked: layers without weights or without measured noise keep their bits and do not count.
+        ranked: layers without weights or without a measured error keep their bits and do not count.
         average_bits: per weight, 2 to 8.
 
     Raises:
@@ -211,16 +212,16 @@ def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str,
             f"average_bits is {average_bits}; it must be from {LEAST_BITS} to {MOST_BITS}."
         )
     layers = {
-        entry.name: (entry.weights, entry.weight_bits, entry.relative_noise)
+        entry.name: (entry.weights, entry.weight_bits, entry.relative_error)
         for entry in ranked
-        if entry.weight_bits is not None and entry.relative_noise
+        if entry.weight_bits is not None and entry.relative_error
     }
     chosen = dict.fromkeys(layers, LEAST_BITS)
     left = (average_bits - LEAST_BITS) * sum(weights for weights, *_ in layers.values())
 
     def gain(name: str) -> float:
-        weights, bits, noise = layers[name]
-        return 0.75 * noise * 4.0 ** (bits - chosen[name]) / weights
+        weights, bits, error = layers[name]
+        return 0.75 * error * 4.0 ** (bits - chosen[name]) / weights
 
     queue = [(-gain(name), name) for name in layers]
     heapq.heapify(queue)
@@ -239,10 +240,9 @@ def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str,
 def mixed_precision(
     settings: QuantizationSettings, ranked: list[Sensitivity], chosen: dict[str, int]
 ) -> QuantizationSettings:
-    """The settings with an override for every layer whose bits change.
+    """The settings with an override for every layer whose weight bits change.
 
-    A layer's activations keep their distance from its weights' bits (8 at most, 2 at least); the image keeps
-    its bits.
+    The activation bits of the layer change by as much, within 2 to 8; those of the image do not change.
     """
     overrides = []
     for entry in ranked:

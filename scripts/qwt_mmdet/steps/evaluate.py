@@ -185,5 +185,5 @@ def write_evaluation(
         logger.warning(
             "The quantized detector collapsed: it finds not one object. Layers with the lowest "
             "signal-to-noise ratio: %s.",
-            worst_layers(quantization_of(model).signal_noise) or "not measured",
+            worst_layers(quantization_of(model).sqnr_db) or "not measured",
         )

@@ -1,4 +1,4 @@
-"""Rank the layers of a quantized detector by their harm."""
+"""Rank the layers of a quantized detector by their sensitivity."""
 
 import dataclasses
 import logging
@@ -29,9 +29,9 @@ def rank(
     """Rank a quantized detector's layers; write ``table`` (.csv) and ``suggestion`` (.yaml).
 
     Args:
-        name: of the quantization, from which the suggested entry gets its own.
-        images: calibration images to use, from the first.
-        average_bits: of the weights in the suggestion; None: what they have now.
+        name: of the quantization; the suggested entry is called ``{name}-mixed``.
+        images: number of calibration images to use, the first ones.
+        average_bits: bits per weight of the suggestion; None: as many as now.
     """
     import pandas as pd  # takes a while, and most steps write no table
 
@@ -40,7 +40,7 @@ def rank(
     loader = dataclasses.replace(inputs, batch_size=1).loader(model)
     images = min(images, len(loader))
     ranked = rank_layers(model, islice(loader, images))
-    bits = {e.name: e.weight_bits for e in ranked if e.weight_bits is not None and e.relative_noise}
+    bits = {e.name: e.weight_bits for e in ranked if e.weight_bits is not None and e.relative_error}
     layers = [entry for entry in ranked if entry.name in bits]
     weights = sum(entry.weights for entry in layers)
     if average_bits is None:
@@ -70,7 +70,7 @@ def rank(
     with write_atomically(suggestion) as partial:
         suggested = {f"{name}-mixed": as_entry(settings)}
         partial.write_text(note + yaml.safe_dump(suggested, sort_keys=False), encoding="utf-8")
-    logger.info("Most harmful layers, each quantized alone:")
+    logger.info("Most sensitive layers, each quantized alone:")
     for entry in ranked[:5]:
         if entry.sqnr_db is not None:
             logger.info("  %s: %.1f dB at the heads", entry.name, entry.sqnr_db)

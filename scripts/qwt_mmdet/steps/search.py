@@ -1,4 +1,4 @@
-"""Search the bits of each layer: measure what they do to the heads, and choose a recipe."""
+"""Mixed-precision search: measure the error of each layer's bits at the heads, and choose a recipe."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,14 @@ from ..files import read_json, sha256_file, write_atomically, write_json
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import quantize_model
 from ..record import record_of
-from ..search.mixed import Front, Measurement, Recipe, measure_candidates, recipe_settings
+from ..search.mixed import (
+    Choice,
+    Measurement,
+    ParetoFront,
+    Recipe,
+    measure_candidates,
+    recipe_settings,
+)
 from ..search.resume import FinishedRounds
 from ..staleness import source_hash
 from .evaluate import check_ground_truth, evaluate_detector
@@ -30,15 +37,15 @@ from .inputs import Inputs, Pathlike
 logger = logging.getLogger(__name__)
 
 LEAST_SCORED = 5
-"""Annotated images that a recipe must be scored on, at least; a half of all has to have so many."""
+"""Fewest images that recipes are scored on, which are half of the annotated calibration images."""
 _MEASUREMENT = TypeAdapter(Measurement)
 
 
 @contextmanager
-def halves(annotations: Pathlike) -> Iterator[tuple[Path, Path]]:
-    """Two annotation files with parts of the images: one to calibrate on, one to score on.
+def split_images(annotations: Pathlike) -> Iterator[tuple[Path, Path]]:
+    """Split an annotation file in two: images to calibrate on, and images to score recipes on.
 
-    Every second image with annotated objects is scored on; all others calibrate.
+    Every second image with annotated objects is for scoring; all others are for calibration.
     """
     content = read_json(annotations, what="annotation file")
     objects = {a["image_id"] for a in content["annotations"] if not a.get("iscrowd")}
@@ -68,17 +75,17 @@ def measure(
     metric: str | None = None,
     activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
-    """Measure what each layer does to the heads at each number of bits; write it as JSON.
+    """Measure the error of each layer at each number of bits; write ``output`` (.json).
 
     Args:
-        settings: of a plain quantization, of which all but the bits holds.
-        images: to calibrate and to measure on, the first that no recipe is scored on.
+        settings: of a plain quantization, whose bits are replaced.
+        images: number of images to calibrate and to measure on; none of them scores recipes.
         metric: by which recipes will be scored; None: by none.
         activation_cache: as of :func:`choose`.
     """
     model = inputs.load()
     inputs.check_evaluation(model)
-    with halves(inputs.annotations) as (calibration, scoring):
+    with split_images(inputs.annotations) as (calibration, scoring):
         if metric is not None:
             check_scoring(model, scoring, metric)
         part = dataclasses.replace(inputs, annotations=calibration, batch_size=1)
@@ -92,7 +99,7 @@ def measure(
 
     plain = QuantizationSettings.from_mapping(settings)
     found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches)
-    write_json(output, _MEASUREMENT.dump_python(found, mode="json"), indent=1)
+    write_json(output, _MEASUREMENT.dump_python(found, mode="json", by_alias=True), indent=1)
 
 
 @dataclass(frozen=True)
@@ -100,23 +107,24 @@ class Round:
     """A recipe that was calibrated and evaluated.
 
     Args:
-        drop: what it loses, in AP from 0 to 1, on the images that it was scored on.
+        index: of the recipe on the Pareto front.
+        drop: loss of AP (0 to 1) on the images for scoring.
     """
 
     index: int
     average_weight_bits: float
     weight_bytes: int
-    noise: float
+    relative_error: float
     drop: float
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """Asks for the recipe that answers a question.
+    """Chooses the recipe of a search.
 
     Args:
         name: of the quantization.
-        settings: plain ones, of which all but the bits holds.
+        settings: of the plain quantization whose bits are replaced.
     """
 
     name: str
@@ -124,28 +132,28 @@ class Chooser:
     settings: QuantizationSettings
     measurement: Measurement
 
-    def front(self) -> Front:
+    def front(self) -> ParetoFront:
         objective = {"size": "bytes"}.get(self.search.objective, self.search.objective)
-        return Front(self.measurement.candidates, objective)
+        return ParetoFront(self.measurement.layers, objective)
 
     def weight_bytes(self, recipe: Recipe) -> int:
-        """Of all weights of the detector."""
+        """Bytes of all weights of the detector."""
         return round(recipe.bytes + self.measurement.fixed_bytes)
 
     def average_weight_bits(self, recipe: Recipe) -> float:
-        """Of the layers that were searched."""
-        return 8 * recipe.bytes / sum(c.weights for c in self.measurement.candidates)
+        """Bits per weight of the searched layers."""
+        return 8 * recipe.bytes / sum(c.weights for c in self.measurement.layers)
 
     def within_budget(self) -> Recipe:
-        """The best recipe of the size that the question allows.
+        """The recipe with the smallest error within the budget of ``search.best``.
 
         Raises:
             QwtError: no recipe is so small, or all are smaller.
         """
         best, front = self.search.best, self.front()
-        assert best is not None, "the question names a budget"
+        assert best is not None, "the search has a budget"
         if best.average_weight_bits is not None:
-            weights = sum(c.weights for c in self.measurement.candidates)
+            weights = sum(c.weights for c in self.measurement.layers)
             return front.within(best.average_weight_bits * weights / 8)
         assert best.max_size_mb is not None, "one of both is given"
         smallest, largest = (self.weight_bytes(front[index]) / 1e6 for index in (0, -1))
@@ -163,45 +171,45 @@ class Chooser:
         unfinished: Path | None = None,
         activation_cache: Mapping[str, Any] | None = None,
     ) -> tuple[Recipe, list[Round]]:
-        """The cheapest recipe that loses at most what the question allows, by bisection.
+        """The cheapest recipe that loses at most ``search.smallest.max_drop``, by bisection of the Pareto front.
 
-        Each round calibrates a recipe on one half of the images and scores it on the other. The next recipe has
-        the mean noise (in dB) of those that are left.
+        Each round calibrates a recipe on one part of the images and scores it on the other. The next recipe has
+        the mean SQNR (in dB) of those that are left.
 
         Args:
-            unfinished: file that keeps the finished rounds. If it is there and of the same detector, settings,
-                images and candidates, the search goes on after them.
+            unfinished: file that keeps the finished rounds. A search with the same detector, settings, images
+                and measurement goes on after them.
 
         Raises:
             QwtError: the detector lacks the metric, or too few images have annotations.
         """
         limit, front = self.search.smallest, self.front()
-        assert limit is not None, "the question names a limit"
-        noise = front.noise()
-        low, high = 0, len(front) - 1  # the answer is one of these
+        assert limit is not None, "the search has a limit"
+        errors = front.relative_errors()
+        low, high = 0, len(front) - 1  # the recipe is one of these
         rounds: list[Round] = []
-        with halves(inputs.annotations) as (calibration, scoring):
-            judge = Judge(inputs, calibration, scoring, limit.metric, activation_cache)
-            known = FinishedRounds(unfinished, self._decides(inputs, judge) if unfinished else {})
+        with split_images(inputs.annotations) as (calibration, scoring):
+            scorer = Scorer(inputs, calibration, scoring, limit.metric, activation_cache)
+            known = FinishedRounds(unfinished, self._inputs(inputs, scorer) if unfinished else {})
             while low < high and len(rounds) < self.search.rounds:
-                middle = (noise[low] * noise[high]) ** 0.5
-                index = next(i for i in range(low, high + 1) if noise[i] <= middle)
+                middle = (errors[low] * errors[high]) ** 0.5
+                index = next(i for i in range(low, high + 1) if errors[i] <= middle)
                 index = min(index, high - 1)
                 recipe = front[index]
                 if index not in known.drops:
-                    known.add(index, judge.drop(recipe_settings(self.settings, recipe)))
+                    known.add(index, scorer.drop(recipe_settings(self.settings, recipe)))
                 drop = known.drops[index]
                 rounds.append(
                     Round(
                         index,
                         self.average_weight_bits(recipe),
                         self.weight_bytes(recipe),
-                        recipe.noise,
+                        recipe.relative_error,
                         drop,
                     )
                 )
                 low, high = (low, index) if drop <= limit.max_drop else (index + 1, high)
-                self._tell(rounds, judge)
+                self._log(rounds, scorer)
         best = best_round(rounds, limit.max_drop)
         if best is None:
             logger.warning(
@@ -209,8 +217,8 @@ class Chooser:
             )
         return front[best.index if best else -1], rounds
 
-    def _decides(self, inputs: Inputs, judge: "Judge") -> dict[str, Any]:
-        """All that decides what a recipe loses, as plain values."""
+    def _inputs(self, inputs: Inputs, scorer: "Scorer") -> dict[str, Any]:
+        """Everything that the loss of a recipe depends on, as plain values."""
         content = read_json(inputs.annotations, what="annotation file")
         root = Path(content["info"]["image_root"])
         digest = hashlib.sha256(_MEASUREMENT.dump_json(self.measurement))
@@ -222,26 +230,26 @@ class Chooser:
         return {
             "search": as_plain(self.search),
             "settings": as_plain(self.settings),
-            "detector": judge.fingerprint,
+            "detector": scorer.fingerprint,
             "seed": inputs.seed,
             "candidates and images": digest.hexdigest(),
             "device": inputs.job.device.partition(":")[0],  # any card can go on
             "code": source_hash("choose_recipe"),
         }
 
-    def _tell(self, rounds: Sequence[Round], judge: "Judge") -> None:
+    def _log(self, rounds: Sequence[Round], scorer: "Scorer") -> None:
         assert self.search.smallest is not None
         last, best = rounds[-1], best_round(rounds, self.search.smallest.max_drop)
         logger.info(
             "Round %d of %d: %.2f bits per weight, %.2f MB: AP falls by %.4f of %.3f on %d calibration images; "
             "best so far: %s",
             len(rounds), self.search.rounds, last.average_weight_bits, last.weight_bytes / 1e6, last.drop,
-            judge.baseline, judge.images, f"{best.weight_bytes / 1e6:.2f} MB" if best else "none",
+            scorer.baseline, scorer.images, f"{best.weight_bytes / 1e6:.2f} MB" if best else "none",
         )  # fmt: skip
 
 
 def best_round(rounds: Sequence[Round], max_drop: float) -> Round | None:
-    """The cheapest recipe that lost at most ``max_drop``, if any."""
+    """The round of the cheapest recipe that lost at most ``max_drop``, if any."""
     return min((r for r in rounds if r.drop <= max_drop), key=lambda r: r.index, default=None)
 
 
@@ -254,8 +262,8 @@ def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> None:
     images = len(read_json(scoring)["images"])
     if images < LEAST_SCORED:
         raise QwtError(
-            f"A recipe would be scored on {images} calibration images, half of those that have annotations; "
-            f"`smallest` needs {LEAST_SCORED} at least, and hundreds to tell small losses from luck: choose more "
+            f"Recipes would be scored on {images} images: half of the calibration images that have annotations. "
+            f"`smallest` needs {LEAST_SCORED} at least, and hundreds to tell small losses from chance; choose more "
             "calibration images, or ask for `best` with a size."
         )
     if metric == "segm" and not model.with_mask:
@@ -263,13 +271,13 @@ def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> None:
     check_ground_truth(model, scoring)
 
 
-class Judge:
+class Scorer:
     """Calibrates recipes on some images and scores them on others.
 
     Attributes:
         baseline: AP of the full-precision detector.
         fingerprint: of the detector.
-        images: number of images that are scored on.
+        images: number of images for scoring.
 
     Raises:
         QwtError: the detector lacks the metric, or too few images have annotations.
@@ -303,13 +311,19 @@ class Judge:
         return metrics.get(self._metric, {}).get("AP") or 0.0
 
     def drop(self, settings: QuantizationSettings) -> float:
-        """What the detector loses with these settings, in AP."""
+        """Loss of AP of the detector with these settings."""
         model = self._calibration.load()
         loader = self._calibration.loader(model)
         quantized = calibrate(
             quantize_model(model, settings), loader, noise_images=0, **self._cache
         )
         return self.baseline - self._ap(quantized)
+
+
+def _as_json(item: Choice | Round) -> dict[str, Any]:
+    """The fields, with the relative error under the key that the file has for it."""
+    fields = dataclasses.asdict(item).items()
+    return {"noise" if key == "relative_error" else key: value for key, value in fields}
 
 
 def choose(
@@ -323,17 +337,18 @@ def choose(
     summary: Pathlike,
     activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
-    """Choose a recipe; write it as an entry that can be pasted (``recipe``, .yaml) and what it is (``summary``).
+    """Choose a recipe; write it as a config entry (``recipe``, .yaml) and its details (``summary``, .json).
 
-    A search that was interrupted goes on after its last finished round; until the end these lie in
-    ``{summary}.unfinished``.
+    An interrupted search goes on after its last finished round. Finished rounds are kept in
+    ``{summary}.unfinished`` until the search ends.
 
     Args:
-        name: of the quantization that is a question.
-        search: the question.
-        settings: of the plain quantization of which all but the bits holds.
-        candidates: what :func:`measure` wrote.
-        activation_cache: {device_gb, memory_gb}, limits beyond which activations of a refit wait elsewhere.
+        name: of the quantization.
+        search: fields of :class:`..config.Search`.
+        settings: of the plain quantization whose bits are replaced.
+        candidates: the file that :func:`measure` wrote.
+        activation_cache: limits {device_gb, memory_gb} of the activations that a refit keeps on the device and
+            in memory.
     """
     chooser = Chooser(
         name,
@@ -350,8 +365,8 @@ def choose(
     average, size = chooser.average_weight_bits(chosen), chooser.weight_bytes(chosen)
     note = f"# {average:.2f} bits per weight on average, {size / 1e6:.2f} MB. It can stand under `quantization:`.\n"
     entry = {f"{name}-recipe": as_entry(recipe_settings(chooser.settings, chosen))}
-    weights = {c.name: c.weights for c in chooser.measurement.candidates}
-    shares = {c.name: c.multiply_adds_percent for c in chooser.measurement.candidates}
+    weights = {c.name: c.weights for c in chooser.measurement.layers}
+    shares = {c.name: c.multiply_adds_percent for c in chooser.measurement.layers}
     about = {
         "average_weight_bits": average,
         "average_activation_bits": sum(
@@ -359,14 +374,14 @@ def choose(
         ),
         "weight_bytes": size,
         "bit_operations_percent": chosen.bit_operations,
-        "noise": chosen.noise,
-        "rounds": [dataclasses.asdict(r) for r in rounds],
+        "noise": chosen.relative_error,
+        "rounds": [_as_json(r) for r in rounds],
         "layers": [
             {
                 "name": layer,
                 "weights": weights[layer],
                 "multiply_adds_percent": shares[layer],
-                **dataclasses.asdict(choice),
+                **_as_json(choice),
             }
             for layer, choice in chosen.choices.items()
         ],

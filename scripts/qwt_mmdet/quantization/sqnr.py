@@ -1,4 +1,4 @@
-"""How much noise quantization puts on each layer, and what stays in full precision."""
+"""Relative errors and signal-to-quantization-noise ratios (SQNR), and shares of multiply-adds."""
 
 import contextlib
 import math
@@ -17,47 +17,47 @@ from .layers import QuantizedLayer
 from .quantizer import ActivationQuantizer, Watch
 
 
-class SignalNoise:
-    """Streaming signal-to-quantization-noise ratio of a tensor."""
+class RelativeError:
+    """Streaming power of a tensor and of its quantization error."""
 
     def __init__(self) -> None:
         self.signal = 0.0
         self.noise = 0.0
 
     def update(self, full: Tensor, quantized: Tensor) -> None:
-        """Add a tensor as it should be and as it is, of any (equal) shape."""
+        """Add a tensor in full precision and quantized, of any (equal) shape."""
         self.signal += float(full.square().sum(dtype=torch.float64))
         self.noise += float((full - quantized).square_().sum(dtype=torch.float64))
 
-    def decibels(self) -> float | None:
+    def sqnr_db(self) -> float | None:
         """10 log10(signal / noise), or None where one of them is 0."""
-        return decibels(self.noise / self.signal) if self.signal else None
+        return sqnr_db(self.noise / self.signal) if self.signal else None
 
 
-def decibels(relative_noise: float | None) -> float | None:
-    """Signal-to-noise ratio in dB for noise by signal power; None without any noise."""
-    return -10 * math.log10(relative_noise) if relative_noise else None
+def sqnr_db(relative_error: float | None) -> float | None:
+    """Signal-to-quantization-noise ratio in dB for a relative error; None without any error."""
+    return -10 * math.log10(relative_error) if relative_error else None
 
 
-class HeadNoise:
-    """Streaming noise of all tensors that a detector's heads return."""
+class HeadError:
+    """Streaming relative error of all tensors that a detector's heads return."""
 
     def __init__(self) -> None:
-        self._tensors: list[SignalNoise] = []
+        self._tensors: list[RelativeError] = []
 
     def update(self, full: Sequence[Tensor], quantized: Sequence[Tensor]) -> None:
-        """Add the tensors of one image as they should be and as they are."""
-        self._tensors = self._tensors or [SignalNoise() for _ in full]
+        """Add the tensors of one image in full precision and quantized."""
+        self._tensors = self._tensors or [RelativeError() for _ in full]
         for total, *pair in zip(self._tensors, full, quantized, strict=True):
             total.update(*pair)
 
     def relative(self) -> float:
-        """Noise by signal power, averaged over the tensors that have a signal."""
+        """Error power by signal power, averaged over the tensors whose signal is not 0."""
         shares = [total.noise / total.signal for total in self._tensors if total.signal > 0]
         return sum(shares) / len(shares) if shares else 0.0
 
 
-def measure_noise(
+def measure_sqnr(
     model: nn.Module,
     images: Iterable[dict[str, Any]],
     scope: str,
@@ -65,44 +65,47 @@ def measure_noise(
 ) -> dict[str, float | None]:
     """Signal-to-quantization-noise ratio in dB of every layer's output and attention's operands.
 
-    The noise is what rounding this layer's weights and this input changes, and nothing else.
+    Each ratio counts the rounding of that layer's weights and input alone.
 
     Args:
         model: calibrated; its weights are not rounded.
-        fitted: of a sequential refit, by name a layer's weights and bias before they were rounded. Then all
-            layers compute quantized, and each is compared with its fitted weights on the input that it gets.
-            None: each is quantized alone, on what the full-precision model computes.
+        fitted: returns a layer's weights and bias after a sequential refit, before they were rounded. Then all
+            layers compute quantized, and each is compared with its fitted weights on the same input.
+            None: each layer is quantized alone, on the activations of the full-precision model.
     """
-    noise: dict[str, SignalNoise] = {}
+    errors: dict[str, RelativeError] = {}
     watch: dict[nn.Module, Watch] = {}
 
     def see_layer(name: str, layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
         exact = output if fitted is None else layer._compute(x, *fitted(name))
-        noise[name].update(exact, layer.quantized_output(x))
+        errors[name].update(exact, layer.quantized_output(x))
 
     def see_operand(name: str, quantizer: ActivationQuantizer, x: Tensor, _: Tensor) -> None:
-        noise[name].update(x, quantizer.quantized(x))
+        errors[name].update(x, quantizer.quantized(x))
 
     for name, layer in quantized_layers(model).items():
         if layer.is_calibrated:
-            noise[name], watch[layer] = SignalNoise(), partial(see_layer, name, layer)
+            errors[name], watch[layer] = RelativeError(), partial(see_layer, name, layer)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedAttention) and module.is_calibrated:
             for operand, quantizer in zip(module.operands, module.quantizers(), strict=True):
                 key = f"{name} ({operand})"
-                noise[key], watch[quantizer] = SignalNoise(), partial(see_operand, key, quantizer)
+                errors[key], watch[quantizer] = (
+                    RelativeError(),
+                    partial(see_operand, key, quantizer),
+                )
     with (full_precision if fitted is None else rounded_weights)(model, watch):
         for image in images:
             forward_scope(model, image, scope)
-    return {name: total.decibels() for name, total in noise.items()}
+    return {name: total.sqnr_db() for name, total in errors.items()}
 
 
 @contextlib.contextmanager
 def count_multiply_adds(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, float]]:
-    """Count convolutions and matrix products inside.
+    """Count the multiply-adds of convolutions and matrix products inside.
 
-    Afterwards the dictionary holds the share of each module in ``names`` in percent of all, as far as
-    torch's counter knows any in it.
+    Afterwards the dictionary holds the percentage of each module in ``names``. A module without operations that
+    torch's counter knows is left out.
     """
     start: dict[str, int] = {}
     spent: Counter[str] = Counter()

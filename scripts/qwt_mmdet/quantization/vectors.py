@@ -1,4 +1,4 @@
-"""Inputs and outputs of a layer at its output positions, as rows of matrices."""
+"""Input and output vectors of a layer at its output positions."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from .primitives import fake_quantize
 
 
 def sampled_positions(count: int, limit: int, seed: int, device: torch.device) -> Tensor:
-    """At most ``limit`` of ``count`` positions, one from each of as many equal stretches; sorted."""
+    """At most ``limit`` of ``count`` positions, sorted: a random one of each of ``limit`` equal intervals."""
     if count <= limit:
         return torch.arange(count, device=device)
     within = torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -32,37 +32,41 @@ def output_size(layer: QuantizedLayer, x: Tensor) -> tuple[int, ...]:
     )
 
 
-def output_rows(layer: QuantizedLayer, output: Tensor, chosen: Tensor) -> Tensor:
-    """What a layer returned at some positions, [positions, out]."""
+def output_vectors(layer: QuantizedLayer, output: Tensor, chosen: Tensor) -> Tensor:
+    """The outputs of a layer at some positions, [positions, out]."""
     if isinstance(layer, QuantizedConv2d):
         output = output.movedim(1, -1)
     size = output.shape[:-1]
     return output[torch.unravel_index(chosen, size)]
 
 
-def input_rows(layer: QuantizedLayer, x: Tensor, size: tuple[int, ...], chosen: Tensor) -> Tensor:
-    """What the weights are multiplied with at some output positions, [groups, positions, columns].
+def input_vectors(
+    layer: QuantizedLayer, x: Tensor, size: tuple[int, ...], chosen: Tensor
+) -> Tensor:
+    """The inputs that the weights multiply at some output positions, [groups, positions, columns].
 
     Args:
         size: of the output (:func:`output_size`).
     """
     if isinstance(layer, QuantizedConv2d):
-        return convolution_rows(layer, pad(layer, x), size, chosen)
+        return convolution_vectors(layer, pad(layer, x), size, chosen)
     return x[torch.unravel_index(chosen, size)][None]
 
 
-def quantized_rows(layer: QuantizedLayer, rows: Tensor) -> Tensor:
-    """Rows of :func:`input_rows` on the grid of the layer's input."""
+def quantized_vectors(layer: QuantizedLayer, vectors: Tensor) -> Tensor:
+    """Vectors of :func:`input_vectors` on the grid of the layer's input."""
     quantizer = layer.input_quantizer
     scale, zero_point = quantizer.grid
     if quantizer.channel_axis is not None:
         taps = (
-            layer.groups * rows.shape[2] // len(scale) if isinstance(layer, QuantizedConv2d) else 1
+            layer.groups * vectors.shape[2] // len(scale)
+            if isinstance(layer, QuantizedConv2d)
+            else 1
         )
         scale, zero_point = (
-            p.repeat_interleave(taps).view(len(rows), 1, -1) for p in (scale, zero_point)
+            p.repeat_interleave(taps).view(len(vectors), 1, -1) for p in (scale, zero_point)
         )
-    return fake_quantize(rows, scale, zero_point, quantizer.bits)
+    return fake_quantize(vectors, scale, zero_point, quantizer.bits)
 
 
 def pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -73,21 +77,21 @@ def pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
 
-def convolution_rows(
+def convolution_vectors(
     layer: nn.Conv2d, padded: Tensor, size: tuple[int, ...], chosen: Tensor
 ) -> Tensor:
-    """What the kernel is multiplied with at some output positions: [groups, positions, columns].
+    """The inputs of a convolution at some output positions (im2col), [groups, positions, columns].
 
     Args:
         size: of the output (:func:`output_size`).
     """
     channels, height, width = padded.shape[1:]
     line, column = chosen // size[2], chosen % size[2]
-    image, row = line // size[1], line % size[1]
+    image, line = line // size[1], line % size[1]
     (down, right), (spread_y, spread_x) = layer.stride, layer.dilation
-    first = (image * height + row * down) * width + column * right
+    first = (image * height + line * down) * width + column * right
     y, x = (torch.arange(taps, device=padded.device) for taps in layer.kernel_size)
     taps = (y[:, None] * (spread_y * width) + x * spread_x).flatten()
-    # Whole rows of channels are much faster to gather than their elements.
-    rows = padded.movedim(1, -1).reshape(-1, channels)[first[:, None] + taps]
-    return rows.unflatten(2, (layer.groups, -1)).permute(2, 0, 3, 1).flatten(2)
+    # Gathering all channels of a pixel at once is much faster than gathering elements.
+    pixels = padded.movedim(1, -1).reshape(-1, channels)[first[:, None] + taps]
+    return pixels.unflatten(2, (layer.groups, -1)).permute(2, 0, 3, 1).flatten(2)

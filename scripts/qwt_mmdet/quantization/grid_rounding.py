@@ -1,8 +1,8 @@
-"""Two ways to round a tensor to a grid, with the same result: in place, or compiled.
+"""Rounding of a tensor to a grid, in place or compiled, with the same result.
 
-Fake quantization is bound by memory: four passes over a tensor in place, one when torch.compile has
-fused them. Compiling takes seconds to minutes, once in a process, so it is done when more time than
-that has gone into rounding in place. ``QWT_COMPILE`` in the environment forces either: ``always`` or
+Fake quantization is bound by memory: rounding in place passes over a tensor four times, the function that
+torch.compile has fused once. Compiling takes seconds to minutes, once per process. So it starts after
+rounding in place has taken longer than that. The environment variable ``QWT_COMPILE`` can be ``always`` or
 ``never`` (default: ``auto``).
 """
 
@@ -38,7 +38,7 @@ def round_to_grid(
 
     Args:
         x: any shape; the others broadcast against it.
-        overwrite: the result may take the place of ``x``; otherwise it is a new tensor.
+        overwrite: the result may be written into ``x``; otherwise it is a new tensor.
 
     Raises:
         QwtError: ``QWT_COMPILE`` has another value, or is ``always`` where nothing can be compiled.
@@ -47,7 +47,7 @@ def round_to_grid(
     mode = os.environ.get(COMPILE_VARIABLE, "auto")
     if mode not in ("auto", "always", "never"):
         raise QwtError(f"{COMPILE_VARIABLE} is {mode!r}; set it to auto, always or never.")
-    # The compiled form is for one dimension and one scale, which is nearly all of the work.
+    # The compiled function takes one dimension and one scale, which is nearly all of the work.
     plain = scale.numel() == 1 and x.is_contiguous() and not x.requires_grad
     if plain and mode != "never":
         if mode == "always" or _rounded_in_place > WORTH_COMPILING:
@@ -68,7 +68,7 @@ def _fused(x: Tensor, inverse_scale: Tensor, low: Tensor, high: Tensor, scale: T
 
 @functools.cache
 def _compiled(device: str, *, required: bool) -> Callable[..., Tensor] | None:
-    """The compiled form, tried once; None where it does not work and is not required."""
+    """The compiled function, tried once; None where it does not work and is not required."""
     function = torch.compile(_fused, dynamic=True, fullgraph=True)
     try:
         function(torch.zeros(64, device=device), *torch.ones(4, 1, device=device))

@@ -1,10 +1,10 @@
-"""What the settings of a quantization stand for."""
+"""Properties of a quantization scheme, from its settings."""
 
 from torch import Tensor
 
 from ..config import QuantizationSettings
 from .primitives import quantization_parameters
-from .ranges import Rows, range_by_name
+from .ranges import WeightDistribution, range_by_name
 
 
 def range_method(settings: QuantizationSettings) -> str:
@@ -23,7 +23,7 @@ def logarithmic_attention(settings: QuantizationSettings) -> bool:
 
 
 def integer_grids(settings: QuantizationSettings) -> bool:
-    """Whether all grids are ones that integer kernels compute with."""
+    """Whether integer kernels can compute with all grids."""
     return settings.grids == "integer"
 
 
@@ -34,6 +34,6 @@ def weight_grid(weight: Tensor, settings: QuantizationSettings, bits: int) -> tu
         QwtError: there is no such range method.
     """
     symmetric = integer_grids(settings)
-    rows = Rows(weight.detach().float().flatten(1), symmetric)
-    limits = range_by_name(settings.weight_range)(rows, bits, settings.percentile)
+    channels = WeightDistribution(weight.detach().float().flatten(1), symmetric)
+    limits = range_by_name(settings.weight_range)(channels, bits, settings.percentile)
     return quantization_parameters(*limits, bits, symmetric=symmetric)
