@@ -144,14 +144,14 @@ def worst_layers(sqnr_db: Mapping[str, float | None], most: int = 3) -> str:
     return ", ".join(f"{name} ({ratio:.1f} dB)" for ratio, name in sorted(measured)[:most])
 
 
-UNSETTLED_DB = 3.0
-"""Ranges that lose so much on images that did not make them are not settled."""
+OVERFITTED_DB = 3.0
+"""Ranges overfit if the SQNR of other images is lower by this."""
 HARMLESS_DB = 23.0
-"""What is better than this on other images is harmless: noise of half a percent of the outputs' power."""
+"""A higher SQNR of other images is harmless: the error has half a percent of the outputs' power."""
 
 
 def overfitted_ranges(check: Mapping[str, Any] | None) -> str | None:
-    """A sentence about ranges that too few images have made; None where they hold on other images, too.
+    """A sentence about ranges that fit only the images they were estimated from; None if they generalize.
 
     Args:
         check: the fields of a :class:`.record.RangeCheck`.
@@ -159,16 +159,13 @@ def overfitted_ranges(check: Mapping[str, Any] | None) -> str | None:
     if check is None:
         return None
     if check["images"] < 2:
-        return (
-            "Ranges come from a single image, so nothing tells whether they hold on others; use more calibration "
-            "images."
-        )
+        return "Ranges come from a single image, so their quality on other images is unknown; use more calibration images."
     seen, unseen = check["seen_db"], check["unseen_db"]
     if seen is None or unseen is None:
         return None
-    if seen - unseen < UNSETTLED_DB or unseen >= HARMLESS_DB:
+    if seen - unseen < OVERFITTED_DB or unseen >= HARMLESS_DB:
         return None
     return (
-        f"Ranges are not settled: of half of the {check['images']} calibration images they give {seen:.1f} dB on "
+        f"Ranges overfit: estimated from half of the {check['images']} calibration images, they give {seen:.1f} dB on "
         f"images that made them, {unseen:.1f} dB on others; use more images."
     )

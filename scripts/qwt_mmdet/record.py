@@ -33,12 +33,12 @@ class NotQuantized:
 
 @dataclass(frozen=True)
 class RangeCheck:
-    """How ranges that half of the calibration images make do on images of either half.
+    """How ranges generalize that are estimated from half of the calibration images.
 
     Args:
         images: number of calibration images.
-        seen_db, unseen_db: signal-to-quantization-noise ratio at the outputs of what is quantized, with weights in
-            full precision, on images that made the ranges and on others; None without noise, or of a single image.
+        seen_db, unseen_db: SQNR at the outputs of the quantized scope, with weights in full precision, on images
+            of this half and of the other one; None without any error, or of a single image.
     """
 
     images: int
@@ -48,17 +48,17 @@ class RangeCheck:
 
 @dataclass
 class Quantization:
-    """What is known of a quantized detector.
+    """The record of a quantized detector.
 
     Attributes:
-        settings: that it was quantized with.
+        settings: of the quantization.
         folds: LayerNorms whose ranges per channel fold into the layers around them.
-        not_quantized: what stays in full precision.
+        not_quantized: modules that stay in full precision.
         sqnr_db: signal-to-quantization-noise ratio in dB of each layer and each operand of attention
-            (:func:`.quantization.sqnr.measure_sqnr`), None where there is no noise; empty before calibration.
+            (:func:`.quantization.sqnr.measure_sqnr`), None without any error; empty before calibration.
         range_check: None before calibration.
-        fitted: weights and bias of each layer after a sequential refit, before they were rounded, where calibration
-            keeps the weights in full precision.
+        fitted: weights and bias of each layer after a sequential refit, before they were rounded; empty unless
+            calibration keeps the weights in full precision.
     """
 
     settings: QuantizationSettings
@@ -93,7 +93,7 @@ def record_of(model: nn.Module) -> Record:
 
 
 def quantization_of(model: nn.Module) -> Quantization:
-    """What is known of a quantized model.
+    """The record of a quantized model.
 
     Raises:
         QwtError: it is in full precision.

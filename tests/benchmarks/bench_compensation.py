@@ -100,7 +100,7 @@ def measure_time(size: tuple[int, int], images: int, settings: CompensationSetti
     full_seconds, quantized_seconds = (forward_seconds(m, data) for m in (full, model))
     spent: list[float] = []
     blocks: list[float] = []
-    fit_module.candidates = timed(fit_module.candidates, spent)
+    fit_module.fit_forms = timed(fit_module.fit_forms, spent)
     BlockStatistics.update = timed(BlockStatistics.update, spent)
     fit_module._fit_block = timed(fit_module._fit_block, blocks)
     start = time.perf_counter()

@@ -24,7 +24,7 @@ import torch
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.result import Compensation
 from qwt_mmdet.compensation.state import apply_compensation
-from qwt_mmdet.config import RECIPES, CompensationSettings, QuantizationSettings, as_entry
+from qwt_mmdet.config import PRESETS, CompensationSettings, QuantizationSettings, as_entry
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import load_detector
 from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
@@ -44,7 +44,7 @@ BITS = {
 }
 COMPENSATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    **{name: as_entry(recipe) for name, recipe in RECIPES.items()},
+    **{name: as_entry(recipe) for name, recipe in PRESETS.items()},
     "float": {"bits": 32},
     "block": {"target": "block"},
     "downsampling": {"downsampling": True},

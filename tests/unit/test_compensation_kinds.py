@@ -10,7 +10,7 @@ import torch
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.kinds import KINDS, Affine, Bias, Linear, LowRank
 from qwt_mmdet.compensation.result import BlockFit
-from qwt_mmdet.compensation.solve import SOLVERS, candidates
+from qwt_mmdet.compensation.solve import SOLVERS, fit_forms
 from qwt_mmdet.compensation.state import apply_compensation, load_compensation, save_compensation
 from qwt_mmdet.compensation.statistics import (
     BlockStatistics,
@@ -53,7 +53,7 @@ def statistics(x, output, error):
 
 
 def solve(kind, sums, **settings):
-    (form,) = candidates(sums, [sums], dataclasses.replace(OLS, kind=kind, **settings))
+    (form,) = fit_forms(sums, [sums], dataclasses.replace(OLS, kind=kind, **settings))
     return form.solution.kind
 
 
@@ -202,7 +202,7 @@ def folds(*arrays, count=5):
 def test_held_out_errors_are_those_of_fits_to_the_other_folds():
     x, output, error = rows(300)
     settings = dataclasses.replace(OLS, ridge=0)
-    (form,) = candidates(statistics(x, output, error), folds(x, output, error), settings)
+    (form,) = fit_forms(statistics(x, output, error), folds(x, output, error), settings)
     expected = 0.0
     for held in torch.arange(300, device=x.device).chunk(5):
         seen = torch.ones(300, dtype=torch.bool, device=x.device)
@@ -230,7 +230,7 @@ def test_the_forms_of_auto_hold_the_one_that_made_the_error(error, expected):
     noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(output)
     y = error(x, output, noise)
     settings = dataclasses.replace(OLS, kind="auto")
-    forms = candidates(statistics(x, output, y), folds(x, output, y), settings)
+    forms = fit_forms(statistics(x, output, y), folds(x, output, y), settings)
     names = [
         "none" if (kind := form.solution.kind) is None
         else kind.left.shape[1] if isinstance(kind, LowRank) else kind.name

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from qwt_mmdet import config, errors
-from qwt_mmdet.config import RECIPES, CompensationSettings, read_file, workflow
+from qwt_mmdet.config import PRESETS, CompensationSettings, read_file, workflow
 from qwt_mmdet.config.section import dotted
 from qwt_mmdet.errors import QwtError
 
@@ -391,4 +391,4 @@ def test_targets_choose_combinations_and_each_is_wanted_once():
 def test_a_recipe_means_the_same_in_a_config_file_and_on_the_command_line(name):
     written = read_file(ROOT / name)["compensation"]
     named = {key: CompensationSettings.from_mapping(entry) for key, entry in written.items()}
-    assert named == {key: RECIPES[key] for key in written}
+    assert named == {key: PRESETS[key] for key in written}

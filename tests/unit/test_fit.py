@@ -10,7 +10,7 @@ from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation import fit as fit_module
 from qwt_mmdet.compensation.blocks import find_blocks
 from qwt_mmdet.compensation.fit import count_folds, fit_compensation
-from qwt_mmdet.compensation.modules import as_rows, block_input
+from qwt_mmdet.compensation.modules import block_input, by_position
 from qwt_mmdet.compensation.state import (
     apply_compensation,
     load_compensation,
@@ -85,8 +85,8 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
             axis = -1 if x.dim() == 3 else 1
             stride = 1 if x.dim() == 3 else x.shape[-1] // output.shape[-1]
             x = x if x.dim() == 3 else x[:, :, ::stride, ::stride]
-            rows_x.append(as_rows(x, axis).double())
-            rows_y.append(as_rows(error, axis).double())
+            rows_x.append(by_position(x, axis).double())
+            rows_y.append(by_position(error, axis).double())
         x, y = torch.cat(rows_x), torch.cat(rows_y)
         design = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype, device=x.device)], 1)
         expected = design @ torch.linalg.lstsq(design, y, driver="gelsd", rcond=1e-6).solution

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from ..config import RECIPES, QuantizationSettings, Search, as_entry, resolve
+from ..config import PRESETS, QuantizationSettings, Search, as_entry, resolve
 from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
 from ..config.export import Export, Runtime
 from ..config.models import Model
@@ -99,7 +99,7 @@ def run(
     ] = Path("qwt_output"),
     compensation: Annotated[
         list[str],
-        typer.Option(metavar="|".join([*RECIPES, NO_COMPENSATION]), help="Recipe; repeatable."),
+        typer.Option(metavar="|".join([*PRESETS, NO_COMPENSATION]), help="Recipe; repeatable."),
     ] = ["qwt"],  # noqa: B006
     export: Annotated[
         list[str],
@@ -177,7 +177,7 @@ def make_configuration(
     general, model, data = values[Configuration], values[Model], values[Coco]
     if warmup and len(quantization) > 1:
         raise QwtError("--warmup-checkpoint is for one bit width; give --w-bit and --a-bit once.")
-    known = [*RECIPES, NO_COMPENSATION]
+    known = [*PRESETS, NO_COMPENSATION]
     for recipe in recipes:
         if recipe not in known:
             hint = suggestion(recipe, known) or "."
@@ -187,7 +187,7 @@ def make_configuration(
         for section in (CocoCalibration, CocoEvaluation)
     }
     loading = Loading(**values[Loading])
-    compensations = {name: RECIPES[name] for name in recipes if name != NO_COMPENSATION}
+    compensations = {name: PRESETS[name] for name in recipes if name != NO_COMPENSATION}
     exports: tuple[Export, ...] = ()
     if runtimes:
         named: dict[str, Any] = {"runtime": tuple(runtimes)}  # text, which the section checks

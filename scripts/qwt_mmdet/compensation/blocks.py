@@ -20,11 +20,11 @@ from .modules import aligned_input, block_output, channel_axis
 logger = logging.getLogger(__name__)
 
 BlockFinder = Callable[[nn.Module, bool], list[str]]
-"""Takes a backbone or neck and whether downsampling layers are wanted that are no blocks
-themselves; returns names relative to it."""
+"""Takes a backbone or neck, and whether to include downsampling layers outside of its blocks; returns names
+relative to it."""
 
 Look = Callable[[str, nn.Module, Arguments, Any], None]
-"""Takes a module's name, the module, what it was called with and what it has returned."""
+"""Takes a module's name, the module, its arguments and its output."""
 
 BACKBONES: dict[str, BlockFinder] = {}
 """Block finder by class name of the backbone."""
@@ -56,7 +56,7 @@ def _children(module: nn.Module, name: str) -> list[str]:
 
 @register_blocks("SwinTransformer")
 def swin_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """Each attention + MLP block of each stage; on request patch merging."""
+    """Each attention + MLP block of each stage; with ``downsampling`` also patch merging."""
     names: list[str] = []
     for i, stage in enumerate(backbone.stages):
         names += [f"stages.{i}.blocks.{j}" for j in range(len(stage.blocks))]
@@ -86,7 +86,7 @@ def staged_blocks(backbone: Any, downsampling: bool) -> list[str]:
 
 @register_blocks("PyramidVisionTransformer", "PyramidVisionTransformerV2")
 def pvt_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """Each encoder layer of each stage; on request the patch embeddings between stages."""
+    """Each encoder layer of each stage; with ``downsampling`` also the patch embeddings between stages."""
     names: list[str] = []
     for i, (_, layers, _) in enumerate(backbone.layers):
         if downsampling and i:
@@ -98,7 +98,7 @@ def pvt_blocks(backbone: Any, downsampling: bool) -> list[str]:
 
 @register_blocks("ConvNeXt")
 def convnext_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """Each block of each stage; on request the downsampling layers between stages."""
+    """Each block of each stage; with ``downsampling`` also the layers between stages."""
     names: list[str] = []
     for i, stage in enumerate(backbone.stages):
         if downsampling and i:
@@ -107,8 +107,8 @@ def convnext_blocks(backbone: Any, downsampling: bool) -> list[str]:
     return names
 
 
-# Stages of timm's models, and what they hold: `blocks.2.1`, `stages_0.blocks.1`, `layer3.0`,
-# `s2.b1`; layers between stages are called downsample.
+# Names of blocks in timm's models: `blocks.2.1`, `stages_0.blocks.1`, `layer3.0`, `s2.b1`; layers between
+# stages are called downsample.
 _TIMM_BLOCK = re.compile(
     r"(|.*\.)(blocks\.\d+|((stages|layers)[._]\d+\.)blocks\.\d+|layer\d+\.\d+|s\d+\.b\d+)"
 )
@@ -129,7 +129,7 @@ def timm_blocks(backbone: Any, downsampling: bool) -> list[str]:
             if downsampling and not isinstance(module, nn.Identity):
                 names.append(name)
         elif _TIMM_BLOCK.fullmatch(name):
-            if isinstance(module, nn.Sequential):  # EfficientNets number stages, and in them blocks
+            if isinstance(module, nn.Sequential):  # a stage of an EfficientNet, which holds blocks
                 names += [f"{name}.{child}" for child, _ in module.named_children()]
             else:
                 names.append(name)
@@ -145,7 +145,7 @@ def fpn_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
 
 @register_blocks("YOLOXPAFPN", "CSPNeXtPAFPN", registry=NECKS)
 def csp_pafpn_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
-    """Reducing convolutions, CSP layers on both ways, downsampling and output convolutions."""
+    """Reducing convolutions, top-down and bottom-up CSP layers, downsampling and output convolutions."""
     names = ("reduce_layers", "top_down_blocks", "downsamples", "bottom_up_blocks", "out_convs")
     return [name for group in names for name in _children(neck, group)]
 
@@ -189,11 +189,11 @@ def _repeated(units: dict[str, nn.Module], component: nn.Module) -> list[str]:
 
 
 def likely_blocks(component: nn.Module, fitting: set[str]) -> list[str]:
-    """Blocks of a backbone or neck that nothing is registered for.
+    """Blocks of a backbone or neck whose class is not registered.
 
-    These are the modules with several layers whose class is repeated in a list of modules (stages of
-    residual blocks, transformer layers), else those whose class is repeated anywhere, else single layers:
-    the first of these that hold at least a quarter of the weights, or those that hold most.
+    Three sets of modules are tried: those with several layers whose class is repeated in a list of modules
+    (residual blocks, transformer layers); modules whose class is repeated anywhere; single layers. The first
+    set that holds at least a quarter of the weights is taken, else the one that holds most.
 
     Args:
         fitting: names of modules that can be compensated, relative to ``component``.
@@ -213,7 +213,7 @@ def likely_blocks(component: nn.Module, fitting: set[str]) -> list[str]:
 
 
 def _misfit(module: nn.Module, arguments: Arguments, output: Any) -> str | None:
-    """Why the output of a module cannot be compensated, or None where it can."""
+    """Why the output of a module cannot be compensated; None where it can."""
     tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
     first = next(iter((*arguments[0], *arguments[1].values())), None)
     if not tensors or (len(tensors) > 1 and not isinstance(first, Tensor)):
@@ -238,7 +238,7 @@ def replay_scope(blocks: Iterable[str]) -> str:
 
 @contextmanager
 def _after(model: nn.Module, names: Iterable[str], look: Look) -> Iterator[None]:
-    """Inside, ``look`` is shown every call of these modules."""
+    """Inside: ``look`` is called after every call of these modules."""
     with ExitStack() as stack:
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(
@@ -255,7 +255,7 @@ def _after(model: nn.Module, names: Iterable[str], look: Look) -> Iterator[None]
 def block_positions(
     model: nn.Module, blocks: Iterable[str], forward: Callable[[], object]
 ) -> dict[str, int]:
-    """How many positions the output of each block has, in the order in which they run.
+    """Number of positions of each block's output, in running order.
 
     Args:
         forward: runs the model on one image.
@@ -291,7 +291,7 @@ def block_positions(
 def _misfits(
     model: nn.Module, batch: dict[str, Any], components: Iterable[str]
 ) -> dict[str, str | None]:
-    """Why each module with layers in ``components`` can be no block, by its name; None where it can."""
+    """Why each module with layers in ``components`` cannot be a block, by name; None where it can."""
     found: dict[str, str | None] = {
         name: "it does not run in the forward pass"
         for component in components
@@ -331,8 +331,8 @@ def _blocks_of(
     blocks = [f"{component}.{name}" for name in likely_blocks(module, fitting)]
     if blocks:
         logger.info(
-            "No blocks are registered for the class %s of the %s; compensated are %s. 'blocks' can name "
-            "others, a list of module name patterns such as %s.",
+            "No blocks are registered for the class %s of the %s; these modules are compensated: %s. To choose "
+            "others, set 'blocks' to a list of module name patterns such as %s.",
             class_name, component, ", ".join(blocks), re.sub(r"\.\d+", ".*", blocks[0]),
         )  # fmt: skip
     return blocks
@@ -350,11 +350,11 @@ def find_blocks(
 
     Args:
         batch: one image as the loader gives it.
-        patterns: module name patterns (fnmatch); empty takes what is registered for the backbone
-            and, where ``scope`` goes beyond it, for the neck, or else :func:`likely_blocks`. Of these,
-            what cannot be compensated is left out; the log names it.
-        scope: what of the detector is quantized.
-        downsampling: registered blocks include the layers between stages.
+        patterns: module name patterns (fnmatch). Empty: the registered blocks of the backbone and, if ``scope``
+            includes it, of the neck; or else :func:`likely_blocks`. Blocks that cannot be compensated are left
+            out, and the log names them.
+        scope: the quantized part of the detector.
+        downsampling: whether registered blocks include the layers between stages.
 
     Raises:
         QwtError: the backbone has no blocks, or a pattern matches nothing or nested modules.
@@ -372,22 +372,22 @@ def find_blocks(
         }
         if not found["backbone"]:
             raise QwtError(
-                f"No module of the backbone, of class {classes['backbone']}, turns one tensor into one that "
-                "keeps its positions, in one call; name the blocks with 'blocks', a list of module name "
-                "patterns such as backbone.layer*.*."
+                f"The backbone, of class {classes['backbone']}, has no module that runs once, takes one tensor and "
+                "returns one with the same positions; set 'blocks' to a list of module name patterns such as "
+                "backbone.layer*.*."
             )
         for component in components:
             if not found[component]:
                 logger.warning(
-                    "The %s, of class %s, stays without compensation: no module of it turns one tensor "
-                    "into one that keeps its positions, in one call.",
+                    "The %s, of class %s, stays without compensation: it has no module that runs once, takes one "
+                    "tensor and returns one with the same positions.",
                     component, classes[component],
                 )  # fmt: skip
         return [name for names in found.values() for name in names]
     names = [name for name, _ in model.named_modules() if name]
     chosen: list[str] = []
     for pattern in patterns:
-        # fnmatch's star crosses dots; a block pattern names modules of one depth.
+        # fnmatch's star also matches dots; a block pattern matches modules of one depth.
         depth = pattern.count(".")
         matches = [n for n in fnmatch.filter(names, pattern) if n.count(".") == depth]
         if not matches:

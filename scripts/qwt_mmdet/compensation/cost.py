@@ -1,4 +1,4 @@
-"""What compensation costs, and which blocks are worth it."""
+"""The cost of compensation, and the choice of blocks within a budget."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def backbone_multiply_adds(model: BaseDetector, batch: dict[str, Any]) -> int:
     """Multiply-adds of the backbone's convolutions and matrix products for one image.
 
     Args:
-        model: in full precision, for which the counter knows all operations.
+        model: in full precision; the counter does not know quantized operations.
     """
     with count_operations(model) as counter:
         forward_scope(model, batch, "backbone")
@@ -34,11 +34,14 @@ def backbone_bytes(model: BaseDetector) -> float:
 
 
 def within_budget(blocks: Sequence[BlockFit], limits: MaxCost) -> dict[str, int]:
-    """Choose for each kept block the form that it takes under a budget; blocks without one are left out.
+    """Choose a form of compensation for each kept block within a budget; blocks without one are left out.
 
-    Errors count in units of the power of a block's output, which makes blocks comparable. The next step is
-    the one that removes the most error for its share of the budget, of all blocks and forms, as long as one
-    fits (marginal analysis; a greedy solution of the knapsack problem).
+    Errors are relative to the power of a block's output, so that blocks are comparable. Each step takes the
+    block and form that remove the most error for their share of the budget, until none fits (marginal analysis;
+    a greedy solution of the knapsack problem).
+
+    Returns:
+        The index of the chosen form, by block.
     """
     budgets = [
         (limit, field)
@@ -68,7 +71,7 @@ def within_budget(blocks: Sequence[BlockFit], limits: MaxCost) -> dict[str, int]
                 if any(spent[field] + added[field] > limit for limit, field in budgets):
                     continue
                 share = sum(added[field] / limit for limit, field in budgets if limit)
-                # What costs nothing more comes first.
+                # Steps without additional cost come first.
                 worth = (now[name].error - form.error) / max(share, 1e-12)
                 if worth > best:
                     best, step = worth, (name, index)

@@ -1,7 +1,7 @@
 """Fit the compensation of all blocks of a quantized detector, one block after the other.
 
-The model's own code runs between the blocks (see :mod:`..replay.walk`). At each block the full-precision
-block and the quantized block run once for each image, and nothing of the network runs again.
+Activation replay (:mod:`..replay.walk`) runs the detector from block to block. The full-precision block and the
+quantized block each run once per image.
 """
 
 import hashlib
@@ -34,15 +34,15 @@ from .cost import backbone_bytes, backbone_multiply_adds, within_budget
 from .kinds import BITS, rounded_input
 from .modules import (
     aligned_input,
-    as_rows,
     block_output,
+    by_position,
     channel_axis,
     compensated,
     compensating,
 )
 from .result import BlockError, BlockFit, Compensation, Option
 from .resume import Resume
-from .solve import SOLVERS, Candidate, candidates
+from .solve import SOLVERS, FittedForm, fit_forms
 from .state import quantized_fingerprint
 from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics, merged
 
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def count_folds(images: int, fraction: float) -> int:
-    """How many folds ``images`` calibration images are dealt out to; 1 where none is held out.
+    """Number of folds of ``images`` calibration images; 1 where none is held out.
 
     Raises:
         QwtError: there are fewer images than folds.
@@ -69,10 +69,10 @@ class _Fit:
     """Everything that the fits of all blocks share.
 
     Attributes:
-        positions: of each block's output, for the first image, in running order.
-        uses: when a pass reads which outputs.
-        images: how many calibration images lie in the cache, under ("image", number).
-        folds: an image belongs to the fold of its number modulo this.
+        positions: number of positions of each block's output, for the first image, in running order.
+        uses: when each output is read in a forward pass.
+        images: number of calibration images in the cache, under ("image", number).
+        folds: number of folds; image i belongs to fold i modulo this.
     """
 
     settings: CompensationSettings
@@ -93,9 +93,9 @@ def _statistics(needs: tuple[str, ...], inputs: int, outputs: int, device: Any) 
 
 
 def _is_kept(
-    settings: CompensationSettings, candidate: Candidate, fit: BlockError, held_out: BlockError
+    settings: CompensationSettings, form: FittedForm, fit: BlockError, held_out: BlockError
 ) -> bool:
-    if candidate.solution.kind is None:
+    if form.solution.kind is None:
         return False
     if settings.gate == "holdout":
         after, before = held_out.error_after, held_out.error_before
@@ -104,7 +104,7 @@ def _is_kept(
 
 
 def _error(after: float | None, sums: BlockStatistics) -> BlockError:
-    """What a compensation leaves of a block's error, from a sum of squares."""
+    """The error of a block before and after compensation, from the sum of squares ``after`` it."""
     if after is None:
         return BlockError()
     variation = sums.any.variation
@@ -135,18 +135,18 @@ def fit_compensation(
     Args:
         model: quantized and calibrated; it is not changed.
         reference: the same detector in full precision.
-        loader: calibration batches as mmdet's test step takes them; their size changes nothing.
-        settings: form, target, ridge and gate.
-        device_gb, memory_gb: activations beyond this wait elsewhere, with the same result (see
+        loader: calibration batches as mmdet's test step takes them, of any size.
+        settings: kind, target, ridge, gate and more.
+        device_gb, memory_gb: limits of cached activations, which do not change the result (see
             :class:`..replay.cache.ActivationCache`).
-        resume: file that keeps the finished blocks. If it is there and belongs to the same model,
-            settings and images, the fit goes on after them. Remove it when the result is saved.
-        resume_inputs: further plain values that must be the same for that.
+        resume: file that keeps the finished blocks. If it has the same model, settings and images, the fit
+            goes on after these blocks. Remove it when the result is saved.
+        resume_inputs: further plain values that must be the same to go on.
 
     Raises:
-        QwtError: no images, no registered blocks, a block that cannot be compensated, or values of
-            the full-precision detector that are not finite. Where the quantized one's are not, a
-            block stays without compensation.
+        QwtError: there are no images or no blocks, a block cannot be compensated, or values of the
+            full-precision detector are not finite. A block whose quantized values are not finite stays
+            without compensation.
     """
     for detector in (model, reference):
         check_precision(detector)
@@ -198,7 +198,7 @@ def fit_compensation(
             chosen = within_budget(blocks, settings.budget)
             if chosen != {block.name: block.option for block in blocks if block.kept}:
                 logger.info(
-                    "The budget leaves %d of %d blocks; fitting these anew",
+                    "%d of %d blocks fit the budget; fitting these again",
                     len(chosen),
                     len(blocks),
                 )
@@ -212,37 +212,37 @@ def fit_compensation(
 def _check_at_heads(
     fit: _Fit, model: nn.Module, reference: nn.Module, blocks: list[BlockFit]
 ) -> tuple[list[BlockFit], dict[str, float]]:
-    """Leave out compensations, from the last block to the first, until the heads' noise is below that of none.
+    """Leave out compensations, from the last block on, until the relative error at the heads is below that of none.
 
-    Judged on the images of the first fold, with compensations that were fitted to the others.
+    The error is measured on the images of the first fold, with compensations that were fitted to the others.
 
     Returns:
-        The blocks, and what the compensation's ``heads`` are.
+        The blocks, and the compensation's ``heads``.
     """
     images = range(0, fit.images, fit.folds)
     for image in images:
         fit.cache["heads", image] = head_tensors(reference, fit.cache["image", image])
 
-    def noise_with(kept: Sequence[BlockFit]) -> float:
-        noise = HeadError()
+    def error_with(kept: Sequence[BlockFit]) -> float:
+        error = HeadError()
         kinds = {block.name: block.trial for block in kept if block.trial}
         with compensating(model, kinds):
             for image in images:
                 found = head_tensors(model, fit.cache["image", image])
-                noise.update(fit.cache["heads", image], found)
-        return noise.relative()
+                error.update(fit.cache["heads", image], found)
+        return error.relative()
 
     kept = [block for block in blocks if block.kept]
-    before, after = noise_with([]), noise_with(kept)
+    before, after = error_with([]), error_with(kept)
     while kept and not after < before:  # NaN is no improvement
         kept.pop()
-        after = noise_with(kept) if kept else before
+        after = error_with(kept) if kept else before
     names = [block.name for block in kept]
     dropped = [block.name for block in blocks if block.kept and block.name not in names]
     logger.info(
         "At the heads, on %d held-out images: %s dB without compensation, %s dB with it; %s",
-        len(images), *(f"{sqnr_db(noise) or math.inf:.1f}" for noise in (before, after)),
-        f"left out, as they do not lower the noise: {', '.join(dropped)}" if dropped else "all of it stays",
+        len(images), *(f"{sqnr_db(error) or math.inf:.1f}" for error in (before, after)),
+        f"left out, so that the error falls: {', '.join(dropped)}" if dropped else "all blocks stay",
     )  # fmt: skip
     blocks = [
         replace(block, kept=False, decision="heads") if block.name in dropped else block
@@ -263,8 +263,8 @@ def _fit_pass(
 
     Args:
         name: of the pass.
-        chosen: number of the form that each block takes; others stay without compensation. None where each
-            takes the form with the smallest error.
+        chosen: index of the form of each block; others stay without compensation. None: each block takes the
+            form with the smallest error.
     """
     fits = record.finished(name)
     if fits:
@@ -276,10 +276,10 @@ def _fit_pass(
             full = stack.enter_context(_walking(fit, reference, f"{name} full"))
             full.pending.clear()
         for block in fits:
-            _settle(quantized, model, block)
+            _finish(quantized, model, block)
         for block_name in progress(list(fit.positions)[len(fits) :], "Fitting", unit="block"):
             block = _fit_block(fit, block_name, quantized, full, reference, chosen)
-            _settle(quantized, model, block)
+            _finish(quantized, model, block)
             fits.append(block)
             record.add(name, block)
     return fits
@@ -287,15 +287,15 @@ def _fit_pass(
 
 @contextmanager
 def _walking(fit: _Fit, model: nn.Module, tag: str) -> Iterator[Walk]:
-    """A walk over the blocks, active inside."""
+    """Inside: an active walk over the blocks."""
     scope = replay_scope(fit.positions)
     walk = Walk(model, fit.positions, fit.cache, scope, tag=tag, uses=fit.uses)
     with walk.active():
         yield walk
 
 
-def _settle(walk: Walk, model: nn.Module, block: BlockFit) -> None:
-    """Let a block run with its compensation from now on."""
+def _finish(walk: Walk, model: nn.Module, block: BlockFit) -> None:
+    """Let the walk run a fitted block with its compensation from now on."""
     walk.pending.discard(block.name)
     if block.kept and block.kind is not None:
         module, kind = model.get_submodule(block.name), block.kind
@@ -310,7 +310,7 @@ def _fit_block(
     reference: nn.Module,
     chosen: Mapping[str, int] | None,
 ) -> BlockFit:
-    """Fit one block on all images; both walks go on to its outputs."""
+    """Fit one block on all images; both walks advance to its output."""
     start = time.monotonic()
     settings = fit.settings
     solver = SOLVERS[settings.kind]
@@ -337,13 +337,13 @@ def _fit_block(
         del x, output, expected  # before the next image needs the memory
     if diverged:
         logger.warning(
-            "%s: the quantized detector's values are NaN or infinite on %d of %d images, so the block "
+            "%s: values of the quantized detector are NaN or infinite on %d of %d images, so the block "
             "stays without compensation; raise the bits of the blocks before it.",
             name, diverged, fit.images,
         )  # fmt: skip
         return _left_alone(name, "not_finite")
     sums = merged(groups)
-    forms = candidates(sums, groups, settings)
+    forms = fit_forms(sums, groups, settings)
     options = tuple(_option(fit, name, form, sums) for form in forms)
     number = min(range(len(options)), key=lambda n: options[n].error)
     if chosen is not None:
@@ -387,8 +387,8 @@ def _fit_block(
     return result
 
 
-def _option(fit: _Fit, name: str, form: Candidate, sums: BlockStatistics) -> Option:
-    """What a form of a block leaves of the error, and its cost."""
+def _option(fit: _Fit, name: str, form: FittedForm, sums: BlockStatistics) -> Option:
+    """The remaining error of a form of a block's compensation, and its cost."""
     error = form.solution.squared_error(sums) if form.held_out is None else form.held_out
     kind = form.solution.kind
     size, multiply_adds = (kind.bytes, kind.multiply_adds) if kind else (0, 0)
@@ -400,12 +400,12 @@ def _option(fit: _Fit, name: str, form: Candidate, sums: BlockStatistics) -> Opt
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # The extremes are NaN where any value is, and found in one pass.
+    # One pass: the extremes are NaN if any value is.
     return all(map(torch.isfinite, torch.aminmax(tensor)))
 
 
 def _left_alone(name: str, decision: str) -> BlockFit:
-    """A block without compensation, about which nothing could be measured."""
+    """A block without compensation and without measured errors."""
     counts = ("parameters", "bytes", "bytes_percent", "multiply_adds", "multiply_adds_percent")
     return BlockFit(
         name=name, kind=None, trial=None, options=(), option=0, kept=False, decision=decision,
@@ -423,13 +423,13 @@ def _run_block(
     reference: nn.Module,
     image: int,
 ) -> list[torch.Tensor]:
-    """Run one block on one image, as it is reached by both walks.
+    """Run one block on one image, in both walks.
 
     Args:
-        full: None where the block's full-precision output on the quantized input is wanted.
+        full: None: the target is the full-precision block's output for the quantized input.
 
     Returns:
-        The block's input, its quantized output and what that should be: [positions, channels] each.
+        The block's input, its quantized output and its target: [positions, channels] each.
     """
     arguments, quantized_output = quantized.reach(image, name)
     output = block_output(name, quantized_output)
@@ -442,8 +442,8 @@ def _run_block(
     axis = channel_axis(reference.get_submodule(name), output)
     x = aligned_input(arguments, output, axis)
     if settings.bits == BITS:
-        x = rounded_input(x)  # the fit knows what W will see
-    return [as_rows(t, axis) for t in (x, output, expected)]
+        x = rounded_input(x)  # as the input of W will be
+    return [by_position(t, axis) for t in (x, output, expected)]
 
 
 def _log(

@@ -1,11 +1,10 @@
-"""Forms of compensation: what happens to a block's output, and what that costs.
+"""Kinds of compensation: how each changes a block's output, and its cost.
 
 A kind is a dataclass of tensors. Its fields are the buffers of a compensated block and the tensors
 in the compensation file; :mod:`.solve` holds the solver of each.
 
-Matrices in eight bits are int8 codes with a scale for each column. What they are multiplied with is rounded
-to eight bits as well, on a grid for each image (what ONNX calls DynamicQuantizeLinear), so that the product
-is one of integers.
+Matrices in eight bits are int8 codes with a scale per column. Their inputs are rounded to eight bits as well,
+on a grid per image (ONNX: DynamicQuantizeLinear), so that integers are multiplied.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ class Kind:
 
     name: ClassVar[str]
     grids: ClassVar[tuple[str, ...]] = ()
-    """Fields that are scales of codes, which are positive where they are set."""
+    """Names of fields that are scales of codes: positive, or None."""
 
     def __init_subclass__(cls, name: str) -> None:
         cls.name = name
@@ -55,12 +54,12 @@ class Kind:
         )
 
     def rounded(self, statistics: BlockStatistics) -> "Kind":
-        """The same with its matrices in eight bits, for inputs of these sums; here there are none."""
+        """The same with its matrices in eight bits, for inputs with these moments; here there are none."""
         return self
 
     @property
     def parameters(self) -> int:
-        """How many numbers the tensors hold."""
+        """Number of elements of the tensors."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
     @property
@@ -101,7 +100,7 @@ def _in_eight_bits(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: [in, out].
-        moments: [in, in] second moments of what it is multiplied with.
+        moments: [in, in] second moments of its inputs.
 
     Returns:
         int8 codes [in, out], −127 to 127; scales [out].
@@ -113,9 +112,9 @@ def _in_eight_bits(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded_input(x: Tensor) -> Tensor:
-    """What a matrix in eight bits is multiplied with, [images, …]: each image on a grid of its own.
+    """The input of a matrix in eight bits, [images, …], rounded to a grid per image.
 
-    The grid goes from the smallest value to the largest one, and holds 0.
+    The grid spans the smallest and the largest value, and contains 0.
     """
     across = tuple(range(1, x.dim()))
     low, high = (limit(x.detach(), across, keepdim=True) for limit in (torch.amin, torch.amax))
@@ -123,10 +122,10 @@ def rounded_input(x: Tensor) -> Tensor:
 
 
 def _matrix(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The values of a matrix [in, out], of which ``weight`` holds codes where there are scales [out]."""
+    """The values of a matrix [in, out]; with scales [out], ``weight`` holds codes."""
     if scale is None:
         return weight
-    if torch.onnx.is_in_onnx_export():  # a product of constants would become one in floating point
+    if torch.onnx.is_in_onnx_export():  # a product of constants would be folded into floating point
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", (weight, scale), {"axis": 1}, dtype=scale.dtype, shape=weight.shape, version=21
         )  # fmt: skip
@@ -170,8 +169,8 @@ class Bias(Kind, name="bias"):
 class Affine(Kind, name="affine"):
     """scale · output + b per channel of the block's quantized output.
 
-    This is QwT-v2's channel-wise affine compensation (arXiv 2505.20932), which looks at the
-    quantized output, not at the block's input.
+    This is QwT-v2's channel-wise affine compensation (arXiv 2505.20932), a function of the quantized output,
+    not of the block's input.
 
     Args:
         scale, bias: [out].
@@ -197,7 +196,7 @@ class LowRank(Kind, name="lowrank"):
 
     Args:
         left: [in, r]. right: [r, out]. bias: [out].
-        left_scale: [r], right_scale: [out]; None where the factors are no codes.
+        left_scale: [r], right_scale: [out]; None where the factors are in floating point.
     """
 
     grids = ("left_scale", "right_scale")
@@ -238,7 +237,7 @@ class Linear(Kind, name="linear"):
 
     Args:
         weight: W [in, out]. bias: [out].
-        scale: [out]; None where the weight is no codes.
+        scale: [out]; None where the weight is in floating point.
     """
 
     grids = ("scale",)

@@ -1,7 +1,7 @@
 """Compensation as part of a block, by a forward hook.
 
-The tensors of the compensation are buffers of the block itself, so all module names stay as they
-are, and copying, moving and state_dict work as usual.
+Its tensors are buffers of the block. So all module names stay the same, and copying, moving and state_dict
+work as usual.
 """
 
 import math
@@ -28,7 +28,7 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
 
     A block of linear layers without any convolution works on the last axis.
     """
-    if block not in _LAYER_TYPES:  # asked at every forward pass; the answer stays
+    if block not in _LAYER_TYPES:  # cached, since it is needed in every forward pass
         _LAYER_TYPES[block] = {
             layer
             for m in block.modules()
@@ -39,7 +39,7 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
 
 
 def block_input(arguments: Arguments) -> Tensor:
-    """The tensor that a block works on: its first one."""
+    """The first tensor among a block's arguments."""
     for value in tree_leaves(arguments):
         if isinstance(value, Tensor):
             return value
@@ -47,7 +47,7 @@ def block_input(arguments: Arguments) -> Tensor:
 
 
 def block_output(name: str, output: Any) -> Tensor:
-    """The tensor that a block returns, alone or before others (a layer may add its map's size).
+    """The tensor that a block returns, alone or as the first of several values.
 
     Raises:
         QwtError: there is none.
@@ -65,7 +65,7 @@ def _with_tensor(output: Any, tensor: Tensor) -> Any:
 
 
 def _grid(arguments: Arguments, tokens: int) -> tuple[int, int] | None:
-    """Height and width of a sequence of tokens, where they are among the arguments."""
+    """Height and width of the map of ``tokens`` tokens; None if they are not among the arguments."""
     for value in (*arguments[0], *arguments[1].values()):
         pair = isinstance(value, tuple | list) and len(value) == 2
         if pair and all(isinstance(n, int) for n in value) and math.prod(value) == tokens:
@@ -74,17 +74,17 @@ def _grid(arguments: Arguments, tokens: int) -> tuple[int, int] | None:
 
 
 def aligned_input(arguments: Arguments, output: Tensor, axis: int) -> Tensor:
-    """Take from a block's input the positions of its output.
+    """The input of a block at the positions of its output.
 
     Args:
         arguments: of the block; its input is [batch, tokens, in] or a map of the output's layout.
-        output: the block's output tensor; on maps a block may have a stride s, then
-            height' = ⌈height / s⌉. Tokens count as a map where the arguments tell its size.
+        output: the block's output tensor. On maps a block may have a stride s; then
+            height' = ⌈height / s⌉. Tokens form a map where the arguments hold its size.
         axis: the channels of a map.
 
     Returns:
-        The input at these positions; with a stride every s-th row and column, what a 1×1
-        convolution with that stride reads.
+        The input at these positions. With a stride s these are every s-th line and column, as of a 1×1
+        convolution with that stride.
 
     Raises:
         QwtError: input and output have no such correspondence.
@@ -100,12 +100,12 @@ def aligned_input(arguments: Arguments, output: Tensor, axis: int) -> Tensor:
             if strided.shape[1] == output.shape[1]:
                 return strided
     if x.dim() == output.dim() == 4 and len(x) == len(output):
-        rows, columns = (2, 3) if axis == 1 else (1, 2)
+        sides = (2, 3) if axis == 1 else (1, 2)
         slices = [slice(None)] * 4
-        for dim in (rows, columns):
+        for dim in sides:
             slices[dim] = slice(None, None, max(1, round(x.shape[dim] / output.shape[dim])))
         strided = x[tuple(slices)]
-        if all(strided.shape[dim] == output.shape[dim] for dim in (rows, columns)):
+        if all(strided.shape[dim] == output.shape[dim] for dim in sides):
             return strided
     raise QwtError(
         f"A block turns a tensor of shape {tuple(x.shape)} into {tuple(output.shape)}; a "
@@ -114,13 +114,13 @@ def aligned_input(arguments: Arguments, output: Tensor, axis: int) -> Tensor:
     )
 
 
-def as_rows(x: Tensor, axis: int) -> Tensor:
+def by_position(x: Tensor, axis: int) -> Tensor:
     """A map or tokens with channels along ``axis`` -> [positions, channels]."""
     return x.movedim(axis, -1).reshape(-1, x.shape[axis])
 
 
 def compensated(block: nn.Module, kind: Kind, arguments: Arguments, output: Any) -> Any:
-    """What a block returns, with its tensor compensated."""
+    """A block's output, with its tensor compensated."""
     tensor = block_output(type(block).__name__, output)
     axis = channel_axis(block, tensor)
     x = aligned_input(arguments, tensor, axis).to(tensor.dtype)
@@ -129,7 +129,7 @@ def compensated(block: nn.Module, kind: Kind, arguments: Arguments, output: Any)
 
 @contextmanager
 def compensating(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
-    """Inside, blocks of these names run with a compensation; their buffers stay as they are."""
+    """Inside: blocks of these names run with a compensation; their buffers do not change."""
 
     def hook(kind: Kind) -> Any:
         return lambda block, args, kwargs, output: compensated(block, kind, (args, kwargs), output)

@@ -1,4 +1,4 @@
-"""What a fit finds about each block, in memory and as plain values."""
+"""The results of a fit, in memory and as plain values."""
 
 import dataclasses
 import sys
@@ -11,13 +11,13 @@ from ..errors import registered
 from .kinds import KINDS, Kind
 
 BYTES_PER_PARAMETER = 4
-"""What a quantized detector does not quantize is stored and computed as float32."""
+"""Of parameters that are not quantized: float32."""
 
 
 class Option(NamedTuple):
-    """What one form of a block's compensation leaves of the error, and what it costs.
+    """The remaining error of one form of a block's compensation, and its cost.
 
-    Errors are those of :class:`BlockFit`, held out where there are held-out images.
+    The error is that on held-out images if there are any, else that on all images (see :class:`BlockFit`).
     """
 
     error: float
@@ -27,7 +27,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far a block's output is from its target; None where that is not known.
+    """The error of a block's output; None where it was not measured.
 
     Attributes:
         error_before: mean squared difference per output element without the compensation.
@@ -42,25 +42,24 @@ class BlockError:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """The compensation of one block and what is known about it.
+    """The compensation of one block, with its errors and its cost.
 
     Attributes:
-        kind: the tensors, fitted to all images, in float32 or int8; None where leaving the block alone was
-            best.
+        kind: the tensors, fitted to all images, in float32 or int8; None where no compensation was best.
         trial: the same without the images of the first fold, for the check at the heads; not saved.
-        options: all forms that the block could have taken; not saved.
-        option: number of the one that it has.
+        options: all forms of the compensation that were fitted; not saved.
+        option: index of the chosen form.
         kept: whether the block runs with its compensation.
-        decision: ``kept``; or what spoke against it: ``gate``, ``max_cost``, ``heads``, or ``not_finite``
-            where the quantized detector's values or the fit's are NaN or infinite.
+        decision: ``kept``, or why it was left out: ``gate``, ``max_cost``, ``heads``, or ``not_finite`` where
+            values of the quantized detector or of the fit are NaN or infinite.
         positions: output positions (tokens, pixels) of one image, on average.
-        parameters: numbers in the tensors. bytes: of these, as they are stored.
+        parameters: number of elements of the tensors. bytes: of these, as they are stored.
         bytes_percent: of the weights of the quantized backbone.
         multiply_adds: of the compensation for one image, on average.
         multiply_adds_percent: of the backbone's, both for the first calibration image.
-        target_power: mean square of what the block's output should be.
+        target_power: mean square of the target of the block's output.
         fit: errors on the images of the fit.
-        holdout: errors by cross-validation: each image is judged by a fit to the images of other folds.
+        holdout: errors by cross-validation: on each fold, with a fit to the other folds.
     """
 
     name: str
@@ -84,7 +83,7 @@ class BlockFit:
 
     @property
     def error_before(self) -> float:
-        """The error without compensation, which held-out images and those of the fit share."""
+        """The error without compensation."""
         return self.fit.error_before or 0.0
 
     def row(self) -> dict[str, Any]:
@@ -95,13 +94,13 @@ class BlockFit:
         return {**values, **errors, "kind": self.kind.name if self.kind else "none"}
 
     def plain(self) -> dict[str, Any]:
-        """Plain values and tensors of what was fitted, without what only the fit needs."""
+        """Plain values and tensors, without those that only a running fit needs."""
         # Equal strings are one object: pickled files of equal content have equal bytes.
         row = {k: sys.intern(v) if isinstance(v, str) else v for k, v in self.row().items()}
         return {**row, "tensors": self.kind.tensors() if self.kind else {}}
 
     def unfinished(self) -> dict[str, Any]:
-        """The same with what the fit needs."""
+        """The same with all that a running fit needs."""
         trial = (sys.intern(self.trial.name), self.trial.tensors()) if self.trial else None
         options = [tuple(option) for option in self.options]
         return {**self.plain(), "trial": trial, "options": options, "option": self.option}
@@ -126,12 +125,12 @@ class BlockFit:
 
 @dataclass(frozen=True)
 class Compensation:
-    """The fitted compensation of a quantized detector: blocks in the order in which they run.
+    """The fitted compensation of a quantized detector: blocks in running order.
 
     Attributes:
         backbone_multiply_adds: of the full-precision backbone for the first calibration image.
-        heads: what the check at the heads has found: ``images`` that it looked at, ``before`` and ``after``,
-            noise by signal power without and with the compensation. None where there was no check.
+        heads: result of the check at the heads: number of ``images``; ``before`` and ``after``, the relative
+            error without and with the compensation. None where there was no check.
     """
 
     settings: CompensationSettings

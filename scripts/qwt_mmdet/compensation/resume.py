@@ -1,4 +1,4 @@
-"""The finished blocks of a fit that is still running, in a file."""
+"""The finished blocks of an unfinished fit, in a file."""
 
 import logging
 import os
@@ -16,11 +16,11 @@ FORMAT = "qwt-mmdet unfinished compensation 2"
 
 
 class Resume:
-    """Finished blocks by pass over the detector, written after each block.
+    """Finished blocks of each pass over the detector, saved after each block.
 
     Args:
         path: the file; None keeps nothing.
-        inputs: all that decides the result, as plain values. A file with other inputs is ignored
+        inputs: everything that the result depends on, as plain values. A file with other inputs is ignored
             and overwritten.
     """
 
@@ -44,7 +44,7 @@ class Resume:
         }
 
     def finished(self, name: str) -> list[BlockFit]:
-        """Blocks of pass ``name`` that are fitted already, in order."""
+        """Finished blocks of pass ``name``, in order."""
         return list(self._passes.get(name, ()))
 
     def add(self, name: str, block: BlockFit) -> None:

@@ -1,4 +1,4 @@
-"""Closed-form solutions of each kind of compensation from the sums of a regression."""
+"""Closed-form solution of each kind of compensation, from the sums of a regression."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,10 +12,10 @@ from .kinds import BITS, Affine, Bias, Kind, Linear, LowRank
 from .statistics import BlockStatistics, RegressionStatistics, merged
 
 RIDGES = (0.0, *(10.0**e for e in range(-6, 4)), float("inf"))
-"""Candidates of ``ridge: auto``; an infinite ridge leaves the bias alone."""
+"""Ridge strengths that ``ridge: auto`` tries; an infinite one gives a bias without W."""
 
 RANK_TOLERANCE = 1e-12
-"""Directions with less than this fraction of the largest variance are rounding noise of float32 data
+"""Directions with less than this fraction of the largest variance are rounding errors of float32
 (singular values below 1e-6 of the largest): W must not amplify them."""
 
 
@@ -23,7 +23,7 @@ RANK_TOLERANCE = 1e-12
 class Solution:
     """A fitted kind in float64, with the ridge strength and the path that gave it.
 
-    ``kind`` None means that the block is better left alone.
+    ``kind`` None means no compensation.
     """
 
     kind: Kind | None
@@ -48,10 +48,10 @@ Solve = Callable[[BlockStatistics, float, CompensationSettings], Sequence[Soluti
 
 @dataclass(frozen=True)
 class Solver:
-    """How a kind is fitted, and from which fields of BlockStatistics.
+    """The function that fits a kind, and the fields of BlockStatistics that it needs.
 
-    ``solve`` gets sums, a ridge strength and the settings. It returns what one may choose from: the same forms
-    in the same order for all sums of a block.
+    ``solve`` takes sums, a ridge strength and the settings. It returns the possible forms of the compensation:
+    the same forms in the same order for all sums of a block.
     """
 
     solve: Solve
@@ -92,8 +92,8 @@ def _penalised(statistics: RegressionStatistics, ridge: float) -> Tensor:
 def solve_ridge(statistics: RegressionStatistics, ridge: float) -> Solution:
     """Minimise Σ‖y − xW − b‖² + λ‖W‖², λ = ridge · mean diagonal of the centred X'X.
 
-    The intercept is not penalised. Cholesky; where the matrix is not safely positive definite
-    (constant or duplicated channels, fewer rows than channels), the minimum-norm solution from an
+    The intercept is not penalised. The solver is Cholesky. Where the matrix is not safely positive definite
+    (constant or duplicated channels, fewer positions than channels), it is the minimum-norm solution from an
     eigendecomposition. ``ridge`` 0 is ordinary least squares (QwT, arXiv 2411.13918, equation 6).
     """
     if ridge == math.inf:
@@ -101,7 +101,7 @@ def solve_ridge(statistics: RegressionStatistics, ridge: float) -> Solution:
     matrix = _penalised(statistics, ridge)
     factor, info = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal()
-    # A tiny pivot means that a channel is (nearly) a combination of the ones before it.
+    # A tiny pivot means that a channel is nearly a linear combination of earlier ones.
     if info == 0 and (diagonal.square() > RANK_TOLERANCE * matrix.diagonal().max()).all():
         weight = torch.cholesky_solve(statistics.xy, factor)
         return _linear(statistics, weight, ridge, "cholesky")
@@ -138,7 +138,7 @@ class _Spectrum:
         return _linear(self.statistics, weight, ridge, "eigh")
 
     def errors(self, holdout: RegressionStatistics, ridges: Sequence[float]) -> Tensor:
-        """Squared error of each ridge strength on held-out rows, without forming W: [ridges]."""
+        """Squared error of each ridge strength on held-out data, without forming W: [ridges]."""
         shrinkage = torch.stack(
             [
                 torch.zeros_like(self.values) if ridge == math.inf else self.shrinkage(ridge)
@@ -161,7 +161,11 @@ def solve_path(statistics: RegressionStatistics, ridges: Sequence[float]) -> lis
 
 
 def choose_ridge(folds: Iterable[tuple[RegressionStatistics, RegressionStatistics]]) -> float:
-    """The one of :data:`RIDGES` with the smallest squared error on the rows that the fits have not seen."""
+    """The one of :data:`RIDGES` with the smallest squared error on held-out data.
+
+    Args:
+        folds: pairs of the sums of a fit and of its held-out data.
+    """
     errors = [_Spectrum.of(fit).errors(held, RIDGES) for fit, held in folds]
     return RIDGES[int(torch.stack(errors).sum(0).argmin())]
 
@@ -229,7 +233,7 @@ def solve_lowrank(
 def solve_auto(
     sums: BlockStatistics, ridge: float, settings: CompensationSettings
 ) -> Sequence[Solution]:
-    """None, bias, affine, W of ranks 1, 2, 4, … as long as that is cheaper than a whole one, and linear."""
+    """None, bias, affine, W of ranks 1, 2, 4, … if cheaper than full rank, and linear."""
     inputs, outputs = sums.inputs.xy.shape
     ranks = [2**n for n in range(20) if 2**n * (inputs + outputs) < inputs * outputs]
     linear = solve_ridge(sums.inputs, ridge)
@@ -243,14 +247,13 @@ def solve_auto(
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FittedForm:
     """One form of a block's compensation.
 
     Attributes:
         solution: fitted to all images.
-        trial: fitted to all but those of the first fold, for the check at the heads; None without folds.
-        held_out: squared error on the images of each fold of the fit to the others, summed over all folds;
-            None without folds.
+        trial: fitted to all images but the first fold, for the check at the heads; None without folds.
+        held_out: squared error by cross-validation, summed over all folds; None without folds.
     """
 
     solution: Solution
@@ -258,14 +261,14 @@ class Candidate:
     held_out: float | None
 
 
-def candidates(
+def fit_forms(
     sums: BlockStatistics, groups: Sequence[BlockStatistics], settings: CompensationSettings
-) -> list[Candidate]:
-    """Fit a kind, in the bits of the settings, and judge its forms by cross-validation.
+) -> list[FittedForm]:
+    """Fit all forms of a kind, in the bits of the settings, and cross-validate them.
 
     Args:
         sums: of all images.
-        groups: of the images of each fold; a single one judges nothing.
+        groups: sums of each fold; with a single one there is no cross-validation.
     """
     solver = SOLVERS[settings.kind]
     folds = [
@@ -283,9 +286,9 @@ def candidates(
 
     solutions, trials = solve(sums), [solve(fit) for fit, _ in folds]
     if not folds:
-        return [Candidate(solution, None, None) for solution in solutions]
+        return [FittedForm(solution, None, None) for solution in solutions]
     errors = [
         sum(trial.squared_error(held) for trial, (_, held) in zip(forms, folds, strict=True))
         for forms in zip(*trials, strict=True)
     ]
-    return [Candidate(*form) for form in zip(solutions, trials[0], errors, strict=True)]
+    return [FittedForm(*form) for form in zip(solutions, trials[0], errors, strict=True)]

@@ -1,4 +1,4 @@
-"""Put a fitted compensation onto a detector, save it and load it."""
+"""Apply a fitted compensation to a detector, save it and load it."""
 
 import os
 from typing import Any
@@ -15,7 +15,7 @@ from .modules import attach_compensation
 from .result import BlockFit, Compensation
 
 COMPENSATION_KEYS = ("fingerprint", "settings", "blocks", "backbone_multiply_adds", "heads")
-"""What :func:`load_compensation` reads of a file."""
+"""Keys of a file that :func:`load_compensation` reads."""
 
 
 def quantized_fingerprint(model: nn.Module) -> dict[str, str]:
@@ -27,7 +27,7 @@ def quantized_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def _fault(compensation: Compensation) -> str | None:
-    """What of a compensation cannot be computed with, if anything."""
+    """The first invalid value of a compensation; None without any."""
     for block in compensation.blocks:
         if block.kind is None:
             continue
@@ -57,12 +57,11 @@ def save_compensation(
 ) -> None:
     """Save a compensation with the fingerprint of the quantized model that it belongs to.
 
-    The file holds per block its tensors, the decision, the errors and the cost; it loads with
-    ``torch.load(weights_only=True)``. Call it before the compensation is applied or after.
+    The file holds the tensors, the decision, the errors and the cost of each block; it loads with
+    ``torch.load(weights_only=True)``. The compensation may be applied already.
 
     Raises:
-        QwtError: the model is quantized but not calibrated, or the compensation holds what cannot be
-            computed with.
+        QwtError: the model is quantized but not calibrated, or the compensation holds invalid values.
     """
     if record_of(model).quantization is not None:
         check_grids(model)
@@ -85,8 +84,7 @@ def load_compensation(model: nn.Module, path: str | os.PathLike[str]) -> Compens
     """Read a compensation file and apply it to the quantized detector that it was fitted for.
 
     Raises:
-        QwtError: the file is unreadable, was fitted for another model or quantization, or holds what cannot
-            be computed with.
+        QwtError: the file is unreadable, was fitted for another model or quantization, or holds invalid values.
     """
     content = load_archive(path, COMPENSATION_FORMAT, "compensation", COMPENSATION_KEYS)
     ours = quantized_fingerprint(model)

@@ -1,4 +1,4 @@
-"""Streaming sums for a linear regression, centred so that large means lose no digits."""
+"""Streaming sums for a linear regression, centred so that large means cost no precision."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2048
-"""Rows that are summed at a time: their float64 copies stay in the cache."""
+"""Samples that are summed at a time, so that their float64 copies stay in the cache."""
 
 
 @dataclass
@@ -20,7 +20,7 @@ class RegressionStatistics:
     "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 
     Attributes:
-        count: number of rows n.
+        count: number of samples n.
         mean_x: [in]; mean_y: [out].
         xx: [in, in], Σ (x − x̄)(x − x̄)ᵀ.
         xy: [in, out], Σ (x − x̄)(y − ȳ)ᵀ.
@@ -36,13 +36,13 @@ class RegressionStatistics:
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Self:
-        """Statistics of no rows at all."""
+        """Statistics of no samples."""
         x, y = (torch.zeros(1, n, dtype=torch.float64, device=device) for n in (inputs, outputs))
         return cls(0, x[0], y[0], cls._products(x, x), cls._products(x, y), y[0].clone())
 
     @staticmethod
     def _products(a: Tensor, b: Tensor) -> Tensor:
-        """Sum over rows of the products of [n, p] and [n, q]: [p, q]."""
+        """Sum over samples of the products of [n, p] and [n, q]: [p, q]."""
         return a.T @ b
 
     @staticmethod
@@ -50,7 +50,7 @@ class RegressionStatistics:
         return products @ weight
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add rows ``x`` [n, in] and ``y`` [n, out], any float dtype, in chunks."""
+        """Add samples ``x`` [n, in] and ``y`` [n, out], of any float dtype, in chunks."""
         for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
             x_chunk, y_chunk = (t.to(torch.float64, copy=True) for t in (x_chunk, y_chunk))
             mean_x, mean_y = x_chunk.mean(0), y_chunk.mean(0)
@@ -68,7 +68,7 @@ class RegressionStatistics:
             )
 
     def merge(self, other: "RegressionStatistics") -> None:
-        """Add all rows that ``other`` has seen."""
+        """Add all samples of ``other``."""
         if other.count == 0:
             return
         total = self.count + other.count
@@ -104,9 +104,9 @@ class RegressionStatistics:
 
 
 class ChannelStatistics(RegressionStatistics):
-    """The same for a regression of each target channel on the input channel of the same number.
+    """The same for a regression of each target channel on the input channel of the same index.
 
-    ``xx`` and ``xy`` are the diagonals alone, [out], and so are weights.
+    ``xx``, ``xy`` and weights are diagonals, [out].
     """
 
     @staticmethod
@@ -120,11 +120,11 @@ class ChannelStatistics(RegressionStatistics):
 
 @dataclass
 class BlockStatistics:
-    """Sums over the positions of a block: its error against what the kinds may explain it with.
+    """Sums of regressions of a block's error, over its positions.
 
     Attributes:
-        on_input: error on the block's input; None where no kind asks for it.
-        on_output: error on the quantized output, channel by channel; None likewise.
+        on_input: regression on the block's input; None where no kind needs it.
+        on_output: regression on the quantized output, channel by channel; None where no kind needs it.
     """
 
     on_input: RegressionStatistics | None
@@ -132,19 +132,19 @@ class BlockStatistics:
 
     @property
     def inputs(self) -> RegressionStatistics:
-        """``on_input`` for a kind that asks for it."""
+        """``on_input`` for a kind that needs it."""
         assert self.on_input is not None, "the needs of the solver lack inputs"
         return self.on_input
 
     @property
     def outputs(self) -> ChannelStatistics:
-        """``on_output`` for a kind that asks for it."""
+        """``on_output`` for a kind that needs it."""
         assert self.on_output is not None, "the needs of the solver lack outputs"
         return self.on_output
 
     @property
     def any(self) -> RegressionStatistics:
-        """One that is there: the sums of the error itself are the same in both."""
+        """Either one, for the sums of the error itself, which are the same in both."""
         return self.outputs if self.on_input is None else self.on_input
 
     @property
@@ -152,14 +152,14 @@ class BlockStatistics:
         return self.any.count
 
     def update(self, x: Tensor, output: Tensor, error: Tensor) -> None:
-        """Add rows of block input [n, in], quantized output [n, out] and error [n, out]."""
+        """Add samples of block input [n, in], quantized output [n, out] and error [n, out]."""
         if self.on_input is not None:
             self.on_input.update(x, error)
         if self.on_output is not None:
             self.on_output.update(output, error)
 
     def merge(self, other: "BlockStatistics") -> None:
-        """Add all rows that ``other`` has seen."""
+        """Add all samples of ``other``."""
         if self.on_input is not None:
             self.on_input.merge(other.inputs)
         if self.on_output is not None:
@@ -172,7 +172,7 @@ class BlockStatistics:
 
 
 def merged(groups: Sequence[BlockStatistics]) -> BlockStatistics:
-    """The sums of all rows that the groups have seen."""
+    """The sums over all groups."""
     total = copy.deepcopy(groups[0])
     for group in groups[1:]:
         total.merge(group)

@@ -3,7 +3,7 @@
 Light on purpose (no torch, no mmdet): Snakemake reads it whenever it reads the workflow.
 """
 
-from .compensation import RECIPES, CompensationSettings, MaxCost
+from .compensation import PRESETS, CompensationSettings, MaxCost
 from .datasets import of_repeat
 from .quantization import Override, QuantizationSettings
 from .reading import read_file
@@ -12,7 +12,7 @@ from .section import as_entry, as_plain
 from .workflow import Combination, Configuration, configuration, resolve
 
 __all__ = [
-    "RECIPES",
+    "PRESETS",
     "Best",
     "Combination",
     "CompensationSettings",

@@ -101,7 +101,7 @@ class CompensationSettings:
         return cls(**values)
 
 
-RECIPES: Mapping[str, CompensationSettings] = {
+PRESETS: Mapping[str, CompensationSettings] = {
     "qwt": CompensationSettings(),
     "paper": CompensationSettings(
         target="block", ridge=0.0, bits=32, gate="fit", holdout_fraction=0.0

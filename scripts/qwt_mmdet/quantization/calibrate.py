@@ -34,7 +34,7 @@ from .layers import QuantizedConv2d, QuantizedLayer, layer_by_name
 from .moments import InputMoments, measure_inputs
 from .quantizer import ActivationQuantizer, Watch
 from .rounding import rounding_by_name
-from .sequential import ROWS, FullPrecision, calibrate_sequentially, weigh_positions
+from .sequential import POSITIONS, FullPrecision, calibrate_sequentially, weigh_positions
 from .sqnr import count_multiply_adds, measure_sqnr
 from .validation import FoldedObserver, RangeValidation
 from .weights import quantize_weight
@@ -178,7 +178,7 @@ def measure_moments(run: Calibration) -> None:
     second = rounding_by_name(settings.rounding).needs_moments
     if not settings.bias_correction and not second:
         return
-    limit = math.ceil(ROWS / max(1, run.expected_images)) if second else 0
+    limit = math.ceil(POSITIONS / max(1, run.expected_images)) if second else 0
     layers = [layer for layer in quantized_layers(run.model).values() if layer.is_calibrated]
     run.moments = {layer: InputMoments() for layer in layers}
 

@@ -1,18 +1,18 @@
-"""Streaming sums of a regression of a layer's outputs on what its weights are multiplied with."""
+"""Streaming sums of a linear regression of a layer's outputs on the inputs of its weights."""
 
 import torch
 from torch import Tensor
 
 
 class RegressionSums:
-    """Weighted means and centred second moments of rows x [groups, n, in] and y [groups, n, out].
+    """Weighted means and centred second moments of vectors x [groups, n, in] and y [groups, n, out].
 
-    Products are taken in single precision, far from large means, and added up in float64. Memory does not
-    grow with the number of rows.
+    Products are computed in single precision, after a shift near the mean, and summed in float64. Memory does
+    not grow with the number of vectors.
 
     Args:
-        widths: columns of x whose moments are taken together. Columns of different chunks count as not
-            correlated, and more than one chunk has no moments with y.
+        widths: numbers of columns of x in each chunk. Columns of different chunks count as not correlated.
+            With more than one chunk there are no moments of x with y.
     """
 
     def __init__(self, widths: list[int]) -> None:
@@ -24,15 +24,15 @@ class RegressionSums:
 
     @property
     def is_empty(self) -> bool:
-        """True until rows have come."""
+        """True until vectors were added."""
         return not self._sums and not self._waiting
 
     def update(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows with weights [n], or with ones."""
+        """Add vectors with weights [n], or with ones."""
         if weight is None:
             weight = x.new_ones(x.shape[1])
         self._waiting.append((x, y, weight))
-        # Adding up [in, in] costs more than multiplying a few rows.
+        # Adding up [in, in] costs more than multiplying a few vectors.
         if sum(len(w) for *_, w in self._waiting) >= max(self.widths):
             self._add_waiting()
 
@@ -73,7 +73,7 @@ class RegressionSums:
         """Second moments of x, a chunk [groups, columns, columns] each, and of x with y [groups, in, out].
 
         Args:
-            centred: of the deviations from the means.
+            centred: about the means.
         """
         mean_x, mean_y = self.means()
         sum_x, sum_y = self._sums[:2]
@@ -106,7 +106,7 @@ def ridge_towards(weight: Tensor, squares: Tensor, cross: Tensor, strength: floa
         squares: E[x xᵀ], [groups, in, in]. cross: E[x yᵀ], [groups, in, out]; float64.
 
     Returns:
-        [groups, out, in], float64. An input that is always 0 leaves its weight as it is.
+        [groups, out, in], float64. The weight of an input that is always 0 does not change.
     """
     weight = weight.double()
     left = cross - squares @ weight.transpose(1, 2)

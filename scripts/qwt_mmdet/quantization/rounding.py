@@ -1,9 +1,8 @@
 """Rounding of weights to their grids, by name.
 
-``gptq`` is rounding with error feedback: what one weight loses, the next ones of its row make up.
-GPTQ (Frantar et al., ICLR 2023, arXiv 2210.17323): columns of a weight are rounded one after the
-other, and each column's error is spread over those that are still free so that the layer's output
-changes least, ‖(W − Wq) X‖². That needs no more than the inputs' second moments X Xᵀ.
+``gptq`` is rounding with error feedback (GPTQ, Frantar et al., ICLR 2023, arXiv 2210.17323). Columns of a
+weight are rounded one after the other. The columns that are not rounded yet compensate each column's error
+such that the layer's output changes least, ‖(W − Wq) X‖². This needs only the inputs' second moments X Xᵀ.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ weights' shape."""
 
 @dataclass(frozen=True)
 class Rounding:
-    """A rounding, and whether it looks at the second moments of the layer's inputs."""
+    """A rounding, and whether it uses the second moments of the layer's inputs."""
 
     function: Round
     needs_moments: bool
@@ -65,7 +64,7 @@ def nearest(
 def gptq(
     weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, moments: Sequence[Tensor] | None
 ) -> Tensor:
-    """Round with error feedback, each chunk of the columns for itself; without moments to the nearest."""
+    """Round each chunk of columns with error feedback; without moments, round to the nearest."""
     if moments is None:
         return nearest(weight, scale, zero_point, bits, None)
     chunks = weight.split([moment.shape[-1] for moment in moments], dim=2)
@@ -78,7 +77,7 @@ def gptq(
 DAMPING = 0.01
 """Added to the second moments' diagonal, relative to its mean (arXiv 2210.17323, section 3.3)."""
 BLOCK = 128
-"""Columns whose errors are spread together."""
+"""Columns whose errors are passed on together."""
 
 
 def gptq_codes(
@@ -89,7 +88,7 @@ def gptq_codes(
     Args:
         weight: [groups, out, in].
         moments: [groups, in, in] second moments of the inputs; symmetric, at least semi-definite.
-        scale, zero_point: [groups, out] of the grids, which stay as they are.
+        scale, zero_point: [groups, out] of the grids.
         bits: 2 to 8.
 
     Returns:
@@ -115,7 +114,7 @@ def gptq_codes(
         for column, row, pivot in columns:
             rounded.append(round_to_grid(column.float(), inverse, lowest, highest, scale))
             errors.append((column - rounded[-1]) / pivot)
-            # The row is 0 at columns that are rounded already.
+            # ``row`` is 0 at columns that are rounded already.
             block.addcmul_(errors[-1], row, value=-1)
         left[..., stop:] -= torch.cat(errors, 2) @ upper[:, start:stop, stop:]
     codes = quantize(torch.cat(rounded, 2), scale, zero_point, bits)
@@ -126,7 +125,7 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     """Upper triangular U with Uᵀ U = (moments + damping)⁻¹, [groups, in, in], float64."""
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    # An input that is always 0 leaves its weight free; one that is all 0 leaves all of them.
+    # Where all inputs are 0, any damping makes the matrix invertible.
     damping = torch.where(mean > 0, DAMPING * mean, 1.0)
     while True:
         damped = moments + torch.diag_embed(damping.expand_as(diagonal))

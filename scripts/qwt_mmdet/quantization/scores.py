@@ -1,4 +1,4 @@
-"""Where a detector sees objects: a map of its own scores, to weight positions with."""
+"""A map of a detector's own scores, for weighting positions by where it sees objects."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from ..detectors.forward import dense_head
 
 
 def score_map(model: BaseDetector, image: dict[str, Any]) -> Tensor | None:
-    """The largest class score (times objectness or centerness) at each place of an image.
+    """The largest class score (times objectness or centerness) at each position of an image.
 
-    Of all levels of a one-stage detector's head, or of a region proposal network.
+    It is the largest over all levels of a one-stage detector's head, or of a region proposal network.
 
     Args:
-        image: as the loader gives it, alone.
+        image: a batch of one, as the loader gives it.
 
     Returns:
         [height, width] of the finest level, 0 to 1; None for a detector without such scores (DETR).
@@ -65,7 +65,7 @@ def scores_at(scores: Tensor, size: tuple[int, ...]) -> Tensor | None:
         size: of the output without channels: [batch, height, width] of a map, or [batch, tokens].
 
     Returns:
-        [positions]; None where positions are not those of one map: windows, proposals, queries.
+        [positions]; None where positions do not form one map (windows, proposals, queries).
     """
     if size[0] != 1:
         return None

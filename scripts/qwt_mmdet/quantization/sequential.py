@@ -1,14 +1,14 @@
-"""Sequential calibration: each layer on what the quantized layers before it hand to it.
+"""Sequential calibration: each layer is fitted on the outputs of the quantized layers before it.
 
-First the full-precision network's outputs y of each layer are sampled. Then the layers are taken in the
-order in which they run. Each sees its inputs x as the quantized network has them by then. Its range is
-chosen on these, and its weights and bias are fitted to bring y back,
+First, outputs y of each layer of the full-precision network are sampled. Then the layers are calibrated in
+running order. The inputs x of a layer come from the quantized layers before it. Its range is chosen on x.
+Its weights and bias are fitted to y,
 
     W̃, b̃ = argmin Σ p ‖y − W̃ x̂ − b̃‖² + λ ‖W̃ − W‖²,
 
-with x̂ = x on its grid and weights p of the positions; then W̃ is rounded, with the second moments of x̂.
-So each layer repairs what those before it have left, as QwT does (arXiv 2411.13918), but with the weights
-and biases that it has anyway. With error feedback this is close to GPTAQ (arXiv 2504.02692).
+where x̂ is x on its grid and p weights the positions. Then W̃ is rounded, with the second moments of x̂.
+So each layer corrects errors of the layers before it, as QwT does (arXiv 2411.13918), without additional
+parameters. With error feedback this is close to GPTAQ (arXiv 2504.02692).
 """
 
 import logging
@@ -45,32 +45,32 @@ from .weights import choose_codes
 
 logger = logging.getLogger(__name__)
 
-ROWS = 2**15
+POSITIONS = 2**15
 """Output positions of each layer that are sampled, of all images together."""
 MAX_REFIT_COLUMNS = 8192
-"""A layer that multiplies more inputs keeps its weights up to rounding: a regression would take minutes."""
+"""Layers with more inputs per output are only rounded: a regression would take minutes."""
 RIDGE = 0.01
 """Strength of the ridge, relative to the mean variance of a layer's inputs."""
 
 
 Affine = tuple[Tensor, Tensor | None]
-"""Weights of a layer and its bias."""
+"""Weights and bias of a layer."""
 
 See = Callable[[int, int, Tensor], None]
-"""Takes the number of an image, the number of a layer's call for it, and the layer's input."""
+"""Takes the number of an image, the number of the layer's call on it, and the layer's input."""
 
 
 class FullPrecision:
-    """What the full-precision network computes: outputs of layers at some positions of each image.
+    """Sampled outputs of the layers of the full-precision network.
 
     Args:
-        cache: where images and outputs wait.
-        images: how many will come, as far as one knows.
+        cache: keeps images and outputs.
+        images: expected number of images.
 
     Attributes:
-        images: how many have come.
+        images: number of images so far.
         order: the layers by name, in the order of their first calls.
-        calls: how often a layer has run, by number of the image and name.
+        calls: number of runs of a layer, by number of the image and name.
     """
 
     def __init__(self, cache: ActivationCache, images: int) -> None:
@@ -78,10 +78,10 @@ class FullPrecision:
         self.images = 0
         self.order: dict[str, QuantizedLayer] = {}
         self.calls: Counter[tuple[int, str]] = Counter()
-        self._rows = math.ceil(ROWS / max(1, images))
+        self._positions = math.ceil(POSITIONS / max(1, images))
 
     def watches(self, model: nn.Module) -> dict[nn.Module, Watch]:
-        """What samples each layer's outputs in a full-precision pass of the next image."""
+        """Callbacks that sample each layer's outputs in a full-precision pass of the next image."""
         layers = quantized_layers(model).items()
         return {layer: partial(self._sample, name, layer) for name, layer in layers}
 
@@ -95,47 +95,48 @@ class FullPrecision:
         image, call = self.images, self.calls[self.images, name]
         self.calls[image, name] += 1
         size = output_size(layer, x)
-        calls = self.calls[0, name] if image else 1  # those of one image share its positions
-        chosen = self.positions(image, call, size, math.ceil(self._rows / max(1, calls)), x.device)
-        rows = output_vectors(layer, output, chosen)
-        if not torch.isfinite(rows).all():
+        calls = self.calls[0, name] if image else 1  # calls share the positions of their image
+        limit = math.ceil(self._positions / max(1, calls))
+        chosen = self.positions(image, call, size, limit, x.device)
+        vectors = output_vectors(layer, output, chosen)
+        if not torch.isfinite(vectors).all():
             raise QwtError(
                 f"The full-precision output of layer {name} holds NaN or infinite values during "
                 "calibration; check that the checkpoint is sound and that the model evaluates."
             )
-        self.cache["output", image, name, call] = size, rows
+        self.cache["output", image, name, call] = size, vectors
 
     def positions(
         self, image: int, call: int, size: tuple[int, ...], limit: int, device: torch.device
     ) -> Tensor:
-        """Which positions of a call are taken; the same ones whenever one asks."""
+        """Sampled positions of a call; the same for the same arguments."""
         return sampled_positions(math.prod(size), limit, 1009 * image + call, device)
 
     def outputs(self, image: int, name: str, call: int, size: tuple[int, ...]) -> Tensor | None:
-        """The outputs [positions, out] of a call, once; None if it had another number of positions.
+        """Remove and return the outputs [positions, out] of a call; None if its output had another shape.
 
         Args:
             size: shape of the output without its channels.
         """
         key = ("output", image, name, call)
-        found, rows = self.cache.pop(key) if key in self.cache else (None, None)
-        return rows if found == size else None
+        found, vectors = self.cache.pop(key) if key in self.cache else (None, None)
+        return vectors if found == size else None
 
     def fitted(self, name: str) -> Affine:
         """Weights and bias of a layer after its regression, before they were rounded."""
         return self.cache["fitted", name]
 
     @property
-    def rows(self) -> int:
-        """Positions of an image."""
-        return self._rows
+    def image_positions(self) -> int:
+        """Number of positions that are sampled of each image."""
+        return self._positions
 
 
 def corresponds(full: Tensor, own: Tensor) -> bool:
     """Tell whether outputs of a layer in two networks, [positions, out], belong to the same positions.
 
-    They do not where a network has chosen what it looks at (proposals, detections, queries) and the other
-    has chosen otherwise: then their deviations from the means correlate by less than a half.
+    They do not where the networks selected different proposals, detections or queries. Then the correlation of
+    their deviations from the means is below one half.
     """
     full, own = full - full.mean(0), own - own.mean(0)
     return bool((full * own).sum() >= full.norm() * own.norm() / 2)
@@ -146,7 +147,7 @@ class LayerFit:
 
     Args:
         name: of the layer.
-        weighting: how much scores of positions count, 0 to 1.
+        weighting: weight of the scores of positions, 0 to 1.
     """
 
     def __init__(
@@ -161,25 +162,25 @@ class LayerFit:
         self.sums = RegressionSums(widths)
 
     def see(self, image: int, call: int, x: Tensor) -> None:
-        """Add one call on the quantized network's way.
+        """Add one call of the layer in the quantized network.
 
-        Where the full-precision network has no output at the same positions, the layer's own
-        full-precision output takes its place.
+        Where the full-precision network has no output at the same positions, the target is the output of the
+        full-precision layer for ``x``.
         """
         layer, size = self.layer, output_size(self.layer, x)
         if not math.prod(size):
             return
         expected = self.full.outputs(image, self.name, call, size)
-        limit = self.full.rows if expected is None else len(expected)
+        limit = self.full.image_positions if expected is None else len(expected)
         chosen = self.full.positions(image, call, size, limit, x.device)
-        rows = input_vectors(layer, x, size, chosen)
-        own = (rows @ self.weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        vectors = input_vectors(layer, x, size, chosen)
+        own = (vectors @ self.weight.transpose(1, 2)).transpose(0, 1).flatten(1)
         if layer.bias is not None:
             own += layer.bias
         y = own if expected is None or not corresponds(expected, own) else expected
         groups = len(self.weight)
         self.sums.update(
-            quantized_vectors(layer, rows),
+            quantized_vectors(layer, vectors),
             y.unflatten(1, (groups, -1)).transpose(0, 1),
             self._weights(image, size, chosen),
         )
@@ -193,7 +194,7 @@ class LayerFit:
         return 1 - self.weighting + self.weighting * scores[chosen] / scores.mean().clamp(min=1e-12)
 
     def finish(self, settings: QuantizationSettings) -> Affine:
-        """Give the layer its codes and its bias; return weights and bias as fitted, before they are rounded."""
+        """Set the layer's codes and bias; return the fitted weights and bias, before they are rounded."""
         layer, centred = self.layer, settings.bias_correction
         if self.sums.is_empty:
             choose_codes(layer, layer.weight, settings, None)
@@ -230,7 +231,7 @@ def choose_range(
     settings: QuantizationSettings,
     validation: RangeValidation,
 ) -> None:
-    """Choose the grid of a layer's input from all that ``visit`` shows."""
+    """Choose the grid of a layer's input from all inputs that ``visit`` passes on."""
     quantizer = layer.input_quantizer
     folds = FoldedObserver(quantizer.name.removeprefix("Layer "), quantizer.channel_axis)
     visit(lambda image, call, x: folds.update(image, x))
@@ -244,7 +245,9 @@ def weigh_positions(model: nn.Module, full: FullPrecision) -> None:
         for image in range(full.images):
             scores = score_map(model, full.cache["image", image])
             if scores is None:
-                logger.info("This detector has no map of scores; all positions weigh the same.")
+                logger.info(
+                    "This detector has no map of scores; all positions have the same weight."
+                )
                 return
             full.cache["scores", image] = scores
 
@@ -257,14 +260,14 @@ def calibrate_sequentially(
 ) -> None:
     """Choose ranges, codes and biases of all layers, in the order in which they run.
 
-    An input that has its range already keeps it. Weights keep their full-precision values; ``full.fitted`` has
-    what they were fitted to.
+    Inputs that have a range keep it. ``weight`` stays in full precision; ``full.fitted`` returns the fitted
+    values.
     """
     layers = quantized_layers(model)
     walk = Walk(model, full.order, full.cache, settings.scope, ignored=ActivationQuantizer)
 
     def visit(name: str, see: See) -> None:
-        """Show all inputs of a layer on the quantized network's way."""
+        """Pass all inputs of a layer in the quantized network on to ``see``."""
         quantizer = full.order[name].input_quantizer
         for image in range(full.images):
             if image % RELEASE_INTERVAL == 0:
@@ -295,7 +298,7 @@ def calibrate_sequentially(
                 quantizer = layer.input_quantizer
                 if not quantizer.is_calibrated:
                     choose_range(layer, partial(visit, name), settings, validation)
-                if not quantizer.is_calibrated:  # it has seen empty tensors alone
+                if not quantizer.is_calibrated:  # all its inputs were empty
                     continue
                 fit = LayerFit(name, layer, full, settings.refit_weighting)
                 visit(name, fit.see)

@@ -1,4 +1,4 @@
-"""Save what calibration found (the warmup state) and put it onto a freshly loaded detector."""
+"""Save the results of a calibration (the warmup file), and load them into a full-precision detector."""
 
 import dataclasses
 import os
@@ -18,11 +18,11 @@ from .folding import apply_fold
 from .layers import LAYER_BUFFERS, layer_by_name
 
 WARMUP_KEYS = ("fingerprint", "settings", "bits", "state", "summary")
-"""What :func:`load_warmup` reads of a file."""
+"""Keys of a file that :func:`load_warmup` reads."""
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    """All buffers that calibration set: integer codes, scales, zero points (on the CPU)."""
+    """All buffers that calibration has set (integer codes, scales, zero points), on the CPU."""
     state: dict[str, Tensor] = {}
     for name, layer in quantized_layers(model).items():
         for key in LAYER_BUFFERS:
@@ -36,7 +36,7 @@ def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _grids(model: nn.Module) -> Iterator[tuple[str, Tensor | None, tuple[int, ...], str, int]]:
-    """What calibration has found, and must have: name, tensor, shape, what its values are, and their bits."""
+    """All tensors that calibration sets, also missing ones: name, tensor, shape, kind of its values, bits."""
     channels, calibrated = {}, set()
     layers = quantized_layers(model)
     folded = [
@@ -69,7 +69,7 @@ def _grids(model: nn.Module) -> Iterator[tuple[str, Tensor | None, tuple[int, ..
 
 
 def grid_fault(model: nn.Module) -> str | None:
-    """What of a quantized model's scales, zero points and codes cannot be computed with, if anything."""
+    """The first fault of a quantized model's scales, zero points and codes; None without any."""
     grids = list(_grids(model))
     for name, tensor, shape, kind, bits in grids:
         if bits not in range(LEAST_BITS, MOST_BITS + 1):
@@ -92,10 +92,10 @@ def grid_fault(model: nn.Module) -> str | None:
 
 
 def check_grids(model: nn.Module) -> None:
-    """Check that a quantized model is calibrated and can be computed with.
+    """Check that a quantized model is calibrated, with valid scales, zero points and codes.
 
     Raises:
-        QwtError: it is not; says what is wrong with which tensor.
+        QwtError: names the tensor and its fault.
     """
     if fault := grid_fault(model):
         raise QwtError(
@@ -105,11 +105,11 @@ def check_grids(model: nn.Module) -> None:
 
 
 def summarize_quantization(model: nn.Module) -> dict[str, Any]:
-    """Sizes and exceptions, for reports: bytes of all weights before and after, layer counts.
+    """Summary for reports: bytes of all weights before and after, numbers of layers, what is not quantized.
 
-    ``weight_bytes`` counts quantized weights at their bit width plus a float32 scale and a one-byte
-    zero point per output channel and per scale of the input, and everything else as float32, with the bias that a correction or
-    a fold gives to a layer without one. ``layer_sqnr``: signal-to-quantization-noise ratio in dB.
+    ``weight_bytes`` counts quantized weights at their bits. Each output channel and each scale of the input adds
+    a float32 scale and a one-byte zero point. All else counts as float32, also a bias that a correction or a
+    fold adds. ``layer_sqnr``: signal-to-quantization-noise ratio in dB.
     """
     layers = quantized_layers(model)
     full = sum(p.numel() for p in model.parameters()) * 4
@@ -130,7 +130,7 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
         "weight_bytes": round(full - saved),
         "layers": sum(layer.is_calibrated for layer in layers.values()),
         "attention": len(attention),
-        "layer_sqnr": _layer_noise(model),
+        "layer_sqnr": _layer_sqnr(model),
         "range_check": check and dataclasses.asdict(check),
         "not_quantized": [
             dataclasses.asdict(entry) for entry in quantization_of(model).not_quantized
@@ -138,19 +138,19 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _layer_noise(model: nn.Module) -> list[dict[str, Any]]:
-    units, rows = quantized_units(model), []
-    for name, decibels in quantization_of(model).sqnr_db.items():
+def _layer_sqnr(model: nn.Module) -> list[dict[str, Any]]:
+    units, entries = quantized_units(model), []
+    for name, sqnr_db in quantization_of(model).sqnr_db.items():
         unit = units[name.partition(" ")[0]]
-        rows.append(
+        entries.append(
             {
                 "name": name,
                 "weight_bits": unit.weight_bits,
                 "activation_bits": unit.activation_bits,
-                "sqnr_db": decibels,
+                "sqnr_db": sqnr_db,
             }
         )
-    return rows
+    return entries
 
 
 def save_warmup(
@@ -158,11 +158,11 @@ def save_warmup(
 ) -> None:
     """Save a calibrated model's quantizers and integer weights.
 
-    The file loads with ``torch.load(weights_only=True)`` and carries a fingerprint of the model,
-    its full-precision weights and the settings.
+    The file loads with ``torch.load(weights_only=True)``. It holds the settings and a fingerprint of the
+    model and of its full-precision weights.
 
     Raises:
-        QwtError: the model is not quantized or not calibrated, or holds what cannot be computed with.
+        QwtError: the model is not quantized or not calibrated, or has invalid scales, zero points or codes.
     """
     quantization_of(model)
     check_grids(model)
@@ -192,13 +192,13 @@ def load_warmup(
 
     Args:
         model: from ``load_detector``, in full precision.
-        settings: what the caller expects to find; None takes the file's.
+        settings: those that the file must have; None accepts any.
         round_weights: False keeps the weights (folded, where the file folds them) in full precision,
             as ``full_precision`` needs them.
 
     Raises:
-        QwtError: the file belongs to another model, other weights or other settings (the message
-            names what differs), cannot be read, or holds what cannot be computed with.
+        QwtError: the file belongs to another model, other weights or other settings (the message names the
+            difference), cannot be read, or holds invalid scales, zero points or codes.
     """
     content = load_archive(path, WARMUP_FORMAT, "warmup", WARMUP_KEYS)
     fingerprint = record_of(model).fingerprint

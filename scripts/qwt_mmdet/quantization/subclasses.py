@@ -1,10 +1,9 @@
-"""Quantized forms of classes that inherit from nn.Linear or nn.Conv2d.
+"""Quantized classes of subclasses of nn.Linear or nn.Conv2d.
 
-A subclass may change its input before it calls the base (mmcv's Conv2dAdaptivePadding pads it), or the
-product afterwards. Its own forward keeps running here; only its one call of ``F.linear`` or ``F.conv2d``
-with the layer's weight and bias becomes the quantized one. A class that does anything else with its
-weight, such as to standardise it first, has no such form, since what it multiplies with is not what is
-rounded.
+A subclass may change its input before the product (mmcv's Conv2dAdaptivePadding pads it), or the product
+afterwards. Its own forward keeps running; only its call of ``F.linear`` or ``F.conv2d`` with the layer's
+weight and bias is replaced by the quantized product. A class that uses its weight otherwise, for example
+standardises it first, cannot be quantized: it would not multiply with the rounded weight.
 """
 
 import functools
@@ -23,10 +22,10 @@ PRODUCTS = {
     F.linear: ("input", "weight", "bias"),
     F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
 }
-"""Names of the arguments, in their order."""
+"""Names of the arguments of each product, in order."""
 
 OPTIONS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-"""Those of a convolution that a layer holds too, and their defaults."""
+"""Options of a convolution that are attributes of the layer, and their defaults."""
 
 
 def _pair(value: Any) -> Any:
@@ -34,14 +33,14 @@ def _pair(value: Any) -> Any:
 
 
 class Products(TorchFunctionMode):
-    """Hands each product of an input with the layer's weight, computed inside, to ``product``.
+    """Inside: replaces each product of an input with the layer's weight by ``product``.
 
     Args:
-        product: of an input; None leaves what torch computes.
+        product: takes the input; None keeps torch's product.
 
     Attributes:
-        seen: how many there were.
-        other_uses: names of functions that computed a tensor from the weight otherwise.
+        seen: number of products so far.
+        other_uses: names of other functions that computed a tensor from the weight.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Products(TorchFunctionMode):
 
 
 class _OwnForward(QuantizedLayer):
-    """What quantized subclasses have before their quantized base: the forward of their original."""
+    """First base of quantized subclasses: runs the forward of the original class."""
 
     original: type[nn.Module]
     base: type[nn.Module]
@@ -98,7 +97,7 @@ class _OwnForward(QuantizedLayer):
 
 @functools.cache
 def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer]:
-    """The class that a module of the subclass ``original`` takes when it is quantized."""
+    """The quantized class of the subclass ``original``."""
     base = QuantizedConv2d if issubclass(original, nn.Conv2d) else QuantizedLinear
     attributes = {"original": original, "base": base, "__module__": __name__}
     return type(f"Quantized{original.__name__}", (_OwnForward, base, original), attributes)

@@ -1,4 +1,4 @@
-"""What the quantizer knows of timm's models. Imported for models that hold a module of timm."""
+"""Attention classes and folds of timm's models. Imported for models that hold a module of timm."""
 
 import torch
 

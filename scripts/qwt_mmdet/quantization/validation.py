@@ -1,11 +1,11 @@
-"""Whether ranges hold on images that did not make them.
+"""Whether ranges generalize to images that they were not estimated from.
 
-Every second calibration image makes ranges of its own. The network computes with these, its weights in full
-precision, on some images that made them and on some that did not. Too few images show in outputs that are much
-noisier on the latter, since values beyond a range are clipped.
+A second set of ranges is estimated from every second calibration image. With these ranges, and weights in full
+precision, the SQNR of outputs is measured on images of this half and of the other one. If there are too few
+calibration images, it is much lower on the other half, since values beyond a range are clipped.
 
-The ranges of these images are those of all images times the ratio of what all but 0.01 % of the values reach in
-these images and in all: the search for a range costs more than the check may.
+To save time, no range search runs for the half. Its ranges are those of all images times the ratio of the
+ranges that hold 99.99 % of the values, of the half and of all images.
 """
 
 from collections.abc import Collection, Iterable
@@ -28,7 +28,7 @@ PERCENTILE = 99.99
 
 
 class FoldedObserver:
-    """What a quantizer sees, in two folds of the images.
+    """Histograms of a quantizer's input, one for each half of the images.
 
     Args:
         name, channel_axis: as of :class:`.ranges.RangeObserver`.
@@ -38,11 +38,11 @@ class FoldedObserver:
         self.folds = tuple(RangeObserver(name, channel_axis) for _ in range(2))
 
     def update(self, image: int, x: Tensor) -> None:
-        """Add a tensor of any shape of the image of this number."""
+        """Add a tensor, of any shape, of the image of this number."""
         self.folds[image % 2].update(x)
 
     def merged(self) -> RangeObserver:
-        """What an observer of all images has seen."""
+        """The histogram of all images."""
         merged = RangeObserver(self.folds[0].name, self.folds[0].channel_axis)
         for fold in self.folds:
             merged.merge(fold)
@@ -50,13 +50,13 @@ class FoldedObserver:
 
 
 def widths(observer: RangeObserver, pooled: bool) -> Tensor:
-    """How wide a range around 0 is that all but 0.01 % of the values lie in, [channels] or, ``pooled``, [1]."""
+    """Width of the range that holds 0 and 99.99 % of the values, [channels] or, ``pooled``, [1]."""
     low, high = (observer.pooled() if pooled else observer).percentiles(PERCENTILE)
     return high.clamp(min=0) - low.clamp(max=0)
 
 
 class RangeValidation:
-    """The scales that every second image gives, by quantizer."""
+    """Scales that are estimated from every second image, by quantizer."""
 
     def __init__(self) -> None:
         self._scales: dict[ActivationQuantizer, Tensor] = {}
@@ -68,9 +68,9 @@ class RangeValidation:
         migrating: QuantizedConv2d | None,
         settings: QuantizationSettings,
     ) -> None:
-        """Choose a quantizer's grid from all images (:func:`.migration.choose_grid`); note that of every second one.
+        """Choose a quantizer's grid from all images (:func:`.migration.choose_grid`); keep the scale of the half.
 
-        A quantizer that has seen nothing stays without a grid.
+        A quantizer that never ran gets no grid.
         """
         first, whole = observer.folds[0], observer.merged()
         if whole.is_empty:
@@ -89,12 +89,12 @@ class RangeValidation:
         scope: str,
         spared: Collection[str],
     ) -> RangeCheck:
-        """Measure the outputs of what is in scope with the first fold's grids.
+        """Measure the SQNR of the scope's outputs with the scales of the half.
 
         Args:
             model: with full-precision weights.
             images: the first calibration images in their order, batches of one.
-            count: the number of all.
+            count: number of all calibration images.
             spared: names of quantizers that keep their scales.
         """
         if count < 2:
@@ -104,7 +104,7 @@ class RangeValidation:
         scales = {
             q: self._scales[q] for n, q in named.items() if n not in spared and q in self._scales
         }
-        noise = HeadError(), HeadError()
+        errors = HeadError(), HeadError()
         with full_precision(model, {}):
             try:
                 for quantizer, scale in scales.items():
@@ -115,9 +115,9 @@ class RangeValidation:
                         for quantizer in own:
                             quantizer.enabled = enabled
                         outputs.append(scope_tensors(model, image, scope))
-                    noise[number % 2].update(*outputs)
+                    errors[number % 2].update(*outputs)
             finally:
                 for quantizer, kept in own.items():
                     quantizer.scale = kept
-        seen, unseen = (sqnr_db(of.relative()) for of in noise)
+        seen, unseen = (sqnr_db(error.relative()) for error in errors)
         return RangeCheck(count, seen, unseen)

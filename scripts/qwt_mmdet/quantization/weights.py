@@ -20,11 +20,10 @@ def quantize_weight(
 ) -> None:
     """Choose grids and codes of a layer's weights, per output channel, and correct its bias.
 
-    With a bias correction, a rounding that looks at the inputs is left with their deviations from the
-    mean, and minimises the error of those.
+    A bias correction removes the mean error. So a rounding with second moments then takes those about the mean.
 
     Args:
-        moments: of the inputs; None where neither rounding nor bias correction asks for them.
+        moments: of the inputs; None where neither rounding nor bias correction needs them.
     """
     second = None
     if rounding_by_name(settings.rounding).needs_moments and moments is not None:
@@ -40,7 +39,7 @@ def choose_codes(
     settings: QuantizationSettings,
     moments: Sequence[Tensor] | None,
 ) -> None:
-    """Choose grids and codes of a layer whose weights are to be ``weight``.
+    """Choose grids and codes of a layer for the weights ``weight``.
 
     Args:
         moments: second moments of the quantized inputs in chunks of columns, [groups, columns, columns]
@@ -55,7 +54,7 @@ def choose_codes(
     )
     second = None
     if moments is not None:
-        # The weights have taken up the factors, so the inputs have lost them.
+        # The weights are multiplied with the factors, so the inputs are divided by them.
         chunks = factors[:, 0].double().split([m.shape[-1] for m in moments], dim=1)
         second = [m / (f[:, :, None] * f[:, None]) for f, m in zip(chunks, moments, strict=True)]
     scales, zero_points = (parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point))
@@ -67,7 +66,7 @@ def choose_codes(
 
 
 def bias_shift(layer: QuantizedLayer, moments: InputMoments) -> Tensor:
-    """The mean of what quantization takes from a layer's output, [out], float32.
+    """The mean difference of a layer's outputs in full precision and quantized, [out], float32.
 
     W E[x] − Wq E[xq] (after Nagel et al., arXiv 1906.04721, section 4.2).
     """
@@ -78,7 +77,7 @@ def bias_shift(layer: QuantizedLayer, moments: InputMoments) -> Tensor:
 
 
 def _mean_output(layer: QuantizedLayer, weight: Tensor, mean: Tensor) -> Tensor:
-    """The mean output [out] for the mean of what the weights are multiplied with (see InputMoments)."""
+    """The mean output [out] for the mean of the weights' inputs (see InputMoments)."""
     if not isinstance(layer, QuantizedConv2d):
         return weight @ mean
     grouped = mean.view(layer.groups, -1, *mean.shape[1:])

@@ -1,1 +1,1 @@
-"""What it takes to run a detector in steps: activations that wait, modules that run something else."""
+"""Activation replay: running a detector in steps, with cached activations."""

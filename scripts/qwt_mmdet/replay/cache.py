@@ -1,4 +1,4 @@
-"""Tensors that wait between two blocks: on the device, in memory, and on disk beyond limits."""
+"""A cache of activations: on the device and in memory up to limits, beyond these on disk."""
 
 import ctypes
 import shutil
@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 RELEASE_INTERVAL = 8
-"""Images after which free memory goes back to the system: getting it again takes time."""
+"""Images after which freed memory is returned to the system; more often would cost time."""
 
 
 def release_free_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc).
+    """Return freed memory to the system, where the C library can (glibc).
 
-    Freed tensors leave holes between those that are kept, and new ones of the same size seldom fit
-    into them: the heap grows with every image although no more of it is in use.
+    Freed tensors leave holes in the heap that new tensors seldom fit into. So it would grow with every image.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -29,7 +28,7 @@ def release_free_memory() -> None:
 
 
 def _without_base(tensor: Tensor) -> Tensor:
-    """The tensor, or of a view a copy: a view keeps its whole base alive, and is saved with it."""
+    """The tensor, or a copy if it is a view: a view keeps its whole base alive, and is saved with it."""
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone()
 
@@ -40,7 +39,7 @@ class _OnDisk:
     device: torch.device
 
     def load(self) -> Tensor:
-        # Mapped into memory, so that only what is used is read.
+        # Mapped into memory, so that only the parts in use are read.
         return torch.load(self.path, mmap=True, weights_only=True)
 
 
@@ -54,12 +53,12 @@ class _InMemory:
 class ActivationCache:
     """A dictionary of nested tuples, lists and dictionaries of tensors, with limits.
 
-    It is a context manager that removes its files, also after an exception. Other values than
-    tensors stay in memory as they are. Reading gives copies, which may be changed.
+    It is a context manager that removes its files, also after an exception. Values other than tensors are
+    kept in memory. Reading returns copies, which may be changed.
 
     Args:
-        device_gb: tensors of a GPU stay there up to this many gigabytes (10⁹ bytes).
-        memory_gb: further ones stay in memory up to this many; the rest is mapped from files in a
+        device_gb: gigabytes (10⁹ bytes) of a GPU's tensors that stay on it.
+        memory_gb: gigabytes of further tensors that stay in memory. The rest is mapped from files in a
             temporary folder.
     """
 
@@ -104,7 +103,7 @@ class ActivationCache:
                 leaf.path.unlink()
 
     def pop(self, key: Hashable) -> Any:
-        """Remove an entry and return it, without a copy where it lies in place already."""
+        """Remove an entry and return it, without copying tensors that are on their device."""
         leaves, spec = self._entries[key]
         values = [
             leaf.tensor.to(leaf.device) if isinstance(leaf, _InMemory) else self._copy(leaf)
@@ -122,7 +121,7 @@ class ActivationCache:
         return leaf
 
     def _put(self, tensor: Tensor) -> _InMemory | _OnDisk:
-        """Keep a tensor that nobody else changes, with its values in order."""
+        """Keep a tensor that will not be changed elsewhere."""
         device = tensor.device
         tiers = ("memory",) if device.type == "cpu" else ("device", "memory")
         for tier in tiers:

@@ -1,4 +1,4 @@
-"""Let modules run other functions in place of their forward, and follow what they are given and return."""
+"""Replacing the forward of modules, and tracking which tensors depend on which outputs."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ Forward = Callable[..., Any]
 
 @contextlib.contextmanager
 def replaced_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
-    """Let modules run other functions in place of their forward, until the context ends."""
+    """Inside: modules run other functions in place of their forward."""
     own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     for module, forward in forwards.items():
         module.forward = forward
@@ -34,14 +34,14 @@ def detached(tree: Any) -> Any:
 
 
 def new_leaf() -> Tensor:
-    """A leaf of the autograd graph that tensors can be tied to."""
+    """A leaf of the autograd graph for :func:`tied`."""
     return torch.zeros((), requires_grad=True)
 
 
 def tied(tree: Any, leaf: Tensor) -> Any:
-    """Nested tensors, those of real numbers on a gradient path from a leaf of :func:`new_leaf` alone.
+    """Copies of nested tensors whose only gradient path leads to ``leaf`` (from :func:`new_leaf`).
 
-    Tensors of other numbers have no gradients and come back as they are.
+    Tensors that cannot have gradients (integers, booleans) are returned unchanged.
     """
     return tree_map(
         lambda v: v.detach() + leaf.to(v.device, v.dtype) if _has_gradients(v) else v, tree
@@ -58,7 +58,7 @@ def _has_gradients(value: Any) -> bool:
 
 
 def made_of(tree: Any, leaves: Sequence[Tensor]) -> list[bool]:
-    """For each leaf whether one of the nested tensors has a gradient path to it."""
+    """For each leaf: whether one of the nested tensors has a gradient path to it."""
     values = [v for v in tree_leaves(tree) if isinstance(v, Tensor) and v.requires_grad]
     if not values or not leaves:
         return [False] * len(leaves)
@@ -76,19 +76,19 @@ class _Outline:
 
 
 def outlined(tree: Any) -> Any:
-    """What is left of nested tensors whose values nobody reads any more."""
+    """Replace nested tensors that are not read any more by their shape, dtype and device."""
     return tree_map(
         lambda v: _Outline(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v, tree
     )
 
 
 def unknown(outlines: Any) -> Any:
-    """New tensors in the place of those that :func:`outlined` was given: NaN, or 0 where a type has none."""
+    """New tensors for the outlines of :func:`outlined`: filled with NaN, or with 0 if the dtype has no NaN."""
 
     def tensor(value: Any) -> Any:
         if not isinstance(value, _Outline):
             return value
-        # Not one number expanded: the code between modules may work in place (DetectoRS' neck does).
+        # Not an expanded scalar: code between modules may work in place (DetectoRS' neck does).
         has_nan = value.dtype.is_floating_point or value.dtype.is_complex
         filling = math.nan if has_nan else 0
         return torch.full(value.shape, filling, dtype=value.dtype, device=value.device)

@@ -1,8 +1,8 @@
-"""Activation replay: many images go through a detector from stop to stop, and no module runs twice.
+"""Activation replay: a detector runs on many images from stop to stop, and no module runs twice.
 
-A stop is a layer (sequential calibration) or a block (compensation). To reach it, the detector's own forward
-pass runs from its start, but a module that has returned before returns what it returned then. Once a module has
-returned, the outputs of the modules in it are forgotten, so few are asked on the way, however deep the stop lies.
+A stop is a layer (sequential calibration) or a block (compensation). Each forward pass to a stop starts at the
+detector's input. A module that has run in an earlier pass returns its cached output. When a module has returned,
+the cached outputs of its submodules are deleted. So a pass recalls few outputs, however deep the stop is.
 """
 
 import itertools
@@ -31,13 +31,13 @@ from .forwards import (
 )
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a module is called with: args and kwargs."""
+"""Arguments of a module's call: args and kwargs."""
 
 Place = tuple[str, int, str]
-"""Where an output waits: tag of the walk, number of the image, key of the call."""
+"""Cache key of an output: tag of the walk, number of the image, key of the call."""
 
 Completion = Callable[[Arguments, Any], Any]
-"""Takes what a module was called with and what it returned; gives what it shall return."""
+"""Takes the arguments and the output of a module's call; returns the output that replaces it."""
 
 
 class ReachedError(Exception):
@@ -46,13 +46,13 @@ class ReachedError(Exception):
 
 @dataclass
 class _Frame:
-    """A call that runs.
+    """A running call.
 
     Attributes:
-        key: path of calls that led here: ``/backbone:0/stem:1`` is the second call of the stem in the
-            first call of the backbone.
-        calls: how often each module was called in it so far.
-        kept: keys of the calls in it whose outputs wait in the cache.
+        key: path of calls: ``/backbone:0/stem:1`` is the second call of the stem in the first call of the
+            backbone.
+        calls: number of calls of each module inside of it so far.
+        kept: keys of the calls inside of it whose outputs are cached.
     """
 
     key: str = ""
@@ -67,15 +67,15 @@ def _holders(stops: Collection[str]) -> set[str]:
 
 
 class Uses:
-    """When outputs are read in a forward pass, in numbers of calls and returns since its start.
+    """When outputs are read in a forward pass; time is the number of calls and returns since its start.
 
-    Every output is tied to a leaf of its own in the autograd graph; what has a gradient path to the leaf
-    is made of the output.
+    Every output is tied to its own leaf of the autograd graph. A tensor with a gradient path to the leaf depends
+    on the output.
 
     Attributes:
-        ends: by key of a call when it returns.
-        last: by key of a call when its output is read for the last time.
-        stops: by name of a stop when it is called first.
+        ends: time at which a call returns, by its key.
+        last: time at which a call's output is read for the last time, by its key.
+        stops: time of the first call of a stop, by its name.
     """
 
     def __init__(self) -> None:
@@ -86,32 +86,36 @@ class Uses:
         self._leaves: dict[str, Tensor] = {}
 
     def read(self, values: Any, time: float) -> None:
-        """Note that nested tensors are read."""
+        """Record that nested tensors are read at ``time``."""
         is_made_of = made_of(values, list(self._leaves.values()))
         for key in itertools.compress(self._leaves, is_made_of):
             self.last[key] = max(self.last[key], time)
 
     def called(self, stop: str | None, arguments: Any) -> None:
-        """Note that a module is called, or the stop of this name."""
+        """Record a call of a module.
+
+        Args:
+            stop: its name if it is a stop.
+        """
         self.time += 1
         if stop is not None:
             self.stops.setdefault(stop, self.time)
         self.read(arguments, self.time)
 
     def returned(self, key: str, output: Any) -> Any:
-        """Note that a call returns; what it returns comes back tied to its leaf."""
+        """Record the return of a call; return its output, tied to its leaf."""
         self.time += 1
         self.read(output, self.time)
         self.ends[key], self.last[key] = self.time, self.time
         if has_untied(output):
-            self.last[key] = math.inf  # no gradients: whatever comes later may depend on it
+            self.last[key] = math.inf  # no gradients: anything later may depend on it
         return tied(output, self._leaves.setdefault(key, new_leaf()))
 
     def is_needed(self, key: str, *, ends_pass: bool) -> bool:
-        """Whether what a call has returned is read in the pass to a later stop.
+        """Whether a call's output is read in the pass to a later stop.
 
         Args:
-            ends_pass: the pass ends with the call, so nobody has read it yet.
+            ends_pass: whether the pass ends with the call, so that its output was not read yet.
         """
         if key not in self.ends:
             return True
@@ -121,21 +125,20 @@ class Uses:
 
 
 class Walk:
-    """One detector's way over its stops, for all images.
+    """Replay of one detector over its stops, for all images.
 
     Args:
         model: the detector.
-        stops: names of the modules that passes will be stopped at.
-        cache: holds the images under ``("image", number)``; outputs wait in it.
-        scope: what of the detector a pass runs.
-        ignored: modules of this class run as if they were code of the module that holds them.
-        tag: tells walks that share a cache apart.
-        uses: when outputs are read, as another walk has recorded it over the same stops.
+        stops: names of the modules at which passes will stop.
+        cache: holds the images under ``("image", number)``; the outputs are added.
+        scope: the part of the detector that a pass runs.
+        ignored: modules of this class are treated as code of their parent module.
+        tag: distinguishes walks that share a cache.
+        uses: when outputs are read, as another walk over the same stops has recorded it.
 
     Attributes:
-        unsettled: stops whose function will still change. What a forward pass computes after one of them
-            is not kept.
-        completions: by name of a stop what still happens to its output.
+        pending: stops whose function will still change. Outputs that depend on one of them are not cached.
+        completions: function that is applied to the output of a stop, by its name.
     """
 
     def __init__(
@@ -168,23 +171,22 @@ class Walk:
         self._frames: list[_Frame] = []
         self._image = 0
         self._target: str | None = None
-        self._reached: dict[int, int] = {}  # how far each image has come
-        self._is_settled = True
-        self._raw: set[Place] = set()  # outputs whose completion is still to come
+        self._reached: dict[int, int] = {}  # time of the last stop, by image
+        self._is_final = True
+        self._raw: set[Place] = set()  # outputs that are not completed yet
         self._outlines: dict[Place, Any] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, modules run as this walk has it."""
+        """Inside: modules are replayed by this walk."""
         forwards = {module: self._forward(name, module) for name, module in self._modules.items()}
         with replaced_forwards(forwards):
             yield
 
     def record(self, scope: str) -> None:
-        """Learn from a forward pass of the first image, or of a part of it, which outputs are needed.
+        """Record in a forward pass of the first image, over ``scope``, which outputs are needed later.
 
-        Without it, or where the pass of another image goes another way, outputs wait until the module
-        that has called returns.
+        Outputs of calls that were not recorded are cached until the calling module returns.
         """
         self._is_recording = True
         self._frames = [_Frame()]
@@ -196,17 +198,17 @@ class Walk:
             self._is_recording = False
 
     def run(self, image: int, stop: str) -> bool:
-        """Run a forward pass of an image; tell whether :class:`ReachedError` has ended it.
+        """Run a forward pass of an image; return whether :class:`ReachedError` has ended it.
 
         Args:
             image: its number.
-            stop: name of the one that the pass is to be ended at, by whoever watches it.
+            stop: name of the stop at which a callback of the caller raises the error.
         """
         has_preprocessor = "data_preprocessor" in self._modules
-        is_read = image in self._reached and has_preprocessor  # what it has returned waits
+        is_read = image in self._reached and has_preprocessor  # its output is cached
         self._image = image
         self._frames = [_Frame()]
-        self._is_settled = True
+        self._is_final = True
         reached = self._reached.setdefault(image, 0)
         try:
             inputs = None if is_read else self._cache["image", image]
@@ -220,8 +222,8 @@ class Walk:
         """Run a forward pass of an image up to the end of a stop's first call.
 
         Returns:
-            What the stop was called with, and what it returned, before it is completed. They may hold NaN
-            or infinite values: a quantized detector that diverged is a result.
+            The arguments of the stop and its output, not completed. They may hold NaN or infinite values, if a
+            quantized detector diverges.
         """
         found: list[tuple[Arguments, Any]] = []
 
@@ -252,11 +254,11 @@ class Walk:
                 parent.kept.append(key)
                 return self._recalled(place, (args, kwargs), complete)
             if name in self.pending:
-                self._is_settled = False
+                self._is_final = False
             frame = _Frame(key)
             self._frames.append(frame)
             is_target = name == self._target
-            # A module may work in place on its input, which is still to be read.
+            # Copied, since a module may change its input in place, which is read again below.
             copies = is_target or complete is not None
             run_args, run_kwargs = detached((args, kwargs)) if copies else (args, kwargs)
             output = original(*run_args, **run_kwargs)
@@ -265,7 +267,7 @@ class Walk:
                 output = complete((args, kwargs), output)
             if is_target:
                 self._raw.add(place)
-            elif not self._is_settled:
+            elif not self._is_final:
                 return output
             for inner in frame.kept:
                 self._forget(inner)
@@ -274,7 +276,7 @@ class Walk:
                 self._outlines[place] = outlined(output)
                 return output
             self._cache[place] = output
-            return detached(output)  # the code between modules may work in place
+            return detached(output)  # code between modules may work in place
 
         return forward
 
@@ -293,7 +295,7 @@ class Walk:
         return uses.returned(key, output)
 
     def _recalled(self, place: Place, arguments: Arguments, complete: Completion | None) -> Any:
-        """What a call has returned, completed; NaN in the place of what nobody reads any more."""
+        """The output of an earlier call, completed; filled with NaN if it is not read any more."""
         is_raw = place in self._raw
         self._raw.discard(place)
         if place in self._cache:

@@ -241,7 +241,7 @@ def summary_table(summary: Summary) -> str:
         f"gain: compensated minus quantized AP; * the interval excludes 0 (paired bootstrap over {over})",
         *(["AP: mean ± standard deviation of these calibrations"] if repeats > 1 else []),
         *collapses(summary.rows),
-        *unsettled(summary.quantizations),
+        *overfitted_ranges_of(summary.quantizations),
         *dict.fromkeys(filter(None, map(limit_sentence, summary.rows))),
     ]
     exported = []
