@@ -28,7 +28,7 @@ from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import random_detector, read_config
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.export.cut import dense_head, refuse_what_has_no_form, region_inputs
+from qwt_mmdet.export.cut import check_exportable, dense_head, region_inputs
 from qwt_mmdet.export.loading import load_exported
 from qwt_mmdet.export.onnx_file import export_onnx
 from qwt_mmdet.quantization.calibrate import calibrate
@@ -72,7 +72,7 @@ def walk(config: str, size: tuple[int, int], *, quantized: bool) -> dict[str, An
     torch.manual_seed(0)
     changes = few_candidates(read_config(config).model.get("test_cfg"))
     model = random_detector(config, changes | (ALWAYS | ZOO | FAMILIES)[config])
-    refuse_what_has_no_form(model)
+    check_exportable(model)
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
         folder = Path(name)
         annotations = write_image(folder, size, model.dataset_meta["classes"])

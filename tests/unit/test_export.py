@@ -280,7 +280,7 @@ def test_a_network_is_refused_before_it_runs(images, tmp_path):
     with pytest.raises(QwtError, match="not one layer is calibrated"):
         onnx_file.export_onnx(quantize_model(Network(), settings), tmp_path / "model.onnx")
     with pytest.raises(QwtError, match="A Network cannot be exported"):
-        cut.refuse_what_has_no_form(Network())
+        cut.check_exportable(Network())
     with pytest.raises(QwtError, match="no opset 7"):
         onnx_file.check_opset(7)
     tood = random_detector(
@@ -288,7 +288,7 @@ def test_a_network_is_refused_before_it_runs(images, tmp_path):
         {"model.backbone.depth": 18, "model.neck.in_channels": [64, 128, 256, 512]},
     )
     with pytest.raises(QwtError, match="The module bbox_head is a TOODHead"):
-        cut.refuse_what_has_no_form(tood)
+        cut.check_exportable(tood)
 
 
 DEMO, SMALL, SIZE = tiny.DEMO, tiny.SMALL_MASK_RCNN, (64, 64)
@@ -404,7 +404,7 @@ def test_candidates_are_the_boxes_and_scores_that_mmdet_chooses_from(kind):
     image = torch.randn(1, 3, *SIZE)
     sample = DetDataSample(metainfo={"img_shape": SIZE, "scale_factor": (1.0, 1.0)})
     expected = model.predict(image, [sample], rescale=False)[0].pred_instances
-    boxes, scores = detections.Candidates(model)(image)
+    boxes, scores = detections.CandidateBoxes(model)(image)
     kept = scores[0].nonzero()
     labels, indices = kept.unbind(1)
     values = scores[0][labels, indices]

@@ -1,22 +1,20 @@
-"""How sure a COCO AP is: paired bootstrap over images.
+"""Confidence intervals of COCO AP: paired bootstrap over images.
 
-A resample draws as many images as there are, with replacement; what matters of it is how often each
-image was drawn. AP is computed anew under these integer weights, without matching again, because
-COCO matches detections to objects within one image and category. Every variant (baseline,
-quantized, compensated) is computed under the same weights, so that the luck of the draw cancels in
-differences (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+A resample of N images draws N images with replacement. It is represented by integer weights: how often each
+image was drawn. COCO matches detections to objects within one image and category, so AP under these weights
+needs no new matching. All variants (baseline, quantized, compensated) share the weights, so that the variance
+of the draw cancels in differences (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 
-AP tends to be larger on fewer distinct images, since fewer false positives of other images rank above
-an image's hits, and a resample holds but 63 % of the images. The samples therefore lie above the
-observed AP, on 160 COCO images by about one standard error, and where AP is very small the percentile
-interval can even miss it. In a paired difference this bias nearly cancels. Simulated on 160 images with 80
-classes of uneven frequency, the 95 % percentile interval covers the expected AP in about 90 %, and the
-expected difference in about 92 % of all cases; moving it by the bias covers no more, and mirroring it
-(the basic interval) covers less.
+AP tends to be larger on fewer distinct images, since fewer false positives of other images rank above an
+image's hits. A resample holds only 63 % of the images, so its AP is biased upwards: on 160 COCO images by about
+one standard error. For a very small AP the percentile interval can even miss the observed value. In a paired
+difference this bias nearly cancels. In simulations of 160 images with 80 classes of uneven frequency, the 95 %
+percentile interval covers the expected AP in about 90 % of cases, and the expected difference in about 92 %.
+Shifting the interval by the bias does not cover more; mirroring it (the basic interval) covers less.
 
-A resample stands for a data set that holds an image drawn twice under two ids. COCOeval orders
-detections of equal score by image id; here every second copy has a larger id than all first copies,
-every third copy than all second ones, and so on.
+A resample represents a data set in which an image that was drawn twice has two ids. COCOeval orders detections
+of equal score by image id. Here second copies have larger ids than all first copies, third copies than all
+second ones, and so on.
 """
 
 import dataclasses
@@ -50,13 +48,13 @@ Records = Sequence[dict[str, Any]] | str | os.PathLike[str]
 CONFIDENCE = 0.95
 FEW_IMAGES = 30
 CHUNK_ELEMENTS = 1_000_000
-"""Numbers in a work array: 8 MB, small enough for a processor's cache, large enough for numpy."""
+"""Elements of a work array: 8 MB, small enough for the cache, large enough for numpy."""
 
 
 class Ranking(NamedTuple):
-    """Detections of one category in the order in which COCOeval counts them.
+    """Detections of one category in COCOeval's order.
 
-    ``images`` [D] index of each one's image, ``ties`` [D] number of its group of equal scores.
+    ``images`` [D] index of each detection's image, ``ties`` [D] number of its group of equal scores.
     """
 
     images: NDArray[np.int64]
@@ -64,10 +62,10 @@ class Ranking(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one size class makes of a ranking.
+    """The matches of a ranking in one size class.
 
-    ``hit`` [T, D] matches an object, ``counted`` [T, D] is not ignored (a hit is counted, a counted
-    detection without hit is a false positive), ``objects`` [N] objects of the category per image.
+    ``hit`` [T, D]: the detection matches an object; ``counted`` [T, D]: it is not ignored (true and false
+    positives); ``objects`` [N]: number of objects of the category per image.
     """
 
     hit: NDArray[np.bool_]
@@ -78,18 +76,17 @@ class Outcome(NamedTuple):
 def _expand_ties(
     ranking: Ranking, outcome: Outcome, most: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Order in which the detections of a resample are counted.
+    """Order of the detections of a resample.
 
-    Copies of one detection can be counted as a block of its weight: where all of a group of equal
-    scores are hits, or none is, their order changes nothing. In a mixed group the copies of the
-    images interleave, so each copy becomes an entry of its own.
+    If a group of equal scores has only hits or only misses, its order does not matter. Then the copies of a
+    detection form one entry with its weight. In a mixed group the copies of the images interleave, so each
+    copy is an entry.
 
     Args:
         most: largest weight of each image in any resample, [N].
 
     Returns:
-        detection and copy of each entry in order; copy 0 stands for all copies together, copy c > 0
-        for the c-th one.
+        Detection and copy of each entry in order; copy 0 means all copies together, c > 0 the c-th copy.
     """
     detections = np.arange(len(ranking.images))
     groups = ranking.ties[-1] + 1 if len(detections) else 0
@@ -113,16 +110,16 @@ def _column_weights(
     images: NDArray[np.int64], copies: NDArray[np.int64], drawn: NDArray[np.int32]
 ) -> NDArray[np.int32]:
     """Weight of columns (image, copy) in each resample: [C], [C], [N, R] -> [C, R]."""
-    rows = drawn[images]
-    return np.where(copies[:, None] == 0, rows, rows >= copies[:, None]).astype(np.int32)
+    times = drawn[images]
+    return np.where(copies[:, None] == 0, times, times >= copies[:, None]).astype(np.int32)
 
 
 def _thresholds_reached(
     hits: NDArray[np.int32], objects: NDArray[np.int64], recall_thresholds: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """How many recall thresholds ``hits`` [H, R] of ``objects`` [R] reach, [H, R].
+    """Number of recall thresholds that ``hits`` [H, R] of ``objects`` [R] reach, [H, R].
 
-    Few numbers of objects occur, so recall is compared once for each of them.
+    Few different numbers of objects occur, so recall is compared once for each.
     """
     numbers, which = np.unique(objects, return_inverse=True)
     recall = np.arange(hits.max(initial=0) + 1)[:, None] / np.maximum(numbers, 1)
@@ -136,20 +133,19 @@ def _interpolated_precision(
     objects: NDArray[np.int64],
     recall_thresholds: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """COCO's interpolated AP of precision-recall curves that are given at their hits.
+    """COCO's interpolated AP of precision-recall curves, which are given at their hits.
 
-    Precision at a recall threshold is the largest precision at that recall or a higher one. It
-    changes only at hits, so each hit contributes its precision envelope times the number of
-    thresholds that its recall reaches and the recall before did not.
+    Precision at a recall threshold is the largest precision at that recall or a higher one. It changes only at
+    hits. So each hit contributes this precision times the number of thresholds that its recall reaches first.
 
     Args:
         hits, counted: weight of the hits, and of hits and false positives, up to each hit, [H, R].
         objects: weight of the objects, [R].
 
     Returns:
-        AP of each resample, [R]; 0 where there are no objects, as there are no hits either.
+        AP of each resample, [R]; 0 where there are no objects.
     """
-    # COCOeval's own expressions, so that rounding is the same.
+    # COCOeval's expression, so that rounding is the same.
     precision = hits / (counted + np.spacing(1))
     envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
     reached = _thresholds_reached(hits, objects, recall_thresholds)
@@ -160,9 +156,9 @@ def _interpolated_precision(
 class _Chunk(NamedTuple):
     """Detections of one category in some images.
 
-    ``present`` [N] indices of the images that have objects or detections of it, ``images`` [D] index of each
-    detection's image, ``scores`` [D]; of each size class ``hit`` [T, D], ``counted`` [T, D], ``objects`` [N]
-    as in :class:`Outcome`.
+    ``present`` [N] indices of the images with objects or detections of the category, ``images`` [D] index of
+    each detection's image, ``scores`` [D]; for each size class ``hit`` [T, D], ``counted`` [T, D] and
+    ``objects`` [N] as in :class:`Outcome`.
     """
 
     present: NDArray[np.int64]
@@ -173,8 +169,8 @@ class _Chunk(NamedTuple):
     objects: list[NDArray[np.int64]]
 
 
-def _judged(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> _Chunk:
-    """What COCOeval says of one category in the images ``present``."""
+def _collect(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> _Chunk:
+    """COCOeval's matches of one category in the images ``present``."""
     first = by_area[0]
     scores = np.concatenate([np.asarray(entry["dtScores"], dtype=float) for entry in first])
     images = np.repeat(present, [len(entry["dtScores"]) for entry in first])
@@ -191,13 +187,13 @@ def _judged(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> 
 
 
 class ApTable:
-    """Matches of one variant and IoU type, from which AP follows under any weights of the images.
+    """Matches of one variant and IoU type, for AP under any weights of the images.
 
     Build it with ``ApTable.build``. ``images`` are the ids of the columns of the weights.
     """
 
     def __init__(self, evaluators: Iterable[COCOeval]) -> None:
-        """Rank and judge what evaluators of consecutive images have matched.
+        """Collect and rank the matches of evaluators of consecutive images.
 
         Of each evaluator only small arrays are kept, so that many images can be matched in chunks.
         """
@@ -208,8 +204,8 @@ class ApTable:
             self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
             self.recall_thresholds: NDArray[np.float64] = parameters.recThrs
             self.areas: list[str] = parameters.areaRngLbl
-            # evalImgs is a flat list [category, area, image]; None where an image has neither
-            # objects nor detections of the category, which is so in all areas alike.
+            # evalImgs is a flat list [category, area, image]; None (for all areas) where an image has neither
+            # objects nor detections of the category.
             count = len(parameters.imgIds)
             size = len(self.areas) * count
             for category, start in zip(
@@ -222,8 +218,8 @@ class ApTable:
                 present = [index for index, entry in enumerate(by_area[0]) if entry is not None]
                 if present:
                     entries = [[area[index] for index in present] for area in by_area]
-                    places = np.array(present) + len(self.images)
-                    chunks.setdefault(int(category), []).append(_judged(places, entries))
+                    indices = np.array(present) + len(self.images)
+                    chunks.setdefault(int(category), []).append(_collect(indices, entries))
             self.images += map(int, parameters.imgIds)
         self.categories = {
             category: self._category(chunks[category])
@@ -232,7 +228,7 @@ class ApTable:
         }
 
     def _category(self, chunks: Sequence["_Chunk"]) -> tuple[Ranking, list[Outcome]]:
-        """Rank the detections of one category, and judge them in each size class."""
+        """Rank the detections of one category; return also their matches in each size class."""
         scores = np.concatenate([chunk.scores for chunk in chunks])
         order = np.argsort(-scores, kind="mergesort")
         scores = scores[order]
@@ -274,9 +270,9 @@ class ApTable:
             weights: how often each image counts, [R, N], not negative, in the order of ``images``.
 
         Returns:
-            For each of ``AP_METRICS`` the values [R], NaN where no object defines the metric; a
-            category without objects in a resample does not enter its mean. And AP of each
-            category id that has objects, [R], NaN in resamples without them.
+            For each of ``AP_METRICS`` the values [R], NaN where there is no object; categories without
+            objects in a resample are left out of its mean. And AP of each category id with objects, [R], NaN
+            in resamples without them.
         """
         weights = np.asarray(weights)
         if weights.ndim != 2 or weights.shape[1] != len(self.images):
@@ -332,15 +328,15 @@ class ApTable:
             copy * len(self.images) + ranking.images[detection], return_inverse=True
         )
         copies, images = np.divmod(columns, len(self.images))
-        # A row per hit holds what is counted after the hit before, up to and including this hit.
-        # What comes after the last hit changes nothing.
-        stretches, hit_columns = [], []
+        # The matrix row of a hit holds the counted detections after the previous hit, up to this hit.
+        # Detections after the last hit do not matter.
+        intervals, hit_columns = [], []
         for hit_t, counted_t in zip(hit, counted, strict=True):
             row = np.cumsum(hit_t) - hit_t
             hits = np.count_nonzero(hit_t)
             used = counted_t & (row < hits)
             ones = np.ones(np.count_nonzero(used), dtype=np.int32)
-            stretches.append(
+            intervals.append(
                 sparse.csr_array((ones, (row[used], column[used])), shape=(hits, len(columns)))
             )
             hit_columns.append(column[hit_t])
@@ -349,10 +345,10 @@ class ApTable:
         for start in range(0, len(objects), size):
             chunk = slice(start, start + size)
             weights = _column_weights(images, copies, drawn[:, chunk])
-            for threshold, stretch in enumerate(stretches):
+            for threshold, interval_sums in enumerate(intervals):
                 result[threshold, chunk] = _interpolated_precision(
                     np.cumsum(weights[hit_columns[threshold]], axis=0),
-                    np.cumsum(stretch @ weights, axis=0),
+                    np.cumsum(interval_sums @ weights, axis=0),
                     objects[chunk],
                     self.recall_thresholds,
                 )
@@ -360,7 +356,7 @@ class ApTable:
 
 
 def draw_weights(images: int, resamples: int, seed: int | tuple[int, ...]) -> NDArray[np.int64]:
-    """How often each image is drawn in each resample of as many draws as images, [R, N]."""
+    """How often each image is drawn in each resample, [R, N]; a resample draws N images."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(images, np.full(images, 1 / images), size=resamples)
 
@@ -371,11 +367,11 @@ def interval(
     """95 % percentile interval of bootstrap samples [R].
 
     Args:
-        samples: NaN where undefined; these are left out.
-        beyond: number of further resamples that count as lying beyond both ends.
+        samples: those that are NaN are left out.
+        beyond: number of further resamples, counted as beyond both ends.
 
     Returns:
-        The two ends; (None, None) where nothing is defined or an end would lie beyond all samples.
+        The two ends; (None, None) without samples, or if an end lies beyond all samples.
     """
     defined = samples[~np.isnan(samples)]
     tail = (1 - CONFIDENCE) / 2 * (len(defined) + beyond) - beyond
@@ -388,7 +384,7 @@ def interval(
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """AP of each variant and what it is under each resample.
+    """AP of each variant on all images and in each resample.
 
     Args:
         images: number of images.
@@ -410,18 +406,17 @@ class Bootstrap:
     )
 
     def with_repeats(self, repeats: Mapping[str, Sequence[str]]) -> "Bootstrap":
-        """Return the same with variants as means over repeats, in a bootstrap of two levels.
+        """Return the same with variants replaced by means over repeats, in a two-level bootstrap.
 
-        Each resample draws the K repeats anew as well, with replacement and for all variants alike, so
-        that an interval holds the luck of both draws. K repeats that are drawn so vary (K - 1) / K times
-        as much as they should, and their spread is itself known from K - 1 degrees of freedom only.
-        So what they deviate by is stretched by sqrt(K / (K - 1)) and by Student's quantile over the
-        normal one (resampling of nested data: Davison and Hinkley, Bootstrap Methods and Their
-        Application, 1997, chapter 3).
+        Each resample also draws the K repeats with replacement, the same ones for all variants. So an interval
+        includes the variance of both draws. Two corrections are needed: the variance of K drawn repeats is too
+        small by (K - 1) / K, and it is estimated with K - 1 degrees of freedom only. So deviations are
+        multiplied by sqrt(K / (K - 1)) and by the ratio of Student's quantile to the normal one (Davison and
+        Hinkley, Bootstrap Methods and Their Application, 1997, chapter 3).
 
         Args:
-            repeats: variants that stand for one detector, by the variant that becomes their mean. One
-                alone stays as it is.
+            repeats: the variants that are repeats, by the variant that becomes their mean. A single repeat
+                does not change.
         """
         values, samples, repeated = dict(self.values), dict(self.samples), {}
         for variant, names in repeats.items():
@@ -477,7 +472,7 @@ class Bootstrap:
         return self.values[variant][iou_type][metric], self.samples[variant][iou_type][metric]
 
     def estimate(self, variant: str, iou_type: str, metric: str | int) -> Estimate:
-        """AP of a variant; resamples in which it is undefined are left out of its interval."""
+        """AP of a variant; its interval leaves out resamples in which AP is undefined."""
         value, samples = self._get(variant, iou_type, metric)
         spread = self._spread(iou_type, metric, variant)
         low, high = interval(samples)
@@ -493,7 +488,7 @@ class Bootstrap:
         return Difference(None if np.isnan(value) else value, low, high, spread)
 
     def limit(self, baseline: str, variant: str, iou_type: str, max_drop: float) -> Limit | None:
-        """What the resamples say of the drop of AP from the baseline to a variant; None where AP is undefined."""
+        """The drop of AP from the baseline to a variant, compared with a limit; None where AP is undefined."""
         (value_b, samples_b), (value_v, samples_v) = (
             self._get(name, iou_type, "AP") for name in (baseline, variant)
         )
@@ -509,11 +504,11 @@ class Bootstrap:
     def recovered(
         self, baseline: str, quantized: str, compensated: str, iou_type: str, metric: str | int
     ) -> Estimate:
-        """Part of the AP lost by quantization that compensation brings back.
+        """Fraction of the AP lost by quantization that compensation recovers.
 
-        (compensated - quantized) / (baseline - quantized): 1 is all of it, below 0 is harm. A
-        resample without a loss tells nothing about the fraction, so it counts as beyond both ends.
-        Where the loss is not significantly above 0, dividing by it means nothing, and all is None.
+        It is (compensated - quantized) / (baseline - quantized). A resample without a loss counts as beyond
+        both ends of the interval. If the loss is not significantly above 0, the fraction is meaningless, and
+        all values are None.
         """
         value_b, samples_b = self._get(baseline, iou_type, metric)
         value_q, samples_q = self._get(quantized, iou_type, metric)
@@ -535,7 +530,7 @@ class Bootstrap:
         iou_type: str,
         metric: str | int,
     ) -> Comparison:
-        """Compare three variants, those None left out."""
+        """Compare three variants; comparisons with one that is None are left out."""
 
         def of(method: Callable[..., T], *variants: str | None) -> T | None:
             return None if None in variants else method(*variants, iou_type, metric)
@@ -587,14 +582,13 @@ def bootstrap(
 
     Args:
         annotations: path of the COCO annotation file that all variants were evaluated on.
-        variants: name of a variant and its COCO results records (see ``coco.coco_metrics``), or the file that
-            holds them: of many detections, one variant at a time is in the memory of each process then.
+        variants: COCO results records (see ``coco.coco_metrics``) of each variant by name, or a file of them. Of
+            files, each process holds one at a time in memory.
         masks: masks besides boxes.
         classes: names of the categories that are evaluated; None: all.
-        resamples: number of resamples; a single image cannot be resampled, so it gets none and
-            its values have no intervals.
+        resamples: number of resamples; a single image gets none, so its values have no intervals.
         seed: of the drawing.
-        processes: that share the work; the result is the same.
+        processes: number of processes; the result does not depend on it.
 
     Raises:
         QwtError: see ``coco.load_ground_truth`` and ``coco.check_predictions``; names the variant.

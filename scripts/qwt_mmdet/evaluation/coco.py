@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Averaged(NamedTuple):
-    """What an AP averages.
+    """The IoU thresholds and the size class that an AP averages over.
 
     Attributes:
         iou: the only IoU threshold; None for all ten.
@@ -45,7 +45,7 @@ AR_METRICS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """Names of the averages of recall, which are COCOeval's last six summary numbers."""
 
 IMAGES_AT_ONCE = 500
-"""That are matched before only small arrays of them are kept."""
+"""Images that are matched at a time; only small arrays of them are kept."""
 
 MATCHED_KEYS = {"bbox": "bbox", "segm": "segmentation"}
 """The key of a prediction that each IoU type compares."""
@@ -73,8 +73,7 @@ def load_ground_truth(
 ) -> COCO:
     """Read and check a COCO annotation file.
 
-    An annotation with id 0 would count as "not matched" in COCOeval, which marks a missing match
-    by 0; such a file is numbered anew from 1.
+    COCOeval marks a missing match by id 0. So a file with an annotation 0 is numbered again from 1.
 
     Args:
         annotations: path of the file.
@@ -82,8 +81,8 @@ def load_ground_truth(
         classes: names of the categories that are evaluated; None: all. Objects of others are left out.
 
     Raises:
-        QwtError: the file is missing, malformed, inconsistent or without objects (crowd regions
-            alone are none), or lacks a mask that is needed.
+        QwtError: the file is missing, malformed or inconsistent, has no objects (crowd regions do not count),
+            or lacks a mask that is needed.
     """
     content = read_annotations(annotations, masks=masks)
     if classes is not None:
@@ -121,11 +120,11 @@ def _check_mask(where: str, segmentation: Any, image: dict[str, Any]) -> None:
 def check_predictions(
     ground_truth: COCO, predictions: Sequence[dict[str, Any]], *, masks: bool
 ) -> None:
-    """Refuse predictions that cannot be a detector's result on these images.
+    """Check that predictions can be a detector's result on these images.
 
     Raises:
-        QwtError: one is of an unknown image or category, has a number that is not finite, or
-            (``masks``) no mask of its image's size.
+        QwtError: a prediction is of an unknown image or category, has a number that is not finite, or
+            (``masks``) has no mask of its image's size.
     """
     for record in predictions:
         image_id = record.get("image_id")
@@ -164,15 +163,15 @@ def match_detections(
 ) -> COCOeval:
     """Match checked predictions to the ground truth (COCOeval.evaluate).
 
-    Only the compared shape is handed on: COCO takes a detection's area from its box whenever there
-    is one, but for masks the official size classes are those of mask areas.
+    Only the compared shape is passed on: COCO would take the area of a mask from the detection's box, if it has
+    one, but the official size classes of masks use mask areas.
 
     Args:
         iou_type: ``bbox`` or ``segm``.
-        images: ids of those that the predictions are of; None: all.
+        images: ids of the images to match; None: all.
 
     Returns:
-        The evaluator with its ``evalImgs``, not yet accumulated. ``predictions`` stay as they are.
+        The evaluator with its ``evalImgs``, not yet accumulated. ``predictions`` do not change.
     """
     keys = ("image_id", "category_id", "score", MATCHED_KEYS[iou_type])
     with _without_printing():
@@ -196,7 +195,7 @@ def match_in_chunks(
 ) -> Iterator[COCOeval]:
     """Match as :func:`match_detections` does, some images at a time, in the order of their ids.
 
-    An evaluator of all images holds several times what the predictions take.
+    This saves memory: an evaluator of all images takes several times the memory of the predictions.
     """
     by_image: dict[int, list[dict[str, Any]]] = {}
     for record in predictions:
@@ -247,8 +246,8 @@ def coco_metrics(
     Returns:
         ``{"bbox": {metric: value}, "segm": the same with masks, "per_class": {name: {"bbox": AP,
         "segm": AP with masks, "annotations": number of objects that are not crowd regions}},
-        "images": number of images}``. The metrics are ``AP_METRICS`` and ``AR_METRICS``, between 0 and 1,
-        and None where no object defines them.
+        "images": number of images}``. The metrics are ``AP_METRICS`` and ``AR_METRICS``, between 0 and 1, and
+        None where there is no object for them.
 
     Raises:
         QwtError: see ``load_ground_truth`` and ``check_predictions``.

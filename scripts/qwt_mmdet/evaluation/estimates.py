@@ -1,4 +1,4 @@
-"""Numbers with intervals, and what comes of comparing a detector's variants.
+"""Numbers with intervals, and comparisons of a detector's variants.
 
 Imports nothing heavy: Snakemake's own process prints such numbers.
 """
@@ -16,7 +16,7 @@ class Estimate:
     """A number and the ends of its 95 % interval; None where they are undefined.
 
     Args:
-        spread: standard deviation between repeats, each calibrated on other images; None without any.
+        spread: standard deviation between repeats, each calibrated on other images; None without repeats.
     """
 
     value: float | None = None
@@ -47,7 +47,7 @@ class Difference(Estimate):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One AP, between 0 and 1, of three variants of a detector; None for what was not evaluated.
+    """An AP metric, between 0 and 1, of three variants of a detector; None where one was not evaluated.
 
     Args:
         recovered: (compensated - quantized) / (baseline - quantized), where the loss is significant.
@@ -62,7 +62,7 @@ class Comparison:
     recovered: Estimate | None
 
     def without_intervals(self) -> "Comparison":
-        """The numbers alone, of which then nothing is significant."""
+        """The numbers alone; no difference is significant then."""
         return Comparison(
             **{name: entry and entry.without_interval() for name, entry in vars(self).items()}
         )
@@ -70,12 +70,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """What resamples of the images say of a drop of AP that was to stay under a limit.
+    """A drop of AP, compared with its limit.
 
     Args:
         max_drop: the limit.
-        drop: AP of the one minus AP of the other, on all images; below 0 is a gain.
-        worst_drop, least_drop: 95 % of the resamples stay under the one and above the other; None where AP is
+        drop: AP of the baseline minus AP of the variant, on all images; below 0 is a gain.
+        worst_drop, least_drop: 95 % of the resamples have a smaller, and a larger, drop; None where AP is
             undefined in all of them.
         images: number of images.
     """
@@ -88,7 +88,7 @@ class Limit:
 
     @property
     def met(self) -> bool | None:
-        """Whether the limit is met; None where it cannot be told from luck."""
+        """Whether the limit is met; None where this is not significant."""
         if self.worst_drop is not None and self.worst_drop <= self.max_drop:
             return True
         if self.least_drop is not None and self.least_drop > self.max_drop:
@@ -97,9 +97,9 @@ class Limit:
 
     @property
     def images_to_tell(self) -> int | None:
-        """About how many images would tell, had they the same drop; None where no number would.
+        """About how many images with the same drop would make ``met`` significant; None where no number would.
 
-        The distance of an end of the interval falls with the square root of the number of images.
+        The width of the interval falls with the square root of the number of images.
         """
         end = self.worst_drop if self.drop <= self.max_drop else self.least_drop
         spare = abs(self.max_drop - self.drop)

@@ -22,7 +22,7 @@ class Predictions(NamedTuple):
     Attributes:
         records: COCO results, a dictionary per detection: image_id, category_id, bbox (x, y, width,
             height in pixels), score, and segmentation (compressed run lengths) with masks.
-        not_finite: number of detections with a NaN or an infinity, which ``records`` lack.
+        not_finite: number of detections with a NaN or an infinity, which are not in ``records``.
         masks: whether the detector predicts masks.
     """
 
@@ -85,10 +85,10 @@ def predict(
 
     Args:
         model: detector in evaluation mode, with ``dataset_meta["classes"]``.
-        loader: batches as mmdet's test step takes them. Images of one shape run together, so that
-            none is padded as it would not be alone.
+        loader: batches as mmdet's test step takes them. Only images of one shape run together, so that the
+            padding of an image does not depend on its batch.
         annotations: COCO annotation file that defines the category ids.
-        total: number of images, for the time left.
+        total: number of images, for the progress bar.
 
     Raises:
         QwtError: the classes do not fit.

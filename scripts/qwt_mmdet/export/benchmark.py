@@ -1,4 +1,4 @@
-"""How fast a runtime computes an exported detector, beside the same one in full precision."""
+"""Latency of an exported detector in a runtime, beside the same detector in full precision."""
 
 import os
 import statistics
@@ -17,9 +17,9 @@ from .runtimes import open_graph, prepared
 
 WARM_UP = 3
 ROUNDS = (5, 30)
-"""Least and most."""
+"""Fewest and most rounds."""
 SECONDS = 20.0
-"""After which no further round starts, once the least is done."""
+"""Time after which no further round starts, if the fewest are done."""
 
 
 Feeds = list[dict[str, np.ndarray]]
@@ -27,7 +27,7 @@ Feeds = list[dict[str, np.ndarray]]
 
 
 def feeds_of(description: dict[str, Any]) -> Feeds:
-    """An image, and as many regions as each head of a second stage gets at most, with random values."""
+    """Random inputs: an image, and for each head of a second stage the largest number of regions."""
     shapes = [{description["input"]["name"]: (1, 3, *description["input"]["size"])}]
     shapes += [
         {name: (head["most_regions"], *shape) for name, shape in head["inputs"].items()}
@@ -43,7 +43,7 @@ def feeds_of(description: dict[str, Any]) -> Feeds:
 def open_detector(
     files: Iterable[str | os.PathLike[str]], runtime: str, threads: int
 ) -> Callable[[Feeds], None]:
-    """What runs all graphs of an exported detector, one after the other."""
+    """A function that runs all graphs of an exported detector, one after the other."""
     runs = [open_graph(file, runtime, threads=threads) for file in files]
 
     def run(feeds: Feeds) -> None:
@@ -54,7 +54,7 @@ def open_detector(
 
 
 def interleaved(runs: list[Callable[[Feeds], None]], feeds: Feeds) -> list[list[float]]:
-    """Seconds of each run, a list for each round; the order within a round changes from one to the next."""
+    """Seconds of each run in each round, [rounds][runs]; every second round runs in reversed order."""
     for run in runs * WARM_UP:
         run(feeds)
     started = time.perf_counter()
@@ -82,10 +82,10 @@ def benchmark(
     """Compare a quantized file with the file of the same model in full precision, in this process.
 
     Returns:
-        bytes of both, and milliseconds for an image and all that a second stage may take of it (``file_bytes``, ``full_precision_file_bytes``,
-        ``milliseconds``, ``full_precision_milliseconds``: medians of the rounds), ``latency_ratio``
-        (median of the rounds' ratios), ``integer_share`` (part of the multiply-adds that the runtime
-        computes with integers), and how this was measured.
+        ``file_bytes`` and ``full_precision_file_bytes``; ``milliseconds`` and ``full_precision_milliseconds``
+        for an image with the most regions, medians over the rounds; ``latency_ratio``, the median of the
+        rounds' ratios; ``integer_share``, the part of the multiply-adds that the runtime computes with
+        integers; and the conditions of the measurement.
 
     Raises:
         QwtError: a file is missing or damaged, they are of different models, or the runtime fails.

@@ -1,7 +1,7 @@
-"""Where a detector is cut: what of it becomes graphs, and what mmdet's own Python code does between them.
+"""The parts of a detector that become ONNX graphs; mmdet's own Python code runs between them.
 
-The first graph holds backbone, neck and the dense head behind it. The heads of a second stage, which take
-regions, are graphs of their own.
+The first graph holds backbone, neck and the dense head. Each head of a second stage, which takes regions, is a
+graph.
 """
 
 import inspect
@@ -30,14 +30,14 @@ from ..errors import QwtError
 from ..quantization.convert import activation_quantizers
 
 Names = str | None | list["Names"] | dict[str, "Names"]
-"""Names of outputs in the place of the tensors, in what a graph returns; a dictionary is a tuple there."""
+"""The nested outputs of a graph, with names in place of tensors; a dictionary represents a tuple."""
 
 DENSE_HEADS: dict[type[BaseDetector], tuple[str, type[BaseDenseHead | BaseMaskHead]]] = {
     SingleStageDetector: ("bbox_head", BaseDenseHead),
     SingleStageInstanceSegmentor: ("mask_head", BaseMaskHead),
     TwoStageDetector: ("rpn_head", BaseDenseHead),
 }
-"""The head behind the neck, and whose ``predict`` it has, by the class whose ``predict`` a detector has."""
+"""Name of the dense head and the class that defines its ``predict``, by the class that defines the detector's."""
 
 REGION_HEADS = ("shared_head", "bbox_head", "mask_head", "mask_iou_head")
 """Modules of a second stage that take regions: [regions, channels, height, width]."""
@@ -49,8 +49,8 @@ class FirstGraph(nn.Module):
     A call fills the attributes.
 
     Attributes:
-        outputs: names of the head's outputs, by the argument of ``predict_by_feat`` that they become.
-        features: names of the neck's maps, which a second stage takes; none without one.
+        outputs: names of the head's outputs, after the arguments of ``predict_by_feat``.
+        features: names of the neck's maps for a second stage; empty without one.
     """
 
     def __init__(self, model: BaseDetector) -> None:
@@ -75,8 +75,7 @@ class RegionGraph(nn.Module):
     """A head of the second stage.
 
     Attributes:
-        outputs: names of its outputs, by the argument of ``predict_by_feat`` that they become; a call fills
-            it.
+        outputs: names of its outputs, after the arguments of ``predict_by_feat``; set by a call.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -96,22 +95,21 @@ def dense_head(model: BaseDetector) -> str:
     """Name of the head behind the neck.
 
     Raises:
-        QwtError: mmdet does not run it apart from what makes boxes of its outputs.
+        QwtError: mmdet does not separate it from the code that makes boxes of its outputs.
     """
     predict = getattr(type(model), "predict", None)
     entries = [entry for detector, entry in DENSE_HEADS.items() if detector.predict is predict]
     if not entries or (entries[0][0] == "mask_head" and model.with_bbox):
         raise QwtError(
-            f"A {type(model).__name__} cannot be exported: only detectors can whose head mmdet runs apart "
-            "from what makes boxes or masks of its outputs (YOLOX, RetinaNet, FCOS, RTMDet, SOLO, Faster "
-            "R-CNN, …)."
+            f"A {type(model).__name__} cannot be exported: mmdet must run its head separately from the code that "
+            "makes boxes or masks of the outputs (as of YOLOX, RetinaNet, FCOS, RTMDet, SOLO, Faster R-CNN)."
         )
     name, base = entries[0]
     head = getattr(model, name)
     if type(head).predict is not base.predict:
         raise QwtError(
-            f"The module {name} is a {type(head).__name__}, which mmdet does not run apart from what makes "
-            "boxes of its outputs; this detector cannot be exported."
+            f"The module {name} is a {type(head).__name__}, which mmdet does not run separately from the code that "
+            "makes boxes of its outputs; this detector cannot be exported."
         )
     return name
 
@@ -120,7 +118,7 @@ def region_heads(model: BaseDetector) -> list[str]:
     """Names of the modules of a second stage that become graphs; one for each stage of a cascade.
 
     Raises:
-        QwtError: the second stage runs them in another way than mmdet's standard and cascade heads do.
+        QwtError: the second stage does not run them as mmdet's standard and cascade heads do.
     """
     roi_head = getattr(model, "roi_head", None)
     if roi_head is None:
@@ -128,7 +126,7 @@ def region_heads(model: BaseDetector) -> list[str]:
     known = (StandardRoIHead, CascadeRoIHead, MaskScoringRoIHead)
     if type(roi_head).forward not in [cls.forward for cls in known]:
         raise QwtError(
-            f"The module roi_head is a {type(roi_head).__name__}, whose heads need more than the maps of "
+            f"The module roi_head is a {type(roi_head).__name__}, whose heads take other inputs than maps of "
             "regions; this detector cannot be exported."
         )
     found = []
@@ -141,13 +139,13 @@ def region_heads(model: BaseDetector) -> list[str]:
 
 
 def most_regions(model: BaseDetector, head: str) -> int:
-    """Most regions of an image that a head of the second stage gets: proposals, or found objects for masks."""
+    """Most regions of an image that a head of the second stage gets: proposals, or detections for a mask head."""
     before = model.test_cfg.rcnn if "mask" in head else model.test_cfg.rpn
     return before.max_per_img
 
 
 def region_inputs(model: BaseDetector, image: Tensor) -> dict[str, dict[str, Tensor]]:
-    """What each head of the second stage gets for three regions of an image, by the head's name.
+    """The inputs of each head of the second stage for three regions of an image, by the head's name.
 
     Args:
         image: [1, 3, height, width].
@@ -175,14 +173,14 @@ def region_inputs(model: BaseDetector, image: Tensor) -> dict[str, dict[str, Ten
 
 
 def one_size_only(model: nn.Module) -> str | None:
-    """Name of a module whose graph holds for images of one size, or None: the mask of shifted windows."""
+    """Name of a module whose graph is for one image size only (shifted windows, by their mask); None without."""
     return next(
         (name for name, module in model.named_modules() if isinstance(module, ShiftWindowMSA)), None
     )
 
 
 def _output_names(head: nn.Module, outputs: Any) -> Names:
-    """Names in the place of the tensors in what a head returns."""
+    """The nested outputs of a head, with names in place of tensors."""
     predict = getattr(head, "predict_by_feat", None)
     arguments = [] if predict is None else list(inspect.signature(predict).parameters)
     arguments = [name for name in arguments if name != "rois"] or ["output"]
@@ -214,7 +212,7 @@ def flat_names(names: Names) -> list[str]:
 
 
 def with_tensors(names: Names, tensors: Mapping[str, Tensor]) -> Any:
-    """What a graph returns, from the tensors by their names."""
+    """The nested outputs of a graph, from tensors by name."""
     if isinstance(names, str):
         return tensors[names]
     if isinstance(names, dict):
@@ -228,8 +226,8 @@ def _deforms(module_class: type[nn.Module]) -> bool:
     return any("deform_conv2d" in method.__code__.co_names for method in methods)
 
 
-def refuse_what_has_no_form(model: BaseDetector) -> None:
-    """Check that a detector can be exported, as far as that is known without running it.
+def check_exportable(model: BaseDetector) -> None:
+    """Check that a detector can be exported, as far as possible without running it.
 
     Raises:
         QwtError: it cannot; the message names the module.
@@ -240,22 +238,22 @@ def refuse_what_has_no_form(model: BaseDetector) -> None:
         if not any(name == start or name.startswith(f"{start}.") for start in modules):
             if any(True for _ in module.parameters(recurse=False)):
                 raise QwtError(
-                    f"The module {name} is a {module_class.__name__} with weights, and lies between the modules that "
-                    f"become graphs ({', '.join(modules)}); this detector cannot be exported."
+                    f"The module {name} is a {module_class.__name__} with weights outside of the modules that are "
+                    f"exported as graphs ({', '.join(modules)}); this detector cannot be exported."
                 )
         elif module_class.__module__.startswith("mmcv.ops") or _deforms(module_class):
             raise QwtError(
-                f"The module {name} is a {module_class.__name__}, which computes with an operator of mmcv's own that "
-                "ONNX has no form for; this detector cannot be exported."
+                f"The module {name} is a {module_class.__name__}, which uses an operator of mmcv that ONNX lacks; this "
+                "detector cannot be exported."
             )
     for name, quantizer in activation_quantizers(model).items():
         if not quantizer.is_calibrated:
             raise QwtError(
-                f"The quantizer {name} has not seen any calibration image and has no grid; exclude its layer "
+                f"The quantizer {name} did not run on any calibration image and has no grid; exclude its layer "
                 "with an override (skip: true), or calibrate on more images."
             )
         if quantizer.logarithmic:
             raise QwtError(
-                f"The quantizer {name} has a log-√2 grid, which integer kernels do not compute with; "
-                "quantize with grids: integer."
+                f"The quantizer {name} has a log-√2 grid, which integer kernels do not support; quantize with "
+                "grids: integer."
             )

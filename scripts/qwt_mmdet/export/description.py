@@ -1,4 +1,4 @@
-"""The JSON file beside an exported detector, and whether both belong together."""
+"""The JSON file beside an exported detector, and a check that both belong together."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ EXPORT_FORMAT = "qwt-mmdet export 1"
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the description of an exported detector, once it is known to be of its files.
+    """Read the description of an exported detector, and check that it is of these files.
 
     Args:
         path: of the .onnx file; its .json lies beside it.
@@ -57,7 +57,7 @@ def exported_bytes(path: str | os.PathLike[str], description: Mapping[str, Any])
 
 
 def as_json(node: Any) -> Any:
-    """A part of an mmdet config for JSON, where tuples become ``{"tuple": […]}`` and classes their names."""
+    """A part of an mmdet config for JSON: tuples as ``{"tuple": […]}``, classes as their names."""
     if isinstance(node, Mapping):
         return {str(key): as_json(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -67,7 +67,7 @@ def as_json(node: Any) -> Any:
 
 
 def from_json(node: Any) -> Any:
-    """The inverse of :func:`as_json`, but for classes, whose names mmengine takes as well."""
+    """The inverse of :func:`as_json`, except that classes stay names, which mmengine accepts."""
     if isinstance(node, list):
         return [from_json(value) for value in node]
     if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""A graph that ends at boxes, scores and labels: mmdet's own decoding, and NonMaxSuppression behind it."""
+"""A graph that returns boxes, scores and labels: mmdet's own decoding, then NonMaxSuppression."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 OUTPUTS = ("boxes", "scores", "labels")
 
 
-class Candidates(nn.Module):
-    """A one-stage detector up to non-maximum suppression: an image to all boxes and their scores.
+class CandidateBoxes(nn.Module):
+    """A one-stage detector up to non-maximum suppression: an image to all candidate boxes and their scores.
 
     Attributes:
         outputs, features: names, as of :class:`.cut.FirstGraph`.
@@ -63,11 +63,11 @@ class Candidates(nn.Module):
 def _keep_all(
     scores: Tensor, threshold: float, most: int, results: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """In the place of mmdet's ``filter_scores_and_topk``, whose shapes depend on the scores.
+    """Replacement of mmdet's ``filter_scores_and_topk`` with output shapes that do not depend on the scores.
 
     Returns:
-        The scores of all classes [N, classes], 0 up to the threshold; labels that mean nothing; indices
-        [N, 1], so that factors of scores become [N, 1] too; the results.
+        The scores of all classes [N, classes], 0 up to the threshold; meaningless labels; indices [N, 1], so
+        that factors of scores are [N, 1] too; the results.
     """
     positions = torch.arange(len(scores), device=scores.device)
     return scores * (scores > threshold), positions, positions[:, None], results
@@ -76,7 +76,7 @@ def _keep_all(
 def _yolox_candidates(
     head: YOLOXHead, classes: Sequence[Tensor], boxes: Sequence[Tensor], objects: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """YOLOX counts the best class of each box alone."""
+    """Candidate boxes of YOLOX, which uses only the best class of each box."""
     priors = head.prior_generator.grid_priors(
         [scores.shape[2:] for scores in classes], device=classes[0].device, with_stride=True
     )
@@ -90,13 +90,13 @@ def _yolox_candidates(
 
 
 def check_suppression(model: BaseDetector) -> dict[str, Any]:
-    """Settings of the non-maximum suppression of a detector that can be in its graph.
+    """Settings of a detector's non-maximum suppression, for its graph.
 
     Returns:
-        Threshold of the overlap, and the most detections of an image; −1: all.
+        IoU threshold, and the most detections of an image; −1: all.
 
     Raises:
-        QwtError: mmdet makes boxes in another way; the message names the module.
+        QwtError: the graph cannot hold it; the message names the module.
     """
     head = getattr(model, "bbox_head", None)
     known = isinstance(head, YOLOXHead) or (
@@ -106,7 +106,7 @@ def check_suppression(model: BaseDetector) -> dict[str, Any]:
     )
     if head is None or not known:
         raise QwtError(
-            f"The head of a {type(model).__name__} makes boxes in a way of its own, which has no graph; "
+            f"The head of a {type(model).__name__} has its own code to make boxes, which cannot be in a graph; "
             "export it without non-maximum suppression."
         )
     config = head.test_cfg
@@ -123,12 +123,12 @@ def check_suppression(model: BaseDetector) -> dict[str, Any]:
 
 
 def append_suppression(graph: "onnx_ir.Model", settings: Mapping[str, Any]) -> Names:
-    """Let a graph that returns candidates return the detections that are left of them, in place.
+    """Append non-maximum suppression to a graph that returns candidate boxes, in place.
 
-    Detections have scores above 0, the highest first.
+    The graph then returns detections with scores above 0, the highest first.
 
     Args:
-        graph: of :class:`Candidates`.
+        graph: of :class:`CandidateBoxes`.
         settings: of :func:`check_suppression`.
 
     Returns:

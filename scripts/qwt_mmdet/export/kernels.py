@@ -1,4 +1,4 @@
-"""Change a graph to what a runtime has kernels for, when it is opened."""
+"""Changes of a graph, when it is opened, to operators that a runtime has kernels for."""
 
 import numpy as np
 import onnx_ir as ir
@@ -21,8 +21,8 @@ WIDE = {ir.DataType.INT4: np.int8, ir.DataType.UINT4: np.uint8}
 def widen_weights(model: ir.Model) -> None:
     """Make 4-bit weights INT8 or UINT8, which the kernels of runtimes take, in place.
 
-    Each node has codes and zero points of its own afterwards: ONNX Runtime makes both unsigned where the
-    processor asks for it, and fails where they are shared or zero points are missing.
+    Afterwards no nodes share codes or zero points. On some processors ONNX Runtime makes both unsigned, and
+    fails if they are shared or missing.
     """
     for node in list(weight_nodes(model)):
         stored = input_of(node, 0).dtype
@@ -37,7 +37,7 @@ def widen_weights(model: ir.Model) -> None:
 
 
 def largest_weight(model: ir.Model) -> int:
-    """The largest magnitude of an 8-bit weight's code, seen from its zero point."""
+    """The largest magnitude of an 8-bit weight's code minus its zero point."""
     largest = 0
     for node in weight_nodes(model):
         if input_of(node, 0).dtype != ir.DataType.INT32:
@@ -50,8 +50,8 @@ def largest_weight(model: ir.Model) -> int:
 def float_weights(model: ir.Model) -> None:
     """Store weights in floating point where ONNX Runtime has no integer kernel for a convolution, in place.
 
-    It would dequantize them at each image, and its fastest convolutions take constants alone. Inputs stay on
-    their grids, so that the outputs are those of the quantized detector.
+    It would dequantize the weights for each image, and its fastest convolutions need constant weights. Inputs
+    stay on their grids, so the outputs do not change.
     """
     for node in [n for n in model.graph if n.op_type == "Conv" and not runs_in_integers(n)]:
         for index in range(1, len(node.inputs)):
@@ -63,7 +63,7 @@ def float_weights(model: ir.Model) -> None:
 
 
 def _values(dequantize: ir.Node) -> np.ndarray:
-    """What a node makes of constant codes, whose first axis has the scales."""
+    """The output of a node for constant codes with scales along the first axis."""
     codes, scale = (constant(value) for value in dequantize.inputs[:2])
     shape = (-1, *[1] * (codes.ndim - 1))
     steps = codes.astype(np.int32) - zero_points_of(dequantize).astype(np.int32).reshape(shape)

@@ -1,4 +1,4 @@
-"""Exported detectors that take images and return what mmdet's own return."""
+"""Running exported detectors as mmdet detectors: images to detections."""
 
 import os
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from .runtimes import Run, open_graph
 
 
 class _Features(tuple):
-    """The neck's maps, and with them what the dense head made of them in the same graph."""
+    """The neck's maps, with the dense head's outputs from the same graph."""
 
     head: tuple[Any, ...]
 
 
 class _FirstGraph:
-    """The first graph in the place of backbone and neck."""
+    """The first graph, in place of backbone and neck."""
 
     def __init__(self, run: Run, description: dict[str, Any]) -> None:
         self.run, self.description = run, description
@@ -43,8 +43,8 @@ class _FirstGraph:
         if not expected["dynamic"] and list(image.shape[2:]) != expected["size"]:
             height, width = expected["size"]
             raise QwtError(
-                f"An image has height {image.shape[2]} and width {image.shape[3]} behind the test pipeline, "
-                f"but this graph takes {height} and {width} alone; export it for that size, or as dynamic."
+                f"An image has height {image.shape[2]} and width {image.shape[3]} after the test pipeline, but "
+                f"this graph takes only {height} and {width}; export it for that size, or as dynamic."
             )
         found = [self.run({"image": one[None].numpy()}) for one in image.cpu()]
         tensors = {
@@ -57,13 +57,13 @@ class _FirstGraph:
 
 
 class _RegionGraph:
-    """A graph in the place of a head of the second stage."""
+    """A graph, in place of a head of the second stage."""
 
     def __init__(self, run: Run, description: dict[str, Any]) -> None:
         self.run, self.description = run, description
 
     def __call__(self, *regions: Tensor) -> Any:
-        """What the head returns for maps of regions, [regions, channels, height, width]."""
+        """The head's outputs for maps of regions, [regions, channels, height, width]."""
         names = self.description["inputs"]
         found = self.run({name: x.cpu().numpy() for name, x in zip(names, regions, strict=True)})
         device = regions[0].device
@@ -98,8 +98,8 @@ def load_exported(
         runtime: ``onnxruntime`` or ``openvino``.
 
     Raises:
-        QwtError: a file is missing, truncated or does not belong to the other, the runtime or a module of the
-            config's ``custom_imports`` is not installed, or the graph returns boxes itself.
+        QwtError: a file is missing, truncated or does not belong to the other; the runtime or a module of the
+            config's ``custom_imports`` is not installed; or the graph includes non-maximum suppression.
     """
     description = read_description(path)
     if description["suppression"]:

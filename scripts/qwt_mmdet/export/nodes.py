@@ -1,8 +1,7 @@
-"""What a quantized detector computes, as nodes of an ONNX graph.
+"""Quantized layers and activations as nodes of an ONNX graph.
 
-Inside of :func:`onnx_nodes` the quantizers and layers of a model put QuantizeLinear and DequantizeLinear
-into the graph that torch traces, with the model's own scales, zero points and integer weights. Such a model
-can be traced and not run.
+Inside of :func:`onnx_nodes`, quantizers and layers add QuantizeLinear and DequantizeLinear nodes to the graph
+that torch traces, with their scales, zero points and integer weights. Then the model can be traced, but not run.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ def _node(operator: str, *inputs: Tensor, dtype: torch.dtype, **attributes: Any)
 
 
 Grid = tuple[tuple[Tensor, ...], dict[str, int]]
-"""Scale and zero point, where it is not 0, as inputs of a node, and its attributes."""
+"""Scale and zero point (left out if 0) as inputs of a node, and its attributes."""
 
 
 def _grid(scale: Tensor, zero_point: Tensor | None, axis: int | None) -> Grid:
@@ -43,11 +42,11 @@ def _dequantized(codes: Tensor, grid: Grid) -> Tensor:
 
 
 class ActivationNodes:
-    """The nodes of an activation's quantizer: codes of 8 bits, and their values.
+    """The nodes of an activation's quantizer: to 8-bit codes, and back to values.
 
     Args:
-        take_factors: values have the mean scale in the place of the channels' scales, for weights that have
-            taken up how these differ.
+        take_factors: dequantize with the mean scale in place of the channels' scales, whose ratios are folded
+            into the weights.
     """
 
     def __init__(self, quantizer: ActivationQuantizer, *, take_factors: bool = False) -> None:
@@ -63,7 +62,7 @@ class ActivationNodes:
         self.values = _grid(scale, zero_point, axis)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Values on their grid, of the shape of ``x``."""
+        """``x`` on its grid."""
         inputs, attributes = self.rounding
         codes = _node("QuantizeLinear", x, *inputs, dtype=torch.uint8, **attributes)
         if self.largest < 255:
@@ -75,8 +74,7 @@ def integer_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None]:
     """Codes of a layer's weights, [out, …], and their zero points, [out].
 
     Returns:
-        Signed codes (int8) without zero points where these lie in the middle of the codes of all channels,
-        else both as uint8.
+        Signed codes (int8) and None if all zero points are in the middle of the codes; else both as uint8.
     """
     middle = 2 ** (layer.weight_bits - 1)
     codes, zero_point = layer.weight_codes, layer.weight_zero_point
@@ -102,7 +100,7 @@ class LayerNodes:
         self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the layer returns for its input."""
+        """The layer's output."""
         original = getattr(type(self.layer), "original", None)
         if original is None:
             return self._product(x)
@@ -118,7 +116,7 @@ class LayerNodes:
 
 @contextlib.contextmanager
 def onnx_nodes(model: nn.Module) -> Iterator[None]:
-    """Let a quantized model put ONNX nodes into what is traced; it cannot run meanwhile."""
+    """Inside: tracing a quantized model adds ONNX nodes; the model cannot run."""
     nodes: dict[nn.Module, Callable[[Tensor], Tensor]] = {
         layer: LayerNodes(layer) for layer in quantized_layers(model).values()
     }

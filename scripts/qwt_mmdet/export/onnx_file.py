@@ -1,4 +1,4 @@
-"""Write a detector as an ONNX graph, and beside it a JSON file with all that is needed to run it."""
+"""Write a detector as ONNX graphs, with a JSON file of all that is needed to run them."""
 
 import contextlib
 import copy
@@ -29,14 +29,14 @@ from ..record import record_of
 from .cut import (
     FirstGraph,
     RegionGraph,
+    check_exportable,
     flat_names,
     most_regions,
     one_size_only,
-    refuse_what_has_no_form,
     region_inputs,
 )
 from .description import EXPORT_FORMAT, as_json, exported_bytes
-from .detections import Candidates, append_suppression, check_suppression
+from .detections import CandidateBoxes, append_suppression, check_suppression
 from .nodes import onnx_nodes
 from .processing import postprocessing, preprocessing
 
@@ -53,7 +53,7 @@ CONFIG_KEYS = (
     "test_cfg",
     "default_scope",
 )
-"""What of a detector's config :func:`.loading.load_exported` needs."""
+"""Keys of a detector's config that :func:`.loading.load_exported` needs."""
 
 
 @torch.no_grad()
@@ -70,49 +70,49 @@ def export_onnx(
 ) -> None:
     """Write a detector as ``path`` (.onnx), with its description beside it (.json).
 
-    The graph takes a normalised image [1, 3, height, width], as the model's data preprocessor makes it, and
-    returns what the head returns. Heads of a second stage become graphs of their own beside it, which take
-    maps of regions. Weights are integers, with 4 bits each where these are enough.
+    The graph takes a normalised image [1, 3, height, width] from the model's data preprocessor, and returns the
+    raw outputs of the head. Each head of a second stage is a graph in a further file, and takes maps of
+    regions. Weights are integers, packed to 4 bits where they fit.
 
     Args:
-        model: in full precision or quantized, compensated or not; it stays as it is.
-        size: height and width of the image; None: what the model's test pipeline makes.
-        dynamic: other sizes are allowed too; None: where the test pipeline makes others and the graph can
-            take them.
-        nms: the graph of a one-stage detector returns detections: boxes [detections, 4] in pixels of the
-            graph's image, scores and labels [detections], the highest scores first.
-        calibration: a few batches as mmdet's test step takes them. With them, outputs of convolutions
-            that are added to others or go to a second stage are quantized too (8 bits), which integer kernels
-            of ONNX Runtime need.
-        details: of the description, such as an AP.
+        model: in full precision or quantized, compensated or not; it does not change.
+        size: height and width of the image; None: as of the model's test pipeline.
+        dynamic: whether images may have other sizes; None: if those of the test pipeline vary and the graph
+            can take them.
+        nms: include non-maximum suppression in the graph of a one-stage detector. It returns boxes
+            [detections, 4] in pixels of its input, scores and labels [detections], the highest scores first.
+        calibration: a few batches as mmdet's test step takes them. From them come ranges (8 bits) of
+            convolution outputs that the detector does not quantize: those that are added to others or go to a
+            second stage. Integer kernels of ONNX Runtime need them.
+        details: further entries of the description, such as an AP.
 
     Raises:
-        QwtError: the detector cannot be exported (the message names the module) or is not calibrated, there
-            is no such opset, a package is missing, or ``path`` ends with .json.
+        QwtError: the detector cannot be exported (the message names the module) or is not calibrated, the
+            opset is not supported, a package is missing, or ``path`` ends with .json.
     """
     if summary_path(path) == Path(path):
         raise QwtError(
-            f"The file to write is {path}, where its description goes; end it with .onnx."
+            f"The file to write is {path}, but .json is for its description; end the name with .onnx."
         )
     check_opset(opset)
     check_precision(model)
     if record_of(model).quantization is not None:
         check_grids(model)
-    refuse_what_has_no_form(model)
+    check_exportable(model)
     suppression = check_suppression(model) if nms else None
     prepared = preprocessing(model)
     check_installed("onnxscript")
     fixed = one_size_only(model)
     if dynamic and fixed:
         raise QwtError(
-            f"The module {fixed} cuts its map into windows, whose graph holds for images of one size; export "
-            "the detector for a fixed size."
+            f"The module {fixed} computes in shifted windows, whose graph is for one image size; export the "
+            "detector for a fixed size."
         )
     if size is None or dynamic is None:
         found, varies = image_size(prepared)
         size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
     copied = copy.deepcopy(model).cpu().eval()
-    first, image = (Candidates if nms else FirstGraph)(copied), torch.zeros(1, 3, *size)
+    first, image = (CandidateBoxes if nms else FirstGraph)(copied), torch.zeros(1, 3, *size)
     with _failures_name_the_module(copied):
         first(image)  # finds the names
         inputs_of_heads = region_inputs(copied, image)
@@ -174,15 +174,15 @@ def _save(graph: "onnx_ir.Model", path: str | os.PathLike[str]) -> None:
 
 
 def image_size(preprocessing: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
-    """Height and width of the images that a detector's test pipeline makes, and whether others occur.
+    """Height and width of images after a detector's test pipeline, and whether sizes vary.
 
-    Where it keeps an image's proportions without padding it, they are those of the widest image.
+    If the pipeline keeps proportions and does not pad, it is the size of the widest image.
 
     Args:
         preprocessing: of :func:`.processing.preprocessing`.
 
     Raises:
-        QwtError: the pipeline says no size.
+        QwtError: the pipeline sets no size.
     """
     resize, pad = preprocessing["resize"], preprocessing["pad"] or {}
     if pad.get("size"):
@@ -205,7 +205,7 @@ def check_opset(opset: int) -> None:
     """Check that graphs of an opset can be written.
 
     Raises:
-        QwtError: they cannot.
+        QwtError: the opset is not supported.
     """
     if not LEAST_OPSET <= opset <= MOST_OPSET:
         raise QwtError(
@@ -223,16 +223,15 @@ def trace(
     images: Iterable[Tensor] = (),
     maps: Collection[str] = (),
 ) -> "onnx_ir.Model":
-    """The graph of a network with quantized layers, or without any.
+    """The optimized graph of a network, quantized or not.
 
     Args:
         network: takes the inputs and returns a tuple of tensors.
         inputs: examples, by their names in the graph.
         outputs: names of the tensors.
-        dynamic_shapes: axes of the inputs whose size may be another when the graph runs, as torch.export
-            takes them.
-        images: from which the ranges of what only integer kernels quantize are estimated.
-        maps: outputs that may get 8 bits, too, by their names.
+        dynamic_shapes: axes of the inputs whose size may vary, as torch.export takes them.
+        images: calibration images for :func:`.outputs.quantize_outputs`.
+        maps: names of outputs that may be quantized to 8 bits, too.
 
     Raises:
         QwtError: torch cannot export it.
@@ -241,7 +240,7 @@ def trace(
     from .outputs import quantize_outputs
 
     with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
-        warnings.simplefilter("ignore")  # what torch's exporter has to say of mmdet's code
+        warnings.simplefilter("ignore")  # of torch's exporter about mmdet's code
         program = torch.onnx.export(
             network,
             tuple(inputs.values()),
@@ -270,7 +269,7 @@ def trace(
 
 @contextlib.contextmanager
 def _failures_name_the_module(model: nn.Module) -> Iterator[None]:
-    """Turn what torch's exporter raises into a sentence with the module that it was in."""
+    """Inside: an error of torch's exporter becomes a sentence that names the module."""
     names = {module: name for name, module in model.named_modules()}
     entered: list[str] = []
 

@@ -1,8 +1,7 @@
-"""Quantize what integer kernels write.
+"""Quantize the outputs of convolutions, as integer kernels of ONNX Runtime require.
 
-ONNX Runtime computes a convolution in integers only where its output is quantized too. Most outputs are, as
-the next layer's input. What is added to others, as in residual blocks, is not, nor are the maps that a second
-stage takes.
+Most outputs are quantized as the next layer's input. Two kinds are not: outputs that are added to others, as in
+residual blocks, and maps for a second stage.
 """
 
 import logging
@@ -27,9 +26,9 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
 
     Args:
         model: the graph of a quantized network.
-        images: inputs of the graph, [batch, 3, height, width], whose values give the ranges; without any,
-            nothing changes but for a warning.
-        maps: names of the outputs of the graph that a second stage takes.
+        images: inputs of the graph, [batch, 3, height, width], to estimate ranges on. Without any, the graph
+            does not change, and a warning is logged.
+        maps: names of the graph's outputs for a second stage.
     """
     values = {str(value.name): value for value in passes.outputs_without_grid(model, maps)}
     if not values:  # no image needs to be read
@@ -37,10 +36,10 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
     inputs = [image[None].numpy() for batch in images for image in batch]
     if not inputs:
         logger.warning(
-            "There are no calibration images, so the outputs of %d convolutions, which are added to others or go to "
-            "a second stage, stay in floating point, and with them these convolutions in ONNX Runtime. The workflow "
-            "gives them 8 bits: give the calibration images (`qwt-mmdet export` takes --calibration or "
-            "--coco-root), and the file is the one that it writes.",
+            "There are no calibration images, so the outputs of %d convolutions are not quantized (they are added to "
+            "others or go to a second stage). ONNX Runtime computes these convolutions in floating point. For the "
+            "same file as the workflow's, give the calibration images (`qwt-mmdet export` takes --calibration or "
+            "--coco-root).",
             len(values),
         )
         return

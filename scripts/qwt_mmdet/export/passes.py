@@ -1,4 +1,4 @@
-"""What is changed in a traced graph: batch norms go into weights, and small weights into 4 bits."""
+"""Passes over a traced graph: folding of batch norms, placing of quantizers, packing of weights."""
 
 from collections.abc import Collection, Iterable
 
@@ -8,7 +8,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def constant(value: ir.Value | None) -> np.ndarray:
-    """A copy of a value that is known before the graph runs."""
+    """A copy of a constant value of the graph."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     assert tensor is not None
     return tensor.numpy().copy()
@@ -29,7 +29,7 @@ def set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, na
 
 
 def input_of(node: ir.Node, index: int) -> ir.Value:
-    """An input that the operator must have."""
+    """A required input of a node."""
     value = node.inputs[index]
     assert value is not None, f"{node.op_type} without input {index}"
     return value
@@ -38,7 +38,8 @@ def input_of(node: ir.Node, index: int) -> ir.Value:
 def fold_batch_norms(model: ir.Model) -> None:
     """Fold each BatchNormalization behind a convolution with integer weights into it, in place.
 
-    The scale of an output channel takes up the factor. Where that is negative, the codes change sign.
+    The scale of an output channel is multiplied with the norm's factor. If this is negative, the codes change
+    sign.
     """
     for norm in [node for node in model.graph if node.op_type == "BatchNormalization"]:
         convolution = input_of(norm, 0).producer()
@@ -52,7 +53,7 @@ def fold_batch_norms(model: ir.Model) -> None:
         factor = gamma / np.sqrt(variance + norm.attributes["epsilon"].as_float())
         codes, scale, *zero_point = (constant(value) for value in weight.inputs)
         flipped = factor < 0
-        if flipped.any():  # x becomes −x; where there are zero points, highest − x, and they too
+        if flipped.any():  # negate codes; unsigned ones and their zero points: highest − x
             highest = max(values.max() for values in (codes, *zero_point)) if zero_point else 0
             for values in (codes, *zero_point):
                 values[flipped] = highest - values[flipped]
@@ -74,7 +75,7 @@ def fold_batch_norms(model: ir.Model) -> None:
 
 
 def is_known(value: ir.Value | None) -> bool:
-    """Whether a value is known before the graph runs."""
+    """Whether a value is constant."""
     return value is not None and ir.convenience.get_const_tensor(value) is not None
 
 
@@ -83,12 +84,12 @@ def is_scalar(value: ir.Value | None) -> bool:
 
 
 def _readers(value: ir.Value) -> list[ir.Node]:
-    """The nodes that read a value, or none where the graph returns it, too."""
+    """The nodes that read a value; none if the graph also returns it."""
     return [] if value.is_graph_output() else [user for user, _ in value.uses()]
 
 
 def takes_integers(convolution: ir.Node) -> bool:
-    """Whether input and weights are as integer kernels take them: one scale, and zero points of 0."""
+    """Whether integer kernels support input and weights: one scale of the input, zero points 0 of the weights."""
     inputs, weight = (input_of(convolution, index).producer() for index in (0, 1))
     if inputs is None or inputs.op_type != "DequantizeLinear" or not is_scalar(inputs.inputs[1]):
         return False
@@ -98,8 +99,7 @@ def takes_integers(convolution: ir.Node) -> bool:
 
 
 def runs_in_integers(convolution: ir.Node) -> bool:
-    """Whether ONNX Runtime has an integer kernel for a convolution: it has where the output is quantized with
-    one scale."""
+    """Whether ONNX Runtime has an integer kernel for a convolution: its output must be quantized with one scale."""
     users = _readers(convolution.outputs[0])
     return (
         takes_integers(convolution)
@@ -109,7 +109,7 @@ def runs_in_integers(convolution: ir.Node) -> bool:
 
 
 def quantize_before_pools(model: ir.Model) -> None:
-    """Quantize before a max pooling behind a convolution what is quantized after it, in place: both commute."""
+    """Move quantizers from behind a max pooling to the convolution before it, in place: both commute."""
     for node in [node for node in model.graph if node.op_type == "MaxPool"]:
         before = input_of(node, 0)
         source = before.producer()
@@ -123,17 +123,17 @@ def quantize_before_pools(model: ir.Model) -> None:
 
 
 def _grid_of(node: ir.Node) -> tuple[float, int] | None:
-    """The one scale of a quantizer and its zero point; None for other nodes."""
+    """Scale and zero point of a quantizer with one scale; None for other nodes."""
     if node.op_type != "QuantizeLinear" or not is_scalar(node.inputs[1]):
         return None
     return constant(node.inputs[1]).item(), constant(node.inputs[2]).item()
 
 
 def outputs_without_grid(model: ir.Model, maps: Collection[str]) -> list[ir.Value]:
-    """Outputs of convolutions in integers that are not quantized, and that 8 bits do no harm.
+    """Outputs of integer convolutions that are not quantized but may be, to 8 bits.
 
     Args:
-        maps: names of the outputs of the graph that a second stage takes.
+        maps: names of the graph's outputs for a second stage.
     """
     return [
         node.outputs[0]
@@ -146,13 +146,12 @@ def outputs_without_grid(model: ir.Model, maps: Collection[str]) -> list[ir.Valu
 
 
 def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
-    """Let one quantizer of a convolution's output serve all that reads it, in place.
+    """Let all readers of a convolution's output share one of its 8-bit quantizers, in place.
 
-    So the output of the convolution is quantized, as integer kernels want it, with one of the grids that it has
-    behind it. The others get values on this grid.
+    So the output itself is quantized, as integer kernels require. The other readers get values on this grid.
 
     Args:
-        maps: names of the outputs of the graph that a second stage takes.
+        maps: names of the graph's outputs for a second stage.
     """
     for node in [n for n in model.graph if n.op_type == "Conv" and takes_integers(n)]:
         value = node.outputs[0]
@@ -178,15 +177,14 @@ def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
 
 
 def _has_8_bits(node: ir.Node) -> bool:
-    """Whether a node is a quantizer to all codes of 8 bits."""
+    """Whether a node is a quantizer that uses all 8-bit codes."""
     return node.op_type == "QuantizeLinear" and all(
         user.op_type == "DequantizeLinear" for user in _readers(node.outputs[0])
     )
 
 
 def _may_have_a_grid(value: ir.Value, maps: Collection[str]) -> bool:
-    """Whether 8 bits do no harm to a value: it is added to others, resized, pooled, quantized, or returned for a
-    second stage."""
+    """Whether a value may be quantized to 8 bits: it is added, resized, pooled, quantized, or for a second stage."""
     if value.is_graph_output() and value.name not in maps:
         return False
     users = [user.op_type for user, _ in value.uses()]
@@ -203,7 +201,7 @@ def _return_instead(model: ir.Model, value: ir.Value, other: ir.Value) -> None:
 
 
 def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: int) -> None:
-    """Put a value on a grid of 8 bits before all that reads it, in place."""
+    """Quantize a value to an 8-bit grid for all its readers, in place."""
     producer = value.producer()
     assert producer is not None
     name = str(value.name)
@@ -227,7 +225,7 @@ def zero_points_of(node: ir.Node) -> np.ndarray:
 def integer_biases(model: ir.Model) -> None:
     """Make biases INT32 where ONNX Runtime computes in integers, in place.
 
-    The scale is that of the products: the input's times the weight's, for each output channel.
+    The scale of an output channel is the input's times the weight's.
     """
     for node in list(model.graph):
         if node.op_type == "Conv" and len(node.inputs) > 2 and runs_in_integers(node):
@@ -239,7 +237,7 @@ def integer_biases(model: ir.Model) -> None:
 
 
 def _make_bias_integer(model: ir.Model, product: ir.Node, node: ir.Node, index: int) -> None:
-    """Make an input of a node INT32 that is the bias of a convolution or matrix product."""
+    """Make input ``index`` of a node INT32: the bias of a convolution or matrix product."""
     inputs, weight = (input_of(product, i).producer() for i in (0, 1))
     assert inputs is not None
     assert weight is not None
@@ -261,10 +259,10 @@ def _make_bias_integer(model: ir.Model, product: ir.Node, node: ir.Node, index: 
 
 
 def move_channel_scales(model: ir.Model) -> None:
-    """Give quantizers with a scale per channel one scale, in place.
+    """Give quantizers with a scale per channel one scale, in place: runtimes have slow kernels for several scales.
 
-    How the scales differ goes into the convolution before, also through a ReLU and a max pooling, which commute
-    with factors above 0; elsewhere one multiplication stands in front. Runtimes have slow kernels for several scales.
+    The ratios of the scales are folded into the convolution before, also through a ReLU and a max pooling, which
+    commute with positive factors. Without a convolution, a multiplication is inserted.
     """
     for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         scale, zero_point = (constant(quantize.inputs[index]) for index in (1, 2))
@@ -285,7 +283,7 @@ def move_channel_scales(model: ir.Model) -> None:
 
 
 def _scale_channels(model: ir.Model, value: ir.Value, factor: np.ndarray) -> bool:
-    """Multiply the channels of a convolution's output, if that is what a value is; tell whether it is."""
+    """Multiply the channels of a value with factors if it is a convolution's output; return whether it is."""
     producer = value.producer()
     while producer is not None and producer.op_type in ("Relu", "MaxPool") and _is_read_once(value):
         value = input_of(producer, 0)
@@ -311,9 +309,9 @@ def _is_read_once(value: ir.Value) -> bool:
 
 
 def drop_relus(model: ir.Model) -> None:
-    """Remove each ReLU whose output is quantized alone, with 0 as the least value, in place.
+    """Remove each ReLU that only quantizers with zero point 0 read, in place: they clip as it does.
 
-    The quantizer clips as it does. ONNX Runtime has no integer kernel for the two apart.
+    ONNX Runtime has no integer kernel for a convolution whose ReLU stays.
     """
     for node in [node for node in model.graph if node.op_type == "Relu"]:
         users = _readers(node.outputs[0])
@@ -336,9 +334,9 @@ LIMITS = {np.dtype(np.int8): (-8, 7), np.dtype(np.uint8): (0, 15)}
 
 
 def separate_weights(model: ir.Model) -> None:
-    """Let each reader of a weight dequantize it itself, in place; the codes stay common.
+    """Give each reader of a weight its own DequantizeLinear, in place; the codes stay shared.
 
-    So what belongs to the reader's output, such as a factor for each channel, can go into the scales.
+    So factors of a reader's output channels can be folded into its scales.
     """
     for node in list(weight_nodes(model)):
         output = node.outputs[0]
@@ -369,9 +367,9 @@ def pack_weights(model: ir.Model) -> None:
 
 
 def narrow_constants(model: ir.Model) -> None:
-    """Store constants in floating point whose values are all whole numbers up to 127 as INT8, in place.
+    """Store floating-point constants as INT8 if their values are whole numbers up to 127, in place.
 
-    Such are the masks of shifted windows. Runtimes cast them once, when they open the graph.
+    These are the masks of shifted windows. Runtimes cast them once, when they open the graph.
     """
     for value in list(model.graph.initializers.values()):
         values = constant(value)
@@ -388,11 +386,11 @@ def narrow_constants(model: ir.Model) -> None:
 
 
 WORTH_A_CAST = 4096
-"""Bytes."""
+"""Bytes of the smallest constant that is stored as INT8."""
 
 
 def codes_of(node: ir.Node) -> dict[int, np.ndarray]:
-    """Codes and, where there are any, zero points, by the index of the input."""
+    """Codes and zero points, if any, by the index of the input."""
     return {index: constant(node.inputs[index]) for index in (0, 2) if index < len(node.inputs)}
 
 
@@ -401,8 +399,7 @@ def fresh_name(node: ir.Node, index: int, mark: object) -> str:
 
 
 def keep_what_runs(model: ir.Model) -> None:
-    """Remove what nothing reads, where nodes come from in the Python code, and types that follow from
-    others, in place."""
+    """Remove unused nodes, notes on the Python source, and types that can be inferred, in place."""
     RemoveUnusedNodesPass()(model)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

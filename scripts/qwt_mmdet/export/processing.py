@@ -1,6 +1,6 @@
-"""What happens to an image before the graph, and to the graph's outputs behind it, in words and numbers.
+"""Description of preprocessing and postprocessing, in words and numbers.
 
-For those who run an exported file without mmdet; :func:`.loading.load_exported` takes mmdet's own code.
+It is for users who run an exported file without mmdet; :func:`.loading.load_exported` uses mmdet's own code.
 """
 
 import math
@@ -32,7 +32,7 @@ AROUND = (
 )
 
 Found = dict[str, Any]
-"""What is known of the way of an image; the key ``mean`` is there once it is normalised."""
+"""The description of the preprocessing so far; the key ``mean`` is set by a normalisation."""
 
 
 def _refusal(step: Any, why: str = "") -> QwtError:
@@ -93,7 +93,7 @@ def _pad_around(found: Found, step: Any) -> None:
 def _add_padding(found: Found, step: Any, value: Any, rule: dict[str, Any], where: str) -> None:
     if found["pad"]:
         raise _refusal(step, " behind another padding")
-    if "mean" in found:  # what is told as a pixel is one before it is normalised
+    if "mean" in found:  # the description gives pixel values before normalisation
         pixel = value * np.asarray(found["std"]) + found["mean"]
         value = (pixel[::-1] if found["colors"] == "RGB" else pixel).tolist()
     found["pad"] = {**rule, "value": value, "where": where}
@@ -104,7 +104,7 @@ def _normalize(found: Found, step: Any) -> None:
 
 
 def _add_normalization(found: Found, swaps: bool, mean: Any, std: Any) -> None:
-    """Add one whose means and deviations are those of the colours as it swaps them, behind those before it."""
+    """Add a normalisation after earlier ones; its means and deviations are in the order of swapped colours."""
     mean, std = (np.asarray(values, np.float64).flatten() for values in (mean, std))
     colors = found.get("colors", "BGR")
     before = [
@@ -123,7 +123,7 @@ def _flip(found: Found, step: Any) -> None:
 
 
 def _nothing(found: Found, step: Any) -> None:
-    """Of transforms that change no pixel."""
+    """For transforms that change no pixel."""
 
 
 STEPS: dict[type, Callable[[Found, Any], None]] = {
@@ -140,14 +140,14 @@ STEPS: dict[type, Callable[[Found, Any], None]] = {
     transforms.FilterAnnotations: _nothing,
     transforms.LoadEmptyAnnotations: _nothing,
 }
-"""What each transform adds to the description; all others are refused."""
+"""Functions that add a transform to the description; all others are refused."""
 
 
 def preprocessing(model: BaseDetector) -> dict[str, Any]:
-    """What happens to an image before the graph, in this order: load, resize, pad, colours, mean and std, pad.
+    """The preprocessing of an image, in this order: load, resize, pad, colours, mean and std, pad.
 
     Raises:
-        QwtError: the test pipeline or the data preprocessor does something else.
+        QwtError: the test pipeline or the data preprocessor has another transform.
     """
     found: Found = {"layout": "NCHW", "type": "float32", "load": None, "resize": None, "pad": None}
     for transform in inference_pipeline(model.cfg):
@@ -186,7 +186,7 @@ def _yolox(head: YOLOXHead) -> dict[str, Any]:
 
 
 def _anchors(head: Any) -> dict[str, Any]:
-    """Of heads that decode boxes as mmdet's base class does."""
+    """Rules of heads that decode boxes as mmdet's base class does."""
     activation = (
         "sigmoid" if getattr(head, "use_sigmoid_cls", True) else "softmax (background last)"
     )
@@ -224,7 +224,7 @@ def _decodes_as_mmdet_does(head: nn.Module) -> bool:
 
 
 def _suppression(head: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the non-maximum suppression, and which boxes suppress each other."""
+    """Settings of the non-maximum suppression, with the groups of boxes that suppress each other."""
     agnostic = settings.pop("class_agnostic", False)
     if isinstance(head, RPNHead):  # which has no classes
         return {**settings, "class_by_class": False, "level_by_level": not agnostic}
@@ -232,9 +232,9 @@ def _suppression(head: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def postprocessing(model: BaseDetector) -> dict[str, Any]:
-    """How boxes, in pixels of the graph's input, and scores come from the outputs of the first graph's head.
+    """The rules by which boxes, in pixels of the graph's input, and scores follow from the first graph's outputs.
 
-    ``scores`` and ``boxes`` are None where the head has rules of its own that only mmdet's code tells.
+    ``scores`` and ``boxes`` are None where only mmdet's code defines the rules.
     """
     head = model.get_submodule(dense_head(model))
     test = head.test_cfg or {}

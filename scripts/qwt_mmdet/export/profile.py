@@ -1,4 +1,4 @@
-"""Which multiply-adds of a graph a runtime computes with integers, as the runtime itself reports."""
+"""The share of a graph's multiply-adds that a runtime computes with integers, from the runtime's profile."""
 
 import json
 import math
@@ -15,7 +15,7 @@ Inputs = dict[str, np.ndarray]
 
 
 class Kernel(NamedTuple):
-    """A convolution or matrix product that a runtime computed."""
+    """The kernel of a runtime that computed a convolution or matrix product."""
 
     integer: bool
     multiply_adds: int
@@ -26,8 +26,8 @@ def convolution(values: Sequence[int], weight: Sequence[int]) -> int:
 
     Args:
         values: shape of the output; of the input where it is transposed.
-        weight: [out, in / groups, …], or [groups, out / groups, in / groups, …] as OpenVINO has it, where
-            there is one dimension more; in and out change places where it is transposed.
+        weight: [out, in / groups, …], or [groups, out / groups, in / groups, …] with one dimension more
+            (OpenVINO); transposed convolutions have in and out exchanged.
     """
     return math.prod(values) * math.prod(weight[1 + len(weight) - len(values) :])
 
@@ -50,7 +50,7 @@ PRODUCTS = {
 
 
 def _onnxruntime(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
-    """From the profile of one run, which has the shapes of each node's inputs and outputs."""
+    """Kernels from the profile of one run, which has the shapes of each node's inputs and outputs."""
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
         session = onnxruntime_session(graph, 1, profile=f"{folder}/profile")
         session.run(None, inputs)
@@ -71,7 +71,7 @@ def _onnxruntime(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
 
 
 def _openvino(graph: Graph, inputs: Inputs) -> Iterator[Kernel]:
-    """From the graph that OpenVINO made of the model, once it knows all sizes."""
+    """Kernels from the graph that OpenVINO compiles for fixed sizes."""
     compiled = openvino_model(graph, 1, {name: x.shape for name, x in inputs.items()})
     for node in compiled.get_runtime_model().get_ordered_ops():
         about = node.get_rt_info()

@@ -20,15 +20,15 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 LARGEST_SAFE_WEIGHT = 64
-"""Two products of a code up to 255 and a weight up to this fit into 16 bits."""
+"""The sum of two products of a code up to 255 and a weight up to this fits into 16 bits."""
 
 
 class Graph(NamedTuple):
-    """A graph as a runtime gets it.
+    """A graph for a runtime.
 
     Attributes:
-        content: of an ONNX file.
-        overflow: whether sums of its products would overflow on this processor.
+        content: bytes of an ONNX file.
+        overflow: whether 16-bit sums of products would overflow on this processor.
     """
 
     content: bytes
@@ -69,7 +69,7 @@ def _onnxruntime(graph: Graph, threads: int) -> Run:
 def openvino_model(
     graph: Graph, threads: int, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> Any:
-    """A model that OpenVINO has compiled, for inputs of these shapes alone where they are given."""
+    """A model that OpenVINO has compiled; with ``shapes`` for inputs of these shapes only."""
     import openvino
 
     options: dict[str, Any] = {
@@ -103,7 +103,7 @@ RUNTIMES: dict[str, Callable[[Graph, int], Run]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
-"""What opens a graph for a number of threads, by the name of the runtime and of its package."""
+"""Functions that open a graph for a number of threads, by the name of the runtime, which is its package's."""
 
 
 def check_runtime(name: str) -> None:
@@ -117,7 +117,7 @@ def check_runtime(name: str) -> None:
 
 
 def prepared(model: "onnx_ir.Model", runtime: str) -> Graph:
-    """A graph for a runtime. It is changed to what this computes fastest."""
+    """Change a graph to what a runtime computes fastest, in place, and serialize it."""
     import onnx_ir
 
     from . import kernels
@@ -137,10 +137,10 @@ def open_model(model: "onnx_ir.Model", runtime: str, *, threads: int = 1) -> Run
 def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) -> Run:
     """Open an ONNX file with a runtime.
 
-    Weights of 4 bits become 8 bits in memory, which runtimes have kernels for.
+    Weights of 4 bits are widened to 8 bits in memory, which runtimes have kernels for.
 
     Raises:
-        QwtError: there is no such runtime, it is not installed, or the file is none that it can read.
+        QwtError: there is no such runtime, it is not installed, or it cannot read the file.
     """
     check_runtime(runtime)
     import onnx_ir
