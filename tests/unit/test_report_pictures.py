@@ -1,4 +1,4 @@
-"""Pictures: the rule that chooses images, the verdict on each, and what is drawn."""
+"""Pictures: the rule that chooses images, the matches on each, and what is drawn."""
 
 import base64
 import io
@@ -12,11 +12,11 @@ from qwt_mmdet.evaluation.coco import load_ground_truth
 from qwt_mmdet.reporting.pictures import (
     COLOURS,
     SIDE,
-    Verdict,
+    ImageMatches,
     choose_images,
     choose_pictures,
     draw_records,
-    judge,
+    match_images,
     visible_box,
 )
 from random_detections import compressed, detection, hexagon, one_object, write
@@ -25,63 +25,63 @@ BOX = [60.0, 50.0, 100.0, 80.0]
 TITLES = {"baseline": "baseline", "quantized": "w4", "compensated": "w4 + qwt"}
 
 
-def verdict(hits: int, false: int = 0, missed: int = 0) -> Verdict:
-    return Verdict([{}] * hits, [{}] * false, [{}] * missed)
+def matched(hits: int, false: int = 0, missed: int = 0) -> ImageMatches:
+    return ImageMatches([{}] * hits, [{}] * false, [{}] * missed)
 
 
 @pytest.mark.parametrize(
-    ("judged", "f1"),
+    ("found_matches", "f1"),
     [
-        (verdict(2), 1),
-        (verdict(1, missed=1), 2 / 3),
-        (verdict(1, false=1, missed=1), 0.5),
-        (verdict(0, false=3), 0),
-        (verdict(0), 1),
+        (matched(2), 1),
+        (matched(1, missed=1), 2 / 3),
+        (matched(1, false=1, missed=1), 0.5),
+        (matched(0, false=3), 0),
+        (matched(0), 1),
     ],
 )
-def test_f1_by_hand(judged, f1):
-    assert judged.f1 == pytest.approx(f1)
+def test_f1_by_hand(found_matches, f1):
+    assert found_matches.f1 == pytest.approx(f1)
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_verdict_knows_hits_false_alarms_and_what_was_missed(tmp_path, masks):
+def test_matches_tell_hits_false_alarms_and_what_was_missed(tmp_path, masks):
     content = one_object(BOX)
     content["annotations"].append({**content["annotations"][0], "id": 2, "iscrowd": 1})
     content["images"].append({**content["images"][0], "id": 2, "file_name": "2.png"})
     truth = load_ground_truth(write(tmp_path, content), masks=masks)
     elsewhere = [200.0, 150.0, 30.0, 30.0]
     found = [detection(BOX, 0.9), detection(elsewhere, 0.8), detection(elsewhere, 0.1)]
-    judged = judge(truth, found, masks=masks)
-    assert [record["score"] for record in judged[1].hit] == [0.9]
-    assert [record["score"] for record in judged[1].false] == [0.8]  # 0.1 is not shown
-    assert judged[1].missed == []  # the crowd region does not count
-    assert judged[2] == Verdict()
-    unsure = judge(truth, [detection(BOX, 0.2)], masks=masks)
+    found_matches = match_images(truth, found, masks=masks)
+    assert [record["score"] for record in found_matches[1].hit] == [0.9]
+    assert [record["score"] for record in found_matches[1].false] == [0.8]  # 0.1 is not shown
+    assert found_matches[1].missed == []  # the crowd region does not count
+    assert found_matches[2] == ImageMatches()
+    unsure = match_images(truth, [detection(BOX, 0.2)], masks=masks)
     assert unsure[1].hit == unsure[1].false == []
     assert [record["id"] for record in unsure[1].missed] == [1]
 
 
 def test_images_are_chosen_where_most_is_lost_or_regained():
     images = range(20)
-    baseline = {image: verdict(2) for image in images}
+    baseline = {image: matched(2) for image in images}
     quantized = dict(baseline)
     compensated = dict(baseline)
     for image in (3, 4, 5, 6, 7):  # lost and not regained, 7 most
-        quantized[image] = compensated[image] = verdict(2 - (image > 3), missed=image)
-    quantized[11] = verdict(2, missed=1)
-    verdicts = {"baseline": baseline, "quantized": quantized, "compensated": compensated}
-    chosen = choose_images(verdicts, seed=0)
+        quantized[image] = compensated[image] = matched(2 - (image > 3), missed=image)
+    quantized[11] = matched(2, missed=1)
+    matches = {"baseline": baseline, "quantized": quantized, "compensated": compensated}
+    chosen = choose_images(matches, seed=0)
     by_rule = {rule: [i for i in chosen if chosen[i] == rule] for rule in chosen.values()}
     assert by_rule["largest loss"] == [7, 6, 5]
     assert by_rule["largest recovery"] == [11]
     assert len(by_rule["drawn at random"]) == 2
-    assert chosen == choose_images(verdicts, seed=0)
-    others = [choose_images(verdicts, seed=seed) for seed in range(1, 6)]
+    assert chosen == choose_images(matches, seed=0)
+    others = [choose_images(matches, seed=seed) for seed in range(1, 6)]
     assert any(other != chosen for other in others)
 
 
 def test_without_loss_only_random_images_are_shown():
-    same = {image: verdict(1) for image in range(5)}
+    same = {image: matched(1) for image in range(5)}
     for variants in (("baseline", "quantized"), ("compensated",)):
         chosen = choose_images(dict.fromkeys(variants, same), seed=0)
         assert set(chosen.values()) == {"drawn at random"}

@@ -96,7 +96,7 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     table = text.summary_table(summary).split("\n\n")[2]
     equal, other, missing = table.splitlines()[2:]
     assert "w4 + qwt" in equal
-    assert "equal within noise" in equal
+    assert "no significant difference" in equal
     assert "0.50 MB  25 %" in equal
     assert "12.3 ms    120 %      75 %" in equal
     assert "differs" in other
@@ -108,6 +108,6 @@ def test_the_report_has_a_section_of_them(folder):
     section = page[page.index("<h2>Exported files</h2>") : page.index("<h2>Error of each block")]
     assert "OpenVINO" in section
     assert "no operator" in section
-    assert "equal within noise" in section
+    assert "no significant difference" in section
     assert "Latency with 1 thread, 30 rounds, on an old machine." in section
     assert "The report cannot show" not in page

@@ -186,12 +186,12 @@ def test_a_layer_of_eight_bits_is_not_blamed_for_what_it_repairs():
         Override(f"backbone.{name}", weight_bits=8, activation_bits=8)
         for name in ("shared", "query", "key", "last")
     )
-    noise = {
+    errors = {
         refit: quantization_of(calibrated({"refit": refit, "overrides": eight}, images)).sqnr_db
         for refit in ("none", "sequential")
     }
-    for name, decibels in noise["none"].items():
-        assert noise["sequential"][name] == pytest.approx(decibels, abs=3)
+    for name, sqnr in errors["none"].items():
+        assert errors["sequential"][name] == pytest.approx(sqnr, abs=3)
 
 
 @pytest.mark.parametrize(

@@ -34,17 +34,17 @@ def brighter(batches, factor):
 def test_ranges_that_hold_on_their_own_images_alone_are_told(refit, caplog):
     batches = tiny.batches(4, size=(32, 32))
     with caplog.at_level(logging.WARNING):
-        settled = quantization_of(calibrated(batches, refit=refit)).range_check
+        stable = quantization_of(calibrated(batches, refit=refit)).range_check
         assert not caplog.records
-        unsettled = quantization_of(calibrated(brighter(batches, 4), refit=refit)).range_check
-    assert settled.images == unsettled.images == 4
-    assert settled.unseen_db > 23, "half a percent of the outputs' power"
+        overfitted = quantization_of(calibrated(brighter(batches, 4), refit=refit)).range_check
+    assert stable.images == overfitted.images == 4
+    assert stable.unseen_db > 23, "half a percent of the outputs' power"
     # images four times as bright are clipped: what is cut off is a good part of the signal
-    assert unsettled.seen_db > 25
-    assert unsettled.unseen_db < 10
+    assert overfitted.seen_db > 25
+    assert overfitted.unseen_db < 10
     (message,) = {record.message for record in caplog.records}
-    assert f"{unsettled.seen_db:.1f} dB on images that made them" in message
-    assert f"{unsettled.unseen_db:.1f} dB on others" in message
+    assert f"{overfitted.seen_db:.1f} dB on images that made them" in message
+    assert f"{overfitted.unseen_db:.1f} dB on others" in message
 
 
 def test_ranges_of_a_single_image_are_told(caplog):

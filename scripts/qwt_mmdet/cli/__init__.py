@@ -1,6 +1,6 @@
-"""The command `qwt-mmdet`: the workflow without a config file, and what its files are good for.
+"""The command `qwt-mmdet`: runs the workflow without a config file, and uses its results.
 
-Each command has a file of its own.
+Each subcommand is in its own file.
 """
 
 import logging

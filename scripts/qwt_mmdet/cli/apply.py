@@ -1,4 +1,4 @@
-"""`qwt-mmdet apply`: a quantized, compensated detector on images."""
+"""`qwt-mmdet apply`: run a quantized, compensated detector on images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,15 +46,15 @@ def apply(
         )
 
 
-def _image_paths(places: Sequence[Path]) -> list[Path]:
+def _image_paths(given: Sequence[Path]) -> list[Path]:
     paths = []
-    for place in places:
-        if place.is_dir():
-            paths += sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif place.is_file():
-            paths.append(place)
+    for path in given:
+        if path.is_dir():
+            paths += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            paths.append(path)
         else:
-            raise QwtError(f"There is no image or folder {place}; check the path.")
+            raise QwtError(f"There is no image or folder {path}; check the path.")
     if not paths:
-        raise QwtError(f"There are no images in {', '.join(map(str, places))}.")
+        raise QwtError(f"There are no images in {', '.join(map(str, given))}.")
     return paths

@@ -1,4 +1,4 @@
-"""What the commands share: options, checks before anything runs, errors in plain words."""
+"""Shared by the commands: options, checks before anything runs, errors as plain sentences."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ CoresOption = Annotated[int | None, typer.Option(min=1, help="CPU cores; default
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn an error that is no bug of ours into one sentence and status 1; Ctrl-C gives status 130."""
+    """Inside: an error that is not our bug ends the command with a sentence and status 1, Ctrl-C with 130."""
     from ..runtime import known_cause, termination_interrupts
 
     try:
@@ -63,15 +63,15 @@ def config_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def count_or_all(text: str) -> int | str:
-    """A number of images, or what else was given in its place: ``all``."""
+    """A number of images, or the text itself, such as ``all``."""
     return int(text) if text.isdecimal() else text
 
 
 def check_files(content: Mapping[str, Any]) -> None:
-    """Check that what a config names is there.
+    """Check that the local files of a config exist.
 
     Raises:
-        QwtError: a checkpoint, a data set or a warmup file is not.
+        QwtError: a checkpoint, a data set or a warmup file does not.
     """
     for name, model in content["models"].items():
         files = [("checkpoint", model["checkpoint"])]
@@ -86,7 +86,7 @@ def check_files(content: Mapping[str, Any]) -> None:
 
 
 def check_cuda() -> None:
-    """Check that the GPU that ``--device cuda`` asks for can be used.
+    """Check that a GPU can be used, for ``--device cuda``.
 
     Raises:
         QwtError: it cannot; says why.
@@ -118,7 +118,7 @@ def load_model(
     compensation: Path | None,
     device: str = "cpu",
 ) -> Any:
-    """Load the detector that the options of a command name, as far as it is finished.
+    """Load the detector that the options of a command name.
 
     Args:
         values: with the keys of :data:`MODEL`.

@@ -1,4 +1,4 @@
-"""`qwt-mmdet estimate`: what a run would take."""
+"""`qwt-mmdet estimate`: time and memory of a run."""
 
 import os
 from pathlib import Path
@@ -33,10 +33,10 @@ def estimate(
         typer.Option(help=f"File for the costs; the rules ask a cluster for what {ESTIMATE} says."),
     ] = None,
 ) -> None:
-    """Tell what a run of a config would take on this machine; needs neither weights nor images.
+    """Estimate time and memory of a run of a config on this machine; needs neither weights nor images.
 
-    The workflow runs twice with random weights, on a few generated images and on some more, one step at a time,
-    which takes minutes. Downloads, summary and report are not in it.
+    The workflow runs twice with random weights, on a few generated images and on some more, one step at a time.
+    This takes minutes. Downloads, summary and report are not included.
     """
     with plain_errors():
         from ..devices import count_gpus, gpu_fault
@@ -48,7 +48,7 @@ def estimate(
         on_gpu = "cpu" not in (device, plan.config["device"]) and gpu_fault() is None
         if gpus and not on_gpu:
             raise QwtError(
-                f"--gpus {gpus} needs what a GPU takes, but the steps are measured on the CPU here; estimate on a "
+                f"--gpus {gpus} needs times of a GPU, but the steps are measured on the CPU here; estimate on a "
                 "machine with such a GPU, or leave --gpus out."
             )
         cores = cores or os.cpu_count() or 1

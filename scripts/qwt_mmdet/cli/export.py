@@ -1,4 +1,4 @@
-"""`qwt-mmdet export`: a detector as an ONNX file with integer weights."""
+"""`qwt-mmdet export`: write a detector as an ONNX file with integer weights."""
 
 import tempfile
 from pathlib import Path
@@ -31,7 +31,7 @@ EXPORT_OPTIONS: Table = {
     CocoCalibration: OPTIONS[CocoCalibration],
     CocoEvaluation: {"eval_split": Key("split")},
 }
-"""The options that set a key of the configuration; those of images as `qwt-mmdet run` has them."""
+"""The options that set a key of the configuration; those of images are as of `qwt-mmdet run`."""
 
 
 @with_options(EXPORT_OPTIONS)
@@ -43,8 +43,8 @@ def export(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="The calibration images of a run, results/datasets/NAME/calibration.json; instead of them "
-            "--coco-root and the options of its choice."
+            help="The calibration images of a run, results/datasets/NAME/calibration.json. Alternative: --coco-root "
+            "with the options that choose images."
         ),
     ] = None,
     output: Annotated[
@@ -56,7 +56,7 @@ def export(
     ] = None,
     dynamic: Annotated[
         bool | None,
-        typer.Option(help="Whether images of other sizes can come; default: as the model config."),
+        typer.Option(help="Whether images may have other sizes; default: as the model config."),
     ] = None,
     nms: Annotated[
         bool, typer.Option("--nms", help="Let a one-stage detector's graph return boxes itself.")
@@ -64,7 +64,7 @@ def export(
 ) -> None:
     """Write a detector, quantized and compensated or not, as an ONNX file.
 
-    With the calibration images of a run it is the file that the workflow writes.
+    With the calibration images of a run, it is the same file as the workflow's.
     """
     with plain_errors(), tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
         if values[Coco]["root"] is not None:
@@ -93,7 +93,7 @@ def export(
 
 
 def warn_of_other_images(warmup: Path, calibration: Path) -> None:
-    """Say so where a warmup file was made from other images than those that are given."""
+    """Warn if a warmup file was calibrated on other images than the given ones."""
     read_json(calibration, what="annotation file", remedy="give another one")  # it is there
     made = load_archive(warmup, WARMUP_FORMAT, "warmup")["provenance"].get("annotations_sha256")
     if made not in (None, sha256_file(calibration)):

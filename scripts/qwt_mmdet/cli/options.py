@@ -1,6 +1,6 @@
-"""Options that are made from the keys of the configuration.
+"""Command-line options that are generated from keys of the configuration.
 
-Help, default, choices and limits of such an option stand with the key, in a section of ``config/``.
+Help, default, choices and limits of such an option are those of the key, in a section of ``config/``.
 """
 
 import contextlib
@@ -26,18 +26,17 @@ class Key(NamedTuple):
 
     name: str
     default: Any = None
-    """Of the option where the key's own does not do: ``...`` where it must be given, a list where it may
-    be given several times."""
+    """Default of the option, if not the key's: ``...`` for a required option, a list for a repeatable one."""
 
 
 Table = Mapping[type, Mapping[str, Key]]
-"""Section to option (as a parameter, ``eval_samples``) to key."""
+"""Keys by section and option (as a parameter, ``eval_samples``)."""
 Values = dict[type, dict[str, Any]]
-"""Section to key to value."""
+"""Values by section and key."""
 
 
 def _option_type(types: list[Any]) -> tuple[Any, str | None]:
-    """What typer is told of a key that has one of ``types``: a type, and a name if that is text."""
+    """The type of an option, for typer, whose key has one of ``types``; and its metavar if that is text."""
     types = [one for one in types if one is not type(None)]
     if len(types) == 1 and (types[0] is bool or typing.get_origin(types[0]) is Literal):
         return types[0], None
@@ -56,12 +55,12 @@ def _schema(section: type) -> Mapping[str, Any]:
 
 
 def _described(section: type, key: Key) -> Mapping[str, Any]:
-    """Meaning and limits of a key, in the words of JSON Schema."""
+    """The JSON Schema of a key: its meaning and limits."""
     return _schema(section)[key.name]
 
 
 def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
-    """The parameter from which typer makes the option that sets these keys; the first decides its type."""
+    """The parameter from which typer makes the option of these keys, which has the type of the first one."""
     section, key = keys[0]
     annotation = typing.get_type_hints(section, include_extras=True)[key.name]
     option_type, metavar = _option_type(alternatives(annotation))
@@ -86,10 +85,7 @@ def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
 
 
 def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator of a command: gives it the options of a table.
-
-    The command gets their values as its first argument, ``values``.
-    """
+    """Decorator: adds the options of a table to a command, which gets their values as its first argument."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command)
@@ -119,13 +115,13 @@ def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., 
 
 @contextlib.contextmanager
 def options_named(table: Table, **further: str) -> Iterator[None]:
-    """Let a message about the value of a key name the option, or options, that set it.
+    """Inside: messages about the value of a key name the options that set it.
 
     Args:
-        further: key to option, of options that no table makes.
+        further: options that are in no table, by key.
 
     Raises:
-        QwtError: as what runs inside, with another message.
+        QwtError: raised inside, with another message.
     """
     options: dict[str, list[str]] = {}
     for keys in table.values():
@@ -139,7 +135,7 @@ def options_named(table: Table, **further: str) -> Iterator[None]:
         } | further
 
         def named(found: re.Match[str]) -> str:
-            """Of the innermost key that an option sets: ``models.yolox.checkpoint``, ``runtime[0]``."""
+            """The option of the innermost key of a path: ``models.yolox.checkpoint``, ``runtime[0]``."""
             keys = re.sub(r"\[\d+\]", "", found[0]).split(".")
             return next((names[key] for key in reversed(keys) if key in names), found[0])
 

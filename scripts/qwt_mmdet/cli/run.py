@@ -47,7 +47,7 @@ OPTIONS: Table = {
     },
     Coco: {
         "seed": Key("seed"),
-        "coco_root": Key("root", default=...),  # the only place that images come from here
+        "coco_root": Key("root", default=...),  # the only source of images of this command
         "exif": Key("exif"),
         "allow_outside_root": Key("allow_outside_root"),
     },
@@ -80,7 +80,7 @@ OPTIONS: Table = {
         "save_warmup": Key("keep_warmup"),
     },
 }
-"""The options that set a key of the configuration; a default that differs from the key's stands here."""
+"""The options that set a key of the configuration, with defaults that differ from the key's."""
 
 FURTHER = {
     "compensation": "--compensation",
@@ -88,7 +88,7 @@ FURTHER = {
     "skip": "--skip-baseline or --skip-quantized-eval",
     "warmup": "--warmup-checkpoint",
 }
-"""Keys that options set which a command declares itself."""
+"""Options that a command declares itself, by the key that they set."""
 
 
 @with_options(OPTIONS)
@@ -99,7 +99,7 @@ def run(
     ] = Path("qwt_output"),
     compensation: Annotated[
         list[str],
-        typer.Option(metavar="|".join([*PRESETS, NO_COMPENSATION]), help="Recipe; repeatable."),
+        typer.Option(metavar="|".join([*PRESETS, NO_COMPENSATION]), help="Preset; repeatable."),
     ] = ["qwt"],  # noqa: B006
     export: Annotated[
         list[str],
@@ -122,10 +122,10 @@ def run(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
 ) -> None:
-    """Quantize one model, compensate it, and measure what both did.
+    """Quantize one model, compensate it, and evaluate both.
 
-    Writes the workflow's config into the output folder and runs the workflow there; what is already
-    computed is used again. For example:
+    Writes the workflow's config into the output folder and runs the workflow there; results of an earlier run are
+    used again. For example:
 
         qwt-mmdet run --config yolox/yolox_nano_8xb8-300e_coco.py --checkpoint yolox_nano.pth
         --coco-root /data/coco --w-bit 4 --a-bit 8 --eval-samples all
@@ -142,7 +142,7 @@ def run(
             configuration = make_configuration(
                 values,
                 {quantization_name(settings): settings for settings in quantizations},
-                recipes=compensation,
+                presets=compensation,
                 runtimes=export,
                 warmup=warmup_checkpoint,
                 skip=tuple(step for step, wanted in skipped.items() if wanted),
@@ -154,7 +154,7 @@ def make_configuration(
     values: Values,
     quantization: Mapping[str, QuantizationSettings | Search],
     *,
-    recipes: Sequence[str] = (),
+    presets: Sequence[str] = (),
     runtimes: Sequence[str] = (),
     warmup: Path | None = None,
     skip: tuple[Evaluation, ...] = (),
@@ -163,13 +163,13 @@ def make_configuration(
     """The configuration of one model on one data set.
 
     Args:
-        values: of the options in ``OPTIONS``; those of the quantization do not count.
+        values: of the options in ``OPTIONS``; those of the quantization are not used.
         quantization: settings by name.
-        recipes: of the compensation, by name.
-        runtimes: of exported files; without any, none are made.
-        warmup: file to use instead of calibrating, for one quantization alone.
+        presets: names of compensations.
+        runtimes: of exported files; empty: no export.
+        warmup: file to use instead of calibrating; for a single quantization.
         skip: evaluations to leave out.
-        targets: what is computed; None for every quantization with every compensation.
+        targets: combinations to compute; None: every quantization with every compensation.
 
     Raises:
         QwtError: a value is outside of what is allowed, or two do not agree.
@@ -178,16 +178,16 @@ def make_configuration(
     if warmup and len(quantization) > 1:
         raise QwtError("--warmup-checkpoint is for one bit width; give --w-bit and --a-bit once.")
     known = [*PRESETS, NO_COMPENSATION]
-    for recipe in recipes:
-        if recipe not in known:
-            hint = suggestion(recipe, known) or "."
-            raise QwtError(f"--compensation is {recipe!r}{hint} Known: {', '.join(known)}.")
+    for preset in presets:
+        if preset not in known:
+            hint = suggestion(preset, known) or "."
+            raise QwtError(f"--compensation is {preset!r}{hint} Known: {', '.join(known)}.")
     parts = {
         section: {**values[section], "images": count_or_all(values[section]["images"])}
         for section in (CocoCalibration, CocoEvaluation)
     }
     loading = Loading(**values[Loading])
-    compensations = {name: PRESETS[name] for name in recipes if name != NO_COMPENSATION}
+    compensations = {name: PRESETS[name] for name in presets if name != NO_COMPENSATION}
     exports: tuple[Export, ...] = ()
     if runtimes:
         named: dict[str, Any] = {"runtime": tuple(runtimes)}  # text, which the section checks
@@ -222,7 +222,7 @@ def make_configuration(
 
 
 def quantization_name(settings: QuantizationSettings) -> str:
-    """Name of a quantization: its bits, and what differs from the defaults."""
+    """Name of a quantization: its bits, and settings that differ from the defaults."""
     other = as_entry(settings)
     bits = f"w{other.pop('weight_bits')}a{other.pop('activation_bits')}"
     words = [
@@ -242,7 +242,7 @@ def _bit_pairs(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> li
 
 
 def _absolute(path: str) -> str:
-    """A path that means the same in the output folder; an address or a zoo name stays."""
+    """An absolute path, which is also valid in the output folder; addresses and zoo names do not change."""
     return str(Path(path).resolve()) if not is_url(path) and Path(path).exists() else path
 
 
@@ -291,15 +291,15 @@ def run_workflow(
     if status == 0 or failures.is_file():
         typer.echo(f"\n{run_summary(folder)}")
     if failures.is_file():
-        raise QwtError("A step failed; what it said stands above, more in its file under logs/.")
+        raise QwtError("A step failed; see the message above and its file under logs/.")
     if status:
-        raise QwtError("The workflow could not run; what Snakemake said stands above.")
+        raise QwtError("The workflow could not run; see Snakemake's message above.")
 
 
 def _follow(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run Snakemake, show what it and the steps say, and return its exit status.
+    """Run Snakemake, show its messages and those of the steps, and return its exit status.
 
-    At Ctrl-C, Snakemake stops its jobs, removes what is unfinished and unlocks the folder; we wait.
+    At Ctrl-C, wait until Snakemake has stopped its jobs, removed unfinished files and unlocked the folder.
     """
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""`qwt-mmdet show`: what is in a warmup or compensation file."""
+"""`qwt-mmdet show`: the content of a warmup or compensation file."""
 
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ PROVENANCE_SHOWN = ("images", "seed", "device", "cpu_capability", "threads", "tf
 def show(
     file: Annotated[Path, typer.Argument(help="A warmup.pth or compensation.pth.")],
 ) -> None:
-    """Tell what is in a warmup or compensation file."""
+    """Show the content of a warmup or compensation file."""
     with plain_errors():
         from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, load_any_archive
 

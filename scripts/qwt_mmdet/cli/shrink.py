@@ -1,4 +1,4 @@
-"""`qwt-mmdet shrink`: the smallest detector that loses at most so much, or the best one of a size, as a file."""
+"""`qwt-mmdet shrink`: mixed-precision search for a limit of loss or of size, with an exported file."""
 
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -15,7 +15,7 @@ from .options import Key, Table, Values, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
 
 LIKE = "w8a8"
-"""The plain quantization whose settings hold where the search leaves them."""
+"""Name of the plain quantization in which the search replaces the bits."""
 
 SHRINK_OPTIONS: Table = {
     **OPTIONS,
@@ -35,17 +35,17 @@ LIMITS = {
     "max_size_mb": "--max-size-mb",
     "average_weight_bits": "--average-bits",
 }
-"""Keys of the limits, each with its option."""
+"""Options of the limits, by key."""
 
 
 @with_options(SHRINK_OPTIONS)
 def shrink(
     values: Values,
     max_drop: Annotated[
-        float | None, typer.Option(help="Most AP that may be lost: 0.01 is one point.")
+        float | None, typer.Option(help="Largest loss of AP: 0.01 is one point.")
     ] = None,
     metric: Annotated[
-        Literal["bbox", "segm"], typer.Option(help="Box AP or mask AP, which may fall.")
+        Literal["bbox", "segm"], typer.Option(help="The AP that is limited: of boxes or masks.")
     ] = "bbox",
     max_size_mb: Annotated[
         float | None, typer.Option(help="Instead: size of all weights in megabytes.")
@@ -67,10 +67,10 @@ def shrink(
     cores: CoresOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
 ) -> None:
-    """Choose the bits of each layer so that a detector gets small, and export it.
+    """Search the bits of each layer for a small detector, and export it.
 
-    Give one limit: the AP that may be lost, or the size. The bits are chosen on calibration images; what
-    is lost is then measured on evaluation images. For example:
+    Give one limit: the loss of AP, or the size. The bits are searched on calibration images. Then the loss is
+    measured on evaluation images. For example:
 
         qwt-mmdet shrink --config yolox/yolox_nano_8xb8-300e_coco.py --checkpoint yolox_nano.pth
         --coco-root /data/coco --max-drop 0.01 --eval-samples all
@@ -84,10 +84,10 @@ def shrink(
             smallest = Smallest(max_drop, metric) if max_drop is not None else None
             best = Best(average_bits, max_size_mb) if smallest is None else None
             name = "best" if smallest is None else "smallest"
-            question = Search(smallest=smallest, best=best, like=LIKE, **values[Search])
+            search = Search(smallest=smallest, best=best, like=LIKE, **values[Search])
             configuration = make_configuration(
                 values,
-                {LIKE: plain, name: question},
+                {LIKE: plain, name: search},
                 runtimes=export,
                 targets=(Targets(quantization=(name,)),),
             )

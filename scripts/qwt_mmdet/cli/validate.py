@@ -1,4 +1,4 @@
-"""`qwt-mmdet validate`: is a config sound?"""
+"""`qwt-mmdet validate`: a check of a config."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +19,8 @@ def validate(
 ) -> None:
     """Check a config of the workflow, its models and its local files; run nothing.
 
-    Each model is built, with the checkpoint if that is here, and its classes are compared with those
-    of the annotations.
+    Each model is built, with its checkpoint if that is a local file. Its classes are compared with those of local
+    annotations.
     """
     with plain_errors():
         from ..data.annotations import read_annotations

@@ -1,8 +1,8 @@
 """The plan of a run: what a config asks for, the jobs that make it, and its files under results/.
 
-A rule states the pattern of its own files. Whoever else names a file of a run asks here.
+A rule states the pattern of its own files. All other code takes the paths of a run's files from here.
 
-Light on purpose (no torch, no mmdet): Snakemake reads it whenever it reads the workflow.
+It imports neither torch nor mmdet, since Snakemake imports it whenever it reads the workflow.
 """
 
 from .files import Variant

@@ -1,4 +1,4 @@
-"""Where the files of a run are, relative to the folder that it runs in."""
+"""Paths of the files of a run, relative to the folder that it runs in."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,9 @@ DOCUMENT = "results/summary.json"
 REPORT = "results/report.html"
 EXPORTS_TABLE = "results/exports.csv"
 UNFINISHED = "results/unfinished.json"
-"""Where a run that failed notes what it did not finish; see :class:`.rows.Stopped`."""
+"""The file of a failed run about what it did not finish; see :class:`.rows.Stopped`."""
 BASELINE, QUANTIZED = "baseline", "quantized"
-"""Names of folders that no quantization and no compensation has."""
+"""Names of folders; they cannot be names of quantizations or compensations."""
 
 
 def snakefile() -> Path:
@@ -31,17 +31,17 @@ def snakefile() -> Path:
 
 
 def dataset_folder(dataset: str) -> str:
-    """Folder of what is generated, downloaded and chosen of a data set."""
+    """Folder of a data set's generated, downloaded and chosen files."""
     return f"results/datasets/{dataset}"
 
 
 def chosen_images(dataset: str, part: str) -> str:
-    """Annotation file of the chosen images of a part (``calibration@2`` is that of the second repeat)."""
+    """Annotation file of the chosen images of a part (``calibration@2``: of the second repeat)."""
     return f"{dataset_folder(dataset)}/{part}.json"
 
 
 def repeated(quantization: str, repeat: int) -> str:
-    """Name of a quantization in a repeat, which calibrates anew: ``w4a4``, ``w4a4@2``."""
+    """Name of a quantization in a repeat: ``w4a4``, ``w4a4@2``."""
     return quantization if repeat == 1 else f"{quantization}@{repeat}"
 
 
@@ -52,7 +52,7 @@ def without_repeat(quantization: str) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """A detector that is computed: in full precision, quantized, or quantized and compensated.
+    """A variant of a detector: in full precision, quantized, or quantized and compensated.
 
     Args:
         quantization: perhaps with the number of a repeat; None in full precision.
@@ -81,7 +81,7 @@ class Variant:
 
     @property
     def kind(self) -> str:
-        """``baseline``, ``quantized`` or ``compensated``: what the step that evaluates it is called after."""
+        """``baseline``, ``quantized`` or ``compensated``, as in the name of the step that evaluates it."""
         if self.quantization is None:
             return BASELINE
         return "compensated" if self.compensation else QUANTIZED
@@ -101,7 +101,7 @@ class Variant:
         return f"results/{self.model}/{self.quantization}/{name}"
 
     def parts(self) -> dict[str, str]:
-        """``warmup`` and ``compensation``: the files that make it from the checkpoint, as far as it has them."""
+        """``warmup`` and ``compensation``: the files that it consists of, besides the checkpoint."""
         files = {} if self.quantization is None else {"warmup": self.calibrated("warmup.pth")}
         if self.compensation:
             files["compensation"] = f"{self.evaluated}/compensation.pth"

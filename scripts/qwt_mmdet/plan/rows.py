@@ -1,4 +1,4 @@
-"""What summary and report are made of: a row for each combination, and one for each exported detector."""
+"""Rows that summary and report read: one for each combination, and one for each exported detector."""
 
 import dataclasses
 import os
@@ -16,18 +16,18 @@ KINDS = ("baseline", "quantized", "compensated")
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A combination: its names, its settings and what was computed for it.
+    """A combination: its names, its settings and its results.
 
     Args:
-        dataset: that the model is evaluated on.
+        dataset: name of the model's data set.
         failed: in a run that failed, sentences about why something is missing.
-        settings: of the quantization; of a question, those that all but the bits have.
-        recipe: file with the answer to a question.
-        limit: of a question: ``max_drop`` and ``metric``, if it has such a limit.
+        settings: of the quantization; of a search, the plain ones in which it replaces the bits.
+        recipe: file with the result of a search.
+        limit: of a search: ``max_drop`` and ``metric``, if it has such a limit.
         annotations: file of the evaluation images.
-        baseline, quantized, compensated: folders with metrics.json and predictions.json; None for what was
-            not evaluated.
-        repeats: of each of these three, the folders of all repeats.
+        baseline, quantized, compensated: folders with metrics.json and predictions.json of the first repeat;
+            None where it was not evaluated.
+        repeats: folders of all repeats of each of these three.
         warmup: file of the first repeat.
     """
 
@@ -48,7 +48,7 @@ class ResultRow:
     warmup: str | None
 
     def evaluated(self) -> dict[str, str]:
-        """Result folders of the first repeat by kind, as far as there are some."""
+        """Result folders of the evaluated variants of the first repeat, by kind."""
         return {kind: folder for kind in KINDS if (folder := getattr(self, kind)) is not None}
 
 
@@ -58,7 +58,7 @@ class ExportRow:
 
     Args:
         exported: folder with metrics.json and predictions.json of the file. benchmark: file of its latency.
-        simulated: folder of the same detector in PyTorch. Each is None where it is missing.
+        simulated: folder of the same detector in PyTorch. Each is None if missing.
         failed: as in :class:`ResultRow`.
     """
 
@@ -74,7 +74,7 @@ class ExportRow:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that failed: rule and wildcards as ``step``, and the ``sentence`` with which its log ended."""
+    """A failed job: rule and wildcards as ``step``, and the ``sentence`` at the end of its log."""
 
     step: str
     wildcards: Mapping[str, str]
@@ -84,7 +84,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Stopped:
-    """What a run that failed left: its failed jobs, and the files that it did not make."""
+    """The state of a failed run: its failed jobs, and the files that it did not make."""
 
     failed: Sequence[Failure] = ()
     pending: Sequence[str] = ()
@@ -103,10 +103,11 @@ class Stopped:
         return None if (f"{path}/{name}" if name else path) in self.pending else path
 
     def causes(self, names: Mapping[str, str | None]) -> list[str]:
-        """Sentences about the failed jobs that something with these names needs.
+        """Sentences about the failed jobs that a result with these names needs.
 
         Args:
-            names: by wildcard, a quantization without the number of a repeat. Other wildcards do not count.
+            names: values of wildcards, a quantization without the number of a repeat. A job may have other
+                wildcards.
         """
         return [
             f"{job.step}: {job.sentence}"

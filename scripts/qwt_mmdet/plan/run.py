@@ -39,9 +39,9 @@ def unique(items: Iterable[Any]) -> list[Any]:
 
 
 def shards_note(config: Mapping[str, Any], variant: Variant) -> tuple[str, str]:
-    """Where it is noted in how many shards an evaluation was run, and a hash of what that holds for.
+    """The file that keeps the number of shards of an evaluation, and a hash of the settings that it is valid for.
 
-    What is done stays, although other input files would run it again.
+    A finished evaluation keeps its number of shards, since other input files would cause a rerun.
     """
     entry = config["models"][variant.model]
     quantization, compensation = variant.quantization, variant.compensation
@@ -60,11 +60,11 @@ def shards_note(config: Mapping[str, Any], variant: Variant) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A job that runs a detector. An evaluation is one job, also where it is split into shards.
+    """A job of the workflow that runs a detector. An evaluation is one job, even if it is split into shards.
 
     Args:
         step: name of its rule.
-        runtime: that runs an exported file.
+        runtime: the runtime of an exported file.
         after: the jobs whose files it reads.
     """
 
@@ -79,14 +79,14 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of its files in the step's folders under logs/ and benchmarks/."""
+        """Name of its files under logs/ and benchmarks/, in the folders of the step."""
         evaluated = self.step == "evaluate_baseline"
         names = (self.model, None if evaluated else self.variant.name, self.runtime)
         return "/".join(filter(None, names))
 
     @property
     def wants_gpu(self) -> bool:
-        """Whether it takes a GPU where there is one; exported files run on the CPU."""
+        """Whether it uses a GPU if there is one; exported files run on the CPU."""
         return self.runtime is None and self.step != "export_model"
 
     @property
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def account(self) -> str | None:
-        """The JSON file whose ``provenance`` tells what it took on a GPU; None where none does."""
+        """The JSON file whose ``provenance`` has the job's time and memory on a GPU; None without."""
         files = {
             "quantize_model": self.variant.calibrated("warmup.json"),
             "fit_compensation": f"{self.variant.evaluated}/compensation.json",
@@ -108,7 +108,7 @@ class Plan:
     """What a config asks for.
 
     Args:
-        config: resolved. stopped: what a run that failed has not made of it.
+        config: resolved. stopped: the state of a failed run.
     """
 
     def __init__(self, config: Mapping[str, Any], stopped: Stopped | None = None) -> None:
@@ -131,7 +131,7 @@ class Plan:
 
     @cached_property
     def evaluations(self) -> list[Variant]:
-        """The variants that are evaluated, each once; of each combination those of the first repeat first."""
+        """The variants that are evaluated, each once, by combination and repeat."""
         return unique(
             variant
             for combination in self.combinations
@@ -141,7 +141,7 @@ class Plan:
 
     @cached_property
     def jobs(self) -> list[Job]:
-        """The jobs that run a detector, those that others wait for first."""
+        """The jobs that run a detector; each comes after the jobs that it waits for."""
         found: dict[Job, None] = {}
 
         def add(*fields: Any) -> Job:
@@ -150,18 +150,18 @@ class Plan:
             return job
 
         def making(variant: Variant) -> tuple[Job, ...]:
-            """The job that makes the last of the files that a variant consists of, after those before it."""
+            """Add the jobs that make the files of a variant; return the last one, or none in full precision."""
             model, quantization = variant.model, variant.quantization
             if quantization is None:
                 return ()
             if variant.compensation:
                 before = making(Variant(model, quantization))
                 return (add("fit_compensation", variant, None, before),)
-            answer: tuple[Job, ...] = ()
+            recipe: tuple[Job, ...] = ()
             if self.is_search(quantization):
-                candidates = add("measure_candidates", variant)
-                answer = (add("choose_recipe", variant, None, (candidates,)),)
-            return (add("quantize_model", variant, None, answer),)
+                measurement = add("measure_candidates", variant)
+                recipe = (add("choose_recipe", variant, None, (measurement,)),)
+            return (add("quantize_model", variant, None, recipe),)
 
         evaluations = {v: add(f"evaluate_{v.kind}", v, None, making(v)) for v in self.evaluations}
 
@@ -170,20 +170,20 @@ class Plan:
             return add("export_model", variant, None, (*making(variant), *evaluation))
 
         for combination, entry in self.exports.items():
-            full, graph = export(Variant(combination.model)), export(Variant(*combination))
+            full, exported = export(Variant(combination.model)), export(Variant(*combination))
             for runtime in entry.runtime:
-                add("evaluate_exported", graph.variant, runtime, (graph,))
-                add("benchmark_exported", graph.variant, runtime, (graph, full))
+                add("evaluate_exported", exported.variant, runtime, (exported,))
+                add("benchmark_exported", exported.variant, runtime, (exported, full))
         return list(found)
 
     def is_search(self, quantization: str) -> bool:
-        """Whether the bits of a quantization, perhaps with the number of a repeat, are searched."""
+        """Whether the bits of a quantization are searched; its name may have the number of a repeat."""
         return is_search(self.config["quantization"][without_repeat(quantization)])
 
     def split(self, model: str, jobs: int) -> int:
-        """Into how many jobs an evaluation is split that was not done yet, so that ``jobs`` at a time are busy.
+        """Number of shards of a new evaluation, so that ``jobs`` jobs at a time are busy.
 
-        One whose number of images is not known yet is not split.
+        It is 1 as long as the number of images is unknown.
         """
         chosen, each = self.config["evaluation"]["shards"], jobs // len(self.evaluations)
         if chosen != "auto":
@@ -193,7 +193,7 @@ class Plan:
         return max(1, min(each, (images or 0) // SHARD_IMAGES))
 
     def shards(self, variant: Variant, jobs: int) -> list[str]:
-        """Files of the shards of an evaluation: as many as it was done in, or as :meth:`split` says; none for one."""
+        """Files of the shards of an evaluation: as many as in an earlier run, else :meth:`split`; none for one."""
         path, current = shards_note(self.config, variant)
         count = None
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -205,7 +205,7 @@ class Plan:
 
     @cached_property
     def rows(self) -> list[ResultRow]:
-        """What summary and report say of each combination."""
+        """The rows of all combinations, for summary and report."""
         return [self._row(combination) for combination in self.combinations]
 
     def _row(self, combination: Combination) -> ResultRow:
@@ -240,7 +240,7 @@ class Plan:
 
     @cached_property
     def export_rows(self) -> list[ExportRow]:
-        """What summary and report say of each exported detector in each runtime."""
+        """The rows of all exported detectors in all runtimes, for summary and report."""
         rows = []
         finished = self.stopped.finished
         for combination, entry in self.exports.items():
@@ -261,17 +261,17 @@ class Plan:
         return rows
 
     def result_files(self, *names: str, kinds: Iterable[str] = KINDS) -> list[str]:
-        """The files of these names in all result folders, each once."""
+        """Files with these names in all result folders, each once."""
         folders = unique(f for row in self.rows for kind in kinds for f in row.repeats[kind])
         return [f"{folder}/{name}" for folder in folders for name in names]
 
     def row_files(self, key: str, suffix: str | None = None) -> list[str]:
-        """The files that all result rows name under a key, each once, or those beside them with another suffix."""
+        """The values (paths) of a field of all result rows, each once; ``suffix`` replaces their own."""
         found = unique(getattr(row, key) for row in self.rows)
         return [os.path.splitext(path)[0] + suffix for path in found] if suffix else found
 
     def exported_files(self) -> list[str]:
-        """What summary and report read of exported detectors."""
+        """Files of exported detectors that summary and report read."""
         folders = [row.exported for row in self.export_rows if row.exported]
         found = [f"{f}/{n}" for f in folders for n in ("metrics.json", "predictions.json")]
         return [*found, *(row.benchmark for row in self.export_rows if row.benchmark)]
@@ -283,7 +283,7 @@ class Plan:
         return unique(map(self.stopped.finished, [*paths, *others]))
 
     def detector_results(self) -> list[str]:
-        """All that the jobs make which run a detector."""
+        """All files of jobs that run a detector."""
         exported = [Variant(*row) for row in self.exports]
         exported += [Variant(variant.model) for variant in exported]
         fitted = ("compensation.pth", "compensation.json", "blocks.csv")
@@ -299,6 +299,6 @@ class Plan:
         ]
 
     def results(self) -> list[str]:
-        """All files that the config asks for, so that one that is gone is made again."""
+        """All files that the config asks for; missing ones are made again."""
         tables = [TABLE, DOCUMENT, REPORT, *([EXPORTS_TABLE] if self.exports else [])]
         return [*tables, *self.annotation_files(), *self.detector_results()]

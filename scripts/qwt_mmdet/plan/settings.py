@@ -1,6 +1,6 @@
-"""What decides the result of each rule, from the config and the user's files: its ``params`` and some inputs.
+"""The settings that the result of each rule depends on: its ``params`` and some inputs.
 
-Files of the user are no inputs of rules: Snakemake would read {x} and <x> in their names as its own signs.
+Files of the user are no inputs of rules: Snakemake would interpret {x} and <x> in their names.
 """
 
 import os
@@ -18,7 +18,7 @@ from .files import Variant, chosen_images, dataset_folder, without_repeat
 from .run import Plan, part_of
 
 OWN_IMAGES = ("measure_candidates", "export_model", "benchmark_exported")
-"""Steps that do not run a model on all images of a part."""
+"""Steps that run a model on their own number of images."""
 
 
 def existing(path: str, key: str) -> str:
@@ -40,22 +40,21 @@ class Settings:
         self._config = plan.config
 
     def entry(self, section: str, key: str | None = None, **wildcard: str) -> Any:
-        """The entry of a section that a wildcard names, whatever the repeat, or the value of a key of it."""
+        """The entry of a section that a wildcard names (for any repeat), or the value of its ``key``."""
         (name,) = wildcard.values()
         entry = self._config[section][without_repeat(name)]
         return entry if key is None else entry.get(key)
 
     def plain(self, quantization: str) -> Mapping[str, Any] | None:
-        """A quantization; None where it is a question, which a recipe answers."""
-        asked = self._plan.is_search(quantization)
-        return None if asked else self.searched(quantization)
+        """Settings of a plain quantization; None where its bits are searched."""
+        return None if self._plan.is_search(quantization) else self.searched(quantization)
 
     def searched(self, quantization: str) -> Mapping[str, Any]:
-        """A quantization; of a question, that of which all but the bits holds in the answer."""
+        """Settings of a quantization; of a search, the plain ones in which it replaces the bits."""
         return searched_settings(self._config["quantization"], without_repeat(quantization))
 
     def candidates(self, quantization: str) -> dict[str, Any]:
-        """What is measured for a question."""
+        """Numbers of bits and of images that are measured for a search."""
         search = Search(**self.entry("quantization", quantization=quantization))
         return {
             "weight_bits": sorted(set(search.candidates)),
@@ -64,7 +63,7 @@ class Settings:
         }
 
     def recipe(self, model: str, quantization: str) -> list[str]:
-        """The answer to a quantization that is a question."""
+        """The file of a search's recipe; none for a plain quantization."""
         recipe = Variant(model, quantization).calibrated("recipe.yaml")
         return [recipe] if self._plan.is_search(quantization) else []
 
@@ -75,65 +74,65 @@ class Settings:
         return chosen_images(self._plan.dataset(model), name)
 
     def images_of(self, step: str, model: str) -> int | None:
-        """How many images a step runs a model on; None where only a measurement of the step knows it."""
+        """Number of images that a step runs a model on; None where the config does not tell."""
         count = self._config["datasets"][self._plan.dataset(model)][part_of(step)]["images"]
         return None if count == "all" or step in OWN_IMAGES else count
 
     def cache_gb(self, step: str, quantization: str | None) -> float:
-        """Gigabytes of memory that activations may take which wait while a step runs."""
+        """Gigabytes of memory that a step's activation cache may take."""
         refits = step in REFITS and quantization and self.searched(quantization)["refit"] != "none"
         caches = refits or step == "fit_compensation"
         return self._config["activation_cache"]["memory_gb"] if caches else 0.0
 
     def shards(self, jobs: int, **names: Any) -> list[str]:
-        """What the shards of an evaluation detect; nothing where one job evaluates all images."""
+        """Files of the detections of an evaluation's shards; none where one job evaluates all images."""
         return self._plan.shards(Variant(**names), jobs)
 
     def parts(self, model: str, evaluated: str) -> dict[str, str]:
-        """Warmup and compensation of the variant that a shard belongs to, as far as it has them."""
+        """Warmup and compensation files of the variant of a shard."""
         return Variant.named(model, evaluated).parts()
 
     def exported(self, model: str, variant: str) -> dict[str, str]:
-        """What an exported variant consists of, and its metrics if it is evaluated."""
+        """Files of an exported variant: its parts, and its metrics if it is evaluated."""
         found = Variant.named(model, variant)
         evaluated = found in self._plan.evaluations
         return found.parts() | ({"metrics": f"{found.evaluated}/metrics.json"} if evaluated else {})
 
     def export(self, model: str) -> dict[str, Any]:
-        """How the files of a model are exported."""
+        """Export settings of a model."""
         entry = next(e for row, e in self._plan.exports.items() if row.model == model)
         return {"opset": entry.opset, "input": entry.input}
 
     def _source(self, dataset: str, part: str) -> tuple[Source, Part]:
-        """Where a data set comes from, and the part that files are named after."""
+        """Source of a data set, and the part (without the number of a repeat)."""
         settings, meant = of_repeat(self._config["datasets"][dataset], part)
         return open_source(settings, dataset_folder(dataset)), meant
 
     def part(self, dataset: str, part: str, *, chosen: bool) -> dict[str, Any]:
-        """What decides the annotations of a part, or which of its images are chosen."""
+        """Settings that the annotations of a part depend on, or (``chosen``) the choice of its images."""
         source, meant = self._source(dataset, part)
         return source.choice_settings(meant) if chosen else source.annotation_settings(meant)
 
     def source_file(self, dataset: str, part: str) -> str:
-        """Where the annotations of a part are; repeats share them unless they are generated."""
+        """Path of the source of a part's annotations; repeats share it unless images are generated."""
         meant = self._source(dataset, part)[1]
         first, own = (self.part(dataset, name, chosen=False) for name in (meant, part))
         return f"{dataset_folder(dataset)}/{meant if first == own else part}_source.json"
 
     def local_annotations(self, dataset: str, part: str) -> Any:
-        """The state of the annotation file of a part of a data set that is a folder here."""
+        """State of the annotation file of a part, if its data set is a local folder."""
         source, meant = self._source(dataset, part)
         path = source.local_annotations(meant)
         key = f"The annotation file of datasets.{dataset}.{meant}"
         return None if path is None else file_state(existing(path, key))
 
     def local_checkpoint(self, model: str) -> Any:
-        """The state of the model's checkpoint if it is a file here."""
+        """State of the model's checkpoint, if it is a local file."""
         path = self._config["models"][model]["checkpoint"]
         return None if is_url(path) else file_state(existing(path, f"models.{model}.checkpoint"))
 
     def supplied_warmup(self, model: str, quantization: str) -> dict[str, Any]:
-        """The warmup file that the config supplies, if any, and its state."""
+        """Path and state of the warmup file that the config supplies, if any."""
         path = self._config["models"][model]["warmup"].get(quantization)
         if path is None:
             return {"path": None}

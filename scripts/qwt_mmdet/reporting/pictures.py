@@ -46,7 +46,7 @@ class Picture(NamedTuple):
 
 
 @dataclass
-class Verdict:
+class ImageMatches:
     """What a variant made of one image: COCO records that are hits, false alarms, or were missed."""
 
     hit: list[dict[str, Any]] = field(default_factory=list)
@@ -60,53 +60,55 @@ class Verdict:
         return 2 * len(self.hit) / (2 * len(self.hit) + errors) if self.hit or errors else 1.0
 
 
-def judge(
+def match_images(
     ground_truth: COCO, predictions: Sequence[dict[str, Any]], *, masks: bool
-) -> dict[int, Verdict]:
-    """Verdict on each image (by id)."""
+) -> dict[int, ImageMatches]:
+    """ImageMatches on each image (by id)."""
     evaluator = match_detections(ground_truth, predictions, iou_types(masks)[-1])
-    verdicts = {image: Verdict() for image in ground_truth.imgs}
+    matches = {image: ImageMatches() for image in ground_truth.imgs}
     detections = evaluator.cocoDt.anns
     everything = evaluator.params.areaRng[0]
     for entry in evaluator.evalImgs:
         if entry is None or entry["aRng"] != everything:
             continue
-        verdict = verdicts[entry["image_id"]]
+        matched = matches[entry["image_id"]]
         # row 0: IoU 0.5. Detections are matched by falling score, so that leaving out those with
         # low scores changes no other match.
         for index, identifier in enumerate(entry["dtIds"]):
             detection = detections[identifier]
             if detection["score"] < SCORE or entry["dtIgnore"][0, index]:
                 continue
-            (verdict.hit if entry["dtMatches"][0, index] else verdict.false).append(detection)
+            (matched.hit if entry["dtMatches"][0, index] else matched.false).append(detection)
         for index, identifier in enumerate(entry["gtIds"]):
             match = int(entry["gtMatches"][0, index])
             found = match and detections[match]["score"] >= SCORE
             if not entry["gtIgnore"][index] and not found:
-                verdict.missed.append(ground_truth.anns[identifier])
-    return verdicts
+                matched.missed.append(ground_truth.anns[identifier])
+    return matches
 
 
-def choose_images(verdicts: Mapping[str, Mapping[int, Verdict]], *, seed: int) -> dict[int, str]:
+def choose_images(
+    matches: Mapping[str, Mapping[int, ImageMatches]], *, seed: int
+) -> dict[int, str]:
     """Choose images by ``RULES``: the rule of each chosen image, by id.
 
     Equal differences of F1 are ordered by the number of objects, most first.
 
     Args:
-        verdicts: by variant: baseline, quantized, compensated, as far as they were evaluated.
+        matches: by variant: baseline, quantized, compensated, as far as they were evaluated.
     """
 
     def ranked(a: str, b: str) -> list[int]:
-        if a not in verdicts or b not in verdicts:
+        if a not in matches or b not in matches:
             return []
-        better, worse = verdicts[a], verdicts[b]
+        better, worse = matches[a], matches[b]
         differences = {
             image: (better[image].f1 - worse[image].f1, len(better[image].hit)) for image in better
         }
         gaining = [image for image, (difference, _) in differences.items() if difference > 0]
         return sorted(gaining, key=lambda image: (*(-d for d in differences[image]), image))
 
-    shuffled = sorted(next(iter(verdicts.values())))
+    shuffled = sorted(next(iter(matches.values())))
     random.Random(seed).shuffle(shuffled)
     candidates = {
         "largest loss": ranked("baseline", "quantized"),
@@ -245,18 +247,18 @@ def choose_pictures(
         ground truth first.
     """
     truth = load_ground_truth(annotations, masks=masks, classes=classes)
-    verdicts = {
-        name: judge(truth, list(filter(_finite, found)), masks=masks)
+    matches = {
+        name: match_images(truth, list(filter(_finite, found)), masks=masks)
         for name, found in variants.items()
     }
-    chosen = choose_images(verdicts, seed=seed)
+    chosen = choose_images(matches, seed=seed)
     # so that a smaller number still has pictures of each rule
     chosen = dict(sorted(chosen.items(), key=lambda item: _turn(chosen, item[0]))[:most])
     return [
         Picture(
             truth.imgs[identifier]["file_name"],
             rule,
-            partial(_panels, identifier, truth, verdicts, titles, masks),
+            partial(_panels, identifier, truth, matches, titles, masks),
         )
         for rule in RULES
         for identifier in chosen
@@ -285,7 +287,7 @@ def _read(truth: COCO, identifier: int) -> Image.Image:
 def _panels(
     identifier: int,
     truth: COCO,
-    verdicts: Mapping[str, Mapping[int, Verdict]],
+    matches: Mapping[str, Mapping[int, ImageMatches]],
     titles: Mapping[str, str],
     masks: bool,
 ) -> list[dict[str, Any]]:
@@ -294,11 +296,11 @@ def _panels(
     objects = [a for a in truth.imgToAnns[identifier] if not a["iscrowd"]]
     count = f"{len(objects)} object{'s' if len(objects) != 1 else ''}"
     panels = [_panel(image, "ground truth", {"object": objects}, count, truth, masks)]
-    for name, by_image in verdicts.items():
-        verdict = by_image[identifier]
-        found = f"{len(verdict.hit)} of {len(verdict.hit) + len(verdict.missed)} found"
-        found = f"{found}, {len(verdict.false)} false"
-        panels.append(_panel(image, titles[name], vars(verdict), found, truth, masks))
+    for name, by_image in matches.items():
+        matched = by_image[identifier]
+        found = f"{len(matched.hit)} of {len(matched.hit) + len(matched.missed)} found"
+        found = f"{found}, {len(matched.false)} false"
+        panels.append(_panel(image, titles[name], vars(matched), found, truth, masks))
     return panels
 
 

@@ -162,7 +162,7 @@ class ExportedRow:
         compensation: None for a detector without any.
         failed: why numbers are missing, in a run that failed.
         ap: of the file. simulated: of the same detector in PyTorch; None where it was not evaluated.
-        exported_minus_simulated: paired over the images; not significant where both are equal within noise.
+        exported_minus_simulated: paired over the images; not significant where both are no significant difference.
         computed_bytes: weights at their bits, with the compensation. file_bytes: on disk.
         full_precision_file_bytes: of the same model's file in full precision.
         milliseconds, full_precision_milliseconds: for an image, medians.

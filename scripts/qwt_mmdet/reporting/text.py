@@ -179,7 +179,7 @@ def equality(row: ExportedRow) -> str:
     difference = row.exported_minus_simulated
     if difference is None or difference.low is None:
         return ""
-    return "differs" if difference.significant else "equal within noise"
+    return "differs" if difference.significant else "no significant difference"
 
 
 def exports_table(rows: Iterable[ExportedRow]) -> str:

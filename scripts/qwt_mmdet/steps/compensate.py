@@ -24,11 +24,11 @@ def compensate(
 ) -> None:
     """Fit the compensation of a quantized detector; writes ``output`` (.pth) and ``blocks`` (.csv).
 
-    A fit that was interrupted goes on after its last finished block; until the end these lie in
-    ``{output}.unfinished``.
+    An interrupted fit goes on after its last finished block. Finished blocks are kept in
+    ``{output}.unfinished`` until the fit ends.
 
     Args:
-        activation_cache: {device_gb, memory_gb}, limits beyond which activations wait elsewhere.
+        activation_cache: limits {device_gb, memory_gb} of cached activations.
     """
     import pandas as pd
 

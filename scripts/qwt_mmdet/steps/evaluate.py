@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_ground_truth(model: BaseDetector, annotations: Pathlike) -> None:
-    """Tell what is wrong with annotations, or does not fit the detector, before the work.
+    """Check annotations, and that they fit the detector, before hours of work.
 
     Raises:
         QwtError: the classes differ, or :func:`.coco.load_ground_truth` finds a fault.
@@ -45,17 +45,16 @@ def evaluate_detector(
     Args:
         model: from :func:`qwt_mmdet.load_detector`, quantized and compensated or not.
         annotations: COCO annotation file whose ``info.image_root`` is the image folder.
-        found: what it detects on the images, if they were run already.
+        found: the detections on the images, if they were run already.
 
     Returns:
         COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results. The
-        metrics also hold ``not_finite``, the number of detections with a NaN or an infinity, which
-        count as not made, and ``collapsed``: whether a quantized detector finds not one object
-        (box AP 0), which is a result.
+        metrics also hold ``not_finite``, the number of detections with a NaN or an infinity, which are
+        ignored; and ``collapsed``: whether a quantized detector finds not one object (box AP 0).
 
     Raises:
-        QwtError: the classes of model and annotations differ, the model is not in float32, or a detector
-            that is not quantized makes no detection or one that is not finite.
+        QwtError: the classes of model and annotations differ, the model is not in float32, or a detector in
+            full precision has no detections or some that are not finite.
     """
     classes = model.dataset_meta["classes"]
     check_ground_truth(model, annotations)
@@ -71,8 +70,8 @@ def evaluate_detector(
         )
     if not quantized and not found.records:
         raise QwtError(
-            "There is not a single detection of the full-precision model, although the images contain "
-            "objects; check the checkpoint, the classes and the preprocessing."
+            "The full-precision model makes no detection, although the images contain objects; check the "
+            "checkpoint, the classes and the preprocessing."
         )
     metrics = coco_metrics(annotations, found.records, masks=found.masks, classes=classes)
     metrics["collapsed"] = quantized and metrics["bbox"]["AP"] == 0
@@ -88,10 +87,10 @@ def evaluate_shard(
     warmup: Pathlike | None = None,
     compensation: Pathlike | None = None,
 ) -> None:
-    """Run a detector on a shard of the images and write what it detects, for :func:`evaluate`.
+    """Run a detector on a shard of the images and write its detections, for :func:`evaluate`.
 
     Args:
-        shard: its number from 1 on, and how many there are.
+        shard: its number, from 1, and the number of shards.
     """
     model = inputs.load(warmup=warmup, compensation=compensation)
     check_ground_truth(model, inputs.annotations)
@@ -108,7 +107,7 @@ def evaluate_shard(
 
 
 def gathered(shards: Sequence[Pathlike]) -> Predictions:
-    """What a detector detects on all images, from what :func:`evaluate_shard` wrote, in their order."""
+    """The detections on all images, from the files of :func:`evaluate_shard` in their order."""
     parts = [Predictions(**read_json(path, what="shard")) for path in shards]
     return Predictions(
         [record for part in parts for record in part.records],
@@ -132,8 +131,8 @@ def evaluate(
     Writes ``metrics`` and ``predictions``, both or neither.
 
     Args:
-        shards: what :func:`evaluate_shard` wrote, if the images were run in shards.
-        note: file that keeps the number of shards, and what it is kept for.
+        shards: files of :func:`evaluate_shard`, if the images were run in shards.
+        note: file that keeps the number of shards, and a hash of the settings that it is valid for.
     """
     write_evaluation(
         inputs,
@@ -161,7 +160,7 @@ def write_evaluation(
 
     Args:
         found: see :func:`evaluate_detector`.
-        settings: what decides the result besides the inputs, for its provenance.
+        settings: further settings that the result depends on, for its provenance.
     """
     result, records = evaluate_detector(
         model,

@@ -14,7 +14,7 @@ from ..staleness import file_note
 from .inputs import Inputs, Pathlike
 
 IMAGES = 16
-"""Calibration images from which the ranges of what only integer kernels quantize are estimated."""
+"""Calibration images for the ranges of convolution outputs that only integer kernels quantize."""
 
 
 def calibration_images(
@@ -42,10 +42,10 @@ def export(
     """Write a detector as ``output`` (.onnx) with its description beside it (.json).
 
     Args:
-        input_size: ``fixed`` or ``dynamic``; None: as the model's test pipeline asks for.
-        metrics: of an evaluation of the same detector, whose AP the description tells.
-        graphs: the note to write of the graphs beside ``output``, which no rule can name beforehand, so that
-            one that is gone is noticed; and what :func:`.staleness.changed_files` said before.
+        input_size: ``fixed`` or ``dynamic``; None: as of the model's test pipeline.
+        metrics: of an evaluation of the same detector, for the AP in the description.
+        graphs: ``note``: the file to write about further graphs beside ``output``, which no rule can name
+            beforehand, so that a missing one is noticed; ``seen``: the result of :func:`.staleness.changed_files`.
     """
     model = inputs.load(warmup=warmup, compensation=compensation)
     details: dict[str, Any] = {

@@ -28,10 +28,10 @@ def fetch_checkpoint(
 ) -> None:
     """Get a checkpoint from a path or an address, verify it, and write its weights alone.
 
-    ``output`` becomes ``{"state_dict": {name: tensor}, "meta": {"source", "sha256", "classes"}}``
-    of plain types, which ``torch.load(weights_only=True)`` reads; its bytes depend on the source
-    alone. ``sha256`` in it is that of the source file, ``classes`` the class names that an
-    OpenMMLab checkpoint or the metadata of a safetensors file carries, or None.
+    ``output`` holds ``{"state_dict": {name: tensor}, "meta": {"source", "sha256", "classes"}}`` of plain
+    types, which ``torch.load(weights_only=True)`` reads. Its bytes depend on the source alone. ``sha256`` is
+    that of the source file. ``classes`` are the class names in an OpenMMLab checkpoint or in the metadata of a
+    safetensors file, or None.
 
     Args:
         source: path or http(s) address of a file written by ``torch.save`` or by safetensors.
@@ -40,9 +40,9 @@ def fetch_checkpoint(
         most_bytes: largest size of a download.
 
     Raises:
-        QwtError: the source cannot be had, has another hash, is damaged, refers to anything that
-            reading weights does not need, or holds no weights or such that are not finite.
-            ``output`` is then not written.
+        QwtError: the source cannot be read or downloaded, has another hash, is damaged, refers to code that
+            reading weights does not need, or holds no weights or weights that are not finite. ``output`` is
+            then not written.
     """
     source = str(source)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -66,7 +66,7 @@ def fetch_checkpoint(
 
 @contextlib.contextmanager
 def _local_file(source: str, output: Path, sha256: str | None, most_bytes: int) -> Iterator[Path]:
-    """Yield a path with the content of ``source``; what had to be downloaded goes away after it."""
+    """Yield a path with the content of ``source``; a download is deleted afterwards."""
     if not is_url(source):
         path = Path(source).expanduser()
         if not path.is_file():
@@ -84,7 +84,7 @@ def _local_file(source: str, output: Path, sha256: str | None, most_bytes: int) 
         yield folder / name
     finally:
         (folder / name).unlink()
-        with contextlib.suppress(OSError):  # parts of another file may be in it
+        with contextlib.suppress(OSError):  # it may hold parts of another file
             folder.rmdir()
 
 

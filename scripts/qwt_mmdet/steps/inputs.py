@@ -1,4 +1,4 @@
-"""What a step works on: a detector, images and how to run it; and the provenance of what it makes."""
+"""The inputs of a step (a detector, images, how to run it), and the provenance of its results."""
 
 import os
 import platform
@@ -31,9 +31,9 @@ from ..staleness import file_note, recorded_files
 Pathlike = str | os.PathLike[str]
 
 LARGEST_READ_AHEAD = 10**8
-"""Bytes of an annotation file that a step reads which could do without; five times COCO's val2017."""
+"""Most bytes of an annotation file that is read only for an early check; five times COCO's val2017."""
 _VARIABLE = re.compile(r"\{\{['\"]?\s*(\$\w+)")
-"""How an MMDetection config names an environment variable: ``{{$NAME:default}}``."""
+"""An environment variable in an MMDetection config: ``{{$NAME:default}}``."""
 
 
 def load_quantized(
@@ -45,7 +45,7 @@ def load_quantized(
     device: str = "cpu",
     config_options: Mapping[str, Any] | None = None,
 ) -> BaseDetector:
-    """Load a detector, quantize it with a warmup file and compensate it, as far as files are given.
+    """Load a detector; with a warmup file quantize it, with a compensation file compensate it.
 
     Raises:
         QwtError: a file cannot be read, or does not belong to the others.
@@ -59,12 +59,9 @@ def load_quantized(
 
 
 def _evaluated_on(config: Mapping[str, Any], model: str) -> str | None:
-    """The annotation file from which the images are chosen that a model is evaluated on.
+    """The annotation file from which a model's evaluation images are chosen; None if missing or very large.
 
-    Snakemake knows nothing of it: it decides no result, and another choice of images shall calibrate nothing again.
-
-    Returns:
-        None where the file is not there yet, or is very large.
+    It is no input of the rule: calibration does not depend on it, and must not run again if it changes.
     """
     dataset = config["models"][model]["dataset"]
     source = open_source(config["datasets"][dataset], f"results/datasets/{dataset}")
@@ -79,10 +76,10 @@ class Inputs:
 
     Args:
         annotations: COCO annotation file of the images.
-        evaluated_on: the annotation file from which the images of the evaluation are chosen, if it is there already.
-        job: that does the step; it knows the device.
-        batch_size: images that are run at a time.
-        workers: processes that read images.
+        evaluated_on: the annotation file from which the evaluation images are chosen, for an early check.
+        job: the job that runs the step; it has the device.
+        batch_size: number of images that run at a time.
+        workers: number of processes that read images.
     """
 
     config: str
@@ -100,7 +97,7 @@ class Inputs:
         """The inputs of a script's rule.
 
         Args:
-            section: of the config that has batch_size and workers: ``calibration`` or ``evaluation``.
+            section: of the config, for batch_size and workers: ``calibration`` or ``evaluation``.
         """
         loading = snakemake.config[section]
         return cls(
@@ -120,7 +117,7 @@ class Inputs:
     def load(
         self, *, warmup: Pathlike | None = None, compensation: Pathlike | None = None
     ) -> BaseDetector:
-        """Return the detector; see :func:`load_quantized`. What decides it is noted in ``job.files``."""
+        """Return the detector (see :func:`load_quantized`); add the files that it depends on to ``job.files``."""
         ours = [path for path in (self.checkpoint, warmup, compensation) if path is not None]
         with recorded_files(self.job.files, without=ours):
             model: Any = load_quantized(
@@ -136,7 +133,7 @@ class Inputs:
         return model
 
     def check_evaluation(self, model: BaseDetector) -> None:
-        """Check that the detector can be evaluated later, before hours go into what is evaluated.
+        """Check that the detector can be evaluated later, before hours of work.
 
         Raises:
             QwtError: it cannot; see :func:`.classes.check_annotations`.
@@ -145,19 +142,19 @@ class Inputs:
             check_annotations(model, read_annotations(self.evaluated_on))
 
     def loader(self, model: BaseDetector) -> DataLoader:
-        """Return what reads the images in batches, as the model wants them."""
+        """Return a loader of the images in batches, with the model's test pipeline."""
         with recorded_files(self.job.files, without=[self.annotations]):
             return make_loader(
                 model.cfg, self.annotations, batch_size=self.batch_size, workers=self.workers
             )
 
     def provenance(self, **settings: Any) -> dict[str, Any]:
-        """Where a result comes from: settings, seed, versions, hashes, device and number of images.
+        """Provenance of a result: settings, seed, versions, hashes, device and number of images.
 
-        It is the same for equal inputs on one machine; ``Job.account`` has what is not.
+        It is the same for equal inputs on one machine; ``Job.account`` has values that vary.
 
         Args:
-            settings: what decides the result besides the detector's config.
+            settings: that the result depends on, besides the detector's config.
         """
         cuda = self.job.device.startswith("cuda")
         options = dict(self.config_options)

@@ -27,12 +27,12 @@ def prepare_dataset(
     Args:
         settings: the config's entry (``config.datasets``).
         part: ``calibration`` or ``evaluation``.
-        folder: where generated and downloaded files go.
-        output: the source.
+        folder: for generated and downloaded files.
+        output: the file to write.
         most_bytes: largest size of a download, and of an annotation file in it.
 
     Raises:
-        QwtError: a file or folder is missing, cannot be had, or is not COCO's instances format.
+        QwtError: a file or folder is missing, cannot be downloaded, or is not in COCO's instances format.
     """
     source = open_source(settings, folder)
     source.prepare(part, most_bytes)

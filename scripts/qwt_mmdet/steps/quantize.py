@@ -25,11 +25,11 @@ def quantize(
     supplied: Pathlike | None = None,
     activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
-    """Quantize and calibrate a detector and write its warmup state.
+    """Quantize and calibrate a detector and write its warmup file.
 
     Args:
-        supplied: an existing warmup file to check and take instead of calibrating.
-        activation_cache: {device_gb, memory_gb}, limits beyond which activations of a refit wait elsewhere.
+        supplied: an existing warmup file to check and copy instead of calibrating.
+        activation_cache: limits {device_gb, memory_gb} of the activations that a refit caches.
     """
     resolved = QuantizationSettings.from_mapping(settings)
     model = inputs.load()
@@ -47,6 +47,6 @@ def quantize(
 
 
 def read_recipe(path: Pathlike) -> dict[str, Any]:
-    """The settings in a file that the step choose_recipe wrote."""
+    """The settings in a recipe, which the step choose_recipe wrote."""
     (settings,) = yaml.safe_load(Path(path).read_text(encoding="utf-8")).values()
     return settings

@@ -347,8 +347,7 @@ def choose(
         search: fields of :class:`..config.Search`.
         settings: of the plain quantization whose bits are replaced.
         candidates: the file that :func:`measure` wrote.
-        activation_cache: limits {device_gb, memory_gb} of the activations that a refit keeps on the device and
-            in memory.
+        activation_cache: limits {device_gb, memory_gb} of the activations that a refit caches.
     """
     chooser = Chooser(
         name,

@@ -34,39 +34,36 @@ def select_images(
 ) -> None:
     """Choose the images of one part, fetch them if remote, and check every one.
 
-    Writes a COCO annotation file of exactly the chosen images, in order of their ids, with the
-    choice recorded under ``info``: ``image_root`` (``file_name`` is relative to it), ``dataset``,
-    ``part``, ``split``, ``seed``, ``images`` (their number), ``source`` and ``source_sha256`` (the
-    annotation file they are from), ``missing_classes``, ``exif`` (whether loaders turn images as
-    their EXIF orientation says) and ``exif_rotated`` (how many have one).
+    Writes a COCO annotation file of the chosen images, in order of their ids. Its ``info`` records the choice:
+    ``image_root`` (``file_name`` is relative to it), ``dataset``, ``part``, ``split``, ``seed``, ``images``
+    (their number), ``source`` and ``source_sha256`` (of the original annotation file), ``missing_classes``,
+    ``exif`` (whether loaders apply EXIF orientations) and ``exif_rotated`` (number of images with one).
 
-    A number of images means a random choice of that many by ``seed``; a larger number contains the
-    images of a smaller one. If both parts are of the same annotation file they are drawn from two
-    ends of one shuffled list, so neither choice depends on the other's number. Whichever part is
-    chosen last finds out whether they share an image.
+    A number of images is drawn at random by ``seed``; a larger number contains the images of a smaller one. If
+    both parts are of one annotation file, they are drawn from the two ends of one shuffled list, so neither
+    choice depends on the other's number. The part that is chosen last checks that they share no image.
 
     Args:
-        settings: as for :func:`.prepare.prepare_dataset`; those of the other part tell whether both
-            parts would share an image.
+        settings: as for :func:`.prepare.prepare_dataset`.
         part: ``calibration`` or ``evaluation``.
         name: name of the dataset in the config, for messages.
-        source: what :func:`.prepare.prepare_dataset` wrote for the part.
+        source: the file that :func:`.prepare.prepare_dataset` wrote for the part.
         folder: where generated and downloaded files are.
         annotations: the annotation file to write.
-        files: the file to write that tells which image files were chosen, and how they are (see
+        files: the file to write about the chosen image files and their state (see
             :func:`.staleness.file_note`).
         seen: the change of these files that made this choice necessary.
-        most_bytes: largest size of a download, should the annotation file be gone.
-        workers: images to download or to check at a time.
+        most_bytes: largest size of a download, if the annotation file is missing.
+        workers: number of images to download or to check at a time.
 
     Raises:
-        QwtError: no or too few images, the same image in both parts, an image that is missing,
-            outside of the root, not readable by MMDetection's loader or of another size than its
-            annotation says, or an evaluation without any object.
+        QwtError: there are no or too few images; both parts share an image; an image is missing, outside of the
+            root, not readable by MMDetection's loader or has another size than in its annotation; or the
+            evaluation images have no object.
     """
     noted = read_json(source, what="dataset source")
     origin = open_source(settings, folder)
-    origin.prepare(part, most_bytes)  # generated and downloaded files that went away come back
+    origin.prepare(part, most_bytes)  # makes missing generated and downloaded files again
     place = origin.place(part)
     path = place.annotations
     if not os.path.isfile(path) or sha256_file(path) != noted["sha256"]:
@@ -112,7 +109,7 @@ def _report_orientations(
     name: str,
     part: Part,
 ) -> int:
-    """Say which images carry an EXIF rotation; return their number."""
+    """Log the images with an EXIF rotation; return their number."""
     turned = [
         (image, orientation)
         for image, orientation in zip(images, orientations, strict=True)
