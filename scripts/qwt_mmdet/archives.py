@@ -1,6 +1,6 @@
-"""Reading and writing our .pth files, and the summary in JSON that lies beside each of them.
+"""Reading and writing our .pth files (archives), and the JSON summary beside each of them.
 
-Tables and report need the summaries alone, and so neither torch nor mmdet.
+Tables and report read only the summaries, without torch and mmdet.
 """
 
 import os
@@ -15,11 +15,11 @@ WARMUP_FORMAT = "qwt-mmdet warmup 2"
 COMPENSATION_FORMAT = "qwt-mmdet compensation 4"
 
 OURS = "qwt-mmdet "
-"""How the format of each file of ours begins."""
+"""Start of the format name of all our files."""
 REMEDY = "if the workflow made it, under results/, delete it there and run again; else get it again"
 
 SUMMARY_KEYS = ("format", "fingerprint", "settings", "summary", "provenance")
-"""What of an archive is plain values, for people and for reports."""
+"""Keys of an archive with plain values, which the summary holds."""
 
 
 def load_archive(
@@ -28,10 +28,10 @@ def load_archive(
     """Read one of our .pth files without running any code that it may hold.
 
     Args:
-        keys: what it has to hold.
+        keys: that it must have.
 
     Raises:
-        QwtError: missing, truncated, another sort of file, of another format version, or without a key.
+        QwtError: it is missing, truncated, of another type or format version, or lacks a key.
     """
     content = load_any_archive(path, {expected_format: what})
     if missing := [key for key in keys if key not in content]:
@@ -40,13 +40,13 @@ def load_archive(
 
 
 def load_any_archive(path: str | os.PathLike[str], expected: Mapping[str, str]) -> dict[str, Any]:
-    """Read one of our .pth files as :func:`load_archive` does, of any of several formats.
+    """Read one of our .pth files of any of several formats; see :func:`load_archive`.
 
     Args:
-        expected: what a file of each format is called in messages.
+        expected: name of a file in messages, by format.
 
     Raises:
-        QwtError: missing, truncated, another sort of file, or of another format version.
+        QwtError: it is missing, truncated, or of another type or format version.
     """
     import torch  # takes seconds; summaries are read without it
 
@@ -67,8 +67,7 @@ def load_any_archive(path: str | os.PathLike[str], expected: Mapping[str, str]) 
 def save_archive(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write tensors and plain values as a .pth, whole or not at all.
 
-    The file is read back before it gets its name: what is not a tensor or a plain value raises here,
-    not at the next user.
+    The file is read back before it gets its name, so that other values raise here and not when it is loaded.
     """
     import torch
 
@@ -80,12 +79,12 @@ def save_archive(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def summary_path(path: str | os.PathLike[str]) -> Path:
-    """Where the summary of an archive lies: beside it, with the ending .json."""
+    """Path of an archive's summary: beside it, with the suffix .json."""
     return Path(path).with_suffix(".json")
 
 
 def save_with_summary(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write an archive, and what of it is plain values to a JSON file beside it."""
+    """Write an archive, and its summary beside it."""
     save_archive(content, path)
     _write_summary(content, path)
 
@@ -94,7 +93,7 @@ def read_summary(path: str | os.PathLike[str], expected_format: str, what: str) 
     """Read the summary of the archive ``path``, without the archive.
 
     Raises:
-        QwtError: it is missing, not JSON, another sort of file, or of another format version.
+        QwtError: it is missing, not JSON, or of another type or format version.
     """
     content = read_json(summary_path(path), what=f"summary of the {what} file")
     _check_format(content, summary_path(path), [expected_format], what)
@@ -129,9 +128,9 @@ def _write_summary(content: dict[str, Any], path: str | os.PathLike[str]) -> Non
 
 
 def add_account(path: str | os.PathLike[str], account: Mapping[str, Any]) -> None:
-    """Add what it took to make an archive to the provenance in its summary.
+    """Add time, memory and machine of the job that made an archive to the provenance in its summary.
 
-    The archive holds nothing of it: equal work gives equal archives.
+    The archive does not hold them, so that equal inputs give equal archives.
     """
     content = read_json(summary_path(path), what="summary")
     content["provenance"] |= account

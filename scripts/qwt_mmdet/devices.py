@@ -1,6 +1,6 @@
-"""Where a step computes, and what of torch's state decides its result.
+"""The device of a step, and torch settings that its result depends on.
 
-Imports torch only where it is needed: steps without a detector do without it.
+Imports torch only in functions, for steps without a detector.
 """
 
 import functools
@@ -24,17 +24,17 @@ from .errors import QwtError
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Between two looks at cards that are all held."""
+"""Time between two attempts to lock a GPU."""
 
 _HELD: list[FileLock] = []
-"""Locks of the cards that this process computes on. The system opens them when the process ends."""
+"""Locks of the GPUs that this process uses. The system releases them when the process ends."""
 
 
 @functools.cache
 def count_gpus() -> int:
-    """How many NVIDIA GPUs a process here may use, found out without torch."""
+    """Number of NVIDIA GPUs that a process may use, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:  # as CUDA reads it: up to the first that is none
+    if visible is not None:  # CUDA ignores all after the first invalid entry
         names = map(str.strip, visible.split(","))
         return len(list(itertools.takewhile(lambda name: name and name[0] != "-", names)))
     if shutil.which("nvidia-smi") is not None:
@@ -46,7 +46,7 @@ def count_gpus() -> int:
 
 
 def gpu_fault() -> str | None:
-    """Say why no detector can run on a GPU here, or return None where one can."""
+    """Why no detector can run on a GPU here; None where one can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -66,14 +66,14 @@ def gpu_fault() -> str | None:
 
 
 def take_card(cards: Sequence[str], wanted: int | None = None) -> int:
-    """Return the index of a card that no other job of this user computes on here; wait for one.
+    """Lock a GPU that no other job of this user holds on this machine; wait for one. Return its index.
 
-    The card is this process's own until it ends, however it ends. A lock names a card, not its place in
-    CUDA_VISIBLE_DEVICES, so jobs that see different cards do not wait for each other.
+    The lock is held until the process ends. It is on the GPU's UUID, not on its index in CUDA_VISIBLE_DEVICES, so
+    jobs that see different GPUs do not wait for each other.
 
     Args:
-        cards: what tells each card from all others of the world (a UUID).
-        wanted: index of the only card to take; None for any.
+        cards: UUIDs of the GPUs.
+        wanted: index of the only GPU to take; None for any.
     """
     folder = Path(tempfile.gettempdir()) / f"qwt-mmdet-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -95,16 +95,16 @@ def take_card(cards: Sequence[str], wanted: int | None = None) -> int:
 
 
 def choose_device(gpu: int, wanted: str = "auto") -> str:
-    """Return the device to compute on, ``"cuda:1"`` or ``"cpu"``; log which.
+    """Return the device to compute on, ``"cuda:1"`` or ``"cpu"``, and log it.
 
-    A GPU is taken by :func:`take_card` and becomes torch's current one.
+    A GPU is locked by :func:`take_card` and set as torch's current device.
 
     Args:
-        gpu: GPUs that Snakemake granted to the job (``resources.gpu``).
-        wanted: ``device`` of the configuration: auto, cpu, cuda or a card (``cuda:1``).
+        gpu: number of GPUs that Snakemake granted to the job (``resources.gpu``).
+        wanted: ``device`` of the configuration: auto, cpu, cuda or a GPU (``cuda:1``).
 
     Raises:
-        QwtError: a GPU is wanted that is not there, or on which detectors do not run.
+        QwtError: the wanted GPU does not exist, or detectors do not run on it.
     """
     if gpu <= 0 or wanted == "cpu":
         logger.info("Device: CPU (no GPU was found, or --resources gpu=0, or device: cpu)")
@@ -136,7 +136,7 @@ def choose_device(gpu: int, wanted: str = "auto") -> str:
 
 
 def peak_gigabytes() -> float:
-    """Most memory that this process has had at a time, in 10^9 bytes."""
+    """Peak memory of this process in 10^9 bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -152,7 +152,7 @@ def seed_everything(seed: int) -> None:
 
 
 def use_full_precision() -> None:
-    """Let float32 be float32 on every GPU: no TF32, whose 10 bits convolutions have by default."""
+    """Disable TF32, which GPUs use for float32 convolutions by default; its mantissa has 10 bits."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -161,7 +161,7 @@ def use_full_precision() -> None:
 
 def set_up_torch(threads: int, seed: int) -> None:
     """Seed torch, use the granted threads, and prefer precise and deterministic algorithms."""
-    # cuBLAS reads this when its first handle is made
+    # set before the first cuBLAS handle, which reads it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
     import torch.utils.deterministic
@@ -170,7 +170,7 @@ def set_up_torch(threads: int, seed: int) -> None:
     torch.manual_seed(seed)
     use_full_precision()
     torch.backends.cudnn.benchmark = False
-    # a few CUDA operations have no deterministic form; they warn into the log
+    # a few CUDA operations have no deterministic implementation; they log a warning
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # finds reads of uninitialized memory at the price of writing all memory twice
+    # would write all memory twice, to detect reads of uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ MAX_QUOTED = 160
 
 
 def printable(text: str) -> str:
-    """Text with escapes in the place of characters that control a terminal; lines stay."""
+    """Text with escapes in place of characters that control a terminal, except line breaks and tabs."""
     return "".join(
         c if c.isprintable() or c in "\n\t\u00a0" else c.encode("unicode_escape").decode("ascii")
         for c in text
@@ -27,10 +27,9 @@ def quoted(text: Any) -> str:
 
 
 class QwtError(Exception):
-    """Something the user can mend: the message names the thing and says what to do.
+    """An error that the user can fix: the message names the cause and the remedy.
 
-    Everything else that is raised in this package is a bug of ours. What a message quotes cannot control
-    a terminal.
+    Any other exception of this package is a bug of ours. Control characters in messages are escaped.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -38,16 +37,16 @@ class QwtError(Exception):
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:
-    """Return ``"; did you mean …?"`` for a near miss of a known word, else nothing."""
+    """Return ``"; did you mean …?"`` if a known word is similar, else an empty text."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def registered(key: str, name: str, table: Mapping[str, T]) -> T:
-    """Return what a table of algorithms holds under a name.
+    """Return the algorithm with a name from a registry.
 
     Raises:
-        QwtError: it holds nothing under it.
+        QwtError: it is not registered.
     """
     if name not in table:
         known = sorted(table)
@@ -59,7 +58,7 @@ def registered(key: str, name: str, table: Mapping[str, T]) -> T:
 
 
 def check_installed(package: str) -> None:
-    """Check that a package is there.
+    """Check that a package is installed.
 
     Raises:
         QwtError: it is not.
@@ -74,7 +73,7 @@ LONGEST_REASON = 300
 
 
 def reason(error: BaseException) -> str:
-    """Type and first line of another library's error, short enough to stand in a sentence."""
+    """Type and first line of another library's error, shortened to be part of a sentence."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{type(error).__name__}: {' '.join(lines[0].split())}".rstrip(".: ")
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"

@@ -1,9 +1,9 @@
-"""How long a run would take on this machine and how much memory: from a pilot, which is the workflow itself.
+"""Estimate of a run's time and memory on this machine, from a pilot run of the workflow.
 
-A run's time and memory depend on the architecture, the size of its input and the machine, and hardly on
-what the weights are or what the pictures show (more objects cost a mask head more). So the workflow runs
-each model once with random weights on a few generated images, and once on some more: Snakemake's benchmarks
-give the cost of a start and of an image. The plan says how many jobs and images there are.
+Time and memory depend on the architecture, the input size and the machine. They hardly depend on weights and
+images (more objects cost a mask head more). So the pilot runs each model with random weights, once on a few
+generated images and once on some more. Snakemake's benchmarks of both runs give the cost of a start and of an
+image. The plan gives the number of jobs and images.
 """
 
 import csv
@@ -44,24 +44,24 @@ from .staleness import share_with_scripts
 from .steps.export import IMAGES as EXPORT_IMAGES
 
 FEW = 2
-"""Images of the first run of a pilot. A start that takes a second more or less, divided by the number of images
-that the second run has in addition, is the error of what an image costs. Hence more of them where they are quick:"""
+"""Images of the first run of a pilot."""
 LEAST, MOST, SECONDS = 6, 100, 10.0
-"""As many as the detector takes ten seconds for on the CPU, but from six to a hundred; a hundred on a GPU."""
+"""Additional images of the second run: as many as take 10 s on the CPU, from 6 to 100; 100 on a GPU. The times of
+the two starts differ by about a second; many images make this error of the cost of an image small."""
 SIZE = (480, 640)
-"""Height and width of the generated images, those of most images of COCO; of `shapes` they have their own."""
+"""Height and width of the generated images, as of most images of COCO; for `shapes`, the size of its images."""
 DETECTIONS = 10
-"""On a generated image, at least; an evaluation refuses a detector that finds nothing."""
+"""Fewest detections on a generated image; an evaluation refuses a detector without detections."""
 
 
 def image_counts(config: Mapping[str, Any], part: Part, more: int) -> tuple[int, int]:
-    """Numbers of images of both runs, of which the second has ``more`` at least; whole batches in an evaluation."""
+    """Numbers of images of both runs; the second has at least ``more`` in addition. Evaluations have whole batches."""
     batch = config["evaluation"]["batch_size"] if part == "evaluation" else 1
     return max(FEW, batch), max(FEW, batch) + max(more, batch)
 
 
 def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
-    """Keys of a detector's config below which no detection counts."""
+    """Keys of score thresholds in a detector's config."""
     for key, value in settings.items() if isinstance(settings, Mapping) else ():
         if key == "score_thr":
             yield f"{place}.{key}"
@@ -92,7 +92,7 @@ def write_images(
 
 
 class Inputs(NamedTuple):
-    """Folder with checkpoint.pth and images, changes to a model's config, and numbers of images of both runs."""
+    """Inputs of a model's pilot: folder with checkpoint.pth and images, config options, image counts of both runs."""
 
     folder: Path
     options: Mapping[str, Any]
@@ -136,8 +136,8 @@ def write_inputs(config: Mapping[str, Any], name: str, folder: Path, *, gpu: boo
 def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str, Any]:
     """The config of one run of a pilot: 0 with few images, 1 with many.
 
-    Each model has the first of its quantizations and compensations, or what is exported first. Of a question
-    the settings are taken that all but the bits have.
+    Each model has its first quantization and compensation, or those that are exported first. In place of a
+    search, its plain settings are used.
     """
     config, targets, exports = plan.config, [], []
     content: dict[str, Any] = {"datasets": {}, "models": {}, "quantization": {}}
@@ -170,7 +170,7 @@ def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str
     compensations = {
         name: entry | ({"holdout_fraction": 0.5} if entry["holdout_fraction"] else {})
         for name, entry in config["compensation"].items()
-    }  # few images must allow a split
+    }  # so that few images can be split
     return {
         **{key: value for key, value in config.items() if key not in ("repeats", "skip")},
         **content,
@@ -182,10 +182,10 @@ def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str
 
 
 def run_pilot(pilot: Plan, folder: Path, *, threads: int, gpu: bool) -> None:
-    """Run the workflow in a folder, one job at a time, as far as detectors run in it.
+    """Run the workflow's detector jobs in a folder, one at a time.
 
     Raises:
-        QwtError: a step failed; says what it said.
+        QwtError: a step failed; includes its message.
     """
     folder.mkdir()
     write_json(folder / "config.yaml", pilot.config)  # JSON is YAML
@@ -211,7 +211,7 @@ def run_pilot(pilot: Plan, folder: Path, *, threads: int, gpu: bool) -> None:
 
 
 def job_cost(job: Job, folder: Path) -> Cost:
-    """What a job of a run took, for all its images."""
+    """Time and memory of a job of a run, for all its images."""
     with open(folder / "benchmarks" / job.step / f"{job.name}.tsv", encoding="utf-8") as stream:
         (row,) = csv.DictReader(stream, delimiter="\t")
     known = read_json(folder / job.account)["provenance"] if job.account else {}
@@ -232,10 +232,10 @@ def line(few: Sequence[Cost], many: Sequence[Cost], counts: tuple[int, int]) -> 
 
 
 def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cost]:
-    """Run the pilot of a plan; return what each step of each model costs.
+    """Run the pilot of a plan; return the cost of each step, by model and step.
 
     Args:
-        threads: of each job. gpu: whether detectors run on one.
+        threads: of each job. gpu: whether detectors run on a GPU.
 
     Raises:
         QwtError: see :func:`write_inputs` and :func:`run_pilot`.
@@ -265,14 +265,14 @@ def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cos
 
 
 def costliest_search(plan: Plan, model: str) -> Search | None:
-    """Of the questions of a model the one with the most candidates."""
+    """The search of a model with the most numbers of bits to measure; None without a search."""
     names = [row.quantization for row in plan.combinations if row.model == model]
     entries = [plan.config["quantization"][name] for name in names if plan.is_search(name)]
     return max((Search(**entry) for entry in entries), key=rankings, default=None)
 
 
 def rankings(search: Search) -> int:
-    """How often a search quantizes each layer alone."""
+    """Number of times that a search quantizes each layer alone."""
     return len({*search.candidates}) + len(search.activation_candidates()) - 1
 
 
@@ -281,12 +281,12 @@ def search_costs(
 ) -> dict[tuple[str, str], Cost]:
     """Costs of the two steps of a search, from those of the steps that it repeats.
 
-    They do not grow with the images alone, and to try them would take longer than all other steps. Each ranking
-    calibrates the detector, and runs it once for each layer and once exact; each round calibrates a recipe on a
-    half of the images and scores it on the others.
+    The search is not part of the pilot: it would take longer than all other steps. Each ranking calibrates the
+    detector, and runs it once in full precision and once per layer. Each round calibrates a recipe on half of
+    the images and scores it on the others.
 
     Args:
-        layers: number of those that are quantized.
+        layers: number of quantized layers.
     """
     steps = ("evaluate_baseline", "quantize_model", "evaluate_quantized")
     full, calibration, quantized = (costs[model, step] for step in steps)
@@ -307,16 +307,16 @@ def search_costs(
 
 
 def images_of(dataset: Mapping[str, Any], part: Part) -> int:
-    """How many images the ``calibration`` or ``evaluation`` part of a resolved data set has.
+    """Number of images of the ``calibration`` or ``evaluation`` part of a resolved data set.
 
     Raises:
-        QwtError: it is all images of an annotation file that cannot be read here.
+        QwtError: it is all images of an annotation file that is not available.
     """
     count = number_of_images(dataset, part)
     if count is None:
         raise QwtError(
             f"The number of images of the split {dataset[part]['split']} is not known before its annotations "
-            "are fetched; give a number in the place of all."
+            "are fetched; give a number in place of all."
         )
     return count
 

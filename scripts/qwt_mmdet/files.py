@@ -36,7 +36,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         mask = os.umask(0)
         os.umask(mask)
-        partial.chmod(0o666 & ~mask)  # mkstemp makes the file private; results are ordinary files
+        partial.chmod(0o666 & ~mask)  # mkstemp makes the file private
         partial.replace(target)
     except Exception as error:
         # torch fails a second time, at the end of a file that it could not write.
@@ -52,7 +52,7 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
     """Write ``value`` as JSON, whole or not at all.
 
     Raises:
-        ValueError: ``value`` holds a NaN or an infinity, which JSON has no name for.
+        ValueError: ``value`` holds a NaN or an infinity, which JSON cannot represent.
     """
     with write_atomically(path) as partial:
         text = json.dumps(value, indent=indent, allow_nan=False)
@@ -76,7 +76,7 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
         raise QwtError(f"The {what} {path} cannot be read: {error}.") from error
 
 
-MADE_BY_US = "delete it and run again, and the workflow makes it anew"
+MADE_BY_US = "delete it and run again, so that the workflow makes it again"
 
 
 def read_json(path: str | os.PathLike[str], *, what: str = "file", remedy: str = MADE_BY_US) -> Any:
@@ -84,7 +84,7 @@ def read_json(path: str | os.PathLike[str], *, what: str = "file", remedy: str =
 
     Args:
         what: the role of the file, for messages.
-        remedy: what to do about a file that is no JSON, for messages.
+        remedy: for messages about a file that is not JSON.
 
     Raises:
         QwtError: the file is missing, unreadable or not JSON, or an object has a key twice.

@@ -1,4 +1,4 @@
-"""Imports that need help: packages not built for each other, and what mmdet loads and never calls."""
+"""Special imports: packages that are not built for each other, and modules that mmdet imports but does not need."""
 
 import contextlib
 import importlib
@@ -19,8 +19,8 @@ TRAINERS: Mapping[str, tuple[str, str]] = {
     ),
     "mmengine.optim.optimizer.zero_optimizer": ("OPTIMIZERS", "ZeroRedundancyOptimizer"),
 }
-"""Modules of mmengine that train on many GPUs, with the registry and the name of what they hold. They
-import torch.distributed.fsdp and .optim, and so sympy."""
+"""Modules of mmengine for training on many GPUs, with the registry and the name of their class. They import
+torch.distributed.fsdp and .optim, and so sympy."""
 
 DEFERRED: Mapping[str, Sequence[str]] = {
     **{module: [name] for module, (_, name) in TRAINERS.items()},
@@ -30,8 +30,8 @@ DEFERRED: Mapping[str, Sequence[str]] = {
     "scipy.sparse": ["csr_matrix"],  # of the metric of CrowdHuman, as the next one
     "scipy.sparse.csgraph": ["maximum_bipartite_matching"],
 }
-"""Modules that mmdet brings along and no detector uses on images, with what is imported from them by
-name. They took a quarter of the time in which a step starts."""
+"""Modules that mmdet imports and no detector needs for images, with the functions that are imported from them by
+name. They took a quarter of the start time of a step."""
 
 
 def _deferred(module: str, function: str) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ def _submodules(module: ModuleType) -> dict[str, ModuleType]:
 
 
 def _real(stand_in: ModuleType) -> ModuleType:
-    """Import the module that was stood in for; submodules that are there already are its own then."""
+    """Import the module that a stand-in replaces, with the submodules that the stand-in has already."""
     if sys.modules.get(stand_in.__name__) is stand_in:
         del sys.modules[stand_in.__name__]
     real = importlib.import_module(stand_in.__name__)
@@ -56,10 +56,10 @@ def _real(stand_in: ModuleType) -> ModuleType:
 
 
 def _stand_in(name: str, functions: Sequence[str]) -> ModuleType:
-    """A module with these functions, which import the real one when they are called.
+    """A stand-in for a module with these functions, which import the real module when they are called.
 
-    Its submodules can be imported. Any other attribute imports the real module at once, but for
-    ``__file__`` and its like, which ``inspect`` asks all modules for.
+    Its submodules can be imported. Access to any other attribute imports the real module, except for ``__file__``
+    and similar ones, which ``inspect`` reads of all modules.
     """
     module = ModuleType(name)
 
@@ -80,12 +80,12 @@ def _stand_in(name: str, functions: Sequence[str]) -> ModuleType:
 
 @contextlib.contextmanager
 def deferred(modules: Mapping[str, Sequence[str]]) -> Iterator[None]:
-    """Import modules only when one of their functions is called, where they are imported in this context.
+    """Inside: imports of these modules are deferred until one of their functions is called.
 
-    After it, an import finds the real modules, as it did before; those that were there already stay.
+    Afterwards imports find the real modules again. Modules that were imported before are not deferred.
 
     Args:
-        modules: names of functions that are imported from each module by name.
+        modules: names of the functions that are imported from each module by name.
     """
     stand_ins = {
         name: _stand_in(name, functions)
@@ -105,10 +105,10 @@ def deferred(modules: Mapping[str, Sequence[str]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def importable_torchvision() -> Iterator[None]:
-    """Let ``import torchvision`` pass beside a CPU torch; timm and mmengine's Runner import it.
+    """Inside: ``import torchvision`` works with a CPU torch; timm and mmengine's Runner import it.
 
-    PyPI's torchvision is built for CUDA: beside a CPU torch its operators are missing, and its
-    import describes them all the same. Inside of this context they are declared; nothing calls them.
+    PyPI's torchvision is built for CUDA. With a CPU torch its operators are missing, but its import refers to
+    them. So they are declared inside of this context; nothing calls them.
     """
     library = torch.library.Library("torchvision", "FRAGMENT")
     try:
@@ -127,17 +127,17 @@ if importlib.util.find_spec("mmpretrain") is not None:
 
 
 def import_mmdet() -> None:
-    """Import mmdet, ahead of whoever would import it with all that it brings along.
+    """Import mmdet without the modules that it does not need, before any other import of it.
 
-    What is deferred works when it is needed; only ``isinstance`` with a class that was deferred does not,
-    where mmengine or mmdet had imported it by name.
+    Deferred functions work when they are called. Only ``isinstance`` with a deferred class does not work in code
+    of mmengine or mmdet that has imported it by name.
     """
     if "mmdet.models" in sys.modules:
         return
     with deferred(DEFERRED):
         importlib.import_module("mmdet.models")
     for module, (registry, _) in TRAINERS.items():
-        # where the registry looks for what it does not know yet
+        # the registry imports its locations when it does not know a name
         known = getattr(importlib.import_module("mmengine.registry"), registry)
         known._locations.append(module)
         known._imported = False

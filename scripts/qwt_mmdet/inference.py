@@ -32,7 +32,7 @@ def run_on_images(
 
     Args:
         model: from ``load_detector``, quantized and compensated or not.
-        score: least score of a detection that is drawn; the results hold all.
+        score: least score of drawn detections; the results hold all.
 
     Returns:
         The number of detections.

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress: a bar on a terminal, otherwise a log line every few seconds."""
 
 import logging
 import sys
@@ -17,14 +17,14 @@ LOG_EVERY_SECONDS = 15.0
 def progress(
     items: Iterable[T], description: str, *, total: int | None = None, unit: str = "image"
 ) -> Iterator[T]:
-    """Yield ``items`` and show how many are done, the rate and the time left.
+    """Yield ``items`` and show the number of finished ones, the rate and the time left.
 
     On a terminal this is a bar on standard error; otherwise a log line every
     ``LOG_EVERY_SECONDS`` seconds and one at the end.
 
     Args:
         total: number of items, where ``items`` has no length of its own.
-        unit: what one item is called.
+        unit: name of an item.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)

@@ -1,7 +1,6 @@
-"""What a job asks a cluster for: minutes and megabytes, from what ``qwt-mmdet estimate`` measured; and into
-how many jobs an evaluation is split.
+"""Time and memory that a job requests of a cluster, from the measurements of ``qwt-mmdet estimate``.
 
-Light on purpose (no torch, no mmdet): Snakemake asks whenever it reads the workflow.
+It imports neither torch nor mmdet, since Snakemake imports it whenever it reads the workflow.
 """
 
 import dataclasses
@@ -18,29 +17,29 @@ from .files import read_json, write_json
 from .runtime import hardware
 
 ESTIMATE = "results/estimate.json"
-"""Where the workflow looks for costs; ``qwt-mmdet estimate --save`` writes them."""
+"""File of measured costs that the workflow reads; ``qwt-mmdet estimate --save`` writes it."""
 
 TIME_MARGIN = 2.0
 """A node may be half as fast as the machine that was measured."""
 MEMORY_MARGIN = 1.25
 
 UNMEASURED_MB = 3000
-"""For a step whose cost is not known: twice what any detector of docs/hardware.md takes on a CPU."""
+"""Memory for a step without measured cost: twice that of any detector in docs/hardware.md on a CPU."""
 
 SHARD_IMAGES = 250
-"""Images of a shard at least: with fewer, the start of a job would be too much of its time."""
+"""Fewest images of a shard; with fewer, the start would take too much of a job's time."""
 JOBS = "QWT_MMDET_JOBS"
-"""Environment variable with the number of jobs that run side by side, for jobs that read the workflow again."""
+"""Environment variable with the number of parallel jobs, for jobs that read the workflow again."""
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs.
+    """Cost of a step.
 
     Args:
-        seconds: once, whatever the number of images. seconds_per_image: for each image, in addition.
+        seconds: independent of the number of images. seconds_per_image: for each image, in addition.
         gigabytes: peak memory of the process. device_gigabytes: on the GPU; None without one.
     """
 
@@ -50,13 +49,13 @@ class Cost:
     device_gigabytes: Amount | None = None
 
     def total(self, images: int) -> float:
-        """Seconds for so many images."""
+        """Seconds for a number of images."""
         return self.seconds + images * self.seconds_per_image
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredStep(Cost):
-    """What a step of a model costs in a run: ``images`` of each job, and the number of ``jobs``."""
+    """Cost of a step of a model in a run, with the number of ``images`` of a job and the number of ``jobs``."""
 
     model: str
     step: str
@@ -65,7 +64,7 @@ class MeasuredStep(Cost):
 
     @property
     def all_seconds(self) -> float:
-        """For all jobs, one after the other."""
+        """Seconds of all jobs, one after the other."""
         return self.jobs * self.total(self.images)
 
 
@@ -73,10 +72,10 @@ _STEPS = TypeAdapter(list[MeasuredStep])
 
 
 def read_estimate(path: str | os.PathLike[str]) -> Mapping[tuple[str, str], MeasuredStep]:
-    """Return measured steps by model and step; none where the file is missing.
+    """Return measured steps by model and step; empty if the file is missing.
 
     Raises:
-        QwtError: the file is not as ``qwt-mmdet estimate --save`` writes it.
+        QwtError: the file has another format than ``qwt-mmdet estimate --save`` writes.
     """
     if not os.path.exists(path):
         return {}
@@ -91,26 +90,26 @@ def read_estimate(path: str | os.PathLike[str]) -> Mapping[tuple[str, str], Meas
 
 
 def save_estimate(found: Sequence[MeasuredStep], path: str | os.PathLike[str]) -> None:
-    """Write what :func:`read_estimate` reads."""
+    """Write the file that :func:`read_estimate` reads."""
     steps = [dataclasses.asdict(step) for step in found]
     write_json(path, {"hardware": hardware(), "steps": steps}, indent=1)
 
 
 def memory_mb(measured: MeasuredStep | None, attempt: int, *, cache_gb: float = 0.0) -> int:
-    """Megabytes that a job asks for, twice as many with each attempt.
+    """Megabytes that a job requests, doubled with each attempt.
 
     Args:
-        cache_gb: what the job may keep in memory beyond what was measured.
+        cache_gb: size of the job's activation cache, in addition to the measured memory.
     """
     needed = UNMEASURED_MB if measured is None else measured.gigabytes * 1000 * MEMORY_MARGIN
     return math.ceil((needed + cache_gb * 1000) * 2 ** (attempt - 1))
 
 
 def minutes(measured: MeasuredStep | None, images: int | None, attempt: int) -> int | None:
-    """Minutes that a job asks for, twice as many with each attempt; None where its cost is not known.
+    """Minutes that a job requests, doubled with each attempt; None if its cost is unknown.
 
     Args:
-        images: of the job; None for as many as when it was measured.
+        images: number of images of the job; None: as many as in the estimate.
     """
     if measured is None:
         return None

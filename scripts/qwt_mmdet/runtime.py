@@ -1,7 +1,6 @@
-"""What every script of the workflow does around its one library call: log, device, seeds, errors.
+"""The frame of every script of the workflow, around its one library call: log, device, seeds, errors.
 
-``snakemake`` is the object that Snakemake gives to a script; only its attributes are used, so this
-module does not import Snakemake.
+``snakemake`` is the object that Snakemake passes to a script. This module does not import Snakemake.
 """
 
 import contextlib
@@ -27,14 +26,14 @@ from .staleness import add_to_note, imported_files
 logger = logging.getLogger(__name__)
 
 GARBAGE_THRESHOLD = 50_000
-"""Objects between two collections of cycles. With Python's 700, a sixth of the time that importing
-mmdet takes goes into collecting."""
+"""Threshold of Python's garbage collector. With the default of 700, collections take a sixth of the time of
+importing mmdet."""
 
 COMMAND = "QWT_MMDET_COMMAND"
-"""Environment variable in which the workflow leaves the user's command line for its jobs."""
+"""Environment variable with the user's command line, for the jobs of the workflow."""
 
 REFITS = ("quantize_model", "measure_candidates", "choose_recipe")
-"""Steps that keep activations in the cache with ``refit: sequential``."""
+"""Steps that cache activations with ``refit: sequential``."""
 EVALUATIONS = (
     "evaluate_baseline",
     "evaluate_quantized",
@@ -47,7 +46,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _LineWriter:
-    """Stream that turns what is printed to it into lines of the log."""
+    """Stream that logs the lines that are printed to it."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
@@ -70,7 +69,7 @@ class _LineWriter:
 
 @contextlib.contextmanager
 def _logging_to(path: Path, name: str) -> Iterator[None]:
-    """Log everything to a file; our own messages and others' errors to the terminal too."""
+    """Inside: log everything to a file, and our messages and errors of others also to the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path, mode="w", encoding="utf-8")
     to_file.setFormatter(logging.Formatter(LOG_FORMAT))
@@ -99,7 +98,7 @@ def _logging_to(path: Path, name: str) -> Iterator[None]:
 
 
 STAYS = {"fit_compensation": "finished blocks", "choose_recipe": "finished rounds"}
-"""What an interrupted step keeps of its own work."""
+"""Intermediate results that an interrupted step keeps."""
 
 _FULL = "The disk or the quota of {place} is full; free some space and run again."
 DISK = {
@@ -109,18 +108,18 @@ DISK = {
     errno.EIO: "The disk of {place} cannot be read or written; check it and its connection, and run again.",
     errno.ESTALE: "The folder {place} was mounted anew while this ran; run again.",
 }
-"""What is wrong with the disk, by the number of the error, and what to do."""
+"""Messages about faults of the disk, with a remedy, by error number."""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it arose from."""
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _machine_fault(error: BaseException, rule: str) -> str | None:
-    """A sentence about what the machine lacks, or None where it is not that."""
+    """A sentence about an error that the machine caused (memory, disk, limits); None for other errors."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
         lower = "lower activation_cache.device_gb in the config"
@@ -183,10 +182,10 @@ def _machine_fault(error: BaseException, rule: str) -> str | None:
 
 
 def known_cause(error: BaseException, rule: str = "") -> str | None:
-    """Return a sentence about what is wrong and what to do, or None where it is a bug of ours.
+    """Return a sentence about an error's cause and remedy; None for a bug of ours.
 
     Args:
-        rule: of the step that failed, which decides what takes less memory.
+        rule: of the failed step, for its remedy against a lack of memory.
     """
     if isinstance(error, KeyboardInterrupt):
         stays = "what is finished stays"
@@ -194,7 +193,7 @@ def known_cause(error: BaseException, rule: str = "") -> str | None:
             own = f"and {STAYS[rule]} of this one" if rule in STAYS else "and this one starts anew"
             stays = f"finished steps stay, {own}"
         return f"Interrupted; run again to go on: {stays}."
-    # The cause is told first: a disk's fault makes torch fail a second time.
+    # The first cause matters: after a fault of the disk, torch raises a second error.
     for cause in reversed(list(_causes(error))):
         if fault := _machine_fault(cause, rule):
             return fault
@@ -220,7 +219,7 @@ def known_cause(error: BaseException, rule: str = "") -> str | None:
 
 
 def explain(error: BaseException, rule: str = "") -> str:
-    """Return one sentence about what went wrong and what to do about it (see :func:`known_cause`)."""
+    """Return a sentence about an error's cause and remedy (see :func:`known_cause`), also for bugs."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     return known_cause(error, rule) or (
         f"Unexpected {text.rstrip('.')}. This is a bug or a broken installation; the log has the "
@@ -230,7 +229,7 @@ def explain(error: BaseException, rule: str = "") -> str:
 
 @contextlib.contextmanager
 def termination_interrupts() -> Iterator[None]:
-    """Make SIGTERM, which ends a process without a word, raise KeyboardInterrupt as Ctrl-C does."""
+    """Inside: SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -259,7 +258,7 @@ def hardware() -> str:
 
 
 def _peak_on(device: str) -> dict[str, float]:
-    """``device_gigabytes``: most memory of a GPU that this process has had at a time, in 10^9 bytes."""
+    """``device_gigabytes``: peak memory of this process on a GPU, in 10^9 bytes."""
     if device == "cpu":
         return {}
     import torch
@@ -269,12 +268,12 @@ def _peak_on(device: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a script.
+    """A running job of the workflow: the process of a rule's script.
 
     Args:
         device: to compute on, ``"cuda:0"`` or ``"cpu"``.
         started: in seconds of ``time.monotonic``.
-        files: the user's files that decide the result, as far as they were read: path to state.
+        files: states of the user's files that were read and that the result depends on, by path.
     """
 
     device: str
@@ -282,7 +281,7 @@ class Job:
     files: dict[str, Any] = field(default_factory=dict)
 
     def account(self) -> dict[str, Any]:
-        """What it took: seconds since the start, memory on a GPU, the machine, and the command that the user gave."""
+        """Account of the job: seconds since the start, memory on a GPU, the machine, and the user's command."""
         return {
             "seconds": round(time.monotonic() - self.started, 1),
             "hardware": hardware(),
@@ -293,17 +292,17 @@ class Job:
 
 @contextlib.contextmanager
 def step(snakemake: Any) -> Iterator[Job]:
-    """Run the body of a script: log to the rule's log and explain what fails.
+    """Run the body of a script: log to the rule's log, and explain errors.
 
-    A step that asks for a GPU (``resources.gpu``, granted or not) also gets mmdet imported and torch set up.
-    Where ``params.read`` names a note, the user's files that the step has read are added to it.
+    For a step with ``resources.gpu`` (granted or not), mmdet is imported and torch is set up. If ``params.read``
+    names a note, the user's files that the step has read are added to it.
 
     Yields:
-        the job, which knows the device to compute on.
+        The job, which has the device to compute on.
 
     Raises:
-        SystemExit: with status 1 after any failure, 130 after Ctrl-C or SIGTERM. The terminal shows a
-            sentence that says what to do; the log ends with the same sentence and the traceback.
+        SystemExit: with status 1 after any failure, 130 after Ctrl-C or SIGTERM. The terminal shows a sentence
+            with the remedy; the log ends with this sentence and the traceback.
     """
     started = time.monotonic()
     gc.set_threshold(GARBAGE_THRESHOLD)

@@ -1,6 +1,6 @@
-"""What each step depends on: its code, the files that it reads of a model, the images that were chosen.
+"""Dependencies of each step besides its inputs: its code, files of a model's config, the chosen images.
 
-Light on purpose (no torch, no mmdet): Snakemake asks whenever it reads the workflow.
+It imports neither torch nor mmdet, since Snakemake imports it whenever it reads the workflow.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from .files import write_json
 
 PACKAGE = Path(__file__).resolve().parent
 
-# What decides no result: messages and logs; what reads a config, whose values are in the params of a rule.
-_DECIDE_NOTHING = {"cli", "config", "errors", "files", "imports", "progress", "runtime"}
-_DECIDE_NOTHING |= {"plan", "staleness"}
-# What a step, or a module, imports for other steps: code that several share loads warmups and compensations,
-# and these steps are given none.
-_FOR_OTHERS = {
+# Modules without effect on results: messages, logs, and reading of configs, whose values are params of rules.
+_WITHOUT_EFFECT = {"cli", "config", "errors", "files", "imports", "progress", "runtime"}
+_WITHOUT_EFFECT |= {"plan", "staleness"}
+# Modules that a step, or a module, imports but does not use: shared code loads warmups and compensations, which
+# these steps do not have.
+_UNUSED = {
     "evaluate_baseline": {"archives", "compensation", "quantization"},
     "evaluate_exported": {"compensation", "quantization"},
     "choose_recipe": {"compensation"},
@@ -32,26 +32,26 @@ _FOR_OTHERS = {
     "measure_candidates": {"compensation"},
     "quantize_model": {"compensation"},
     "rank_layers": {"compensation"},
-    "steps.inputs": {"data.sources"},  # to look ahead at the images of the evaluation
+    "steps.inputs": {"data.sources"},  # for an early check of the evaluation images
 }
 _SHARED_SCRIPTS = dict.fromkeys(
     ("evaluate_baseline", "evaluate_quantized", "evaluate_compensated"), "evaluate_detector"
 )
 _TEMPLATES = {"reporting.html": "reporting/templates"}
-# Parsing the whole library takes a second, and Snakemake asks at each start.
+# A pattern, since parsing the whole library takes a second at each start of Snakemake.
 _IMPORT = re.compile(
     r"^[ \t]*from (\.+|qwt_mmdet\b)\.?([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE
 )
 
 
 def _is_installed(path: Path) -> bool:
-    """Whether a file is Python's, an installed package's (provenance has versions) or our own."""
-    places = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
-    return any(path.resolve().is_relative_to(p.resolve()) for p in (*places, PACKAGE))
+    """Whether a file belongs to Python, to an installed package (provenance has versions) or to this library."""
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    return any(path.resolve().is_relative_to(p.resolve()) for p in (*folders, PACKAGE))
 
 
 def _is_users(path: Path) -> bool:
-    """Whether a file that a process read is the user's, who may edit it."""
+    """Whether a file that a process read is the user's own."""
     return (
         path.is_file()
         and path.suffix != ".pyc"
@@ -61,11 +61,11 @@ def _is_users(path: Path) -> bool:
     )
 
 
-_recorders: list[tuple[set[str], set[str]]] = []  # of files that are read, and that are written
+_recorders: list[tuple[set[str], set[str]]] = []  # paths that are read, and that are written
 
 
 def _record(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook of the process: note the files that it opens, as long as somebody wants to know."""
+    """Audit hook of the process: add the files that it opens to all recorders."""
     if event != "open" or not _recorders or isinstance(arguments[0], int):
         return
     path, mode, flags = arguments
@@ -78,7 +78,7 @@ _install_hook = functools.cache(lambda: sys.addaudithook(_record))  # it cannot 
 
 
 def _states(paths: Iterable[str]) -> dict[str, Any]:
-    """The state of each file that is the user's, by its name."""
+    """The state of each file of the user, by its path."""
     names = [
         os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
         for path in sorted(paths)
@@ -88,7 +88,7 @@ def _states(paths: Iterable[str]) -> dict[str, Any]:
 
 
 def imported_files(known: Collection[str]) -> dict[str, Any]:
-    """The user's modules that were imported besides those whose names are known: path to state."""
+    """States of the user's modules that are imported and not in ``known``, by path."""
     new = [module for name, module in sys.modules.items() if name not in known]
     return _states({str(getattr(module, "__file__", None)) for module in new})
 
@@ -97,14 +97,14 @@ def imported_files(known: Collection[str]) -> dict[str, Any]:
 def recorded_files(
     files: dict[str, Any], without: Iterable[str | os.PathLike[str]] = ()
 ) -> Iterator[None]:
-    """Record which of the user's files are read inside of the context: opened, or imported as modules.
+    """Inside: record the user's files that are read (opened, or imported as modules).
 
-    A config of MMDetection may name files in many ways; whoever reads it knows them all.
+    A config of MMDetection may name files in many ways, so they are recorded when it is read.
 
     Args:
-        files: gets the state of each file, by its path, which is relative in the current folder. One that
-            is in it stays as it is.
-        without: paths of files that do not count.
+        files: the state of each file is added, by its path (relative if below the current folder). Existing
+            entries do not change.
+        without: paths of files to ignore.
     """
     _install_hook()
     opened: tuple[set[str], set[str]] = (set(), set())
@@ -119,7 +119,7 @@ def recorded_files(
 
 
 def share_with_scripts() -> None:
-    """Make the processes that this one starts import the same copy of the library."""
+    """Make child processes import the same copy of the library."""
     paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
@@ -135,7 +135,7 @@ def _modules(package: Path) -> dict[str, Path]:
 
 @functools.cache
 def _imported(path: Path, package: Path) -> set[str]:
-    """Modules of the library that a file imports, also inside of its functions, and the packages that hold them."""
+    """Modules of the library that a file imports, also inside of functions, and their parent packages."""
     inside = path.relative_to(package).parent.parts if path.is_relative_to(package) else ()
     names: set[str] = set()
     for dots, module, imported in _IMPORT.findall(path.read_text(encoding="utf-8")):
@@ -148,21 +148,21 @@ def _imported(path: Path, package: Path) -> set[str]:
 
 
 def step_files(step: str, package: Path = PACKAGE) -> list[Path]:
-    """Return the files of the library whose code decides the result of a step.
+    """Return the files of the library that the result of a step depends on.
 
-    They are all that its script imports, directly or not, but for what decides nothing.
+    These are the modules that its script imports, directly or not, except those without effect on the result.
 
     Args:
         step: name of a rule.
-        package: the library's folder, which lies beside the scripts.
+        package: the library's folder, beside the scripts.
     """
     modules = _modules(package)
-    without = _DECIDE_NOTHING | _FOR_OTHERS.get(step, set())
+    without = _WITHOUT_EFFECT | _UNUSED.get(step, set())
     found: set[str] = set()
     pending = {"": package.parent / f"{_SHARED_SCRIPTS.get(step, step)}.py"}
     while pending:
         importer, file = pending.popitem()
-        left_out = without | _FOR_OTHERS.get(importer, set())
+        left_out = without | _UNUSED.get(importer, set())
         names = _imported(file, package) - found
         new = {n for n in names if not any(f"{n}.".startswith(f"{out}.") for out in left_out)}
         found |= new
@@ -174,9 +174,9 @@ def step_files(step: str, package: Path = PACKAGE) -> list[Path]:
 
 @functools.cache
 def source_hash(step: str, package: Path = PACKAGE) -> str:
-    """Return a hash of the library code that decides the result of a step (see :func:`step_files`).
+    """Return a hash of the library code that the result of a step depends on (see :func:`step_files`).
 
-    Snakemake notices that a script was edited, but not a module which that script imports.
+    Snakemake notices changes of a script, but not of the modules that it imports.
 
     Args:
         step: name of a rule.
@@ -191,17 +191,17 @@ def _digest(path: Path) -> str:
 
 
 LARGEST_READ = 2**20
-"""Bytes of a file whose content is compared; of a larger one, as the time of its last change."""
+"""Bytes of the largest file whose content is compared; of larger files it is size and time."""
 
 How = Literal["time", "content", "size"]
 
 
 def file_state(path: str, how: How = "content") -> Any:
-    """How a file is, to be compared with how it is later; None if it is not there.
+    """The state of a file, to compare it later; None if it is missing.
 
     Args:
         path: of the file, or ``$NAME`` for an environment variable.
-        how: what is compared: the size alone, size and time of the last change, or the content.
+        how: the state: the size alone, size and time of the last change, or the content.
     """
     if path.startswith("$"):
         value = os.environ.get(path[1:])
@@ -218,11 +218,11 @@ def file_state(path: str, how: How = "content") -> Any:
 
 
 def file_note(names: Iterable[str], *, root: str = "", seen: str = "", how: How) -> dict[str, Any]:
-    """Note how files are, for :func:`changed_files`.
+    """A note of the states of files, for :func:`changed_files`.
 
     Args:
         names: relative to the folder ``root``; ``$NAME`` is an environment variable.
-        seen: what :func:`changed_files` said when they were used.
+        seen: the result of :func:`changed_files` when they were used.
         how: see :func:`file_state`.
     """
     files = {name: file_state(os.path.join(root, name), how) for name in names}
@@ -230,17 +230,17 @@ def file_note(names: Iterable[str], *, root: str = "", seen: str = "", how: How)
 
 
 def changed_files(path: str | os.PathLike[str]) -> str:
-    """Tell files that are as they were when they were used from files that are not.
+    """A text that changes if files change after they were used.
 
-    Snakemake compares the answer with that of the last run, so it stays the same as long as the
-    files do, also once a change was dealt with.
+    Snakemake compares it with the text of the last run. It stays the same as long as the files do, also after a
+    rerun because of a change.
 
     Args:
-        path: where the note of :func:`file_note` is, or will be.
+        path: of the note by :func:`file_note`, which may not exist yet.
 
     Returns:
-        ``seen`` of the note if no file was changed or removed since, nothing if there is no note,
-        else a hash of how the files are now.
+        ``seen`` of the note if no file was changed or removed since; empty without a note; else a hash of the
+        current states.
     """
     try:
         note = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -248,7 +248,7 @@ def changed_files(path: str | os.PathLike[str]) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, TypeError, KeyError):
-        return "unreadable"  # as after a disk that was full; the files are used again
+        return "unreadable"  # for example after a full disk; causes a rerun
     if now == note:
         return note["seen"]
     return hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]
@@ -257,12 +257,11 @@ def changed_files(path: str | os.PathLike[str]) -> str:
 def add_to_note(path: str | os.PathLike[str], seen: str, files: Mapping[str, Any]) -> None:
     """Add files that a job has read to the note that it shares with others.
 
-    A file that is in it already keeps its state: what another job has read decides as well.
+    Files in the note keep their state, which is that when another job read them.
 
     Args:
-        seen: what :func:`changed_files` said when the job began. A note that was made before that
-            change is replaced.
-        files: path to state, as :func:`recorded_files` gives it.
+        seen: the result of :func:`changed_files` when the job began. A note with another ``seen`` is replaced.
+        files: states by path, as of :func:`recorded_files`.
     """
     known: dict[str, Any] = {}
     with contextlib.suppress(

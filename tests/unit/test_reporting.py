@@ -686,13 +686,12 @@ def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypa
     shown = text.summary_table(read_summary("summary.json"))
     assert "0.000 collapsed" in shown
     assert (
-        f"m: w4 collapsed (not one object is found). Lowest signal-to-noise ratios: {worst}."
-        in shown
+        f"m: w4 collapsed (not one object is found). Layers with the lowest SQNR: {worst}." in shown
     )
     page = render([row])
     assert "w4 collapsed, it finds not one object (box AP); lowest signal" in page.text
     assert "W4 A8, backbone collapsed: finds not one object" in page.text
-    assert "5 detections are NaN or infinite and do not count" in page.text
+    assert "5 detections are NaN or infinite and are ignored" in page.text
     assert worst in page.text
     assert "cannot show" not in page.text
 
@@ -763,7 +762,7 @@ def test_the_sentence_of_a_failed_step_is_the_last_one_in_its_log(tmp_path):
     now = log.stat().st_mtime
     assert text.last_error(log, since=now) == "It has two lines."
     for path, since in ((log, now + 10), (tmp_path / "none.log", 0)):  # of another run; none at all
-        assert "ended without a word" in text.last_error(path, since=since)
+        assert "ended without a message" in text.last_error(path, since=since)
 
 
 BROWSER = next(

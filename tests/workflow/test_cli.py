@@ -114,7 +114,7 @@ def test_a_workflow_that_cannot_run_ends_with_what_snakemake_says(coco, tmp_path
     failed = command("run", *MODEL, *SPLITS, *options)
     assert failed.exit_code == 1
     assert "Directory cannot be locked" in failed.output
-    assert "what Snakemake said stands above" in failed.output
+    assert "see Snakemake's message above" in failed.output
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from .weights import quantize_weight
 logger = logging.getLogger(__name__)
 
 NOISE_IMAGES = 8
-"""Calibration images that signal-to-noise ratios are measured on, of layers and of ranges."""
+"""Calibration images on which the SQNR of layers and of ranges is measured."""
 UNKNOWN_IMAGES = 128
 """Number of images that is assumed for a loader that does not know its length."""
 

@@ -1,8 +1,7 @@
 """Figures of the report: SVG for a page that may be light or dark, wide or narrow.
 
-Text and axes take the page's colours. The colours of the data are Okabe and Ito's, which people with
-everyone, whatever their colour vision, can tell apart, in shades that show on white and on black; each series has a
-marker of its own as well.
+Text and axes take the page's colours. The colours of the data are Okabe and Ito's, which can be told apart with
+any colour vision, on white and on black. Each series also has its own marker.
 """
 
 import io
@@ -73,7 +72,7 @@ def series_styles(series: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _svg(figure: Figure, name: str) -> Markup:
-    """Draw a figure as an SVG element that scales; ``name`` keeps its ids apart from others'."""
+    """Draw a figure as an SVG element that scales; ``name`` makes its ids unique."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -94,7 +93,7 @@ def _new_figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _error(point: Point) -> list[list[float]] | None:
-    """Length of the error bar at both ends; an interval may lie beside its value."""
+    """Lengths of the error bar on both sides; at least 0, since an interval may not contain its value."""
     if point.low is None or point.high is None:
         return None
     return [[max(point.value - point.low, 0)], [max(point.high - point.value, 0)]]
@@ -105,10 +104,10 @@ def _finite(value: float | None) -> bool:
 
 
 def _drawable(points: Sequence[Point]) -> list[Point]:
-    """Points with numbers that axes can hold, without ends of intervals that they cannot.
+    """Points with finite numbers; intervals that are not finite are left out.
 
     Raises:
-        QwtError: there are none.
+        QwtError: there are no such points.
     """
     drawable = [
         point if _finite(point.low) and _finite(point.high) else point._replace(low=None, high=None)
@@ -121,7 +120,7 @@ def _drawable(points: Sequence[Point]) -> list[Point]:
 
 
 def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
-    """AP of each quantization and its compensations, most bits on top, beside the baseline's.
+    """AP of each quantization and its compensations, most bits on top, with the baseline's.
 
     Args:
         ap_type: ``box`` or ``mask``. name: of the figure, for the ids within it.
@@ -133,10 +132,10 @@ def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
     series = list(dict.fromkeys(point.series for point in points))
     styles = series_styles(series)
     shown = [entry for entry in series if entry != BASELINE]
-    rows = sorted(
+    lines = sorted(
         {(point.bits, point.quantization) for point in points if point.series != BASELINE}
     )
-    height = 1.5 + 0.3 * len(rows) * max(len(shown), 1.5)
+    height = 1.5 + 0.3 * len(lines) * max(len(shown), 1.5)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(height)
         for point in points:
@@ -147,14 +146,14 @@ def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
                     axes.axvspan(point.low, point.high, color=colour, alpha=0.1, linewidth=0)
                 continue
             middle = (len(shown) - 1) / 2 - shown.index(point.series)
-            position = rows.index((point.bits, point.quantization)) + 0.7 * middle / len(shown)
+            position = lines.index((point.bits, point.quantization)) + 0.7 * middle / len(shown)
             axes.errorbar(
                 point.value, position, xerr=_error(point), color=colour, marker=marker,
                 linestyle="none", capsize=3, label=point.series,
             )  # fmt: skip
-        labels = [f"{quantization}\nW{bits[0]} A{bits[1]}" for bits, quantization in rows]
-        axes.set_yticks(range(len(rows)), labels)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
+        labels = [f"{quantization}\nW{bits[0]} A{bits[1]}" for bits, quantization in lines]
+        axes.set_yticks(range(len(lines)), labels)
+        axes.set_ylim(-0.6, len(lines) - 0.4)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"{ap_type} AP (0 to 1)")
         axes.set_ylabel("bits of weights (W), activations (A)")
@@ -172,7 +171,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other one beats in both size and AP, by size."""
+    """Points that no other point dominates in size and AP, by size."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.megabytes, -p.value)):
         if not front or point.value > front[-1].value:
@@ -181,7 +180,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def _label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Write the quantization's name above each error bar, higher where another name stands."""
+    """Write the quantization's name above each error bar, higher where it would overlap another name."""
     placed: list[Bbox] = []
     for point in points:
         top = point.value if point.high is None else point.high
@@ -213,7 +212,7 @@ def ap_by_size(points: Sequence[Point], ap_type: str, name: str) -> Markup:
             where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front",
         )  # fmt: skip
         sizes = [point.megabytes for point in points]
-        beside = 0.008 * (max(sizes) - min(sizes))  # what has the same size stands side by side
+        beside = 0.008 * (max(sizes) - min(sizes))  # shift between points of the same size
         for number, point in enumerate(points):
             colour, marker = styles[point.series]
             shift = beside * sizes[:number].count(point.megabytes)
@@ -241,10 +240,10 @@ def block_errors(blocks: Sequence[Mapping[str, Any]], images: str, name: str) ->
 
     Args:
         blocks: rows of blocks.csv; those without :func:`has_errors` are left out.
-        images: ``holdout`` or ``fit``, those that are measured on.
+        images: ``holdout`` or ``fit``: the images that errors are measured on.
 
     Raises:
-        QwtError: no block is left.
+        QwtError: there is no block to draw.
     """
     blocks = [block for block in blocks if has_errors(block, images)]
     if not blocks:

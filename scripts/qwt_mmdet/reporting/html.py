@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that loads nothing."""
+"""The report of a run: a single HTML file without external resources."""
 
 import logging
 import os
@@ -29,10 +29,10 @@ WORST_LAYERS = 10
 
 
 def guarded(what: str, caller: Callable[[], Markup]) -> Markup:
-    """Show a piece of the report, or a sentence in its place where that fails.
+    """Return a piece of the report, or a sentence in its place if it raises.
 
-    All that can fail stands in the templates within ``{% call guarded("what it is") %}``, so that no
-    picture, figure or table costs more than itself. Guarded pieces may hold others.
+    In the templates, every piece that can fail is inside of ``{% call guarded("what it is") %}``. So a failing
+    picture, figure or table does not affect the rest. Guarded pieces may be nested.
     """
     try:
         return caller()
@@ -48,7 +48,7 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 
 def _share_of_baseline(row: Row, estimate: Estimate | None) -> str:
-    """``95 % (0.589)``, or only the number where there is no baseline."""
+    """``95 % (0.589)``, or only the number without a baseline."""
     value, baseline = value_of(estimate), value_of(row.ap["AP"].baseline)
     if value is None or not baseline:
         return text.number(value)
@@ -56,7 +56,7 @@ def _share_of_baseline(row: Row, estimate: Estimate | None) -> str:
 
 
 def effect_sentence(row: Row) -> str:
-    """Say in words what one compensation did."""
+    """A sentence about the effect of one compensation."""
     name, ap = row.compensation, row.ap["AP"]
     gain = ap.compensated_minus_quantized
     if row.collapsed_compensated:
@@ -68,7 +68,7 @@ def effect_sentence(row: Row) -> str:
         sentence = f"{name} changes it by {change}, which is not significant"
         return f"{sentence} ({ends})" if ends else sentence
     verb = "brings" if gain.value > 0 else "lowers"
-    assert row.compensation_bytes is not None, "what was compensated has a size"
+    assert row.compensation_bytes is not None, "a compensation has a size"
     assert row.quantized_bytes is not None
     weights = row.compensation_bytes / row.quantized_bytes
     return (
@@ -78,7 +78,7 @@ def effect_sentence(row: Row) -> str:
 
 
 def answer(rows: Sequence[Row]) -> str:
-    """Say in words what one quantization cost and what each compensation brought back.
+    """A sentence about the loss of one quantization and the gain of each compensation.
 
     Args:
         rows: of one model, quantization and type of AP.
@@ -89,7 +89,7 @@ def answer(rows: Sequence[Row]) -> str:
     if row.collapsed_quantized:
         start = f"{row.quantization} collapsed, it finds not one object ({ap_type} AP)"
         if row.worst_layers:
-            start += f"; lowest signal-to-noise ratios of layers: {row.worst_layers}"
+            start += f"; layers with the lowest SQNR: {row.worst_layers}"
     elif quantized is None and row.failed:
         start = f"{row.quantization} has no {ap_type} AP"
     elif quantized is None:
@@ -126,7 +126,7 @@ def featured(rows: Sequence[Row]) -> Row:
 
 
 def recommendation(rows: Sequence[Row]) -> str | None:
-    """Say which variants have the most box AP for their size, and which compensated ones do not.
+    """A sentence about the Pareto front of box AP against size, and about dominated compensated variants.
 
     Args:
         rows: of one model.
@@ -156,7 +156,7 @@ def recommendation(rows: Sequence[Row]) -> str | None:
 
 
 def answers(rows: Sequence[Row]) -> list[str]:
-    """Sentences about one model: what to take, then by type of AP and quantization, the featured one first."""
+    """Sentences about one model: the recommendation, then each quantization and type of AP, the featured one first."""
     first = featured(rows).quantization
     names = sorted(_unique(row.quantization for row in rows), key=lambda name: name != first)
     found = [
@@ -170,15 +170,15 @@ def answers(rows: Sequence[Row]) -> list[str]:
 
 
 def _faults(collapsed: bool | None, not_finite: int | None) -> list[str]:
-    """What is wrong with a variant's detections."""
+    """Faults of a variant's detections."""
     faults = ["collapsed: finds not one object"] if collapsed else []
     if not_finite:
-        faults.append(f"{not_finite} detections are NaN or infinite and do not count")
+        faults.append(f"{not_finite} detections are NaN or infinite and are ignored")
     return faults
 
 
 def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The baseline, each quantization and each compensation, a line each.
+    """A line for the baseline, each quantization and each compensation.
 
     Args:
         rows: of one model and type of AP.
@@ -192,7 +192,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "dominated_by": None,
             "faults": [],
             "ap": first.ap["AP"].baseline,
-            # not known from a quantization that failed
+            # unknown in rows of failed quantizations
             "bytes": next(filter(None, (row.baseline_bytes for row in rows)), None),
             "evaluated": first.seconds.get("evaluate_baseline"),
         }
@@ -245,7 +245,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
-    """What the figures show of the variants that were evaluated."""
+    """Points of the figures: the variants that were evaluated."""
     return [
         figures.Point(
             quantization=line.get("quantization", ""),
@@ -262,7 +262,7 @@ def _points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
 
 
 def block_section(row: ResultRow, name: str) -> dict[str, Any]:
-    """Errors of the blocks of one compensation, on held-out images where there are some.
+    """Errors of the blocks of one compensation, on held-out images if there are any.
 
     Args:
         name: of the figure.
@@ -289,9 +289,9 @@ def block_section(row: ResultRow, name: str) -> dict[str, Any]:
 
 
 def spare(layer: Mapping[str, Any]) -> str | None:
-    """Entry of ``overrides`` that keeps a layer at 8 bits; None where it has them already.
+    """Entry of ``overrides`` that gives a layer 8 bits; None where it has 8 bits already.
 
-    An operand of attention, ``backbone.attn (query)``, has no weights; it goes by its module's name.
+    An operand of attention, ``backbone.attn (query)``, has no weights; its pattern is the module's name.
     """
     bits = {key: layer[key] for key in ("weight_bits", "activation_bits") if layer[key] is not None}
     if all(value >= 8 for value in bits.values()):
@@ -301,7 +301,7 @@ def spare(layer: Mapping[str, Any]) -> str | None:
 
 
 def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """Layers of one quantization, the largest error first, and what was not quantized."""
+    """Layers of one quantization, the lowest SQNR first, and modules that are not quantized."""
     measured = [layer for layer in quantization["layer_sqnr"] if layer["sqnr_db"] is not None]
     layers = sorted(measured, key=lambda layer: layer["sqnr_db"])
     most = max([layer["sqnr_db"] for layer in layers], default=0)
@@ -323,7 +323,7 @@ def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _titles(row: ResultRow) -> dict[str, str]:
-    """What each variant of a combination that was evaluated is called in the report."""
+    """Names in the report of a combination's evaluated variants."""
     titles = {
         "baseline": "baseline",
         "quantized": row.quantization,
@@ -349,7 +349,7 @@ def _pictures(row: ResultRow, seed: int, most: int) -> list[Picture]:
 
 
 def _class_section(row: Row) -> dict[str, Any]:
-    """AP by class of a row, and the classes that lost and regained most."""
+    """AP by class of a row, and the classes with the largest loss and gain."""
     classes = {entry.name: entry for entry in row.classes}
     rankings = [
         ("lost most", "quantized_minus_baseline", row.lost_most),
@@ -372,7 +372,7 @@ def _class_section(row: Row) -> dict[str, Any]:
 
 
 def _images(annotations: Path) -> dict[str, Any] | None:
-    """Names of the images of an annotation file and where they come from."""
+    """Names and source of the images of an annotation file."""
     if not annotations.is_file():
         return None
     content = read_json(annotations, what="annotation file")
@@ -383,7 +383,7 @@ def _images(annotations: Path) -> dict[str, Any] | None:
 
 
 def _computed_on(provenance: Mapping[str, Any]) -> str:
-    """Device, and what else decides the last digits of a result."""
+    """Device, and settings that affect the last digits of a result."""
     known = {
         "cpu_capability": "{} kernels on the processor",
         "threads": "{} threads",
@@ -440,7 +440,7 @@ def _provenance(rows: Sequence[ResultRow]) -> dict[str, Any]:
 
 
 class Model:
-    """What the templates show of one model. Each piece is made when it is asked for: it may fail."""
+    """The content of the templates for one model. Pieces are made on demand, since each may fail."""
 
     def __init__(
         self,
@@ -450,7 +450,7 @@ class Model:
         most_images: int,
     ) -> None:
         self.name: str = combinations[0].model
-        self._id = f"m{index}"  # keeps the ids of its figures apart
+        self._id = f"m{index}"  # prefix of the ids of its figures
         self._summary = summary
         self._most_images = most_images
         self._rows = [row for row in summary.rows if row.model == self.name]
@@ -475,7 +475,7 @@ class Model:
         ]
 
     def tradeoffs(self) -> list[dict[str, Any]]:
-        """Figures of AP against bits and against size: their label, and what draws them."""
+        """Figures of AP against bits and against size: label and function that draws."""
         return [
             {
                 "label": f"{result['ap_type']} AP against {cost}",
@@ -490,7 +490,7 @@ class Model:
         ]
 
     def blocks(self) -> list[dict[str, Any]]:
-        """Compensations: their title, and what reads the errors of their blocks."""
+        """Compensations: title and function that reads the errors of the blocks."""
         return [
             {
                 "title": f"{row.quantization} + {row.compensation}",
@@ -502,7 +502,7 @@ class Model:
         ]
 
     def layers(self) -> list[dict[str, Any]]:
-        """Quantizations of which a layer was measured or left out."""
+        """Quantizations with measured layers or modules that are not quantized."""
         quantizations = sorted(
             (entry for entry in self._summary.quantizations if entry["model"] == self.name),
             key=lambda entry: entry["quantization"] != self._first.quantization,
@@ -519,7 +519,7 @@ class Model:
         return [_class_section(row) for row in rows]
 
     def timed_on(self) -> list[str]:
-        """How latencies were measured, a sentence for each way."""
+        """Sentences about the conditions of the latency measurements."""
         return _unique(
             f"Latency with {row.threads} thread{'s' * (row.threads != 1)}, {row.rounds} rounds, on {row.hardware}."
             for row in self.exported
@@ -543,8 +543,7 @@ def render(
         output: the HTML file.
 
     Raises:
-        QwtError: the summary is missing or unreadable. Of all else a sentence tells, in its place, why
-            it is not shown.
+        QwtError: the summary is missing or unreadable. Other failures are shown as sentences in the report.
     """
     summary = read_summary(document)
     environment = jinja2.Environment(

@@ -1,8 +1,8 @@
-"""Pictures of the report: what each variant of a detector finds on a few images, beside the truth.
+"""Pictures of the report: detections of each variant on a few images, beside the ground truth.
 
-Images are chosen by a rule, not by hand. An image's score is F1 = 2 hits / (2 hits + false alarms +
-missed objects), over the detections with a score of at least ``SCORE``; a hit overlaps an object of its
-class with an IoU of at least 0.5. COCO's own matching decides, and crowd regions are left out.
+Images are chosen by rules, not by hand. An image's score is F1 = 2 hits / (2 hits + false alarms + missed
+objects), over detections with a score of at least ``SCORE``. A hit has an IoU of at least 0.5 with an object of
+its class, by COCO's own matching. Crowd regions are left out.
 """
 
 import base64
@@ -33,12 +33,12 @@ RULES = {"largest loss": 3, "largest recovery": 3, "drawn at random": 2}
 
 FONT = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=18))  # with a size it is one
 
-# Okabe and Ito's colours; missed objects are dashed besides.
+# Okabe and Ito's colours; missed objects are also dashed.
 COLOURS = {"object": "#009E73", "hit": "#56B4E9", "false": "#D55E00", "missed": "#F0E442"}
 
 
 class Picture(NamedTuple):
-    """An image of the report; ``panels`` draws it, which fails where its file is gone."""
+    """An image of the report; ``panels`` draws it, and raises if the image file is missing."""
 
     name: str
     rule: str
@@ -47,7 +47,7 @@ class Picture(NamedTuple):
 
 @dataclass
 class ImageMatches:
-    """What a variant made of one image: COCO records that are hits, false alarms, or were missed."""
+    """Matches of a variant on one image: COCO records of hits, false alarms and missed objects."""
 
     hit: list[dict[str, Any]] = field(default_factory=list)
     false: list[dict[str, Any]] = field(default_factory=list)
@@ -55,7 +55,7 @@ class ImageMatches:
 
     @property
     def f1(self) -> float:
-        """F1; 1 where there is nothing to find and nothing was found."""
+        """F1; 1 where there are neither objects nor detections."""
         errors = len(self.false) + len(self.missed)
         return 2 * len(self.hit) / (2 * len(self.hit) + errors) if self.hit or errors else 1.0
 
@@ -63,7 +63,7 @@ class ImageMatches:
 def match_images(
     ground_truth: COCO, predictions: Sequence[dict[str, Any]], *, masks: bool
 ) -> dict[int, ImageMatches]:
-    """ImageMatches on each image (by id)."""
+    """Matches on each image, by its id."""
     evaluator = match_detections(ground_truth, predictions, iou_types(masks)[-1])
     matches = {image: ImageMatches() for image in ground_truth.imgs}
     detections = evaluator.cocoDt.anns
@@ -72,8 +72,8 @@ def match_images(
         if entry is None or entry["aRng"] != everything:
             continue
         matched = matches[entry["image_id"]]
-        # row 0: IoU 0.5. Detections are matched by falling score, so that leaving out those with
-        # low scores changes no other match.
+        # Index 0: IoU 0.5. COCO matches detections by falling score, so leaving out low scores changes no other
+        # match.
         for index, identifier in enumerate(entry["dtIds"]):
             detection = detections[identifier]
             if detection["score"] < SCORE or entry["dtIgnore"][0, index]:
@@ -92,10 +92,10 @@ def choose_images(
 ) -> dict[int, str]:
     """Choose images by ``RULES``: the rule of each chosen image, by id.
 
-    Equal differences of F1 are ordered by the number of objects, most first.
+    Images with equal differences of F1 are ordered by the number of hits, most first.
 
     Args:
-        matches: by variant: baseline, quantized, compensated, as far as they were evaluated.
+        matches: by evaluated variant: baseline, quantized, compensated.
     """
 
     def ranked(a: str, b: str) -> list[int]:
@@ -110,14 +110,14 @@ def choose_images(
 
     shuffled = sorted(next(iter(matches.values())))
     random.Random(seed).shuffle(shuffled)
-    candidates = {
+    by_rule = {
         "largest loss": ranked("baseline", "quantized"),
         "largest recovery": ranked("compensated", "quantized"),
         "drawn at random": shuffled,
     }
     chosen: dict[int, str] = {}
     for rule, count in RULES.items():
-        fresh = [image for image in candidates[rule] if image not in chosen]
+        fresh = [image for image in by_rule[rule] if image not in chosen]
         chosen |= dict.fromkeys(fresh[:count], rule)
     return chosen
 
@@ -135,7 +135,7 @@ def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, width:
 def _draw_label(
     draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: str
 ) -> None:
-    """Write a name above a corner (x, y) of a box, or below where the picture ends."""
+    """Write a name above a corner (x, y) of a box, or below it at the top of the picture."""
     text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
     width, height = draw.textlength(text, FONT) + 6, sum(FONT.getmetrics())
     x = max(min(corner[0], draw.im.size[0] - width), 0)
@@ -151,9 +151,9 @@ def _finite(record: Mapping[str, Any]) -> bool:
 def visible_box(
     box: Sequence[float] | NDArray[np.float64], size: tuple[int, int]
 ) -> NDArray[np.float64]:
-    """What is drawn of a box: the part in the picture, at least ``LEAST`` pixels long and wide.
+    """The drawn part of a box: clipped to the picture, at least ``LEAST`` pixels long and wide.
 
-    A box beside the picture becomes a mark at its edge.
+    A box outside of the picture is drawn as a mark at its edge.
 
     Args:
         box: left, top, right and bottom in pixels. size: width and height of the picture.
@@ -172,11 +172,11 @@ def draw_records(
 
     Args:
         image: in its original size, RGB.
-        records: by what they are, a key of ``COLOURS``; those that are not finite are left out.
-        truth: knows the names of categories, and how to decode masks.
+        records: by a key of ``COLOURS``; those that are not finite are left out.
+        truth: for names of categories and decoding of masks.
 
     Returns:
-        a picture whose longer side has ``SIDE`` pixels.
+        A picture whose longer side has ``SIDE`` pixels.
 
     Raises:
         QwtError: a mask has another size than the image.
@@ -186,7 +186,7 @@ def draw_records(
     records = {what: [r for r in group if _finite(r)] for what, group in records.items()}
     picture = image.resize(size, Image.Resampling.LANCZOS)
     if masks:
-        # a tint on what was missed would look as if it had been found
+        # no tint on missed objects: they would look found
         for what in [key for key in records if key != "missed"]:
             for record in records[what]:
                 mask = Image.fromarray(truth.annToMask(record) * 110)
@@ -210,7 +210,7 @@ def draw_records(
             draw.rectangle(box, outline="black", width=5)
             draw.rectangle([box[0] + 1, box[1] + 1, box[2] - 1, box[3] - 1], None, COLOURS[what], 3)
     for what, record, box in boxes:
-        # what was missed is named below, where it does not hide the name of what was found instead
+        # names of missed objects go below, so that they do not hide names of detections
         corner = (box[0], box[3] if what == "missed" else box[1])
         _draw_label(draw, corner, truth.cats[record["category_id"]]["name"], COLOURS[what])
     return picture
@@ -237,14 +237,14 @@ def choose_pictures(
 
     Args:
         annotations: COCO annotation file with ``info.image_root``.
-        variants: detections of baseline, quantized and compensated, as far as they were evaluated.
-        titles: what each of these variants is called.
+        variants: detections of baseline, quantized and compensated, if evaluated.
+        titles: name of each of these variants in the report.
         classes: names of the categories that were evaluated; None: all.
-        most: number of images at the most.
+        most: largest number of images.
 
     Returns:
-        Pictures whose ``panels`` (title, data URI, width and height, and what was found) show the
-        ground truth first.
+        Pictures, whose ``panels`` are dictionaries of title, data URI, width, height and found objects; the
+        first one shows the ground truth.
     """
     truth = load_ground_truth(annotations, masks=masks, classes=classes)
     matches = {
@@ -252,7 +252,7 @@ def choose_pictures(
         for name, found in variants.items()
     }
     chosen = choose_images(matches, seed=seed)
-    # so that a smaller number still has pictures of each rule
+    # sorted so that also a smaller number has pictures of each rule
     chosen = dict(sorted(chosen.items(), key=lambda item: _turn(chosen, item[0]))[:most])
     return [
         Picture(
@@ -270,7 +270,7 @@ def _read(truth: COCO, identifier: int) -> Image.Image:
     """Read an image as the detector saw it.
 
     Raises:
-        QwtError: it is gone, no longer readable, or has another size than annotated.
+        QwtError: it is missing, not readable, or has another size than annotated.
     """
     about, info = truth.imgs[identifier], truth.dataset["info"]
     path = Path(info["image_root"]) / about["file_name"]

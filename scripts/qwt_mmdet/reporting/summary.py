@@ -1,4 +1,4 @@
-"""What summary.json holds, typed, and how it is read.
+"""The content of summary.json as dataclasses, and its reading.
 
 Imports nothing heavy: Snakemake's own process prints a table of it.
 """
@@ -23,8 +23,8 @@ class ClassResult:
     """AP of a class that has objects.
 
     Args:
-        annotations: number of its objects. images: number of the images that hold them.
-        ap: without intervals where there are few such images.
+        annotations: number of its objects. images: number of images with such objects.
+        ap: without intervals if there are few such images.
     """
 
     name: str
@@ -37,17 +37,17 @@ class ClassResult:
 class Row:
     """One model × quantization × compensation × type of AP.
 
-    ``reporting.tables`` tells what the fields mean that are columns of summary.csv; so are those of
-    ``ap``, by metric. The fields from ``seconds`` on are none.
+    The fields before ``seconds`` are columns of summary.csv, with those of ``ap`` by metric;
+    ``reporting.tables`` describes them.
 
     Args:
         quantized_dominated_by, compensated_dominated_by: the best variant of the same model that is at most as
-            large and at least as good; None where there is none, or size or AP is not known.
-        limit: of a quantization whose bits were searched so that AP falls by at most so much.
-        seconds: that the steps behind the row took, by rule; supplied warmup files took none.
+            large and at least as good; None without one, or if size or AP is unknown.
+        limit: of a search with a limit for the loss of AP.
+        seconds: duration of the steps behind the row, by rule; without supplied warmup files.
         classes: those that have objects.
-        lost_most, regained_most: names of the classes that changed most by quantization and by
-            compensation, the most first.
+        lost_most, regained_most: names of the classes with the largest loss by quantization, and gain by
+            compensation, the largest first.
     """
 
     model: str
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def compensated_bytes(self) -> int | None:
-        """Size of the weights with the compensation; None where one of both was not made."""
+        """Size of the weights with the compensation; None if either is missing."""
         if self.quantized_bytes is None or self.compensation_bytes is None:
             return None
         return self.quantized_bytes + self.compensation_bytes
@@ -117,9 +117,9 @@ class Row:
 
 
 def with_dominance(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one model with what dominates their variants, for each type of AP.
+    """The rows of one model, with the variant that dominates each variant, for each type of AP.
 
-    A variant is on the front of AP against size where nothing does.
+    Variants that are not dominated form the Pareto front of AP against size.
     """
     known: dict[tuple[str, str], tuple[int, float]] = {}
     for row in rows:
@@ -159,16 +159,16 @@ class ExportedRow:
     """One exported detector × runtime × type of AP, a row of exports.csv.
 
     Args:
-        compensation: None for a detector without any.
-        failed: why numbers are missing, in a run that failed.
+        compensation: None without compensation.
+        failed: in a failed run, why numbers are missing.
         ap: of the file. simulated: of the same detector in PyTorch; None where it was not evaluated.
-        exported_minus_simulated: paired over the images; not significant where both are no significant difference.
+        exported_minus_simulated: difference of both, paired over the images.
         computed_bytes: weights at their bits, with the compensation. file_bytes: on disk.
         full_precision_file_bytes: of the same model's file in full precision.
-        milliseconds, full_precision_milliseconds: for an image, medians.
-        latency_ratio: of both, the median of the rounds' ratios.
-        integer_share: part of the multiply-adds that the runtime computes with integers, as it says itself.
-        version: of the runtime. rounds: of the measurement. threads, hardware: that it ran on.
+        milliseconds, full_precision_milliseconds: median latencies for an image.
+        latency_ratio: median of the rounds' ratios of both latencies.
+        integer_share: part of the multiply-adds that the runtime computes with integers, by its own profile.
+        version: of the runtime. rounds, threads, hardware: of the measurement of latency.
     """
 
     model: str
@@ -199,7 +199,7 @@ class ExportedRow:
 
     @property
     def file_share(self) -> float | None:
-        """Size of the file as a part of that in full precision."""
+        """Size of the file divided by that in full precision."""
         if self.file_bytes is None or self.full_precision_file_bytes is None:
             return None
         return self.file_bytes / self.full_precision_file_bytes
@@ -216,7 +216,7 @@ class ExportedRow:
 
 
 def _estimate_columns(name: str, estimate: Estimate | None, *, repeats: int = 1) -> dict[str, Any]:
-    """Number, ends of its interval, spread of repeats if there are some, and whether a difference is significant."""
+    """Columns of an estimate: value, interval, spread between repeats, and significance of a difference."""
     known = estimate or Estimate()
     columns: dict[str, Any] = {name: known.value, f"{name}_low": known.low}
     columns[f"{name}_high"] = known.high
@@ -234,11 +234,11 @@ class Summary:
     Args:
         confidence, seed: of the bootstrap.
         failed: the steps that failed.
-        quantizations: of each model and quantization: ``not_quantized`` (name, type, reason,
-            multiply_adds_percent: its share in the scope, null where it is not known) and, where it
-            was measured, ``layer_sqnr`` (name, weight_bits, activation_bits, sqnr_db of each layer and
-            each operand of attention). An operand has no weight_bits, an exact layer no ratio. ``range_check``:
-            the fields of a :class:`..record.RangeCheck`.
+        quantizations: a dictionary for each model and quantization. ``not_quantized``: name, type, reason and
+            multiply_adds_percent (share in the scope, or null). ``layer_sqnr``: name, weight_bits,
+            activation_bits and sqnr_db of each layer and each operand of attention; an operand has no
+            weight_bits, a layer without error no sqnr_db. ``range_check``: the fields of a
+            :class:`..record.RangeCheck`.
         exports: the exported detectors.
     """
 
@@ -250,7 +250,7 @@ class Summary:
     exports: list[ExportedRow] = field(default_factory=list)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the summary as JSON; differences also say whether they are ``significant``."""
+        """Write the summary as JSON, with ``significant`` of each difference."""
         write_json(path, _adapter().dump_python(self, mode="json"), indent=1)
 
 

@@ -1,57 +1,56 @@
-"""The results of a run as numbers: ``summary.csv``, and ``summary.json`` which says more.
+"""The results of a run as numbers: ``summary.csv``, and ``summary.json`` with more details.
 
-The table has one row for each model × quantization × compensation × type of AP. An empty cell means
-that the number is undefined (no objects of that size, nothing to recover, no compensation, or a
-variant that was not evaluated).
+The table has one row for each model × quantization × compensation × type of AP. An empty cell is undefined (no
+objects of that size, no loss to recover, no compensation, or a variant that was not evaluated).
 
 ``model``, ``quantization``, ``compensation``
     names in the config.
 ``metrics``
     ``bbox`` for box AP, ``segm`` for mask AP.
 ``weight_bits``, ``activation_bits``, ``scope``
-    of the quantization; where each layer has bits of its own, their means (over weights, and over multiply-adds).
+    of the quantization; of a search, mean bits over weights and over multiply-adds.
 ``failed``
-    in a run that failed: the failed steps that the row needs, and why they failed.
+    in a failed run: the failed steps that the row needs, with their errors.
 ``images``, ``resamples``
     evaluation images, and bootstrap resamples over them.
 ``repeats``
-    how often it was calibrated and compensated, each time on other images. Above 1, every AP of the quantized
-    and the compensated detector is the mean, and ``…_spread`` is its standard deviation between repeats.
-    Sizes, blocks, layers and seconds are those of the first repeat.
+    number of calibrations (and compensations), each on other images. Above 1, every AP of the quantized and the
+    compensated detector is the mean, and ``…_spread`` is its standard deviation between repeats. Sizes, blocks,
+    layers and seconds are those of the first repeat.
 ``{M}_baseline``, ``{M}_quantized``, ``{M}_compensated``
     AP between 0 and 1; M is one of AP, AP50, AP75, APs, APm, APl.
 ``collapsed_quantized``, ``collapsed_compensated``
     whether the variant finds not one object (box AP 0).
 ``not_finite_quantized``, ``not_finite_compensated``
-    number of its detections with a NaN or an infinity; they count as not made.
+    number of detections with a NaN or an infinity, which are ignored.
 ``worst_layers``
-    of the quantization: those with the lowest signal-to-noise ratios, in dB.
+    layers of the quantization with the lowest signal-to-quantization-noise ratios, in dB.
 ``{M}_quantized_minus_baseline``, ``{M}_compensated_minus_baseline``, ``{M}_compensated_minus_quantized``
     differences; ``…_significant`` says whether the interval excludes 0.
 ``{M}_recovered``
     (compensated - quantized) / (baseline - quantized), where the loss is significant.
 ``…_low``, ``…_high``
-    ends of the interval of each number above: paired bootstrap over images, 2.5 % of the resamples
-    beyond each end. With repeats, each resample draws the repeats anew, too. On few images the interval
-    covers the truth in about 90 % of cases rather than 95 % (measured; see ``evaluation.bootstrap``).
+    ends of the interval of each number above: paired bootstrap over images, 2.5 % of the resamples beyond each
+    end. With repeats, each resample also draws the repeats. On few images the interval covers the true value in
+    about 90 % of cases rather than 95 % (measured; see ``evaluation.bootstrap``).
 ``baseline_bytes``, ``quantized_bytes``
     size of all weights before and after quantization.
 ``layers``, ``not_quantized``
     layers that were quantized, and modules with weights that were not.
 ``compensation_bytes``, ``compensation_parameters``, ``compensation_multiply_adds``
-    what the kept compensation adds; multiply-adds per image.
+    cost of the kept compensation; multiply-adds per image.
 ``compensation_multiply_adds_percent``
     the same in percent of the full-precision backbone's.
 ``blocks``, ``blocks_kept``
-    blocks that were fitted, and those whose compensation the gate kept.
+    number of fitted blocks, and of those whose compensation was kept.
 ``quantized_dominated_by``, ``compensated_dominated_by``
-    the best other variant of the model that is at most as large and at least as good; empty on the front of
-    AP against size.
+    the best other variant of the model that is at most as large and at least as good; empty on the Pareto front
+    of AP against size.
 
 exports.csv, where detectors are exported, has the fields of ``reporting.summary.ExportedRow``.
 
 summary.json holds the same rows, in which ``ap`` has these numbers by metric, each as value, low and high
-(differences also ``significant``), and more: see ``reporting.summary``.
+(differences also ``significant``). For its further fields see ``reporting.summary``.
 """
 
 import csv
@@ -73,25 +72,25 @@ from .summary import ClassResult, ExportedRow, Row, Summary, with_dominance
 RANKED_CLASSES = 10
 
 IMAGES_OF_CLASS = 5
-"""Fewer images with objects of a class tell nothing about how its AP varies (one image: not at all)."""
+"""Fewest images with objects of a class for an interval of its AP."""
 
 
 def _folders(rows: Sequence[ResultRow]) -> dict[str, Sequence[str]]:
-    """Result folders of the repeats of all variants that were evaluated, by the first of them."""
+    """Result folders of all repeats of the evaluated variants, by the folder of the first repeat."""
     return {folder: row.repeats[kind] for row in rows for kind, folder in row.evaluated().items()}
 
 
 def _compare(
     statistics: Bootstrap | None, row: ResultRow, iou_type: str, metric: str | int
 ) -> Comparison:
-    """Compare the variants of a row, which go by their result folders."""
+    """Compare the variants of a row, whose names in ``statistics`` are their result folders."""
     if statistics is None:
         return Comparison(*[None] * 7)
     return statistics.compare(row.baseline, row.quantized, row.compensated, iou_type, metric)
 
 
 def _bit_fields(row: ResultRow, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Bits and scope of a row; means of the bits where a recipe gives each layer its own."""
+    """Bits and scope of a row; of a search, the mean bits of its recipe."""
     fields = {key: row.settings[key] for key in ("weight_bits", "activation_bits", "scope")}
     if recipe is not None:
         for key in ("weight_bits", "activation_bits"):
@@ -101,7 +100,7 @@ def _bit_fields(row: ResultRow, recipe: Mapping[str, Any] | None) -> dict[str, A
 
 
 def _limit(statistics: Bootstrap | None, row: ResultRow, iou_type: str) -> Limit | None:
-    """What is known of the drop that a row's bits were searched for."""
+    """The loss of a searched quantization, compared with its limit."""
     limit = row.limit
     if statistics is None or limit is None or limit["metric"] != iou_type:
         return None
@@ -113,7 +112,7 @@ def _limit(statistics: Bootstrap | None, row: ResultRow, iou_type: str) -> Limit
 def _cost_fields(
     warmup: Mapping[str, Any], compensation: Mapping[str, Any]
 ) -> dict[str, int | float | None]:
-    """What a row says of sizes and costs, from the summaries of its archives."""
+    """Columns of sizes and costs, from the summaries of a row's archives."""
     return {
         "baseline_bytes": warmup.get("baseline_weight_bytes"),
         "quantized_bytes": warmup.get("weight_bytes"),
@@ -131,7 +130,7 @@ def _cost_fields(
 def _fault_fields(
     row: ResultRow, metrics: Mapping[str, Mapping[str, Any]], warmup: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is wrong with the detections of a row's variants in any repeat, and the layers to blame."""
+    """Columns of faults of detections (in any repeat), and the layers with the lowest SQNR."""
     fields: dict[str, Any] = {}
     for key in ("collapsed", "not_finite"):
         for variant in ("quantized", "compensated"):
@@ -148,7 +147,7 @@ def _seconds(
     warmup: Mapping[str, Any],
     compensation: Mapping[str, Any],
 ) -> dict[str, float]:
-    """Seconds of the steps behind a row, by rule, as far as they noted them."""
+    """Seconds of the steps behind a row, by rule, if recorded."""
     steps = {f"evaluate_{kind}": metrics[folder] for kind, folder in row.evaluated().items()}
     steps |= {"quantize_model": warmup, "fit_compensation": compensation}
     found = {step: about.get("provenance", {}).get("seconds") for step, about in steps.items()}
@@ -156,9 +155,9 @@ def _seconds(
 
 
 def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootstrap) -> None:
-    """The bootstrap computes AP anew; that it finds the recorded AP proves that files belong together."""
+    """Check that the bootstrap's AP on all images equals the recorded AP, so that the files belong together."""
     for iou_type, by_metric in statistics.values[folder].items():
-        # a detector that finds nothing may not show that it has masks
+        # metrics of a mask detector without detections may lack masks
         recorded = metrics[iou_type]["AP"] if iou_type in metrics else 0.0
         if recorded is not None and abs(recorded - by_metric["AP"]) > 1e-6:
             raise QwtError(
@@ -234,8 +233,8 @@ def _exported_rows(
     """Rows of the exported detectors of one model.
 
     Args:
-        statistics: of each repeat alone, as the first is exported.
-        rows: of the same model, which know the sizes.
+        statistics: of single repeats, since the first one is exported.
+        rows: of the same model, for sizes.
     """
     found = []
     for export, iou_type in itertools.product(exports, iou_types(masks)):
@@ -291,7 +290,7 @@ def _model_summary(
         folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
     }
     masks = any("segm" in content for content in metrics.values())
-    # before the bootstrap, which takes long, so that a file that does not fit is noticed at once
+    # before the long bootstrap, so that unreadable files are noticed at once
     warmups = {
         row.quantization: read_summary(row.warmup, WARMUP_FORMAT, "warmup")
         for row in rows
@@ -385,13 +384,13 @@ def summarize(
     """Write all results as numbers; this module's docstring describes both files.
 
     Args:
-        rows: of the plan. Those of one model have one annotation file.
+        rows: of the plan. Rows of one model share an annotation file.
         table: the CSV file.
         document: the JSON file.
         resamples, seed, processes: of the bootstrap.
         failed: the steps of the run that failed.
         exports: of the plan.
-        exports_table: the CSV file of the exports, where there are some.
+        exports_table: the CSV file of the exports, if there are any.
 
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the table that a run prints when it ends.
+"""Formatting of numbers, and the table that is printed at the end of a run.
 
 Imports nothing heavy: Snakemake's own process prints the table.
 """
@@ -24,7 +24,7 @@ NOTHING = "–"
 
 
 def parse(cell: str) -> float | bool | str | None:
-    """Turn a cell of a table into what it was when it was written."""
+    """The value of a cell of a CSV file: number, boolean, text or None."""
     if cell == "":
         return None
     if cell in ("True", "False"):
@@ -102,7 +102,7 @@ def interval(estimate: Estimate | None, form: Callable[[float | None], str] = si
 
 
 def collapses(rows: Iterable[Row]) -> list[str]:
-    """A sentence about each quantization that collapsed, with the layers to blame."""
+    """A sentence about each collapsed quantization, with the layers of the lowest SQNR."""
     collapsed: dict[tuple[str, str], list[str]] = {}
     worst = {}
     for row in rows:
@@ -114,14 +114,14 @@ def collapses(rows: Iterable[Row]) -> list[str]:
             worst[key] = row.worst_layers
     return [
         f"{key[0]}: {', '.join(dict.fromkeys(names))} collapsed (not one object is found). "
-        + (f"Lowest signal-to-noise ratios: {worst[key]}. " if worst[key] else "")
+        + (f"Layers with the lowest SQNR: {worst[key]}. " if worst[key] else "")
         + "Give such layers 8 bits with overrides, or raise the bits."
         for key, names in collapsed.items()
     ]
 
 
 def overfitted_ranges_of(quantizations: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A sentence about each quantization whose ranges too few images have made."""
+    """A sentence about each quantization whose ranges overfit the calibration images."""
     return [
         f"{entry['model']}, {entry['quantization']}: {sentence[0].lower()}{sentence[1:]}"
         for entry in quantizations
@@ -130,7 +130,7 @@ def overfitted_ranges_of(quantizations: Iterable[Mapping[str, Any]]) -> list[str
 
 
 def limit_sentence(row: Row) -> str | None:
-    """Say whether a quantization whose bits were searched loses as little as it should; None without a limit.
+    """A sentence about the loss of a searched quantization, and whether its limit is met; None without a limit.
 
     ``mixed (4.6 bits on average, 0.64 MB) loses 0.006 (interval -0.001 to +0.014) of 0.269 box AP; …``
     """
@@ -155,7 +155,7 @@ def limit_sentence(row: Row) -> str | None:
         return (
             f"{sentence}: it {'meets' if limit.met else 'misses'} the limit of {limit.max_drop:g}."
         )
-    sentence += f". Whether it meets the limit of {limit.max_drop:g} cannot be told from luck with {limit.images} images"
+    sentence += f". Whether it meets the limit of {limit.max_drop:g} cannot be told with {limit.images} images"
     if limit.images_to_tell is not None:
         sentence += f"; about {max(limit.images_to_tell, limit.images + 1)} would tell"
     return f"{sentence}."
@@ -167,7 +167,7 @@ def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
 
 
 def plus_minus(estimate: Estimate | None) -> str:
-    """``± 0.004``, the standard deviation between repeats; empty without any."""
+    """``± 0.004``, the standard deviation between repeats; empty without repeats."""
     return "" if estimate is None or estimate.spread is None else f"± {estimate.spread:.3f}"
 
 
@@ -175,7 +175,7 @@ RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def equality(row: ExportedRow) -> str:
-    """Whether a file's AP is that of the simulation, in words; empty where that is not known."""
+    """Whether a file's AP differs from the simulation's, in words; empty where that is unknown."""
     difference = row.exported_minus_simulated
     if difference is None or difference.low is None:
         return ""
@@ -255,10 +255,10 @@ def summary_table(summary: Summary) -> str:
 
 
 def last_error(log: str | os.PathLike[str], *, since: float) -> str:
-    """The sentence with which a failed step ended its log.
+    """The sentence at the end of a failed step's log.
 
     Args:
-        since: time of the run's start, in seconds; an older log is of another run.
+        since: start time of the run in seconds; older logs are ignored.
     """
     path = Path(log)
     if path.is_file() and path.stat().st_mtime >= since - 1:
@@ -266,11 +266,11 @@ def last_error(log: str | os.PathLike[str], *, since: float) -> str:
         entry = r" ERROR qwt_mmdet\.runtime: (.+?)(?=\n\d{4}-\d\d-\d\d |\Z)"
         if sentences := re.findall(entry, content, re.DOTALL):
             return " ".join(sentences[-1].split())
-    return "It ended without a word; something has killed it, perhaps for want of memory."
+    return "It ended without a message; it was probably killed, perhaps for lack of memory."
 
 
 def run_summary(folder: str | os.PathLike[str] = ".") -> str:
-    """What a run says when it ends: the table, what failed, and where the results lie.
+    """The text at the end of a run: the table, failed steps, and paths of the results.
 
     Args:
         folder: in which the workflow ran.

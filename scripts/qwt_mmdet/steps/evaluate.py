@@ -179,10 +179,9 @@ def write_evaluation(
                 "%s AP %.4f, AP50 %.4f", iou_type, result[iou_type]["AP"], result[iou_type]["AP50"]
             )
     if result["not_finite"]:
-        logger.warning("%d detections are NaN or infinite and do not count.", result["not_finite"])
+        logger.warning("%d detections are NaN or infinite and are ignored.", result["not_finite"])
     if result["collapsed"]:
         logger.warning(
-            "The quantized detector collapsed: it finds not one object. Layers with the lowest "
-            "signal-to-noise ratio: %s.",
+            "The quantized detector collapsed: it finds not one object. Layers with the lowest SQNR: %s.",
             worst_layers(quantization_of(model).sqnr_db) or "not measured",
         )
