@@ -1,4 +1,4 @@
-"""Choose the bits of each layer of a detector, for a quantization that is a question."""
+"""Choose the bits of each layer of a detector, from a mixed-precision search."""
 
 from qwt_mmdet.runtime import step
 

@@ -1,4 +1,4 @@
-"""Measure what each layer of a detector does to the heads at each number of bits."""
+"""Measure the error of each layer of a detector at the heads, at each number of bits."""
 
 from qwt_mmdet.runtime import step
 

@@ -322,12 +322,12 @@ def images_of(dataset: Mapping[str, Any], part: Part) -> int:
 
 
 def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[MeasuredStep]:
-    """Estimate the steps of a run that compute, model by model.
+    """Estimate the detector steps of a run, model by model.
 
-    Each model is tried with one quantization and one compensation; others cost about as much.
+    The pilot runs each model with one quantization and one compensation; others cost about as much.
 
     Args:
-        threads: of each job. gpu: whether detectors run on one.
+        threads: of each job. gpu: whether detectors run on a GPU.
 
     Raises:
         QwtError: see :func:`images_of` and :func:`measure`.
@@ -340,7 +340,7 @@ def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[Mea
     for model, (key, jobs) in itertools.product(datasets, counted.items()):
         if key[0] == model:
             search = costliest_search(plan, model)
-            # what does not read all images of its part
+            # steps that do not run on all images of their part
             most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
             most |= {"measure_candidates": search.images} if search else {}
             count = min(images[key], most.get(key[1], images[key]))
@@ -352,11 +352,11 @@ def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[Mea
 def run_seconds(
     plan: Plan, found: Sequence[MeasuredStep], slots: int, gpus: int | None = None
 ) -> tuple[float, float]:
-    """Seconds from start to end of a run whose jobs run side by side, and the sum over its jobs.
+    """Seconds from start to end of a run with parallel jobs, and the sum over its jobs.
 
     Args:
-        found: what :func:`estimate_run` returns for the plan.
-        slots: jobs that run at a time. gpus: of these, those that need a GPU; None for any number.
+        found: of :func:`estimate_run` for the plan.
+        slots: number of parallel jobs. gpus: number of parallel jobs that use a GPU; None for any number.
     """
     costs = {(one.model, one.step): one for one in found}
     at_once = slots if gpus is None else min(slots, gpus)
@@ -371,11 +371,11 @@ def run_seconds(
 def wall_seconds(
     seconds: Mapping[Job, Sequence[float]], slots: int, gpus: int | None = None
 ) -> float:
-    """How long jobs take when as many as possible run at a time, the first ones first.
+    """Seconds from start to end of parallel jobs that start in their order as soon as they can.
 
     Args:
-        seconds: of each job, for each of the parts (shards) that it is split into.
-        slots: jobs that run at a time. gpus: of these, those that run a detector in torch; None for any number.
+        seconds: of each job, for each of its shards.
+        slots: number of parallel jobs. gpus: number of parallel jobs that use a GPU; None for any number.
     """
     waiting = [(job, cost) for job, costs in seconds.items() for cost in costs]
     left = {job: len(costs) for job, costs in seconds.items()}

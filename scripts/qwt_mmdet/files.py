@@ -17,9 +17,8 @@ from .errors import QwtError
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside ``path``; rename it to ``path`` when the body succeeds.
 
-    Whatever raises inside the body leaves ``path`` as it was and removes the partial file. An
-    OSError that names no file, as that of a full disk, then names ``path``, also where something else was
-    raised because of it.
+    If the body raises, ``path`` does not change and the partial file is removed. An OSError without a file name
+    (as of a full disk) then names ``path``, also if it is the context of another error.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

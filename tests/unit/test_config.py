@@ -128,7 +128,7 @@ def test_the_order_of_keys_in_the_file_does_not_matter():
         ("export", [{"opset": 7}], ["export[0].opset is 7", "from 21 to 23"]),
         ("export", [{"input": "static"}], ["export[0].input is 'static'", "'fixed' or 'dynamic'"]),
         ("export", [{"quantization": ["w8"]}], ["export[0].quantization names 'w8'", "did you mean w8a8?"]),
-        ("export", [{}, {"opset": 22}], ["export[0] names no detector", "a later entry"]),
+        ("export", [{}, {"opset": 22}], ["export[0] exports nothing", "later entries"]),
         ("datasets/coco", {"type": "coco"}, ["datasets.coco", "neither root nor url"]),
         (
             "datasets/coco",
@@ -358,7 +358,7 @@ def test_what_cannot_be_repeated_is_refused():
     entries["datasets"]["shapes"] = {"type": "coco", "root": ".", "calibration": {"images": "all"}}
     with pytest.raises(QwtError) as caught:
         config.resolve(entries)
-    assert "models.demo.warmup.w8a8 supplies what one calibration gave" in str(caught.value)
+    assert "models.demo.warmup.w8a8 supplies a single calibration" in str(caught.value)
     assert "calibration.images is all" in str(caught.value)
 
 

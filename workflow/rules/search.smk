@@ -1,8 +1,8 @@
-"""Quantizations that are questions: what each layer does at each number of bits, and the recipe that answers."""
+"""Mixed-precision search: the error of each layer at each number of bits, and the recipe that is chosen."""
 
 
 rule measure_candidates:
-    """Measure what each layer does to the heads at each number of bits."""
+    """Measure the error of each layer at the heads, at each number of bits."""
     input:
         **detector_input("calibration"),
     output:
@@ -25,7 +25,7 @@ rule measure_candidates:
 
 
 rule choose_recipe:
-    """Choose the bits of each layer, with a few calibrations where a loss of AP is the limit."""
+    """Choose the bits of each layer; for a limit of AP loss, calibrate and evaluate a few recipes."""
     input:
         **detector_input("calibration"),
         candidates="results/{model}/{quantization}/candidates.json",

@@ -1,4 +1,4 @@
-"""Which layers hurt: `snakemake sensitivity`, beside what `rule all` makes."""
+"""Sensitivity of layers: `snakemake sensitivity`, which is not part of `rule all`."""
 
 
 rule rank_layers:

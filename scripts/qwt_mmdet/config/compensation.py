@@ -1,4 +1,4 @@
-"""How the quantization error of blocks is compensated."""
+"""Settings of the compensation of blocks' quantization errors."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -14,13 +14,13 @@ Gate = Literal["holdout", "fit", "none"]
 
 @section
 class MaxCost:
-    """Most that compensation may cost, in percent of the backbone."""
+    """Largest cost of the compensation, in percent of the backbone."""
 
     multiply_adds: Number | None = None
-    """Of the full-precision backbone's multiply-adds."""
+    """Percent of the full-precision backbone's multiply-adds."""
     bytes: Number | None = None
-    """Of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float32);
-    compensation counts as it is stored: W as `bits` says, all else as float32."""
+    """Percent of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float32).
+    The compensation counts as it is stored: W with `bits`, all else as float32."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> "MaxCost":
@@ -38,40 +38,38 @@ class CompensationSettings:
     """
 
     kind: Kind = "linear"
-    """Form of the compensation. `linear` adds `x W + b` to a block with input x (QwT), `lowrank` does so
-    with a W of rank `rank`, `affine` scales and shifts each channel of the block's output (QwT-v2, arXiv
-    2505.20932), `bias` only shifts it. `auto` takes for each block none, bias, affine, a W of some rank or a
-    whole one, so that all blocks together remove the most error on held-out images within `max_cost`."""
+    """Kind of the compensation. `linear` adds `x W + b` to a block with input x (QwT). `lowrank` does the same
+    with a W of rank `rank`. `affine` scales and shifts each channel of the block's output (QwT-v2, arXiv
+    2505.20932). `bias` only shifts it. `auto` chooses for each block none, bias, affine, a low-rank W or a
+    full-rank W, so that all blocks together remove the most error on held-out images within `max_cost`."""
     rank: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 16
     """Rank of W where the kind is `lowrank`."""
     bits: Literal[8, 32] = 8
-    """Bits of W: 8 for integers with a scale for each column, and inputs of W in 8 bits; 32 for floating point
-    (the paper)."""
+    """Bits of W. 8: integers with a scale per column, and 8-bit inputs of W. 32: floating point (the paper)."""
     target: Target = "reference"
-    """What a block is fitted to. `reference`: the full-precision network's output at the block for the same
-    image, which also repairs what earlier blocks left. `block`: the block's own full-precision output for
-    the same input (the paper)."""
+    """Target of a block's output. `reference`: the full-precision network's output at this block for the same
+    image, so that errors of earlier blocks are corrected too. `block`: the block's full-precision output for the
+    same input (the paper)."""
     ridge: Number | Literal["auto"] = "auto"
     """Ridge strength relative to the mean of the diagonal of the centred X'X. `auto` takes the value with
     the smallest error on held-out calibration images."""
     gate: Gate = "holdout"
-    """Keep a block's compensation where it lowers the held-out error (`holdout`), where r² on the fitted
-    images is above 0 (`fit`, the paper), or always (`none`). With `holdout` all of it must also lower the noise
-    in what the detector's heads compute on held-out images; otherwise blocks are left out, from the last one
-    to the first, until it does."""
+    """Condition for keeping a block's compensation: it lowers the held-out error (`holdout`), r² on the fitted
+    images is above 0 (`fit`, the paper), or none (`none`). With `holdout`, the whole compensation must also lower
+    the relative error at the detector's heads on held-out images. Otherwise blocks are left out, from the last
+    one on, until it does."""
     holdout_fraction: Annotated[float, Strict(), Field(ge=0, le=0.5)] = 0.2
-    """Part of the calibration images that is held out at a time. 0.2 deals them out to five folds; the images of
-    each judge a fit to the other four, and what was chosen is fitted to all of them. 0 holds none out."""
+    """Part of the calibration images in each fold of the cross-validation. 0.2: five folds; errors on a fold are
+    those of a fit to the other four. The final fit is on all images. 0: no held-out images."""
     blocks: tuple[Text, ...] = ()
-    """Module name patterns (fnmatch) of the blocks. Without any, the blocks are those of the backbone and,
-    where the neck is quantized, of the neck."""
+    """Module name patterns (fnmatch) of the blocks. Omitted: the blocks of the backbone and, if it is quantized,
+    of the neck."""
     downsampling: Flag = False
-    """Compensate also the layers between stages that are no blocks themselves: patch merging, downsampling
-    convolutions."""
+    """Compensate also the layers between stages: patch merging, downsampling convolutions."""
     max_cost: Annotated[MaxCost, Nested] | None = None
-    """Most that the compensation may cost. The blocks with the most error reduction per cost are kept, and
-    fitted once more without the others. Without it there is no limit, but for `kind: auto`: 5 % of the bytes
-    and 3 % of the multiply-adds."""
+    """Largest cost of the compensation. The blocks with the largest error reduction per cost are kept, and
+    fitted again without the others. Omitted: no limit; for `kind: auto`, 5 % of the bytes and 3 % of the
+    multiply-adds."""
 
     @model_validator(mode="after")
     def _has_held_out_images(self) -> "CompensationSettings":
@@ -86,7 +84,7 @@ class CompensationSettings:
 
     @property
     def budget(self) -> MaxCost | None:
-        """Most that the compensation may cost; None without a limit."""
+        """Largest cost of the compensation; None without a limit."""
         if self.kind == "auto" and self.max_cost is None:
             return MaxCost(multiply_adds=3.0, bytes=5.0)
         return self.max_cost
@@ -111,4 +109,4 @@ PRESETS: Mapping[str, CompensationSettings] = {
     "bias": CompensationSettings(kind="bias"),
     "auto": CompensationSettings(kind="auto"),
 }
-"""Compensations that are known by a name; ``paper`` is QwT as published."""
+"""Presets of compensation, by name; ``paper`` is QwT as published."""

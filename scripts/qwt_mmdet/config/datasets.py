@@ -1,4 +1,4 @@
-"""Where images come from, and how many are for what."""
+"""Data sets: sources of images, and the choice of images for calibration and evaluation."""
 
 import re
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from .section import OWN, Flag, Foreign, Nested, Seed, Text, raise_problems, sec
 
 
 def check_address(text: str) -> str:
-    """An http(s) address as it is.
+    """Check an http(s) address and return it.
 
     Raises:
-        ValueError: it is none; says what it should be.
+        ValueError: it is not valid.
     """
     if not text.startswith(("http://", "https://")):
         raise ValueError("it should be an address that starts with http:// or https://")
@@ -46,14 +46,14 @@ PARTS: tuple[Part, ...] = get_args(Part)
 Images = Annotated[int, Strict(), Field(ge=1, le=10_000_000)]
 Count = Images | Literal["all"]
 
-# Keys that several sections share have their meaning in the type: the string below a key is not inherited.
+# Types of keys that several sections share include the key's description, since docstrings are not inherited.
 DrawnSplit = Annotated[Name, Field(description="Name of the split.")]
 Drawn = Annotated[Images, Field(description="How many images.")]
 CocoSplit = Annotated[
     Name,
     Field(
-        description="Name of the split. It also names the annotation file and the image folder where "
-        "these are not given."
+        description="Name of the split. It also gives the default names of the annotation file and the image "
+        "folder."
     ),
 ]
 Chosen = Annotated[Count, Field(description="How many images, or `all`.")]
@@ -63,8 +63,8 @@ Draw = Annotated[
     Field(
         ge=1,
         le=10_000,
-        description="Which draw of so many images: other numbers give other images, as far as there "
-        "are enough. `repeats` counts on from here.",
+        description="Number of the draw: different draws give different images, as long as there are enough. "
+        "Further `repeats` use the next numbers.",
     ),
 ]
 AnnotationFile = Annotated[
@@ -120,7 +120,7 @@ class CocoPart:
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        """Fill in what follows from the split's name where it is not given."""
+        """Fill in default names from the split's name."""
         if self.annotations is None:
             object.__setattr__(self, "annotations", f"annotations/instances_{self.split}.json")
         if self.image_folder is None:
@@ -156,14 +156,13 @@ class Coco:
     root: Text | None = None
     """Local folder with the annotation files and image folders."""
     url: Address | None = None
-    """Address to download from in the place of a root. Annotations come from
+    """Address to download from, in place of a root. Annotations come from
     `{url}/annotations/annotations_trainval2017.zip`, chosen images from `{url}/{split}/`."""
     exif: Exif = "apply"
-    """Whether photos with an EXIF rotation are turned when they are read (`apply`, as MMDetection does), or
-    sizes and boxes refer to the pixels as they are stored (`ignore`). It decides calibration, evaluation and
-    pictures."""
+    """How images with an EXIF rotation are read in calibration, evaluation and pictures. `apply`: rotated, as
+    MMDetection does. `ignore`: as stored, if sizes and boxes refer to the stored pixels."""
     allow_outside_root: Flag = False
-    """Read images that `../`, an absolute name or a link in the root leads to outside of it."""
+    """Allow images outside of the root, by `../`, an absolute name or a link."""
     calibration: Annotated[CocoCalibration, Nested] = Field(default_factory=CocoCalibration)
     """Images for ranges and compensation."""
     evaluation: Annotated[CocoEvaluation, Nested] = Field(default_factory=CocoEvaluation)
@@ -184,10 +183,10 @@ class OwnSource:
     """A data set that comes from a source in the user's own module."""
 
     type: Annotated[Foreign, WithJsonSchema({"type": "string", "pattern": r".\..*"})]
-    """Name under which a module registers the source, after the module's own: `mylab.voc` is registered by
+    """Name of the registered source, which starts with its module: `mylab.voc` is registered by the module
     `mylab`, which must be importable."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What the source asks for."""
+    """Settings of the source, unchecked."""
     seed: Seed = 0
     """Seed of the choice of images."""
     exif: Exif = "apply"
@@ -199,7 +198,7 @@ class OwnSource:
 
 
 def _kind(value: Any) -> Any:
-    """Which section a data set is of: its type, or ``OWN``."""
+    """The section of a data set: its type, or ``OWN``."""
     type_ = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
     return OWN if isinstance(type_, str) and "." in type_ else type_
 
@@ -216,7 +215,7 @@ Dataset = Annotated[
 
 
 def of_repeat(settings: Mapping[str, Any], name: str) -> tuple[dict[str, Any], Part]:
-    """Tell what a part means that a file is named after.
+    """The settings and the part that a name of a part, perhaps with the number of a repeat, refers to.
 
     Args:
         settings: resolved, of a data set.

@@ -41,7 +41,7 @@ TABLES: dict[str, type] = {
     "sensitivity": workflow.Sensitivity,
     "bootstrap": workflow.Bootstrap,
 }
-"""Section by the name that a table of the page has in its markers."""
+"""Section of each table of the page, by the name in its markers."""
 
 HEADER = """\
 # Written by `make config-docs` from scripts/qwt_mmdet/config/; for editors and other tools.
@@ -59,7 +59,7 @@ def schema() -> dict[str, Any]:
 
 
 def _without_titles(value: Any) -> Any:
-    """pydantic repeats every key as a title; a key may be called title, too."""
+    """The schema without the titles of pydantic, which repeat the keys; a key may be called title, too."""
     if isinstance(value, Mapping):
         return {
             key: _without_titles(item)
@@ -84,7 +84,7 @@ def _default(section: Any, field: dataclasses.Field) -> str:
 
 
 def limits(described: Mapping[str, Any]) -> str:
-    """What numbers are allowed, as a sentence; empty where the meaning says all."""
+    """The allowed range of numbers as a sentence; empty without limits."""
     choices = [described, *described.get("anyOf", ())]
     for choice in choices:
         low = choice.get("minimum", choice.get("exclusiveMinimum"))
@@ -107,10 +107,7 @@ def table(section: Any) -> str:
 
 
 def page(text: str) -> str:
-    """The page with every table made anew.
-
-    A table stands between ``<!-- keys: NAME -->`` and ``<!-- end of keys -->``.
-    """
+    """The page with all tables generated again, between ``<!-- keys: NAME -->`` and ``<!-- end of keys -->``."""
 
     def renew(match: re.Match) -> str:
         return f"{match[1]}\n{table(TABLES[match[2]])}\n{match[3]}"
@@ -120,7 +117,7 @@ def page(text: str) -> str:
 
 
 def made() -> dict[Path, str]:
-    """What each file should hold."""
+    """The generated content of each file."""
     return {
         SCHEMA: HEADER + yaml.safe_dump(schema(), sort_keys=False, width=100, allow_unicode=True),
         PAGE: page(PAGE.read_text(encoding="utf-8")),

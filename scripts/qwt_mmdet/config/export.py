@@ -1,4 +1,4 @@
-"""Which quantized detectors become files, and the runtimes that compute these."""
+"""Exports of quantized detectors as files, and the runtimes that run them."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from pydantic import Field, Strict
 from .section import Text, section
 
 LEAST_OPSET, MOST_OPSET = 21, 23
-"""21 is the first with 4-bit integers."""
+"""Opset 21 is the first with 4-bit integers."""
 
 Runtime = Literal["onnxruntime", "openvino"]
 InputSize = Literal["fixed", "dynamic"]
@@ -16,18 +16,18 @@ Named = Annotated[tuple[Text, ...], Field(min_length=1)] | None
 
 @section
 class Export:
-    """Detectors to export: the product of three lists, as far as `targets` computes them."""
+    """Detectors to export: the product of three lists, restricted to `targets`."""
 
     model: Named = None
     """Names of models. Omitted: all of them."""
     quantization: Named = None
     """Names of quantizations. Omitted: all of them."""
     compensation: Named = None
-    """Names of compensations. Omitted: the quantized detector without any."""
+    """Names of compensations. Omitted: the quantized detector without compensation."""
     runtime: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("onnxruntime",)
     """Runtimes that evaluate the file and measure its latency: `onnxruntime`, `openvino` or both."""
     opset: Annotated[int, Strict(), Field(ge=LEAST_OPSET, le=MOST_OPSET)] = LEAST_OPSET
-    """Version of ONNX's operators."""
+    """Version of the ONNX operators."""
     input: InputSize | None = None
-    """Sizes of images that the file takes: one (`fixed`) or any (`dynamic`). Omitted: `dynamic` where the
-    model's test pipeline makes several."""
+    """Sizes of images that the file takes: one (`fixed`) or any (`dynamic`). Omitted: `dynamic` if sizes vary
+    after the model's test pipeline."""

@@ -1,4 +1,4 @@
-"""Names of entries, which become folders under ``results/``."""
+"""Names of entries, which are folder names under ``results/``."""
 
 import re
 from typing import Annotated

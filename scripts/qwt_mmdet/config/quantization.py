@@ -1,4 +1,4 @@
-"""How a detector is quantized: the bit targets of the configuration."""
+"""Settings of a quantization."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ Grids = Literal["any", "integer"]
 
 @section
 class Override:
-    """Other bit widths for the layers whose name matches ``pattern``, or full precision."""
+    """Other bits, or full precision, for the layers whose name matches ``pattern``."""
 
     pattern: Text
     """Pattern (fnmatch) of module names, such as backbone.stages.3.*"""
@@ -50,44 +50,42 @@ class QuantizationSettings:
     """
 
     weight_bits: Bits
-    """Bits of the weights, with a grid for each output channel."""
+    """Bits of the weights, with a grid per output channel."""
     activation_bits: Bits
-    """Bits of the activations, with a grid for each tensor (inputs of convolutions: see
-    `migrate_scales`)."""
+    """Bits of the activations, with a grid per tensor (inputs of convolutions: see `migrate_scales`)."""
     input_bits: Bits = 8
-    """Bits of the activations that enter the first layer (the image)."""
+    """Bits of the first layer's input (the image)."""
     scope: Scope = "backbone"
     """Part of the detector that is quantized."""
     weight_range: WeightRange = "mse"
     """Estimator of the clipping range of weights: `minmax`, `percentile` or `mse` (smallest squared
     error)."""
     activation_range: ActivationRange = "repq"
-    """The same for activations, or `repq` (RepQ-ViT): `mse`, with a range per channel after each LayerNorm
-    that is folded into the layers around it, and a log-√2 grid for attention probabilities. In a network
-    without LayerNorm and attention it is `mse`."""
+    """The same for activations, or `repq` (RepQ-ViT). `repq` is `mse` with two changes: after LayerNorms there is
+    a range per channel, folded into the layers around; attention probabilities have a log-√2 grid."""
     rounding: Rounding = "gptq"
-    """Rounding of weights: `nearest`, or `gptq`, which spreads each column's error over the next ones."""
+    """Rounding of weights: `nearest`, or `gptq` (error feedback: the next columns compensate each column's
+    error)."""
     percentile: Annotated[float, Strict(), Field(ge=50, lt=100)] = 99.99
     """Two-sided percentile in percent, for the `percentile` estimator."""
     migrate_scales: Flag = True
-    """Let inputs of convolutions have a scale per channel, whose differences move into the weights, as far
-    as that lowers the expected error of the layer's output (after SmoothQuant, arXiv 2211.10438).
-    Depthwise convolutions always have one."""
+    """Scale migration: inputs of convolutions may have a scale per channel, folded into the weights, where that
+    lowers the expected error of the layer's output (after SmoothQuant, arXiv 2211.10438). Inputs of depthwise
+    convolutions always have a scale per channel."""
     bias_correction: Flag = True
-    """Take back the shift of each layer's mean output that quantization causes."""
+    """Correct the shift of each layer's mean output that quantization causes."""
     refit: Refit = "none"
-    """`none`: each layer is calibrated for itself, on full-precision activations. `sequential`: layer by layer,
-    in running order, on the activations of the layers that are quantized already. Weights and biases are
-    fitted to bring back the full-precision outputs before they are rounded, at no cost when the model runs."""
+    """`none`: each layer is calibrated by itself, on full-precision activations. `sequential`: layers are
+    calibrated in running order, on the activations of the quantized layers before. Weights and biases are fitted
+    to the full-precision outputs before rounding. This does not slow inference down."""
     refit_weighting: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
-    """How much positions where the full-precision detector sees objects count more in a sequential refit. 0:
-    all count the same. 1: in proportion to the largest class score there (times objectness; of a two-stage
-    detector the score of its proposals)."""
+    """Weight of the detector's scores for positions in a sequential refit. 0: all positions have the same weight.
+    1: weights are proportional to the largest class score (times objectness; of a two-stage detector, the score of
+    its proposals)."""
     grids: Grids = "any"
-    """Grids to choose from. `integer`: those that integer kernels compute with, for an exported file that is
-    to be fast. Weights are symmetric around 0, a tensor of activations has one zero point, and attention
-    probabilities have a uniform grid. `any`: zero points for each channel, and what `activation_range`
-    says."""
+    """Allowed grids. `integer`: those that integer kernels support, for fast exported files: weights symmetric
+    around 0, one zero point per tensor of activations, a uniform grid of attention probabilities. `any`: a zero
+    point per channel, and the grids of `activation_range`."""
     overrides: tuple[Annotated[Override, Nested], ...] = ()
     """Exceptions by module name; the last match wins. A pattern that matches nothing is an error."""
 

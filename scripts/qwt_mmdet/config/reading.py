@@ -1,4 +1,4 @@
-"""Reading a config file, and what holds for every value in it."""
+"""Reading of a config file, and checks of all its values."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ DEEPEST_NESTING = 50
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    """YAML loader that refuses a key that appears twice, and names the line of a broken value."""
+    """YAML loader that raises for a duplicate key, and names the line of an invalid value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         first_line: dict[Any, int] = {}
@@ -56,9 +56,9 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a config file as Snakemake does, but refuse a key that appears twice.
+    """Read a config file as Snakemake does, but raise for a duplicate key.
 
-    YAML parsers silently keep the last one, and the other would be lost without a word.
+    YAML parsers silently keep only the last one.
 
     Raises:
         QwtError: the file cannot be read, is not UTF-8, not YAML or no mapping, or a key appears
@@ -87,7 +87,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_value(value: Any) -> str | None:
-    """Say what is wrong with a value whatever its key, if anything."""
+    """The fault of a value, for any key; None without one."""
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -102,10 +102,10 @@ def _check_value(value: Any) -> str | None:
 
 
 def check_values(config: Any) -> None:
-    """Check what holds for every key: names are text, and values are what JSON can hold.
+    """Check all keys and values: names must be text, and JSON must be able to represent values.
 
     Raises:
-        QwtError: one line for each problem; or the config is too deep or too large to look further.
+        QwtError: one line for each problem; or the config is too deep or too large.
     """
     problems = []
     pending: list[tuple[tuple[str | int, ...], Any]] = [((), config)]

@@ -1,8 +1,8 @@
-"""What all sections of the configuration share: how they are declared, and what their mistakes say.
+"""Declaration of the configuration's sections, and messages about wrong values.
 
-A section is a frozen dataclass. Its fields hold all there is to know of a key: the name, the type and
-its limits, the default and, in the string below, the meaning. pydantic checks the values. The JSON
-schema, the tables of ``config/README.md`` and the options of the command line are made from the fields.
+A section is a frozen dataclass. A field defines a key: its name, type, limits, default and, in the string
+below, its meaning. pydantic checks the values. The JSON schema, the tables of ``config/README.md`` and the
+options of the command line are generated from the fields.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 MOST_MESSAGES = 20
 
-# YAML's types are taken as they are: the text "8" is no number, and `true` is none either.
+# YAML's types are not converted: neither the text "8" nor `true` is a number.
 Text = Annotated[str, Strict(), Field(pattern=r"\A[^\x00-\x1f\x7f]{1,4000}\z")]
 Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
@@ -46,10 +46,7 @@ Nested = BeforeValidator(_without_nulls)
 
 @dataclass_transform(frozen_default=True)
 def section(cls: type[T]) -> type[T]:
-    """Class decorator: a section of the configuration.
-
-    Made in Python, it raises QwtError for a value that is not allowed.
-    """
+    """Class decorator: a section of the configuration. Its constructor raises QwtError for wrong values."""
     options = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     declared = dataclass(frozen=True, config=options)(cls)
     build = declared.__init__
@@ -65,7 +62,7 @@ def section(cls: type[T]) -> type[T]:
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """Write a path in the configuration as people do: ``targets[0].model``."""
+    """A path in the configuration as text: ``targets[0].model``."""
     text = "".join(
         f"[{key}]" if isinstance(key, int) else f".{repr(key)[1:-1]:.100}" for key in path
     )
@@ -73,7 +70,7 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: in one line, and not all of a long one."""
+    """A value for a message: in one line, shortened."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     return short.repr(value)
@@ -82,7 +79,7 @@ def shown(value: Any) -> str:
 def raise_problems(problems: Iterable[str]) -> None:
     first = list(itertools.islice(dict.fromkeys(problems), MOST_MESSAGES + 1))
     if len(first) > MOST_MESSAGES:
-        first[-1] = "There are more mistakes; mend these first."
+        first[-1] = "There are more mistakes; correct these first."
     if first:
         raise QwtError("\n".join(first))
 
@@ -93,7 +90,7 @@ def field_names(cls: Any) -> list[str]:
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The types that an annotation stands for: the members of a union, without metadata."""
+    """The types of an annotation: the members of a union, without metadata."""
     if typing.get_origin(annotation) is Annotated:
         return alternatives(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, type(int | str)):
@@ -102,7 +99,7 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def _descend(annotation: Any, key: str | int) -> Any | None:
-    """The type of what stands under a key of a value, or None where the type has no keys."""
+    """The type of a value's item with this key; None if the type has no keys."""
     for type_ in alternatives(annotation):
         if dataclasses.is_dataclass(type_):
             hints = typing.get_type_hints(type_, include_extras=True)
@@ -139,12 +136,12 @@ def _located(location: tuple[str | int, ...], root: Any) -> tuple[list[str | int
 
 
 def _name(type_: Any) -> str | None:
-    """The name of a section, by which it is told from others in a union without ``type``."""
+    """The name of a section, which identifies it in a union without ``type``."""
     return type_.__name__ if dataclasses.is_dataclass(type_) and isinstance(type_, type) else None
 
 
 def _tag(type_: Any) -> str | None:
-    """The value of ``type`` by which a section is told from its siblings in a union."""
+    """The value of ``type`` that identifies a section in a union."""
     if not dataclasses.is_dataclass(type_):
         return None
     hint = typing.get_type_hints(type_).get("type")
@@ -181,7 +178,7 @@ _PLAINER = {
     r"^(Dictionary|Tuple) should have at least 1 item.*": "it should have at least one entry",
     r"^Tuple should have at least (\d+) items.*": r"it should have at least \1 entries",
 }
-"""pydantic's words (patterns), and what they are to those who write YAML."""
+"""pydantic's phrases (patterns), and their replacements for readers of YAML."""
 
 
 def _plainer(message: str) -> str:
@@ -191,7 +188,7 @@ def _plainer(message: str) -> str:
 
 
 def _bounds(annotation: Any) -> str:
-    """The numbers that a type allows: ``from 2 to 8``."""
+    """The range of numbers that a type allows: ``from 2 to 8``."""
     if typing.get_origin(annotation) is not Annotated:
         return next(filter(None, map(_bounds, typing.get_args(annotation))), "")
     inner, *metadata = typing.get_args(annotation)
@@ -204,7 +201,7 @@ def _bounds(annotation: Any) -> str:
 
 
 def _number_hint(value: Any) -> str:
-    """YAML 1.1 reads 1e-3 as text; say how to write it."""
+    """How to write a number that YAML 1.1 reads as text, such as 1e-3."""
     try:
         number = float(value) if isinstance(value, str) else math.nan
     except ValueError:
@@ -215,7 +212,7 @@ def _number_hint(value: Any) -> str:
 
 
 def sentences(error: ValidationError, root: Any) -> list[str]:
-    """What is wrong with a section: a sentence for each key, naming it, its value and the remedy."""
+    """Sentences about the faults of a section; each names the key, its value and the remedy."""
     found: dict[str, str] = {}
     wanted: dict[str, list[str]] = {}
     errors = error.errors()
@@ -227,7 +224,7 @@ def sentences(error: ValidationError, root: Any) -> list[str]:
             message = f"it should be {_bounds(annotation)}"
         inside = (e["loc"] for e in errors if len(e["loc"]) > len(location))
         if code == "too_short" and any(loc[: len(location)] == location for loc in inside):
-            continue  # what is in it is wrong, and is told
+            continue  # its wrong items have messages of their own
         if code == "union_tag_invalid":
             path, value = [*path, "type"], entry["ctx"]["tag"]
             message = f"it should be one of {entry['ctx']['expected_tags']}"
@@ -266,13 +263,13 @@ def _has_dot(name: str) -> str:
 
 
 Foreign = Annotated[str, Strict(), AfterValidator(_has_dot)]
-"""The name of an algorithm that a module of the user's registers, such as ``mylab.entropy``."""
+"""The name of an algorithm that a user's module registers, such as ``mylab.entropy``."""
 OWN = "a name with a dot"
-"""What messages call the names that a module of the user's may register."""
+"""Description of such names in messages."""
 
 
 def as_plain(settings: Any) -> dict[str, Any]:
-    """A section as dictionaries and lists, as an archive holds it."""
+    """A section as dictionaries and lists, for an archive."""
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in dataclasses.asdict(settings).items()
@@ -280,12 +277,12 @@ def as_plain(settings: Any) -> dict[str, Any]:
 
 
 def default_of(section: Any, name: str) -> Any:
-    """The default of a key; ``PydanticUndefined`` where there is none."""
+    """The default of a key; ``PydanticUndefined`` without one."""
     return section.__pydantic_fields__[name].get_default(call_default_factory=True)
 
 
 def as_entry(value: Any) -> Any:
-    """A section as a config entry: what equals its default is left out, also in sections inside of it."""
+    """A section as a config entry, without values that equal their default."""
     if isinstance(value, Mapping):
         return {key: as_entry(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The whole configuration, and what its sections must agree on."""
+"""The whole configuration, and checks across its sections."""
 
 import importlib.util
 import itertools
@@ -56,10 +56,10 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
         "openvino",
     ),
 }
-"""Names that would collide with other files under results/, in small letters."""
+"""Names that would collide with other files under results/, in lower case."""
 
 Evaluation = Literal["evaluate_baseline", "evaluate_quantized"]
-"""What can be left out."""
+"""Evaluations that can be skipped."""
 
 WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -69,43 +69,41 @@ class Loading:
     """How images are read."""
 
     batch_size: Annotated[int, Strict(), Field(ge=1, le=4096)] = 1
-    """Images that are read at a time; in an evaluation, those of one shape pass the network together."""
+    """Number of images that are read at a time. In an evaluation, images of one shape run together."""
     workers: Annotated[int, Strict(), Field(ge=0, le=1024)] = 2
-    """Processes that read images; at most the threads of the rule are used."""
+    """Number of processes that read images; at most the rule's threads."""
     shards: Annotated[int, Strict(), Field(ge=1, le=10_000)] | Literal["auto"] = "auto"
-    """Of `evaluation` alone: jobs that share the images of one evaluation, in whole batches, with the same
-    result. `auto`: as many as keep all jobs busy that can run at a time, each with at least 250 images. What
-    is evaluated already stays."""
+    """For `evaluation` only: number of jobs that share the images of an evaluation, in whole batches. The result
+    is the same. `auto`: as many as can run in parallel, each with at least 250 images. A finished evaluation is
+    not repeated."""
 
 
 @section
 class ActivationCache:
-    """Where activations wait while a compensation is fitted or layers are refit (`refit: sequential`).
+    """Limits of the cache of activations, for fits of compensations and for `refit: sequential`.
 
-    It never changes a result. What fits in neither place waits in a temporary folder (TMPDIR names another
-    one).
+    They do not change results. Activations beyond the limits are cached in a temporary folder (see TMPDIR).
     """
 
     device_gb: Gigabytes = 4.0
-    """Gigabytes on the GPU."""
+    """Largest size on the GPU in gigabytes."""
     memory_gb: Gigabytes = 4.0
-    """Gigabytes in memory."""
+    """Largest size in memory in gigabytes."""
 
 
 @section
 class Sensitivity:
-    """What `snakemake sensitivity` does."""
+    """Settings of `snakemake sensitivity`."""
 
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 8
     """Calibration images on which each layer is quantized alone."""
     average_bits: Annotated[float, Strict(), Field(ge=LEAST_BITS, le=MOST_BITS)] | None = None
-    """Bits per weight, on average, of the suggested mixed precision. Default: what the quantization
-    has."""
+    """Average bits per weight of the suggested mixed precision. Omitted: as of the quantization."""
 
 
 @section
 class Bootstrap:
-    """The paired bootstrap over evaluation images that gives the 95 % intervals."""
+    """Settings of the paired bootstrap over evaluation images, for 95 % intervals."""
 
     resamples: Annotated[int, Strict(), Field(ge=100, le=100_000)] = 1000
     """Number of resamples."""
@@ -141,15 +139,15 @@ Quantization = Annotated[
 ]
 
 SECTIONS = ("models", "quantization", "compensation")
-"""The sections that a combination takes an entry of, in the order of its fields."""
+"""The sections of a combination's entries, in the order of its fields."""
 
 
 @section
 class Configuration:
-    """What is quantized and how.
+    """Models, data sets, quantizations and compensations of a run.
 
-    Names of entries are free; they become folder names under results/. Relative paths are relative to the
-    folder that Snakemake runs in.
+    Names of entries are free; they are folder names under results/. Relative paths are relative to the folder
+    that Snakemake runs in.
     """
 
     datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
@@ -157,40 +155,41 @@ class Configuration:
     models: Annotated[dict[Name, Annotated[Model, Nested]], Field(min_length=1)]
     """Trained MMDetection detectors, by name."""
     quantization: Annotated[dict[Name, Quantization], Field(min_length=1)]
-    """Quantization settings (the bit targets), or questions for them, by name."""
+    """Quantization settings, or searches of the bits, by name."""
     compensation: dict[Name, Annotated[CompensationSettings, Nested]]
-    """Compensation settings, by name; `{}` quantizes and compensates nothing."""
+    """Compensation settings, by name; `{}`: no compensation."""
     seed: Seed = 0
-    """Seed of everything random that a step does (not of the choice of images)."""
+    """Seed of the random numbers of steps (not of the choice of images)."""
     device: Annotated[str, Strict(), Field(pattern=r"\A(auto|cpu|cuda(:\d{1,2})?)\z")] = "auto"
-    """Where detectors run: `auto` (a GPU where there is one), `cpu`, `cuda` (a GPU, or none of it works) or
-    one card, `cuda:1`. Each job takes a card that no other job of this machine holds, and waits if there is
-    none; `--resources gpu=N` lets N jobs run on GPUs at a time."""
+    """Device of detectors: `auto` (a GPU if there is one), `cpu`, `cuda` (fails without a GPU) or one GPU, such as
+    `cuda:1`. Each job takes a GPU that no other job of this machine uses, and waits for one.
+    `--resources gpu=N` lets N jobs use GPUs at a time."""
     repeats: Annotated[int, Strict(), Field(ge=1, le=100)] = 1
-    """How often to calibrate and to compensate anew, each time on other calibration images. Above 1, every AP
-    is a mean, and its interval holds the luck of the calibration images too. What is exported is the first."""
+    """Number of calibrations and compensations, each on other calibration images. Above 1, every AP is a mean, and
+    its interval includes the variation between calibration images. Exports are of the first repeat."""
     targets: Annotated[tuple[Annotated[Targets, Nested], ...], Field(min_length=1)] | None = None
     """Combinations to compute. Omitted: every model with every quantization and every compensation."""
     export: tuple[Annotated[Export, Nested], ...] = ()
-    """Detectors that are written as ONNX files, and evaluated and timed as such; of entries that name the
-    same one the last counts."""
+    """Detectors to write as ONNX files, which are then evaluated and timed. The last entry that names a detector
+    is used."""
     skip: tuple[Evaluation, ...] = ()
-    """Evaluations to leave out; what compares with them is then missing in table and report."""
+    """Evaluations to leave out; comparisons with them are then missing in table and report."""
     keep_warmup: Flag = True
-    """Keep warmup files; without them each change of a compensation calibrates anew."""
+    """Keep warmup files. Without them each change of a compensation causes another calibration."""
     max_download_gb: Annotated[float, Strict(), Field(ge=0, le=1000)] = 20.0
-    """Largest size of a checkpoint or an annotation file that is downloaded. What an image may have follows
-    from its width and height."""
+    """Largest download of a checkpoint or an annotation file in gigabytes. The limit of an image follows from its
+    width and height."""
     calibration: Annotated[Loading, Nested] = Field(default_factory=Loading)
-    """How calibration images are read. It changes no result: each runs through the network alone."""
+    """How calibration images are read. It does not change results: each image runs alone."""
     evaluation: Annotated[Loading, Nested] = Field(default_factory=Loading)
-    """How evaluation images are read. Another batch size evaluates anew, as kernels then round differently."""
+    """How evaluation images are read. Another batch size causes another evaluation, since it changes rounding
+    errors."""
     activation_cache: Annotated[ActivationCache, Nested] = Field(default_factory=ActivationCache)
-    """Where activations wait while a compensation is fitted or layers are refit (`refit: sequential`)."""
+    """Limits of the cache of activations, for fits of compensations and for `refit: sequential`."""
     sensitivity: Annotated[Sensitivity, Nested] = Field(default_factory=Sensitivity)
-    """What `snakemake sensitivity` does."""
+    """Settings of `snakemake sensitivity`."""
     bootstrap: Annotated[Bootstrap, Nested] = Field(default_factory=Bootstrap)
-    """The paired bootstrap over evaluation images that gives the 95 % intervals."""
+    """Settings of the paired bootstrap over evaluation images, for 95 % intervals."""
 
     @model_validator(mode="after")
     def _agree(self) -> "Configuration":
@@ -225,9 +224,9 @@ class Configuration:
             for quantization in model.warmup:
                 if isinstance(self.quantization.get(quantization), Search):
                     yield (
-                        f"models.{name}.warmup.{quantization} supplies what a calibration gave, but "
-                        f"quantization.{quantization} is a question; paste the recipe that the file was made "
-                        "with, or remove the file."
+                        f"models.{name}.warmup.{quantization} supplies a finished calibration, but "
+                        f"quantization.{quantization} is a search; replace it by the recipe of the file, or remove "
+                        "the file."
                     )
         for name, entry in self.quantization.items():
             if isinstance(entry, Search) and entry.like is not None:
@@ -255,7 +254,7 @@ class Configuration:
 
     def _sharded_calibration(self) -> Iterator[str]:
         if self.calibration.shards not in (1, "auto"):
-            yield "calibration.shards must be 1: a calibration is one job; take it out."
+            yield "calibration.shards must be 1, as a calibration is one job; remove it."
 
     def _nothing_evaluated(self) -> Iterator[str]:
         if not self.compensation and "evaluate_quantized" in self.skip:
@@ -265,13 +264,13 @@ class Configuration:
             )
 
     def _export_problems(self) -> Iterator[str]:
-        """Entries that export nothing, and files of one model that differ in more than their bits."""
+        """Entries that export nothing, and files of one model with different settings."""
         exported = self.exports()
         for index, entry in enumerate(self.export):
             if entry not in exported.values():
                 yield (
-                    f"export[{index}] names no detector that is computed, or none that a later entry does "
-                    "not name; add it to targets, or take the entry out."
+                    f"export[{index}] exports nothing: targets do not compute its detectors, or later entries "
+                    "replace it; add them to targets, or remove the entry."
                 )
         first: dict[str, Export] = {}
         for (model, *_), entry in exported.items():
@@ -280,24 +279,24 @@ class Configuration:
                 values = [getattr(about, key) for about in (other, entry)]
                 if values[0] != values[1]:
                     yield (
-                        f"export: of the model {model}, {key} is both {values[0]!r} and {values[1]!r}; give "
-                        "its files one value, as they are compared with one file in full precision."
+                        f"export: for the model {model}, {key} is both {values[0]!r} and {values[1]!r}; use one "
+                        "value, as all files are compared with one file in full precision."
                     )
 
     def _repeat_problems(self) -> Iterator[str]:
-        """What cannot be calibrated anew on other images."""
+        """Settings that contradict repeats on other calibration images."""
         if self.repeats == 1:
             return
         for name, model in self.models.items():
             for quantization in model.warmup:
                 yield (
-                    f"repeats is {self.repeats}, but models.{name}.warmup.{quantization} supplies what one "
-                    "calibration gave; remove it, or set repeats: 1."
+                    f"repeats is {self.repeats}, but models.{name}.warmup.{quantization} supplies a single "
+                    "calibration; remove it, or set repeats: 1."
                 )
             if getattr(self.datasets[model.dataset].calibration, "images", None) == "all":
                 yield (
-                    f"repeats is {self.repeats}, but datasets.{model.dataset}.calibration.images is all, so "
-                    "each would calibrate on the same images; give a number, or set repeats: 1."
+                    f"repeats is {self.repeats}, but datasets.{model.dataset}.calibration.images is all, so all "
+                    "repeats would use the same images; give a number, or set repeats: 1."
                 )
 
     def combinations(self) -> list[Combination]:
@@ -312,7 +311,7 @@ class Configuration:
         return list(found)
 
     def exports(self) -> dict[Combination, Export]:
-        """The combinations that are exported, in the configuration's order, and how."""
+        """The export entry of each exported combination, in the configuration's order."""
         found: dict[Combination, Export] = {}
         for row, entry in itertools.product(self.combinations(), self.export):
             if all(
@@ -358,12 +357,12 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def configuration(config: Mapping[str, Any]) -> Configuration:
-    """Return a resolved config as its sections, without another look at files."""
+    """Return a resolved config as its sections, without checks of files."""
     return _CONFIGURATION.validate_python(config)
 
 
 def zoo_folder() -> Path | None:
-    """Folder of the configs that the installed MMDetection ships, or None without MMDetection."""
+    """Folder of the configs in the installed MMDetection; None without MMDetection."""
     specification = importlib.util.find_spec("mmdet")  # finds the package without importing it
     if specification is None or not specification.submodule_search_locations:
         return None
@@ -372,13 +371,13 @@ def zoo_folder() -> Path | None:
 
 
 def model_config_problems(key: str, location: str) -> Iterator[str]:
-    """Say that a model's config is neither a file nor one that MMDetection ships, if so."""
+    """A sentence if a model's config is neither a file nor in MMDetection."""
     zoo = zoo_folder()
     if os.path.isfile(location) or zoo is None or os.path.isfile(zoo / location):
         return
     known = [str(path.relative_to(zoo)) for path in zoo.glob("*/*.py")]
     hint = suggestion(location, known)
     yield (
-        f"{key} is {shown(location)}, which is neither a file nor a config that MMDetection ships"
+        f"{key} is {shown(location)}, which is neither a file nor a config in MMDetection"
         f"{hint or '; check the name, which has the form yolox/yolox_nano_8xb8-300e_coco.py.'}"
     )
