@@ -1,8 +1,8 @@
-"""COCO annotation files: checked and brought into one form, in one place for all steps.
+"""Reading and checking of COCO annotation files, for all steps.
 
-What is harmless is read: ids that are whole numbers written as 3.0, ``iscrowd`` that is missing or
-null, empty polygons, Windows' backslashes in file names, a byte order mark. What would make a later
-step fail, or change AP without a word, is a sentence that names the entry.
+Harmless deviations are accepted: ids written as 3.0, ``iscrowd`` that is missing or null, empty polygons,
+backslashes in file names, a byte order mark. Faults that would make a later step fail, or silently change AP,
+raise an error that names the entry.
 """
 
 import json
@@ -27,7 +27,7 @@ UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, e
 
 
 class _Fault(Exception):
-    """What is wrong with an entry; ``read_annotations`` adds the file's name."""
+    """A fault of an entry; ``read_annotations`` adds the file's name."""
 
 
 def read_annotations(
@@ -39,13 +39,13 @@ def read_annotations(
 ) -> dict[str, Any]:
     """Read a COCO instances file and check all that later steps rely on.
 
-    A box or mask that covers no pixel of its image is read with a warning: COCO's AP counts it as an
-    object that was missed. So is a segmentation that is no mask, where nobody needs masks.
+    Two faults only cause a warning: a box or mask outside of its image, which COCO's AP counts as a missed object;
+    and, without ``masks``, an invalid segmentation.
 
     Args:
         labelled: the file must have annotations and categories, and boxes and areas in them.
-        masks: every annotation must have a mask. Without it, a segmentation that is none stays as it is.
-        objects: False for those who need the images alone: ``annotations`` is empty then, and not checked.
+        masks: every annotation must have a valid mask. False: invalid segmentations are kept unchanged.
+        objects: False: read only images; ``annotations`` is empty and not checked.
 
     Returns:
         ``info`` as it is; ``images`` with id, file_name (relative, with slashes), width and height;
@@ -127,7 +127,7 @@ def read_annotations(
 
 
 def few(values: Sequence[Any]) -> str:
-    """The first of some values, and how many there are in all if some are left out."""
+    """The first few values as text, with the number of all if some are left out."""
     more = f", … ({len(values)} in all)" if len(values) > NAMED_IN_MESSAGES else ""
     return ", ".join(map(str, values[:NAMED_IN_MESSAGES])) + more
 
@@ -135,7 +135,7 @@ def few(values: Sequence[Any]) -> str:
 def _read_entries(
     entries: list[Any], what: str, read: Callable[[Mapping[str, Any], int], dict[str, Any]]
 ) -> dict[int, dict[str, Any]]:
-    """Put each entry's checked form in its place; return them by id."""
+    """Check all entries and replace each by its checked form; return them by id."""
     by_id: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(entries):
         number = _whole(entry.get("id")) if isinstance(entry, dict) else None
@@ -217,7 +217,7 @@ def _annotation(
 
 
 def _segmentation(value: Any, image: Mapping[str, Any], here: str) -> Any:
-    """A mask as pycocotools takes it: polygons without empty ones, or RLE; nothing for no mask."""
+    """A mask for pycocotools: polygons without empty ones, or RLE; None without a mask."""
     if not value and not isinstance(value, int | float):
         return None
     if isinstance(value, dict):
@@ -330,7 +330,7 @@ def _is_box(value: Any) -> TypeGuard[list[float]]:
 def _check_range(
     left: float, right: float, top: float, bottom: float, image: Mapping[str, Any], what: str
 ) -> None:
-    """Refuse coordinates that are further outside of the image than the image is large."""
+    """Raise if coordinates are outside of the image by more than its size."""
     width, height = image["width"], image["height"]
     margin = max(width, height)
     if min(left, top) < -margin or right > width + margin or bottom > height + margin:
@@ -341,7 +341,7 @@ def _check_range(
 
 
 def _is_visible(box: Sequence[float] | None, mask: Any, image: Mapping[str, Any]) -> bool:
-    """Whether box and mask, as far as there are any, cover some of the image."""
+    """Whether box and mask, if given, cover a part of the image."""
     ranges = []
     if box is not None:
         x, y, width, height = box

@@ -1,7 +1,6 @@
-"""Batches as mmdet's test step takes them, taken apart: {"inputs": [images], "data_samples": […]}.
+"""Splitting of batches for mmdet's test step: {"inputs": [images], "data_samples": […]}.
 
-A detector pads the images of a batch to the largest, which changes what the network sees of the
-others.
+A detector pads the images of a batch to the largest one, which can change the results of the others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,17 +8,14 @@ from typing import Any
 
 
 def single_images(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The images of all batches as batches of one.
-
-    Alone, each image gives the same result whatever the batches are.
-    """
+    """The images of all batches as batches of one, so that results do not depend on the batches."""
     for batch in loader:
         for index in range(len(batch["inputs"])):
             yield {key: [value[index]] for key, value in batch.items()}
 
 
 def count_images(loader: Iterable[dict[str, Any]]) -> int | None:
-    """How many images a loader has, where it knows."""
+    """Number of images of a loader; None if unknown."""
     if isinstance(loader, Sequence):
         return sum(len(batch["inputs"]) for batch in loader)
     dataset = getattr(loader, "dataset", None)
@@ -27,10 +23,10 @@ def count_images(loader: Iterable[dict[str, Any]]) -> int | None:
 
 
 def shard_of(images: int, batch_size: int, shard: tuple[int, int]) -> slice:
-    """Places of the images of a shard, in whole batches, which are those of a run without shards.
+    """Indices of the images of a shard: whole batches, the same as without shards.
 
     Args:
-        shard: its number from 1 on, and how many there are.
+        shard: its number, from 1, and the number of shards.
     """
     number, shards = shard
     batches = -(-images // batch_size)
@@ -39,7 +35,7 @@ def shard_of(images: int, batch_size: int, shard: tuple[int, int]) -> slice:
 
 
 def same_shapes(batch: dict[str, Any]) -> list[list[int]]:
-    """Positions of a batch's images, [3, height, width] each, in groups that need no padding."""
+    """Indices of a batch's images, [3, height, width] each, in groups of one shape."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(batch["inputs"]):
         groups.setdefault(tuple(image.shape), []).append(index)

@@ -1,7 +1,7 @@
-"""Image files as MMDetection's loader reads them, and the EXIF orientation that they carry.
+"""Reading of image files as MMDetection's loader does, and their EXIF orientations.
 
 The loader's default is ``mmcv.imfrombytes(content, flag="color", backend="cv2")``, which is OpenCV's
-``imdecode``. Called without mmcv, whose import takes longer than the check of many images.
+``imdecode``. It is called without mmcv, whose import takes longer than checking many images.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ FLAGS = {
     "apply": cv2.IMREAD_COLOR,
     "ignore": cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
 }
-# What OpenCV can do with an orientation; other formats (AVIF, JPEG 2000) it never turns.
+# Choices of ``exif`` that OpenCV supports, by format; it never applies orientations of others (AVIF, JPEG 2000).
 CHOICES = {
     **dict.fromkeys(("JPEG", "MPO", "PNG", "WEBP"), ("apply", "ignore")),
     "TIFF": ("apply",),
@@ -66,17 +66,17 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
         The EXIF orientation, 1 (upright) to 8.
 
     Raises:
-        QwtError: the file cannot be decoded, or by MMDetection's loader alone, or has another size
+        QwtError: Pillow or MMDetection's loader cannot decode the file, or it has another size
             (``TurnedImageError`` if it would fit with the other ``exif``).
     """
     try:
         with Image.open(path) as image:
             file_format = image.format
             orientation = image.getexif().get(ORIENTATION, UPRIGHT)
-            image.load()  # OpenCV takes a file that is cut for a whole one
+            image.load()  # OpenCV accepts truncated files
     except Exception as error:  # every decoder has errors of its own
         raise QwtError(f"{path} cannot be decoded as an image ({error}).") from error
-    if orientation not in range(1, 9):  # not in the standard; OpenCV takes it for upright
+    if orientation not in range(1, 9):  # invalid, which OpenCV treats as upright
         orientation = UPRIGHT
     pixels = read_image(path, exif=exif)
     found = pixels.shape[1::-1]

@@ -1,4 +1,4 @@
-"""Images as the model's own test pipeline prepares them."""
+"""Loaders of images through the model's own test pipeline."""
 
 import errno
 import os
@@ -22,12 +22,12 @@ from .images import check_image
 
 AUGMENTATION = ("TestTimeAug", "MultiScaleFlipAug")
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
-"""Numbers of errors that are about an image file, not about the machine."""
+"""Numbers of errors that an image file causes, not the machine."""
 NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations
 
 
 def test_datasets(config: Config) -> list[tuple[str, ConfigDict]]:
-    """The config's test data sets, without what wraps them, by their key in the config."""
+    """The config's test data sets, without wrappers, by their key in the config."""
 
     def unwrapped(path: str, dataset: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
         if "dataset" in dataset:
@@ -47,9 +47,9 @@ def transform_name(transform: Mapping[str, Any]) -> str:
 
 
 def far_backends(transform: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a transform with which it would not read images from this machine's files.
+    """The arguments of a transform that make it read images from elsewhere than this machine's files.
 
-    These name a backend of mmengine's for that, or one that nobody has registered.
+    They name a file backend of mmengine, or one that is not registered.
     """
     found = {}
     for key in ("backend_args", "file_client_args"):
@@ -120,7 +120,7 @@ def inference_pipeline(config: Config) -> list[dict[str, Any]]:
 
 
 def unprepared(path: Path, width: int, height: int, error: Exception) -> QwtError:
-    """What to raise where a sound image does not get through the pipeline, such as one that is 1 pixel wide."""
+    """The error if the pipeline fails on a valid image, such as one of 1 pixel width."""
     return QwtError(
         f"The model's test pipeline cannot prepare {path} ({width}x{height} pixels): {reason(error)}; take this "
         "image out, or change the pipeline in the model config."
@@ -128,7 +128,7 @@ def unprepared(path: Path, width: int, height: int, error: Exception) -> QwtErro
 
 
 def _follow_exif(pipeline: list[dict[str, Any]], info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The pipeline, with images turned by their EXIF orientation or not, as ``info.exif`` says."""
+    """The pipeline, which applies EXIF orientations or not, by ``info.exif``."""
     suffix = "_ignore_orientation"
     transforms = []
     for transform in pipeline:
@@ -181,7 +181,7 @@ class ImageDataset(Dataset):
         """The prepared image.
 
         Raises:
-            QwtError: the file is not what it was when it was chosen, or the pipeline cannot prepare it.
+            QwtError: the file has changed since it was chosen, or the pipeline fails on it.
         """
         image = self.images[index]
         path, width, height = self.root / image["file_name"], image["width"], image["height"]
@@ -203,7 +203,7 @@ class ImageDataset(Dataset):
             raise unprepared(path, width, height, error) from error
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]] | Exception:
-        """What a loader's process asks for. Errors are handed over: raised there, they become mere texts."""
+        """The item of a loader's process. Errors are returned: raised there, they would arrive as text only."""
         try:
             return [self[index] for index in indices]
         except (QwtError, OSError, MemoryError) as error:
@@ -215,7 +215,7 @@ def _collate(images: list[dict[str, Any]] | Exception) -> Any:
 
 
 class ImageLoader(DataLoader):
-    """A loader that raises what its processes have handed over."""
+    """A loader that raises the errors that its processes return."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():

@@ -1,4 +1,4 @@
-"""Which images of a data set are used for what."""
+"""Choice of a data set's images for calibration and evaluation."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,24 +28,23 @@ def choose_ids(
     name: str,
     draw: int = 1,
 ) -> list[int]:
-    """Draw image ids for a part; the order in which they are given does not matter.
+    """Draw image ids for a part; the order of ``ids`` does not matter.
 
     Args:
         part: ``calibration`` or ``evaluation``.
         ids: the ids to draw from.
-        images: how many to draw, or ``"all"``.
-        same_images: both parts are drawn from the same images, so they shall share none as long as
-            there are enough.
+        images: number of images to draw, or ``"all"``.
+        same_images: whether both parts are drawn from the same images; then they share none if there are enough.
         name: name of the dataset in the config, for messages.
-        draw: 1 or more. Draws share no image as long as there are enough. Further ones are independent of
-            each other then, which means that they share some.
+        draw: 1 or more. Draws share no image as long as there are enough; further draws are independent and share
+            some.
 
     Returns:
         The ids in ascending order.
 
     Raises:
-        QwtError: the number is not positive, or larger than the number of ids; or a further draw of all ids
-            or, where both parts are drawn from the same images, one for which there are too few.
+        QwtError: the number is not positive or too large; a draw above 1 is of all ids; or both parts are drawn
+            from the same images and there are too few for the draw.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise QwtError(f"datasets.{name}.seed is {seed!r}; it must be a whole number from 0.")
@@ -92,7 +91,7 @@ def choose(source: Source, part: Part, *, name: str) -> dict[str, Any]:
     """Choose the images of a part.
 
     Args:
-        source: has the annotation file of the part, and maybe that of the other part.
+        source: with the annotation file of the part, and perhaps that of the other part.
         name: name of the dataset in the config, for messages.
 
     Returns:
@@ -121,7 +120,7 @@ def choose(source: Source, part: Part, *, name: str) -> dict[str, Any]:
 
 
 def _read_parts(source: Source) -> dict[Part, dict[str, Any]]:
-    """Read the annotation files that are there; one that serves both parts is read once."""
+    """Read the annotation files that exist; a file of both parts is read once."""
     paths = {part: source.place(part).annotations for part in PARTS}
     hashes = {part: sha256_file(path) for part, path in paths.items() if Path(path).is_file()}
     by_hash: dict[str, dict[str, Any]] = {}
@@ -149,7 +148,7 @@ def _subset(content: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _check_overlap(source: Source, chosen: Mapping[Part, Mapping[str, Any]], name: str) -> None:
-    """No image file may be in both parts, whatever its id in either annotation file."""
+    """Check that no image file is in both parts, even with different ids."""
     evaluated = {
         source.identity("evaluation", image["file_name"])
         for image in chosen["evaluation"]["images"]
@@ -167,10 +166,10 @@ def _check_overlap(source: Source, chosen: Mapping[Part, Mapping[str, Any]], nam
 
 
 def missing_classes(subset: Mapping[str, Any], what: str) -> list[str]:
-    """Names of the classes that have no object in the chosen images; the log says so.
+    """Names of the classes without an object in the chosen images, which are also logged.
 
     Args:
-        what: what the log calls the chosen images.
+        what: name of the chosen images in the log.
     """
     there = {annotation["category_id"] for annotation in subset["annotations"]}
     missing = [

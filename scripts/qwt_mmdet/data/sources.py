@@ -1,7 +1,6 @@
-"""Where images and annotations come from: one class for each source, found by name.
+"""Sources of images and annotations: one class for each, registered by name.
 
-Snakemake asks sources whenever it reads the workflow, so what needs OpenCV or a network is imported
-where it is used.
+Snakemake imports this whenever it reads the workflow, so OpenCV and network packages are imported in functions.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ PROBLEMS_IN_MESSAGES = 5
 
 
 class Place(NamedTuple):
-    """Where the annotations and the images of a part are, once they are there."""
+    """Paths of a part's annotations and images, which may not exist yet."""
 
     annotations: str
     image_root: str
@@ -41,11 +40,11 @@ class Place(NamedTuple):
 
 
 class Source(ABC):
-    """Where a data set comes from.
+    """The source of a data set.
 
     Args:
         settings: its section of the configuration.
-        folder: where generated and downloaded files go.
+        folder: for generated and downloaded files.
     """
 
     def __init__(self, settings: Any, folder: Path) -> None:
@@ -56,23 +55,23 @@ class Source(ABC):
 
     @abstractmethod
     def place(self, part: Part) -> Place:
-        """Where a part is, once it is there."""
+        """Paths of a part, which may not exist yet."""
 
     @abstractmethod
     def prepare(self, part: Part, most_bytes: int) -> None:
-        """Put the annotation file of a part in its place.
+        """Make the annotation file of a part available at its path.
 
         Args:
             most_bytes: largest size of a download, and of an annotation file in it.
 
         Raises:
-            QwtError: it cannot be had.
+            QwtError: it is not available.
         """
 
     def fetch(
         self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
     ) -> list[int]:
-        """Put images of a part in their place, and check each.
+        """Make images of a part available at their paths, and check each.
 
         Args:
             images: entries of the annotation file.
@@ -97,15 +96,15 @@ class Source(ABC):
         return os.path.realpath(os.path.join(self.place(part).image_root, file_name))
 
     def local_annotations(self, part: Part) -> str | None:
-        """The annotation file of a part if that is a file of the user's."""
+        """The annotation file of a part if it is a file of the user."""
         return None
 
     def available(self, part: Part) -> int | None:
-        """How many images a part has to choose from, where that is known before anything is fetched."""
+        """Number of images to choose from; None if unknown before annotations are fetched."""
         return None
 
     def draw(self, part: Part) -> int:
-        """Which draw of images from the part's annotation file is asked for."""
+        """Number of the draw of images from the part's annotation file."""
         return getattr(getattr(self.settings, part), "draw", 1)
 
     @property
@@ -114,7 +113,7 @@ class Source(ABC):
         return self.place("calibration").annotations == self.place("evaluation").annotations
 
     def annotation_settings(self, part: Part) -> dict[str, Any]:
-        """The settings that decide the annotations of a part."""
+        """The settings that the annotations of a part depend on."""
         plain = as_plain(self.settings)
         choice = ("images", "draw")
         plain[part] = {key: value for key, value in plain[part].items() if key not in choice}
@@ -125,14 +124,14 @@ class Source(ABC):
         }
 
     def choice_settings(self, part: Part) -> dict[str, Any]:
-        """The settings that decide which images of a part are chosen, and how they are read."""
+        """The settings that the choice of a part's images, and their reading, depend on."""
         plain = as_plain(self.settings)
         del plain[_other(part)]
         return {**self.annotation_settings(part), **plain, "shares_annotations": self.shared}
 
 
 SOURCES: dict[str, Callable[[Any, Path], Source]] = {}
-"""What makes a source of its settings and its folder, by ``type`` of the data set."""
+"""Functions that make a source from its settings and its folder, by ``type`` of the data set."""
 
 
 def register_source(
@@ -171,7 +170,7 @@ def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
 
 
 def number_of_images(settings: Mapping[str, Any], part: Part) -> int | None:
-    """How many images a part of a data set has; None if that is not known before its annotations are fetched.
+    """Number of images of a part of a data set; None if unknown before its annotations are fetched.
 
     Args:
         settings: the config's entry.
@@ -469,7 +468,7 @@ def _orientation(path: str | Path, image: Mapping[str, Any], exif: Exif) -> int 
 
 
 def _advice(problems: Sequence[QwtError], name: str, exif: Exif) -> str:
-    """What to do where images would fit with the other ``exif``; nothing where that is not so."""
+    """The remedy if images would fit with the other ``exif``; else empty."""
     from .images import TurnedImageError
 
     if not any(isinstance(problem, TurnedImageError) for problem in problems):

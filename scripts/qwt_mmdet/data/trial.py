@@ -1,7 +1,7 @@
-"""A test pipeline, tried on a generated image before anything else is done with its config.
+"""A trial of a test pipeline on a generated image, before its config is used.
 
-What is wrong with it is a sentence then that names the key: a step that cannot be built or run, that changes
-images by chance or shows objects elsewhere, or a result that lacks what detectors need.
+Faults raise an error that names the key: a step that cannot be built or run, that is random or moves objects; or a
+result without values that detectors need.
 """
 
 import contextlib

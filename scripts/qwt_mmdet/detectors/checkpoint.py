@@ -122,14 +122,14 @@ def _read_safetensors(path: Path, name: str) -> tuple[OrderedDict[str, Tensor], 
     )
 
 
-def _candidates(content: dict[Any, Any], seen: set[int], place: tuple[str, ...] = ()) -> list[Any]:
+def _state_dicts(content: dict[Any, Any], seen: set[int], place: tuple[str, ...] = ()) -> list[Any]:
     """All ``(keys that lead to it, state dict)`` in a checkpoint."""
     seen.add(id(content))
     found = []
     for key in (*WEIGHTS, *AVERAGES):
         inner = content.get(key)
         if isinstance(inner, dict) and id(inner) not in seen and len(place) < 3:
-            found += _candidates(inner, seen, (*place, key))
+            found += _state_dicts(inner, seen, (*place, key))
     if not found and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         found = [(place, content)]
     return found
@@ -151,8 +151,8 @@ def _foreign_key(state: dict[Any, Any]) -> str | None:
 
 def _chosen(content: Any, name: str) -> tuple[dict[str, Tensor], OrderedDict[str, Any] | None]:
     """The tensors of a checkpoint's state dict, by name, and the versions of its modules."""
-    candidates = _candidates(content, set()) if isinstance(content, dict) else []
-    if not candidates:
+    state_dicts = _state_dicts(content, set()) if isinstance(content, dict) else []
+    if not state_dicts:
         found = _described(content)
         if isinstance(content, dict):
             texts = [key for key in content if isinstance(key, str)]
@@ -163,19 +163,19 @@ def _chosen(content: Any, name: str) -> tuple[dict[str, Tensor], OrderedDict[str
             f"The checkpoint {name} holds no weights but {found}; it needs a state dict, bare or "
             f"under one of the keys {', '.join((*WEIGHTS, *AVERAGES))}."
         )
-    states = {place: _unwrapped(state, name) for place, state in candidates}
+    states = {place: _unwrapped(state, name) for place, state in state_dicts}
     places = list(states)
     first, reason = places[0], "it comes first"
     averages = [place for place in places if set(AVERAGES) & set(place)]
     if averages and averages[0] != first:
         # MMEngine's hook has swapped the two before saving.
-        if "steps" in dict(candidates).get(("ema_state_dict",), ()):
+        if "steps" in dict(state_dicts).get(("ema_state_dict",), ()):
             reason = "MMEngine has put the average over the training (EMA) there"
         elif states[averages[0]][0].keys() >= states[first][0].keys():
             first, reason = averages[0], "it is the average over the training (EMA)"
         else:
             reason = f"{_place(averages[0])} is not complete"
-    foreign_key = _foreign_key(dict(candidates)[first])
+    foreign_key = _foreign_key(dict(state_dicts)[first])
     if foreign_key is not None:
         raise QwtError(
             f"The checkpoint {name} was refused: a name in {_place(first) or 'its state dict'} is "

@@ -1,8 +1,8 @@
-"""Classes: what heads put out, and what config, checkpoint and annotations call it.
+"""Classes of a detector: outputs of heads, and names in config, checkpoint and annotations.
 
-A detector counts its classes; their names come from elsewhere, and a wrong name is a wrong AP. So the
-outputs of every head, the names in the config, those in the checkpoint and the categories of the
-annotations are compared here, before anything runs.
+A detector has only a number of classes; their names come from elsewhere, and wrong names give a wrong AP. So the
+outputs of all heads, the names in config and checkpoint and the categories of the annotations are compared before
+anything runs.
 """
 
 import logging
@@ -24,7 +24,8 @@ from ..files import read_text
 logger = logging.getLogger(__name__)
 
 HEADS = ("bbox_head", "mask_head", "roi_head", "panoptic_head")
-"""Where mmdet's detectors keep what predicts classes. ``rpn_head`` tells objects from background."""
+"""Attributes of mmdet's detectors with heads that predict classes; ``rpn_head`` only separates objects from
+background."""
 
 OTHER_OUTPUTS = ("rpn_head", "semantic", "loss")
 """Words in names of modules in a head that count something else: regions, stuff, training."""

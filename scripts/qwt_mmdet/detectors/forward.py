@@ -29,11 +29,11 @@ def check_precision(model: nn.Module) -> None:
 
 
 def forward_scope(model: BaseDetector, inputs: dict[str, Any] | None, scope: str) -> Any:
-    """Run what ``scope`` names of the detector on one collated batch.
+    """Run the part ``scope`` of the detector on one collated batch.
 
     Args:
-        inputs: what the loader yields: {"inputs": [images], "data_samples": […]}. None where the model's
-            preprocessor does not look at it, as in a replay.
+        inputs: batch of the loader: {"inputs": [images], "data_samples": […]}. None if the model's preprocessor
+            does not read it, as in a replay.
     """
     data = model.data_preprocessor(inputs, False)
     if scope == "backbone":
@@ -44,10 +44,7 @@ def forward_scope(model: BaseDetector, inputs: dict[str, Any] | None, scope: str
 
 
 def dense_head(model: BaseDetector) -> BaseDenseHead | None:
-    """The head that works on all places of the features: of a one-stage detector, or of proposals.
-
-    None where the head needs more than the features (DETR and its like).
-    """
+    """The dense head (of a one-stage detector, or of proposals); None if it needs more than features (DETR)."""
     head = getattr(model, "rpn_head", None) or getattr(model, "bbox_head", None)
     return head if isinstance(head, BaseDenseHead) else None
 
@@ -71,7 +68,7 @@ def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
 
 
 def scope_tensors(model: BaseDetector, batch: dict[str, Any], scope: str) -> list[Tensor]:
-    """What a scope hands on: the maps of backbone or neck; of the whole detector :func:`head_tensors`."""
+    """The outputs of a scope: the maps of backbone or neck; for the whole detector :func:`head_tensors`."""
     if scope == "detector":
         return head_tensors(model, batch)
     return list(_tensors(forward_scope(model, batch, scope)))
@@ -79,9 +76,9 @@ def scope_tensors(model: BaseDetector, batch: dict[str, Any], scope: str) -> lis
 
 @contextlib.contextmanager
 def count_operations(model: nn.Module) -> Iterator[FlopCounterMode]:
-    """Count what convolutions and matrix products inside compute; two operations are one multiply-add.
+    """Inside: count operations of convolutions and matrix products; two operations are one multiply-add.
 
-    No weight needs a gradient inside, since torch's counter fails on views of those that do.
+    Gradients of weights are disabled, since torch's counter fails on views of weights with gradients.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:

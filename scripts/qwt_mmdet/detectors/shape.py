@@ -1,4 +1,4 @@
-"""What kind of value stands under the keys of a model config that are looked up before a detector is built."""
+"""Check of the types of a model config's values, before a detector is built."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Read files of ``torch.save`` by ``torch.load(weights_only=True)``, which runs no code of a file.
 
-Training leaves objects of numpy, MMEngine and MMCV beside the weights. :class:`_Nothing` stands for each of them.
+Checkpoints also hold objects of numpy, MMEngine and MMCV from training. :class:`_Nothing` replaces each of them.
 """
 
 import pickle
@@ -125,7 +125,7 @@ def _check_archive(path: Path) -> None:
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Where the numbers of a tensor lie; those of two that have the same place are the same."""
+    """Storage, offset and shape of a tensor; tensors with equal ones share their numbers."""
     if tensor.layout != torch.strided:
         return (id(tensor),)
     first = tensor.untyped_storage().data_ptr(), tensor.storage_offset()

@@ -1,4 +1,4 @@
-"""State dicts: which names and shapes a model needs, and how a state dict comes into it."""
+"""Loading of state dicts into models, with checks of names and shapes."""
 
 import contextlib
 import logging
@@ -100,7 +100,7 @@ def below(state: Mapping[str, Tensor], prefix: str) -> OrderedDict[str, Tensor]:
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    # Each module converts its older keys in what it is given. mmcv's deformable convolutions look
+    # Each module converts its older keys in the given state dict. mmcv's deformable convolutions look
     # beside their own prefix for them, so all are given everything, as torch did until 1.12.
     converted = OrderedDict(state)
     metadata = getattr(state, "_metadata", {})
