@@ -364,7 +364,7 @@ def test_what_cannot_be_repeated_is_refused():
 
 def test_exports_of_one_model_have_one_opset():
     entries = [{"quantization": ["w8a8"]}, {"quantization": ["w4a8"], "opset": 22}]
-    with pytest.raises(QwtError, match="of the model demo, opset is both 21 and 22"):
+    with pytest.raises(QwtError, match="for the model demo, opset is both 21 and 22"):
         config.resolve(changed("export", entries))
 
 

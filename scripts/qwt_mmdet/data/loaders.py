@@ -156,7 +156,7 @@ class ImageDataset(Dataset):
         config: mmdet config with the test pipeline.
         annotations: annotation file whose ``info.image_root`` is the image folder; ``info.exif``
             (apply or ignore, where it is there) decides whether EXIF orientations are applied.
-        images: those to take, by their places in the file.
+        images: indices in the file of the images to take.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ def make_loader(
     """Loader over the images of an annotation file, in its order.
 
     Args:
-        images: those to take, by their places in the file; all if not given.
+        images: indices in the file of the images to take; None: all.
 
     Yields:
         Batches as mmdet's test transform takes them: {"inputs": [image tensors],

@@ -254,7 +254,7 @@ def _by_chance(step: _Step) -> QwtError:
 
 
 def _are_in_place(here: _Seen, there: _Seen) -> bool:
-    """Whether the middle between both places of the object is where ``scale_factor`` says."""
+    """Whether the middle between both positions of the object is where ``scale_factor`` says."""
     if here.pixels.shape != there.pixels.shape:
         return False
     change = np.abs(there.pixels.astype(np.float64) - here.pixels)

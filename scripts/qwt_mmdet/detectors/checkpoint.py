@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import QwtError, quoted
-from .unpickling import ZIP_MAGIC, Damaged, Refused, own_tensors, place_of, read_as_data
+from .unpickling import ZIP_MAGIC, Damaged, Refused, memory_of, own_tensors, read_as_data
 from .weights import below, some
 
 logger = logging.getLogger(__name__)
@@ -163,10 +163,10 @@ def _chosen(content: Any, name: str) -> tuple[dict[str, Tensor], OrderedDict[str
             f"The checkpoint {name} holds no weights but {found}; it needs a state dict, bare or "
             f"under one of the keys {', '.join((*WEIGHTS, *AVERAGES))}."
         )
-    states = {place: _unwrapped(state, name) for place, state in state_dicts}
-    places = list(states)
-    first, reason = places[0], "it comes first"
-    averages = [place for place in places if set(AVERAGES) & set(place)]
+    states = {path: _unwrapped(state, name) for path, state in state_dicts}
+    paths = list(states)
+    first, reason = paths[0], "it comes first"
+    averages = [path for path in paths if set(AVERAGES) & set(path)]
     if averages and averages[0] != first:
         # MMEngine's hook has swapped the two before saving.
         if "steps" in dict(state_dicts).get(("ema_state_dict",), ()):
@@ -181,8 +181,8 @@ def _chosen(content: Any, name: str) -> tuple[dict[str, Tensor], OrderedDict[str
             f"The checkpoint {name} was refused: a name in {_place(first) or 'its state dict'} is "
             f"{foreign_key} where only a text can be the name of a weight."
         )
-    lie = {place: {k: place_of(v) for k, v in states[place][0].items()} for place in places}
-    others = [place for place in places if lie[place] != lie[first]]
+    memory = {path: {k: memory_of(v) for k, v in states[path][0].items()} for path in paths}
+    others = [path for path in paths if memory[path] != memory[first]]
     if others:
         logger.warning(
             "%s: the weights are taken from %s, since %s. For those of %s, save "

@@ -124,7 +124,7 @@ def _check_archive(path: Path) -> None:
         raise Damaged(f"Bad CRC-32 for the record {quoted(damaged)}")
 
 
-def place_of(tensor: Tensor) -> tuple[Any, ...]:
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
     """Storage, offset and shape of a tensor; tensors with equal ones share their numbers."""
     if tensor.layout != torch.strided:
         return (id(tensor),)
@@ -138,11 +138,11 @@ def own_tensors(tensors: Mapping[str, Tensor], file_size: int) -> OrderedDict[st
     Raises:
         Refused: together they are larger than a file of that size allows.
     """
-    places = {name: place_of(tensor) for name, tensor in tensors.items()}
-    distinct = {places[name]: tensor for name, tensor in tensors.items()}
+    memory = {name: memory_of(tensor) for name, tensor in tensors.items()}
+    distinct = {memory[name]: tensor for name, tensor in tensors.items()}
     total = sum(tensor.nbytes for tensor in distinct.values())
     if total > EXPANSION * file_size:
         raise Refused(f"its tensors take {total} bytes, but the file has {file_size}")
     layout = torch.contiguous_format
-    copies = {place: v.detach().clone(memory_format=layout) for place, v in distinct.items()}
-    return OrderedDict((name, copies[place]) for name, place in places.items())
+    copies = {at: v.detach().clone(memory_format=layout) for at, v in distinct.items()}
+    return OrderedDict((name, copies[at]) for name, at in memory.items())
