@@ -220,7 +220,7 @@ def test_found_blocks_run_once_and_the_log_says_how_to_name_others(caplog):
         "neck.lateral.0",
         "neck.lateral.1",
     ]
-    assert "neck.lateral.0, neck.lateral.1. 'blocks' can name others" in caplog.text
+    assert "neck.lateral.0, neck.lateral.1. To choose others, set 'blocks'" in caplog.text
 
 
 def test_a_registered_block_that_cannot_be_compensated_is_left_out(caplog):

@@ -510,7 +510,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
         loading.load_exported(path)
     with pytest.raises(QwtError, match=r"give the \.onnx file itself"):
         loading.load_exported(path.with_suffix(".json"))
-    with pytest.raises(QwtError, match=r"end it with \.onnx"):
+    with pytest.raises(QwtError, match=r"end the name with \.onnx"):
         onnx_file.export_onnx(Network(), path.with_suffix(".json"))
     path.write_bytes(b"half of a graph")
     with pytest.raises(QwtError, match="another sha256"):

@@ -132,7 +132,7 @@ def test_a_detector_without_a_detection_shows_its_masks(tmp_path):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (Predictions([], 0, False), "not a single detection"),
+        (Predictions([], 0, False), "makes no detection"),
         (Predictions([{}], 3, False), "^3 det"),
     ],
 )
