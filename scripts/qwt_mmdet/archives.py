@@ -165,6 +165,6 @@ def overfitted_ranges(check: Mapping[str, Any] | None) -> str | None:
     if seen - unseen < OVERFITTED_DB or unseen >= HARMLESS_DB:
         return None
     return (
-        f"Ranges overfit: estimated from half of the {check['images']} calibration images, they give {seen:.1f} dB on "
+        f"Ranges are not settled: estimated from half of the {check['images']} calibration images, they give {seen:.1f} dB on "
         f"images that made them, {unseen:.1f} dB on others; use more images."
     )
