@@ -54,7 +54,10 @@ def detect(path, photo):
     if image is None:
         sys.exit(f"{photo} is no image that OpenCV can read.")
     image, scales = prepared(image, about["preprocessing"], about["input"])
-    outputs = onnxruntime.InferenceSession(path).run(None, {"image": image})
+    options = onnxruntime.SessionOptions()
+    # Without VNNI, sums of 8-bit products overflow in ONNX Runtime's fast kernels.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    outputs = onnxruntime.InferenceSession(path, options).run(None, {"image": image})
     if about["suppression"]:
         boxes, best, labels = outputs
     else:
