@@ -461,7 +461,9 @@ def test_a_quantized_detector_that_diverges_keeps_no_compensation_after_that(
     for block in lost:
         assert (block.kept, block.decision, block.kind) == (False, "not_finite", None)
         assert block.row()["fit"]["error_before"] is None
-    assert f"{second}: the quantized detector's values are NaN or infinite on 4 of 4" in caplog.text
+    assert (
+        f"{second}: values of the quantized detector are NaN or infinite on 4 of 4" in caplog.text
+    )
     save_compensation(model, fitted, tmp_path / "compensation.pth")
     load_compensation(model, tmp_path / "compensation.pth")
 

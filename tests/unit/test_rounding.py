@@ -157,7 +157,7 @@ def test_so_many_positions_of_a_call_count_towards_second_moments(device):
         assert moments.positions == 300, "means are those of all positions"
         assert moments.means()[0].item() == pytest.approx(49.5)
         if limit:
-            assert moments._rows + sum(w.shape[1] for w in moments._waiting) == 3 * limit
+            assert moments._count + sum(w.shape[1] for w in moments._waiting) == 3 * limit
             means.append(moments.second(centred=False)[0].item())
     assert means[0] == pytest.approx(square, rel=0.03), "one position of each stretch"
     assert means[0] != means[1] == pytest.approx(square)

@@ -330,7 +330,7 @@ def test_a_size_between_is_kept():
 
 
 def test_too_few_annotated_images_are_an_error(annotations):
-    with pytest.raises(QwtError, match="scored on 3 calibration images"):
+    with pytest.raises(QwtError, match="scored on 3 images"):
         chooser(smallest=Smallest(0.01)).smallest(
             Unloaded("", {}, "", annotations(), None, 0, 1, 0)
         )

@@ -17,6 +17,7 @@ from running import REAL_COCO, ROOT, Workflow
 RESULTS = {
     "coco_download": (2, 3, 5, 0),
     "demo_tiny": (1, 1, 1, 0),
+    "real_detectors": (5, 20, 0, 0, 2),
     "yolox_coco_real": (1, 7, 18, 0),
     "yolox_coco_real_tiny": (1, 1, 1, 1),
 }
@@ -25,24 +26,26 @@ TABLES = ("summarize_results", "render_report")
 real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}")
 
 
-def expected(models: int, quantized: int, compensated: int, exported: int = 0) -> dict[str, int]:
+def expected(
+    models: int, quantized: int, compensated: int, exported: int = 0, datasets: int = 1
+) -> dict[str, int]:
     """Jobs by rule. Exported detectors of one model have one runtime each."""
     exports = {
         "export_model": exported + 1,  # in full precision, too
         "evaluate_exported": exported,
         "benchmark_exported": exported,
     }
+    fits = {"fit_compensation": compensated, "evaluate_compensated": compensated}
     return {
         "fetch_checkpoint": models,
-        "prepare_dataset": 2,
-        "select_images": 2,
+        "prepare_dataset": 2 * datasets,
+        "select_images": 2 * datasets,
         "evaluate_baseline": models,
         "quantize_model": quantized,
         "evaluate_quantized": quantized,
-        "fit_compensation": compensated,
-        "evaluate_compensated": compensated,
         "summarize_results": 1,
         "render_report": 1,
+        **(fits if compensated else {}),
         **(exports if exported else {}),
     }
 

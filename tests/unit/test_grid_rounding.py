@@ -1,14 +1,14 @@
 import pytest
 import torch
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization import kernels
+from qwt_mmdet.quantization import grid_rounding
 from qwt_mmdet.quantization.primitives import fake_quantize, quantization_parameters
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    kernels._compiled.cache_clear()
-    monkeypatch.setattr(kernels, "_rounded_in_place", 0)
+    grid_rounding._compiled.cache_clear()
+    monkeypatch.setattr(grid_rounding, "_rounded_in_place", 0)
 
 
 def grid(device, bits):
@@ -37,10 +37,10 @@ def test_automatic_compilation_starts_once_it_pays(device, monkeypatch):
 
     def compiler(device, *, required):
         calls.append((device, required))
-        return kernels._fused
+        return grid_rounding._fused
 
-    monkeypatch.setattr(kernels, "_compiled", compiler)
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", 1500)
+    monkeypatch.setattr(grid_rounding, "_compiled", compiler)
+    monkeypatch.setattr(grid_rounding, "WORTH_COMPILING", 1500)
     monkeypatch.delenv("QWT_COMPILE", raising=False)
     x = torch.randn(1000, device=device)
     results = [fake_quantize(x, *grid(device, 4), 4) for _ in range(3)]
@@ -53,7 +53,7 @@ def test_without_a_compiler_tensors_are_rounded_in_place(device, monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", -1)
+    monkeypatch.setattr(grid_rounding, "WORTH_COMPILING", -1)
     x = torch.randn(1000, device=device)
     monkeypatch.setenv("QWT_COMPILE", "auto")
     automatic = fake_quantize(x, *grid(device, 4), 4)
