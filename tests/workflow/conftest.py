@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from running import REAL_COCO, ROOT, Workflow
+from running import REAL_COCO, REAL_DETECTORS, ROOT, Workflow
 
 
 @pytest.fixture
@@ -18,6 +18,7 @@ def workflow(tmp_path: Path) -> Workflow:
     (folder / "workflow").symlink_to(ROOT / "workflow")
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "coco_real").symlink_to(REAL_COCO)
+    (tmp_path / "shared" / "real_detectors").symlink_to(REAL_DETECTORS)
     return Workflow(ROOT, folder)
 
 

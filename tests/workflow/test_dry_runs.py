@@ -11,7 +11,7 @@ import pytest
 import yaml
 from qwt_mmdet.config import resolve
 from qwt_mmdet.plan import Plan
-from running import REAL_COCO, ROOT, Workflow
+from running import REAL_COCO, REAL_DETECTORS, ROOT, Workflow
 
 # {name of the configuration: (models, quantized, compensated, exported)}
 RESULTS = {
@@ -23,7 +23,10 @@ RESULTS = {
 }
 CONFIGS = ROOT / "tests" / "configs"
 TABLES = ("summarize_results", "render_report")
-real = pytest.mark.skipif(not REAL_COCO.is_dir(), reason=f"no real COCO sample in {REAL_COCO}")
+real = pytest.mark.skipif(
+    not (REAL_COCO.is_dir() and REAL_DETECTORS.is_dir()),
+    reason=f"no real COCO sample in {REAL_COCO}, or no real detectors in {REAL_DETECTORS}",
+)
 
 
 def expected(
