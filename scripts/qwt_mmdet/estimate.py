@@ -337,15 +337,15 @@ def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[Mea
     images = {key: images_of(datasets[key[0]], part_of(key[1])) for key in counted}
     costs = measure(plan, threads=threads, gpu=gpu)
     found = []
-    for model, (key, jobs) in itertools.product(datasets, counted.items()):
-        if key[0] == model:
-            search = costliest_search(plan, model)
-            # steps that do not run on all images of their part
-            most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
-            most |= {"measure_candidates": search.images} if search else {}
-            count = min(images[key], most.get(key[1], images[key]))
-            cost = dataclasses.asdict(costs[key])
-            found.append(MeasuredStep(**cost, model=model, step=key[1], images=count, jobs=jobs))
+    models = list(datasets)
+    for (model, step), jobs in sorted(counted.items(), key=lambda item: models.index(item[0][0])):
+        search = costliest_search(plan, model)
+        # steps that do not run on all images of their part
+        most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
+        most |= {"measure_candidates": search.images} if search else {}
+        count = min(images[model, step], most.get(step, images[model, step]))
+        cost = dataclasses.asdict(costs[model, step])
+        found.append(MeasuredStep(**cost, model=model, step=step, images=count, jobs=jobs))
     return found
 
 

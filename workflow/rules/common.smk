@@ -59,8 +59,8 @@ if set(str(workflow.basedir)) & set("{}"):
 for path in workflow.overwrite_configfiles or ["config/config.yaml"]:
     in_plain_words(read_file, path)
 
-# A config file named on the command line replaces the default one; merged, it would drag the
-# default's models and targets along.
+# A config file named on the command line replaces the default one. Snakemake would merge the two, and models and
+# targets of the default would be computed as well.
 if not workflow.overwrite_configfiles:
 
     configfile: "config/config.yaml"

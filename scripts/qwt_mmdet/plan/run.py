@@ -114,8 +114,8 @@ class Plan:
     def __init__(self, config: Mapping[str, Any], stopped: Stopped | None = None) -> None:
         self.config = config
         self.stopped = stopped or Stopped()
-        self.combinations = configuration(config).combinations()
-        self.exports = configuration(config).exports()
+        asked = configuration(config)
+        self.combinations, self.exports = asked.combinations(), asked.exports()
 
     def dataset(self, model: str) -> str:
         """Name of a model's data set."""
