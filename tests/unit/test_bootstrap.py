@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation import coco
-from qwt_mmdet.evaluation.bootstrap import ApTable, Bootstrap, bootstrap, draw_weights, interval
+from qwt_mmdet.evaluation.bootstrap import Bootstrap, bootstrap, draw_weights, interval
 from qwt_mmdet.evaluation.coco import AP_METRICS, Averaged, coco_metrics
 from qwt_mmdet.evaluation.estimates import Difference, Estimate, Limit
+from qwt_mmdet.evaluation.weighted_ap import ApTable
 from qwt_mmdet.reporting.text import limit_sentence
 from random_detections import compressed, detection, one_object, random_detections, write
 
@@ -47,6 +48,11 @@ def assert_equals_cocoeval(ap, index, metrics):
         assert ap[name][index] == pytest.approx(expected, abs=1e-9, nan_ok=True), name
 
 
+def table_of(annotations, predictions, iou_type):
+    ground_truth = coco.load_ground_truth(annotations, masks=iou_type == "segm")
+    return ApTable.build(ground_truth, predictions, iou_type)
+
+
 # One distinct score makes all detections tie; then the order is that of the images alone.
 @pytest.mark.parametrize("scores", [None, 6, 1])
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
@@ -54,7 +60,7 @@ def test_weights_are_numbers_of_copies_of_an_image(tmp_path, iou_type, scores):
     content, predictions = random_detections(
         images=9, detections=25, classes=4, seed=7, scores=scores
     )
-    table = ApTable.build(write(tmp_path, content), predictions, iou_type)
+    table = table_of(write(tmp_path, content), predictions, iou_type)
     assert table.images == [image["id"] for image in content["images"]]
     weights = np.concatenate([np.ones((1, 9), dtype=int), draw_weights(9, 3, seed=1)])
     assert weights.max() > 2
@@ -97,7 +103,7 @@ def two_images():
 )
 def test_two_images_by_hand(tmp_path, weights, expected):
     content, predictions = two_images()
-    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    table = table_of(write(tmp_path, content), predictions, "bbox")
     for name, (value,) in table.ap(np.array([weights]))[0].items():
         undefined = name in ("APs", "APl")
         assert value == pytest.approx(np.nan if undefined else expected, nan_ok=True), name
@@ -108,24 +114,24 @@ def test_a_class_without_objects_in_a_resample_leaves_the_mean(tmp_path):
     content["categories"].append({"id": 2, "name": "dog"})
     content["annotations"][1]["category_id"] = 2
     predictions[1]["category_id"] = 2
-    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    table = table_of(write(tmp_path, content), predictions, "bbox")
     np.testing.assert_allclose(table.ap(np.array([[1, 1], [3, 0], [0, 1]]))[0]["AP"], [0.5, 1, 0])
 
 
 @pytest.mark.parametrize("weights", [[[1, 1, 1]], [1, 1], [[0.5, 1.5]], [[-1, 3]]])
 def test_weights_that_are_no_numbers_of_draws_are_refused(tmp_path, weights):
     content, predictions = two_images()
-    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    table = table_of(write(tmp_path, content), predictions, "bbox")
     with pytest.raises(ValueError, match="weights"):
         table.ap(np.array(weights))
 
 
 def test_resamples_do_not_depend_on_how_many_are_computed_at_once(tmp_path, monkeypatch):
     content, predictions = random_detections(images=6, detections=15, classes=3, seed=2, scores=4)
-    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    table = table_of(write(tmp_path, content), predictions, "bbox")
     weights = draw_weights(6, 20, seed=0)
     together, _ = table.ap(weights)
-    monkeypatch.setattr("qwt_mmdet.evaluation.bootstrap.CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr("qwt_mmdet.evaluation.weighted_ap.CHUNK_ELEMENTS", 300)
     for name, values in table.ap(weights)[0].items():
         np.testing.assert_array_equal(values, together[name])
 
@@ -406,10 +412,10 @@ def test_images_that_are_matched_in_parts_give_the_table_of_all(tmp_path, monkey
     content, predictions = random_detections(images=9, detections=25, classes=4, seed=7, scores=6)
     path = write(tmp_path, content)
     weights = draw_weights(9, 5, seed=1)
-    whole = ApTable.build(path, predictions, iou_type)
+    whole = table_of(path, predictions, iou_type)
     monkeypatch.setattr(coco, "IMAGES_AT_ONCE", 2)
     backwards = sorted(predictions, key=lambda record: -record["image_id"])
-    parts = ApTable.build(path, backwards, iou_type)
+    parts = table_of(path, backwards, iou_type)
     assert parts.images == whole.images
     for one, other in zip(parts.ap(weights), whole.ap(weights), strict=True):
         assert list(one) == list(other)
@@ -437,7 +443,7 @@ def test_bad_predictions_name_their_variant(tmp_path):
 def test_intervals_cover_the_expected_ap(tmp_path):
     # 400 images are the world; each trial sees 50 of them. Weights serve for both kinds of drawing.
     content, predictions = random_detections(images=400, detections=6, classes=3, seed=4)
-    table = ApTable.build(write(tmp_path, content), predictions, "bbox")
+    table = table_of(write(tmp_path, content), predictions, "bbox")
     generator = np.random.default_rng(8)
     trials, resamples = 60, 80
     rows = []
@@ -485,7 +491,7 @@ def test_real_annotations_with_images_drawn_twice(tmp_path, iou_type):
                 "segmentation": compressed(polygons, *sizes[annotation["image_id"]]),
             }
         )
-    table = ApTable.build(write(tmp_path, content), predictions, iou_type)
+    table = table_of(write(tmp_path, content), predictions, iou_type)
     weights = np.ones((2, 24), dtype=int)
     weights[1, ::3] = 2
     ap, _ = table.ap(weights)
@@ -519,7 +525,7 @@ def test_a_metric_more_is_one_line(tmp_path, monkeypatch):
     content, predictions = random_detections(images=8, detections=20, classes=3, seed=4, scores=5)
     path = write(tmp_path, content)
     once = np.ones((1, 8), dtype=int)
-    found = ApTable.build(path, predictions, "bbox").ap(once)[0]["AP60"]
+    found = table_of(path, predictions, "bbox").ap(once)[0]["AP60"]
     evaluated = coco_metrics(path, predictions, masks=False)["bbox"]
     assert found == pytest.approx(evaluated["AP60"])
     assert evaluated["AP75"] < evaluated["AP60"] < evaluated["AP50"]

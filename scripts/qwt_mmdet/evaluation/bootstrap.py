@@ -1,8 +1,7 @@
 """Confidence intervals of COCO AP: paired bootstrap over images.
 
 A resample of N images draws N images with replacement. It is represented by integer weights: how often each
-image was drawn. COCO matches detections to objects within one image and category, so AP under these weights
-needs no new matching. All variants (baseline, quantized, compensated) share the weights, so that the variance
+image was drawn, under which :mod:`.weighted_ap` computes AP without new matching. All variants (baseline, quantized, compensated) share the weights, so that the variance
 of the draw cancels in differences (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 
 AP tends to be larger on fewer distinct images, since fewer false positives of other images rank above an
@@ -11,32 +10,28 @@ one standard error. For a very small AP the percentile interval can even miss th
 difference this bias nearly cancels. In simulations of 160 images with 80 classes of uneven frequency, the 95 %
 percentile interval covers the expected AP in about 90 % of cases, and the expected difference in about 92 %.
 Shifting the interval by the bias does not cover more; mirroring it (the basic interval) covers less.
-
-A resample represents a data set in which an image that was drawn twice has two ids. COCOeval orders detections
-of equal score by image id. Here second copies have larger ids than all first copies, third copies than all
-second ones, and so on.
 """
 
 import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from scipy import sparse, stats
+from scipy import stats
 
 from ..errors import QwtError
 from ..files import read_json
 from ..progress import progress
-from .coco import AP_METRICS, check_predictions, iou_types, load_ground_truth, match_in_chunks
+from .coco import iou_types, load_ground_truth
 from .estimates import Comparison, Difference, Estimate, Limit
+from .weighted_ap import ApTable
 
 logger = logging.getLogger(__name__)
 
@@ -47,312 +42,6 @@ Records = Sequence[dict[str, Any]] | str | os.PathLike[str]
 
 CONFIDENCE = 0.95
 FEW_IMAGES = 30
-CHUNK_ELEMENTS = 1_000_000
-"""Elements of a work array: 8 MB, small enough for the cache, large enough for numpy."""
-
-
-class Ranking(NamedTuple):
-    """Detections of one category in COCOeval's order.
-
-    ``images`` [D] index of each detection's image, ``ties`` [D] number of its group of equal scores.
-    """
-
-    images: NDArray[np.int64]
-    ties: NDArray[np.int64]
-
-
-class Outcome(NamedTuple):
-    """The matches of a ranking in one size class.
-
-    ``hit`` [T, D]: the detection matches an object; ``counted`` [T, D]: it is not ignored (true and false
-    positives); ``objects`` [N]: number of objects of the category per image.
-    """
-
-    hit: NDArray[np.bool_]
-    counted: NDArray[np.bool_]
-    objects: NDArray[np.int64]
-
-
-def _expand_ties(
-    ranking: Ranking, outcome: Outcome, most: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Order of the detections of a resample.
-
-    If a group of equal scores has only hits or only misses, its order does not matter. Then the copies of a
-    detection form one entry with its weight. In a mixed group the copies of the images interleave, so each
-    copy is an entry.
-
-    Args:
-        most: largest weight of each image in any resample, [N].
-
-    Returns:
-        Detection and copy of each entry in order; copy 0 means all copies together, c > 0 the c-th copy.
-    """
-    detections = np.arange(len(ranking.images))
-    groups = ranking.ties[-1] + 1 if len(detections) else 0
-    mixed = np.zeros(groups, dtype=bool)
-    for hit, counted in zip(outcome.hit, outcome.counted, strict=True):
-        hits = np.bincount(ranking.ties[hit], minlength=groups)
-        misses = np.bincount(ranking.ties[counted & ~hit], minlength=groups)
-        mixed |= (hits > 0) & (misses > 0)
-    apart = mixed[ranking.ties]
-    if not apart.any():
-        return detections, np.zeros_like(detections)
-    times = np.where(apart, most[ranking.images], 1)
-    detection = np.repeat(detections, times)
-    first = np.repeat(np.cumsum(times) - times, times)
-    copy = np.where(apart[detection], np.arange(len(detection)) - first + 1, 0)
-    order = np.lexsort((detection, copy, ranking.ties[detection]))
-    return detection[order], copy[order]
-
-
-def _column_weights(
-    images: NDArray[np.int64], copies: NDArray[np.int64], drawn: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """Weight of columns (image, copy) in each resample: [C], [C], [N, R] -> [C, R]."""
-    times = drawn[images]
-    return np.where(copies[:, None] == 0, times, times >= copies[:, None]).astype(np.int32)
-
-
-def _thresholds_reached(
-    hits: NDArray[np.int32], objects: NDArray[np.int64], recall_thresholds: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """Number of recall thresholds that ``hits`` [H, R] of ``objects`` [R] reach, [H, R].
-
-    Few different numbers of objects occur, so recall is compared once for each.
-    """
-    numbers, which = np.unique(objects, return_inverse=True)
-    recall = np.arange(hits.max(initial=0) + 1)[:, None] / np.maximum(numbers, 1)
-    reached = np.searchsorted(recall_thresholds, recall, side="right")
-    return reached.ravel()[hits * len(numbers) + which]
-
-
-def _interpolated_precision(
-    hits: NDArray[np.int32],
-    counted: NDArray[np.int32],
-    objects: NDArray[np.int64],
-    recall_thresholds: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """COCO's interpolated AP of precision-recall curves, which are given at their hits.
-
-    Precision at a recall threshold is the largest precision at that recall or a higher one. It changes only at
-    hits. So each hit contributes this precision times the number of thresholds that its recall reaches first.
-
-    Args:
-        hits, counted: weight of the hits, and of hits and false positives, up to each hit, [H, R].
-        objects: weight of the objects, [R].
-
-    Returns:
-        AP of each resample, [R]; 0 where there are no objects.
-    """
-    # COCOeval's expression, so that rounding is the same.
-    precision = hits / (counted + np.spacing(1))
-    envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    reached = _thresholds_reached(hits, objects, recall_thresholds)
-    reached[1:] -= reached[:-1].copy()
-    return (envelope * reached).sum(axis=0) / len(recall_thresholds)
-
-
-class _Chunk(NamedTuple):
-    """Detections of one category in some images.
-
-    ``present`` [N] indices of the images with objects or detections of the category, ``images`` [D] index of
-    each detection's image, ``scores`` [D]; for each size class ``hit`` [T, D], ``counted`` [T, D] and
-    ``objects`` [N] as in :class:`Outcome`.
-    """
-
-    present: NDArray[np.int64]
-    images: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    hit: list[NDArray[np.bool_]]
-    counted: list[NDArray[np.bool_]]
-    objects: list[NDArray[np.int64]]
-
-
-def _collect(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> _Chunk:
-    """COCOeval's matches of one category in the images ``present``."""
-    first = by_area[0]
-    scores = np.concatenate([np.asarray(entry["dtScores"], dtype=float) for entry in first])
-    images = np.repeat(present, [len(entry["dtScores"]) for entry in first])
-    chunk = _Chunk(present, images, scores, [], [], [])
-    for entries in by_area:
-        matched = np.concatenate([entry["dtMatches"] for entry in entries], axis=1) != 0
-        ignored = np.concatenate([entry["dtIgnore"] for entry in entries], axis=1).astype(bool)
-        chunk.hit.append(matched & ~ignored)
-        chunk.counted.append(~ignored)
-        chunk.objects.append(
-            np.array([np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries])
-        )
-    return chunk
-
-
-class ApTable:
-    """Matches of one variant and IoU type, for AP under any weights of the images.
-
-    Build it with ``ApTable.build``. ``images`` are the ids of the columns of the weights.
-    """
-
-    def __init__(self, evaluators: Iterable[COCOeval]) -> None:
-        """Collect and rank the matches of evaluators of consecutive images.
-
-        Of each evaluator only small arrays are kept, so that many images can be matched in chunks.
-        """
-        self.images: list[int] = []
-        chunks: dict[int, list[_Chunk]] = {}
-        for evaluator in evaluators:
-            parameters = evaluator.params
-            self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
-            self.recall_thresholds: NDArray[np.float64] = parameters.recThrs
-            self.areas: list[str] = parameters.areaRngLbl
-            # evalImgs is a flat list [category, area, image]; None (for all areas) where an image has neither
-            # objects nor detections of the category.
-            count = len(parameters.imgIds)
-            size = len(self.areas) * count
-            for category, start in zip(
-                parameters.catIds, range(0, len(evaluator.evalImgs), size), strict=True
-            ):
-                by_area = [
-                    evaluator.evalImgs[begin : begin + count]
-                    for begin in range(start, start + size, count)
-                ]
-                present = [index for index, entry in enumerate(by_area[0]) if entry is not None]
-                if present:
-                    entries = [[area[index] for index in present] for area in by_area]
-                    indices = np.array(present) + len(self.images)
-                    chunks.setdefault(int(category), []).append(_collect(indices, entries))
-            self.images += map(int, parameters.imgIds)
-        self.categories = {
-            category: self._category(chunks[category])
-            for category in map(int, parameters.catIds)
-            if category in chunks
-        }
-
-    def _category(self, chunks: Sequence["_Chunk"]) -> tuple[Ranking, list[Outcome]]:
-        """Rank the detections of one category; return also their matches in each size class."""
-        scores = np.concatenate([chunk.scores for chunk in chunks])
-        order = np.argsort(-scores, kind="mergesort")
-        scores = scores[order]
-        images = np.concatenate([chunk.images for chunk in chunks])[order]
-        ties = np.concatenate([np.zeros(1, dtype=int), np.cumsum(scores[1:] != scores[:-1])])
-        outcomes = []
-        for area in range(len(self.areas)):
-            hit = np.concatenate([chunk.hit[area] for chunk in chunks], axis=1)[:, order]
-            counted = np.concatenate([chunk.counted[area] for chunk in chunks], axis=1)[:, order]
-            objects = np.zeros(len(self.images), dtype=np.int64)
-            for chunk in chunks:
-                objects[chunk.present] = chunk.objects[area]
-            outcomes.append(Outcome(hit, counted, objects))
-        return Ranking(images, ties[: len(images)]), outcomes
-
-    @classmethod
-    def build(
-        cls,
-        annotations: str | os.PathLike[str],
-        predictions: Sequence[dict[str, Any]],
-        iou_type: str,
-    ) -> "ApTable":
-        """Match predictions (COCO results records) to an annotation file, for bbox or segm.
-
-        Raises:
-            QwtError: see ``coco.load_ground_truth`` and ``coco.check_predictions``.
-        """
-        masks = iou_type == "segm"
-        ground_truth = load_ground_truth(annotations, masks=masks)
-        check_predictions(ground_truth, predictions, masks=masks)
-        return cls(match_in_chunks(ground_truth, predictions, iou_type))
-
-    def ap(
-        self, weights: NDArray[np.integer]
-    ) -> tuple[dict[str, NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
-        """Return AP under integer weights of the images.
-
-        Args:
-            weights: how often each image counts, [R, N], not negative, in the order of ``images``.
-
-        Returns:
-            For each of ``AP_METRICS`` the values [R], NaN where there is no object; categories without
-            objects in a resample are left out of its mean. And AP of each category id with objects, [R], NaN
-            in resamples without them.
-        """
-        weights = np.asarray(weights)
-        if weights.ndim != 2 or weights.shape[1] != len(self.images):
-            raise ValueError(
-                f"weights have shape {weights.shape}, expected [R, {len(self.images)}]"
-            )
-        if not np.issubdtype(weights.dtype, np.integer) or (weights < 0).any():
-            raise ValueError("weights must be whole numbers that are not negative")
-        drawn = np.ascontiguousarray(weights.T, dtype=np.int32)
-        most = drawn.max(axis=1, initial=0)
-        # [area, IoU threshold, R]: sum over the categories that have objects, and their number.
-        total = np.zeros((len(self.areas), len(self.iou_thresholds), len(weights)))
-        defined = np.zeros((len(self.areas), 1, len(weights)), dtype=int)
-        classes: dict[int, NDArray[np.float64]] = {}
-        for category, (ranking, outcomes) in self.categories.items():
-            for area, outcome in enumerate(outcomes):
-                holders = np.flatnonzero(outcome.objects)
-                if not len(holders):
-                    continue
-                objects = outcome.objects[holders] @ drawn[holders]
-                curves = self._curves(ranking, outcome, drawn, most, objects)
-                total[area] += curves
-                defined[area] += objects > 0
-                if self.areas[area] == "all":
-                    classes[category] = np.where(objects > 0, curves.mean(axis=0), np.nan)
-        mean = np.full(total.shape, np.nan)
-        np.divide(total, defined, out=mean, where=defined > 0)
-        metrics = {}
-        for name, over in AP_METRICS.items():
-            ap = mean[self.areas.index(over.area)]
-            if over.iou is not None:
-                ap = ap[np.isclose(self.iou_thresholds, over.iou)]
-            metrics[name] = ap.mean(axis=0)
-        return metrics, classes
-
-    def _curves(
-        self,
-        ranking: Ranking,
-        outcome: Outcome,
-        drawn: NDArray[np.int32],
-        most: NDArray[np.int32],
-        objects: NDArray[np.int64],
-    ) -> NDArray[np.float64]:
-        """AP of one category and size class at each IoU threshold, [T, R].
-
-        Args:
-            drawn: weight of the images in each resample, [N, R]; ``most`` [N] its largest values.
-            objects: weight of the objects in each resample, [R].
-        """
-        detection, copy = _expand_ties(ranking, outcome, most)
-        hit, counted = outcome.hit[:, detection], outcome.counted[:, detection]
-        columns, column = np.unique(
-            copy * len(self.images) + ranking.images[detection], return_inverse=True
-        )
-        copies, images = np.divmod(columns, len(self.images))
-        # The matrix row of a hit holds the counted detections after the previous hit, up to this hit.
-        # Detections after the last hit do not matter.
-        intervals, hit_columns = [], []
-        for hit_t, counted_t in zip(hit, counted, strict=True):
-            row = np.cumsum(hit_t) - hit_t
-            hits = np.count_nonzero(hit_t)
-            used = counted_t & (row < hits)
-            ones = np.ones(np.count_nonzero(used), dtype=np.int32)
-            intervals.append(
-                sparse.csr_array((ones, (row[used], column[used])), shape=(hits, len(columns)))
-            )
-            hit_columns.append(column[hit_t])
-        result = np.zeros((len(hit), len(objects)))
-        size = max(CHUNK_ELEMENTS // max(len(columns), *map(len, hit_columns), 1), 1)
-        for start in range(0, len(objects), size):
-            chunk = slice(start, start + size)
-            weights = _column_weights(images, copies, drawn[:, chunk])
-            for threshold, interval_sums in enumerate(intervals):
-                result[threshold, chunk] = _interpolated_precision(
-                    np.cumsum(weights[hit_columns[threshold]], axis=0),
-                    np.cumsum(interval_sums @ weights, axis=0),
-                    objects[chunk],
-                    self.recall_thresholds,
-                )
-        return result
 
 
 def draw_weights(images: int, resamples: int, seed: int | tuple[int, ...]) -> NDArray[np.int64]:
@@ -551,13 +240,11 @@ def _ap_under_weights(
     variant: Records,
     iou_type: str,
     weights: NDArray[np.int64],
-    masks: bool,
 ) -> dict[str | int, NDArray[np.float64]]:
     records = variant
     if isinstance(records, str | os.PathLike):
         records = read_json(records, what="predictions file")
-    check_predictions(ground_truth, records, masks=masks)
-    metrics, classes = ApTable(match_in_chunks(ground_truth, records, iou_type)).ap(weights)
+    metrics, classes = ApTable.build(ground_truth, records, iou_type).ap(weights)
     return dict([*metrics.items(), *classes.items()])
 
 
@@ -601,7 +288,7 @@ def bootstrap(
     weights = np.concatenate([np.ones((1, images), dtype=drawn.dtype), drawn])
     tables = [(name, iou_type) for name in variants for iou_type in iou_types(masks)]
     tasks = (
-        delayed(_ap_of_variant)(name, ground_truth, variants[name], iou_type, weights, masks)
+        delayed(_ap_of_variant)(name, ground_truth, variants[name], iou_type, weights)
         for name, iou_type in tables
     )
     results = Parallel(n_jobs=processes, return_as="generator")(tasks)
