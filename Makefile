@@ -35,10 +35,10 @@ $(EXTRAS): $(STAMP)
 PYTEST := $(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal
 
 test: env ## run the tests but for the slow ones, in under 10 minutes (ARGS="-k word" chooses some)
-	@$(PYTEST) -m "not slow and not zoo and not slurm and not pages" $(ARGS)
+	@$(PYTEST) -m "not slow and not zoo and not slurm" $(ARGS)
 
 test-all: $(EXTRAS) ## run the slow tests too: whole runs, ten architectures, OpenVINO, a Slurm of its own
-	@$(PYTEST) -m "not zoo and not pages" $(ARGS)
+	@$(PYTEST) -m "not zoo" $(ARGS)
 
 bench: env ## measure time and memory on a Swin-T backbone, and exported files (over an hour on two cores)
 	@$(WITH_VENV) python tests/benchmarks/bench_quantization.py

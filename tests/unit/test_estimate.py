@@ -15,7 +15,6 @@ from qwt_mmdet.estimate import (
     estimate_run,
     image_counts,
     images_of,
-    measure,
     pilot_config,
     search_costs,
     wall_seconds,
@@ -169,23 +168,6 @@ def test_a_split_of_unknown_size_is_named():
     with pytest.raises(QwtError, match=r"test-dev2017.*give a number"):
         images_of({**dataset, "evaluation": part}, "evaluation")
     assert images_of({**dataset, "evaluation": {**part, "images": 7}}, "evaluation") == 7
-
-
-@pytest.mark.slow
-def test_a_pilot_runs_with_random_weights_and_costs_something():
-    """Twice the workflow of the demo; its detector finds nothing by itself with random weights."""
-    cheap = {
-        "weight_bits": 8, "activation_bits": 8, "weight_range": "minmax", "activation_range": "minmax",
-        "rounding": "nearest", "migrate_scales": False, "bias_correction": False,
-    }  # fmt: skip
-    plan = demo_plan(quantization={"w8a8": cheap}, compensation={})
-    costs = measure(plan, threads=1, gpu=False)
-    assert set(costs) == {("demo", step) for step in MEASURED}
-    for cost in costs.values():
-        assert 0 <= cost.seconds_per_image < 60
-        assert 1 < cost.seconds < 120
-        assert 0.2 < cost.gigabytes < 8
-        assert cost.device_gigabytes is None
 
 
 @pytest.mark.slow

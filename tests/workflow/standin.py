@@ -30,7 +30,7 @@ test_dataloader = dict(
     )
 )
 """
-SPLITS = {"calibration": ("train2017", 5), "val": ("val2017", 4)}
+SPLITS = {"calibration": ("train2017", 14), "val": ("val2017", 4)}
 OBJECTS = 8
 """Of each image: what the detector is surest of."""
 
@@ -54,9 +54,10 @@ def write_detector(config: Path, checkpoint: Path) -> None:
 
 
 def inside(record: dict, image: dict) -> bool:
-    """Whether a box lies in its image."""
+    """Whether a box of at least a pixel lies in its image."""
     x, y, width, height = record["bbox"]
-    return min(x, y) >= 0 and x + width <= image["width"] and y + height <= image["height"]
+    outside = min(x, y) < 0 or x + width > image["width"] or y + height > image["height"]
+    return not outside and min(width, height) >= 1
 
 
 def write_images(root: Path, config: Path, checkpoint: Path) -> None:

@@ -1,7 +1,6 @@
 """The command line: a whole run, what its files tell, and plain words where something is wrong."""
 
 import inspect
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,54 +43,6 @@ def coco(tmp_path: Path) -> Path:
 
 def command(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-@pytest.mark.slow
-def test_one_command_does_the_whole_job_and_the_next_uses_it_again(coco, tmp_path):
-    output = tmp_path / "output"
-    options = [*MODEL, *SPLITS, "--coco-root", coco, "--output-dir", output]
-    options += ["--calibration-samples", "all", "--eval-samples", "all", "--device", "cpu"]
-    ours = [sys.executable, ROOT / "scripts" / "run_calibration.py"]
-    done = subprocess.run(
-        [*ours, *options],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "w4a4" in done.stdout
-    assert (output / "results" / "report.html").is_file()
-    written = yaml.safe_load((output / "config.yaml").read_text())
-    assert written["quantization"] == {"w4a4": {"weight_bits": 4, "activation_bits": 4}}
-    assert command("validate", output / "config.yaml").exit_code == 0
-
-    again = subprocess.run(
-        [*ours, *options, "--w-bit", "8", "--dry-run"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert "quantize_model" in again.stdout
-    assert "evaluate_baseline" not in again.stdout
-
-    warmup = output / RESULTS / "w4a4" / "warmup.pth"
-    compensation = output / RESULTS / "w4a4" / "qwt" / "compensation.pth"
-    shown = command("show", compensation)
-    assert shown.exit_code == 0, shown.output
-    assert "backbone.stages.0.blocks.0" in shown.output
-    assert "weight_bits" in command("show", warmup).output
-
-    folder = tmp_path / "found"
-    files = ["--warmup", warmup, "--compensation", compensation, "--output-dir", folder]
-    applied = command("apply", coco / "val", *MODEL, *files, "--device", "cpu")
-    assert applied.exit_code == 0, applied.output
-    assert len(list((folder / "pictures").glob("*.jpg"))) == 4
-    images = json.loads((folder / "images.json").read_text())["images"]
-    records = json.loads((folder / "predictions.json").read_text())
-    assert {record["image_id"] for record in records} <= {image["id"] for image in images}
-    found = [(round(r["score"], 4), [round(v, 2) for v in r["bbox"]]) for r in records]
-    folder = output / RESULTS / "w4a4" / "qwt"
-    theirs = json.loads((folder / "predictions.json").read_text())
-    assert sorted(found) == sorted(
-        (round(r["score"], 4), [round(v, 2) for v in r["bbox"]]) for r in theirs
-    )
 
 
 def test_a_failed_step_ends_with_its_cause(coco, tmp_path):
