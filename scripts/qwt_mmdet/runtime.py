@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .devices import choose_device, seed_everything, set_up_torch
+from .devices import choose_device, let_threads_sleep, seed_everything, set_up_torch
 from .errors import QwtError
 from .staleness import add_to_note, imported_files
 
@@ -313,6 +313,7 @@ def step(snakemake: Any) -> Iterator[Job]:
             device = "cpu"
             gpu = snakemake.resources.get("gpu")
             if gpu is not None:
+                let_threads_sleep()
                 from .imports import import_mmdet
 
                 import_mmdet()

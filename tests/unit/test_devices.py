@@ -1,9 +1,11 @@
 """The device that a step computes on, and the precision that it computes with."""
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from types import SimpleNamespace
 
 import mmcv.ops
@@ -164,3 +166,34 @@ def test_float32_is_not_rounded_to_tf32():
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
+)
+@pytest.mark.parametrize(
+    "run",
+    [
+        "import types\nfrom qwt_mmdet.runtime import step\n"
+        "job = types.SimpleNamespace(rule='r', wildcards=[], log=['a.log'], params={'seed': 0},"
+        " resources={'gpu': 0}, threads=1, config={'device': 'cpu'})\nwith step(job): pass",
+        "from qwt_mmdet.cli.common import plain_errors\nwith plain_errors(): import torch",
+    ],
+    ids=["script", "command"],
+)
+def test_waiting_threads_sleep_unless_the_user_wants_otherwise(tmp_path, run, given, policy):
+    """What OpenMP reads when torch is imported."""
+    watched = """
+        import os, sys
+        class Watch:
+            def find_spec(self, name, *rest):
+                if name == "torch":
+                    open("policy", "w").write(os.environ.get("OMP_WAIT_POLICY"))
+        sys.meta_path.insert(0, Watch())
+    """
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    subprocess.run(
+        [sys.executable, "-c", f"{textwrap.dedent(watched)}\n{run}"],
+        cwd=tmp_path, env=others | given, check=True,
+    )  # fmt: skip
+    assert (tmp_path / "policy").read_text() == policy

@@ -160,7 +160,7 @@ def test_a_question_has_a_recipe_a_limit_and_the_settings_of_what_it_is_like():
     assert settings.plain("small") is None
     assert settings.plain("w8@2") == settings.searched("small@2")
     assert settings.candidates("small")["weight_bits"] == [4, 6, 8]
-    assert settings.recipe("first", "small@2") == ["results/first/small@2/recipe.yaml"]
+    assert settings.recipe("first", "small@2") == "results/first/small@2/recipe.yaml"
     assert settings.recipe("first", "w8") == []
 
 

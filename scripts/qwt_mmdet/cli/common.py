@@ -11,6 +11,7 @@ import yaml
 
 from ..config.models import Model
 from ..data.sources import open_source
+from ..devices import let_threads_sleep
 from ..errors import QwtError, reason
 from ..files import is_url
 from ..plan.settings import existing
@@ -31,6 +32,7 @@ def plain_errors() -> Iterator[None]:
     """Inside: an error that is not our bug ends the command with a sentence and status 1, Ctrl-C with 130."""
     from ..runtime import known_cause, termination_interrupts
 
+    let_threads_sleep()
     try:
         with termination_interrupts():
             yield

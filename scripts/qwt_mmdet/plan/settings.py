@@ -62,10 +62,10 @@ class Settings:
             "images": search.images,
         }
 
-    def recipe(self, model: str, quantization: str) -> list[str]:
+    def recipe(self, model: str, quantization: str) -> str | list[str]:
         """The file of a search's recipe; none for a plain quantization."""
         recipe = Variant(model, quantization).calibrated("recipe.yaml")
-        return [recipe] if self._plan.is_search(quantization) else []
+        return recipe if self._plan.is_search(quantization) else []
 
     def images(self, part: str, model: str, quantization: str | None) -> str:
         """Annotation file of a model's images, for calibration those of the repeat."""
