@@ -6,17 +6,21 @@ pages name a detector and data (``standin``).
 
 import csv
 import json
+import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
+import onnxruntime
 import pytest
 import standin
 import torch
@@ -56,8 +60,7 @@ NOT_RUN = {
 """Beginnings of examples that cannot be run here, with the reason."""
 MODEL = "yolox_nano_8xb8-300e_coco"
 NOISE = 0.05
-"""What ties of rounding decide: of an AP on four images, of a score, and of the part of boxes that are sure enough."""
-SUREST = 20
+"""Of an AP on four images, which ties of rounding decide."""
 EVALUATED = ("baseline", "w4a8/quantized", "w4a8/qwt", "w8a8/onnxruntime")
 
 
@@ -250,19 +253,21 @@ def make_standin(folder: Path) -> None:
 
 PILOT: dict[tuple[str, str], Any] = {}
 """Costs by model and step, of the one pilot that all estimates of ``my.yaml`` share; it has the fewest images."""
-measure = estimate.measure
-
-
-def measure_once(plan: estimate.Plan, **where: Any) -> dict[tuple[str, str], Any]:
-    if not PILOT:
-        PILOT.update(measure(plan, **where))
-    return PILOT
 
 
 @pytest.fixture
 def folder(shared_folder, tmp_path, monkeypatch) -> Path:
     """A copy of the stand-in's folder to work in."""
     monkeypatch.setattr(estimate, "MOST", estimate.LEAST)
+    measure = estimate.measure
+
+    def measure_once(plan: estimate.Plan, **where: Any) -> dict[tuple[str, str], Any]:
+        def fill(place: Path) -> None:
+            (place / "costs").write_bytes(pickle.dumps(measure(plan, **where)))
+
+        PILOT.update(pickle.loads((shared_folder("pilot", fill) / "costs").read_bytes()))
+        return PILOT
+
     monkeypatch.setattr(estimate, "measure", measure_once)
     copy = tmp_path / "reader"
     shutil.copytree(shared_folder("standin", make_standin), copy, symlinks=True)
@@ -284,10 +289,9 @@ def check_readme(folder: Path, names: dict, said: dict[str, str]) -> None:
         expected = read(theirs / place / "metrics.json")["bbox"]
         assert read(ours / place / "metrics.json")["bbox"] == expected
         assert f"{expected['AP']:.3f}" in said["run"]
-    for block in read(theirs / "w4a8/qwt/compensation.json")["blocks"]:
-        assert (
-            f"{block['fit']['r2']:.3f}" in re.search(rf"^{block['name']} .*", said["show"], re.M)[0]
-        )
+    for block in csv.DictReader((theirs / "w4a8/qwt/blocks.csv").read_text().splitlines()):
+        (shown,) = re.findall(rf"^{block['name']} .*", said["show"], re.M)
+        assert not block["fit_r2"] or f"{float(block['fit_r2']):.3f}" in shown
     applied = read(folder / "qwt_apply" / "predictions.json")
     assert found(applied) == found(read(theirs / "w4a8/quantized/predictions.json"))
     assert len(list((folder / "qwt_apply" / "pictures").iterdir())) == standin.SPLITS["val"][1]
@@ -296,8 +300,9 @@ def check_readme(folder: Path, names: dict, said: dict[str, str]) -> None:
     check_second_run(folder)
 
     small = folder / "small" / "results" / MODEL / "smallest"
-    recipe = yaml.safe_load((small / "recipe.yaml").read_text())
-    assert {entry["weight_bits"] for entry in recipe["smallest"]["overrides"]} <= {3, 4, 5, 6, 8}
+    (recipe,) = yaml.safe_load((small / "recipe.yaml").read_text()).values()
+    entries = [recipe, *recipe.get("overrides", [])]
+    assert {entry["weight_bits"] for entry in entries} <= {3, 4, 5, 6, 8}
     (exported,) = csv.DictReader((folder / "small/results/exports.csv").read_text().splitlines())
     assert float(exported["ap"]) == pytest.approx(float(exported["simulated"]), abs=NOISE)
     assert str(Path("small/results", MODEL, "smallest/model.onnx")) in said["shrink"]
@@ -322,8 +327,8 @@ def check_estimate(folder: Path, names: dict, said: dict[str, str]) -> None:
     assert planned["quantize_model"] == "2"
     for cost in PILOT.values():
         assert 0 <= cost.seconds_per_image < 60
-        assert 1 < cost.seconds < 120
-        assert 0.2 < cost.gigabytes < 8
+        assert 0 < cost.seconds < 120
+        assert 0.1 < cost.gigabytes < 8
 
 
 def check_export(folder: Path, names: dict, said: dict[str, str]) -> None:
@@ -332,15 +337,22 @@ def check_export(folder: Path, names: dict, said: dict[str, str]) -> None:
     metrics, _ = evaluate_detector(names["detector"].model, evaluation)
     expected = read(theirs / "quantized" / "metrics.json")["bbox"]["AP"]
     assert metrics["bbox"]["AP"] == pytest.approx(expected, abs=NOISE)
-    photo = inference_detector(load_exported(theirs / "model.onnx").model, "photo.jpg")
+    with patch("qwt_mmdet.export.loading.open_graph", open_as_it_is):
+        photo = inference_detector(load_exported(theirs / "model.onnx").model, "photo.jpg")
     scores = [float(line.split()[0]) for line in said["docs/examples/run_exported.py"].splitlines()]
-    wanted = photo.pred_instances.scores.numpy()
-    assert len(scores) == pytest.approx(len(wanted), rel=NOISE)
-    np.testing.assert_allclose(scores[:SUREST], wanted[:SUREST], atol=NOISE)
+    np.testing.assert_allclose(scores, photo.pred_instances.scores.numpy(), atol=1e-3)
+
+
+def open_as_it_is(path: Path, *_: Any, **options: Any) -> Any:
+    """The graph as the example runs it, without our changes: random weights make much of the last bits of a sum."""
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
 def check_configuration(folder: Path, names: dict, said: dict[str, str]) -> None:
     """The backbone of timm is one that can be built."""
+    import_module("qwt_mmdet.detectors.timm_backbone")  # as the reading of such a config does
     backbone = dict(names["backbone"])
     assert backbone.pop("_delete_")
     assert len(MODELS.build(backbone).eval()(torch.zeros(1, 3, 64, 64))) == 4
