@@ -41,10 +41,11 @@ from qwt_mmdet.export import (  # noqa: E402
     detections,
     loading,
     onnx_file,
-    passes,
+    packing,
     runtimes,
 )
 from qwt_mmdet.export.description import EXPORT_FORMAT  # noqa: E402
+from qwt_mmdet.export.graph import runs_in_integers  # noqa: E402
 
 
 class Network(nn.Module):
@@ -195,7 +196,7 @@ def test_one_quantizer_serves_all_that_reads_a_map(images):
     image = images[0]["inputs"][0][None]
     names = ["class_0", "class_1", "box_0", "box_1", "feature"]
     graph = onnx_file.trace(model, {"image": image}, names, maps=["feature"])
-    integer = [passes.runs_in_integers(node) for node in graph.graph if node.op_type == "Conv"]
+    integer = [runs_in_integers(node) for node in graph.graph if node.op_type == "Conv"]
     assert integer.count(True) == 4  # both of the map, and the shared one twice
     assert integer.count(False) == 4  # what the graph returns
     assert [output.name for output in graph.graph.outputs] == names
@@ -223,8 +224,8 @@ def test_whole_numbers_take_a_byte_each_in_the_file():
             name="g",
         )
         model = onnx_ir.Model(graph, ir_version=10)
-        passes.narrow_constants(model)
-        passes.keep_what_runs(model)
+        packing.narrow_constants(model)
+        packing.keep_what_runs(model)
         assert [v.const_value.dtype for v in graph.initializers.values()] == [expected]
         found = runtimes.open_model(model, "onnxruntime")({"image": np.ones_like(values)})
         assert (found["total"] == values + 1).all()

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .passes import (
+from .graph import (
     codes_of,
     constant,
     fresh_name,

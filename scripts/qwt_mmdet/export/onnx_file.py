@@ -236,7 +236,7 @@ def trace(
     Raises:
         QwtError: torch cannot export it.
     """
-    from . import passes
+    from . import packing, placing, scales
     from .outputs import quantize_outputs
 
     with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
@@ -253,17 +253,17 @@ def trace(
         )
     assert program is not None
     graph = program.model
-    passes.separate_weights(graph)
-    passes.fold_batch_norms(graph)
-    passes.share_quantizers(graph, maps)
-    passes.move_channel_scales(graph)
-    passes.quantize_before_pools(graph)
-    passes.drop_relus(graph)
+    packing.separate_weights(graph)
+    scales.fold_batch_norms(graph)
+    placing.share_quantizers(graph, maps)
+    scales.move_channel_scales(graph)
+    placing.quantize_before_pools(graph)
+    placing.drop_relus(graph)
     quantize_outputs(graph, images, maps)
-    passes.integer_biases(graph)
-    passes.pack_weights(graph)
-    passes.narrow_constants(graph)
-    passes.keep_what_runs(graph)
+    scales.integer_biases(graph)
+    packing.pack_weights(graph)
+    packing.narrow_constants(graph)
+    packing.keep_what_runs(graph)
     return graph
 
 

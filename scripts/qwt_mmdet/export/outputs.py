@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..quantization.primitives import quantization_parameters
 from ..quantization.ranges import RangeObserver
-from . import passes
+from . import placing
 from .runtimes import open_model
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
             does not change, and a warning is logged.
         maps: names of the graph's outputs for a second stage.
     """
-    values = {str(value.name): value for value in passes.outputs_without_grid(model, maps)}
+    values = {str(value.name): value for value in placing.outputs_without_grid(model, maps)}
     if not values:  # no image needs to be read
         return
     inputs = [image[None].numpy() for batch in images for image in batch]
@@ -57,4 +57,4 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
             observers[name].update(torch.from_numpy(output))
     for name, observer in observers.items():
         scale, zero_point = quantization_parameters(*observer.estimate("mse", BITS, 100.0), BITS)
-        passes.quantize_value(model, values[name], float(scale), int(zero_point))
+        placing.quantize_value(model, values[name], float(scale), int(zero_point))

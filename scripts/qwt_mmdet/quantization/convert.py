@@ -2,7 +2,7 @@
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmcv.cnn.bricks import wrappers
 from torch import nn
@@ -76,78 +76,98 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
     check_precision(model)
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
         from . import timm_models  # noqa: F401  registers its classes
-    found: list[tuple[str, nn.Module]] = []
-    not_quantized: list[NotQuantized] = []
-    opaque: list[str] = []
-    for module in [m for n, m in model.named_modules() if in_scope(n, settings.scope)]:
-        if type(module) is nn.MultiheadAttention:
-            split_projections(module)
-    for name, module in model.named_modules():
-        if not in_scope(name, settings.scope) or any(name.startswith(f"{o}.") for o in opaque):
-            continue
-        class_name = type(module).__name__
-        if _is_opaque(module):
-            opaque.append(name)
-            not_quantized.append(
-                NotQuantized(
-                    name, class_name, "attention class without a registered quantized class"
-                )
-            )
-        elif type(module) in ATTENTION:
-            found.append((name, module))
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            reason = _reason_against(module)
-            if reason is None:
-                found.append((name, module))
-            else:
-                not_quantized.append(NotQuantized(name, class_name, f"{UNSUPPORTED}: {reason}"))
-        elif any(True for p in module.parameters(recurse=False) if p.dim() > 1):
-            not_quantized.append(NotQuantized(name, class_name, UNSUPPORTED))
-    if not found:
-        raise QwtError(
-            f"The scope {settings.scope!r} of this model holds no Linear or Conv2d layer; "
-            "choose another scope."
-        )
-    names = [name for name, _ in found]
-    for entry in settings.overrides:
-        if not fnmatch.filter(names, entry.pattern):
-            raise QwtError(
-                f"The override pattern {entry.pattern!r} matches no layer in scope "
-                f"{settings.scope!r}; layer names look like {', '.join(names[:3])}."
-            )
+    found, not_quantized = _choose(model, settings.scope)
+    _check_overrides(settings, [name for name, _ in found])
     for name, module in found:
-        original = type(module)
         override = matching_override(name, settings.overrides)
         if override is not None and override.skip:
-            not_quantized.append(NotQuantized(name, original.__name__, "excluded by an override"))
-            continue
-        weight_bits = settings.weight_bits
-        activation_bits = settings.activation_bits
-        if override is not None:
-            weight_bits = override.weight_bits or weight_bits
-            activation_bits = override.activation_bits or activation_bits
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            # mypy takes no class for hashable.
-            quantized = LAYERS.get(original) or quantized_class(original)  # type: ignore[arg-type]
-            exchange_class(module, quantized)._attach(name, weight_bits, activation_bits)
+            excluded = NotQuantized(name, type(module).__name__, "excluded by an override")
+            not_quantized.append(excluded)
         else:
-            exchange_class(module, ATTENTION[original])._attach(
-                name, activation_bits, logarithmic_probability=logarithmic_attention(settings)
-            )
+            _exchange(name, module, settings, override)
     folds = find_folds(model) if folds_norms(settings) else []
     for fold in folds:
         for name in fold.layers:
             layer = layer_by_name(model, name)
             layer.input_quantizer.channel_axis = 1 if isinstance(layer, nn.Conv2d) else -1
     for layer in quantized_layers(model).values():
-        quantizer = layer.input_quantizer
-        if isinstance(layer, nn.Conv2d):
-            if layer.is_depthwise:  # integer grids need one zero point for all channels
-                layer.migrates = integer_grids(settings)
-            elif settings.migrate_scales and quantizer.channel_axis is None:
-                layer.migrates, quantizer.channel_axis = True, 1
+        if isinstance(layer, QuantizedConv2d):
+            _choose_migration(layer, settings)
     record_of(model).quantization = Quantization(settings, folds, not_quantized)
     return model
+
+
+def _choose(model: nn.Module, scope: str) -> tuple[list[tuple[str, nn.Module]], list[NotQuantized]]:
+    """The layers and attention modules of a scope to quantize, by name, and modules that stay as they are.
+
+    Raises:
+        QwtError: the scope holds no layer to quantize.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    not_quantized: list[NotQuantized] = []
+    opaque: list[str] = []
+
+    def leave(name: str, module: nn.Module, reason: str) -> None:
+        not_quantized.append(NotQuantized(name, type(module).__name__, reason))
+
+    for module in [m for n, m in model.named_modules() if in_scope(n, scope)]:
+        if type(module) is nn.MultiheadAttention:
+            split_projections(module)
+    for name, module in model.named_modules():
+        if not in_scope(name, scope) or any(name.startswith(f"{o}.") for o in opaque):
+            continue
+        if _is_opaque(module):
+            opaque.append(name)
+            leave(name, module, "attention class without a registered quantized class")
+        elif type(module) in ATTENTION:
+            found.append((name, module))
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            if reason := _reason_against(module):
+                leave(name, module, f"{UNSUPPORTED}: {reason}")
+            else:
+                found.append((name, module))
+        elif any(True for p in module.parameters(recurse=False) if p.dim() > 1):
+            leave(name, module, UNSUPPORTED)
+    if not found:
+        raise QwtError(
+            f"The scope {scope!r} of this model holds no Linear or Conv2d layer; choose another scope."
+        )
+    return found, not_quantized
+
+
+def _check_overrides(settings: QuantizationSettings, names: Sequence[str]) -> None:
+    for entry in settings.overrides:
+        if not fnmatch.filter(names, entry.pattern):
+            raise QwtError(
+                f"The override pattern {entry.pattern!r} matches no layer in scope "
+                f"{settings.scope!r}; layer names look like {', '.join(names[:3])}."
+            )
+
+
+def _exchange(
+    name: str, module: nn.Module, settings: QuantizationSettings, override: Override | None
+) -> None:
+    """Give a module its quantized class, and its bits."""
+    original = type(module)
+    weight_bits = (override and override.weight_bits) or settings.weight_bits
+    activation_bits = (override and override.activation_bits) or settings.activation_bits
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        # mypy takes no class for hashable.
+        quantized = LAYERS.get(original) or quantized_class(original)  # type: ignore[arg-type]
+        exchange_class(module, quantized)._attach(name, weight_bits, activation_bits)
+    else:
+        exchange_class(module, ATTENTION[original])._attach(
+            name, activation_bits, logarithmic_probability=logarithmic_attention(settings)
+        )
+
+
+def _choose_migration(layer: QuantizedConv2d, settings: QuantizationSettings) -> None:
+    """Choose whether scales migrate from a convolution's input to its weights."""
+    quantizer = layer.input_quantizer
+    if layer.is_depthwise:  # integer grids need one zero point for all channels
+        layer.migrates = integer_grids(settings)
+    elif settings.migrate_scales and quantizer.channel_axis is None:
+        layer.migrates, quantizer.channel_axis = True, 1
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -1,0 +1,100 @@
+"""Reading and changing a graph: constants, inputs, readers, and which nodes runtimes compute in integers."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+
+def constant(value: ir.Value | None) -> np.ndarray:
+    """A copy of a constant value of the graph."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    assert tensor is not None
+    return tensor.numpy().copy()
+
+
+def set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, name: str) -> None:
+    """Give a node a new initializer as input."""
+    value = ir.Value(
+        name=name,
+        const_value=ir.tensor(values, name=name),
+        shape=ir.Shape(values.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(values.dtype)),
+    )
+    model.graph.register_initializer(value)
+    if index >= len(node.inputs):
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """A required input of a node."""
+    value = node.inputs[index]
+    assert value is not None, f"{node.op_type} without input {index}"
+    return value
+
+
+def is_known(value: ir.Value | None) -> bool:
+    """Whether a value is constant."""
+    return value is not None and ir.convenience.get_const_tensor(value) is not None
+
+
+def is_scalar(value: ir.Value | None) -> bool:
+    return value is not None and constant(value).size == 1
+
+
+def readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value; none if the graph also returns it."""
+    return [] if value.is_graph_output() else [user for user, _ in value.uses()]
+
+
+def is_read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def return_instead(model: ir.Model, value: ir.Value, other: ir.Value) -> None:
+    """Let a graph that returns a value return another one under its name."""
+    if not value.is_graph_output():
+        return
+    name, other.type, other.shape = value.name, value.type, value.shape
+    model.graph.outputs[model.graph.outputs.index(value)] = other
+    value.name, other.name = f"{name}.inside", name
+
+
+def fresh_name(node: ir.Node, index: int, mark: object) -> str:
+    return f"{node.outputs[0].name}.{index}.{mark}"
+
+
+def zero_points_of(node: ir.Node) -> np.ndarray:
+    return constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1, np.int8)
+
+
+def weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and is_known(node.inputs[0]):
+            yield node
+
+
+def codes_of(node: ir.Node) -> dict[int, np.ndarray]:
+    """Codes and zero points, if any, by the index of the input."""
+    return {index: constant(node.inputs[index]) for index in (0, 2) if index < len(node.inputs)}
+
+
+def takes_integers(convolution: ir.Node) -> bool:
+    """Whether integer kernels support input and weights: one scale of the input, zero points 0 of the weights."""
+    inputs, weight = (input_of(convolution, index).producer() for index in (0, 1))
+    if inputs is None or inputs.op_type != "DequantizeLinear" or not is_scalar(inputs.inputs[1]):
+        return False
+    if weight is None or weight.op_type != "DequantizeLinear":
+        return False
+    return not zero_points_of(weight).any()
+
+
+def runs_in_integers(convolution: ir.Node) -> bool:
+    """Whether ONNX Runtime has an integer kernel for a convolution: its output must be quantized with one scale."""
+    users = readers(convolution.outputs[0])
+    return (
+        takes_integers(convolution)
+        and bool(users)
+        and all(user.op_type == "QuantizeLinear" and is_scalar(user.inputs[1]) for user in users)
+    )

@@ -1,0 +1,135 @@
+"""Passes that place quantizers where runtimes need them for integer kernels."""
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from .graph import (
+    constant,
+    fresh_name,
+    input_of,
+    is_read_once,
+    is_scalar,
+    readers,
+    return_instead,
+    runs_in_integers,
+    set_input,
+    takes_integers,
+)
+
+
+def quantize_before_pools(model: ir.Model) -> None:
+    """Move quantizers from behind a max pooling to the convolution before it, in place: both commute."""
+    for node in [node for node in model.graph if node.op_type == "MaxPool"]:
+        before = input_of(node, 0)
+        source = before.producer()
+        if source is not None and source.op_type == "Relu":
+            source = input_of(source, 0).producer()
+        if source is None or source.op_type != "Conv" or not is_read_once(before):
+            continue
+        grids = [_grid_of(user) for user in readers(node.outputs[0])]
+        if grids and grids[0] is not None and all(grid == grids[0] for grid in grids):
+            quantize_value(model, before, *grids[0])
+
+
+def _grid_of(node: ir.Node) -> tuple[float, int] | None:
+    """Scale and zero point of a quantizer with one scale; None for other nodes."""
+    if node.op_type != "QuantizeLinear" or not is_scalar(node.inputs[1]):
+        return None
+    return constant(node.inputs[1]).item(), constant(node.inputs[2]).item()
+
+
+def outputs_without_grid(model: ir.Model, maps: Collection[str]) -> list[ir.Value]:
+    """Outputs of integer convolutions that are not quantized but may be, to 8 bits.
+
+    Args:
+        maps: names of the graph's outputs for a second stage.
+    """
+    return [
+        node.outputs[0]
+        for node in model.graph
+        if node.op_type == "Conv"
+        and takes_integers(node)
+        and not runs_in_integers(node)
+        and _may_have_a_grid(node.outputs[0], maps)
+    ]
+
+
+def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
+    """Let all readers of a convolution's output share one of its 8-bit quantizers, in place.
+
+    So the output itself is quantized, as integer kernels require. The other readers get values on this grid.
+
+    Args:
+        maps: names of the graph's outputs for a second stage.
+    """
+    for node in [n for n in model.graph if n.op_type == "Conv" and takes_integers(n)]:
+        value = node.outputs[0]
+        if [user.op_type for user in readers(value)] == ["Relu"]:
+            value = readers(value)[0].outputs[0]
+        users = [(user, index) for user, index in value.uses()]
+        first = next((user for user, _ in users if _has_8_bits(user)), None)
+        alone = len(users) == 1 and not value.is_graph_output()
+        if first is None or alone or not _may_have_a_grid(value, maps):
+            continue
+        name = f"{value.name}.rounded"
+        rounded = ir.Node("", "DequantizeLinear", [first.outputs[0], *first.inputs[1:]])
+        rounded.attributes.update(first.attributes)
+        rounded.outputs[0].name = name
+        for user, index in users:
+            if user is not first:
+                user.replace_input_with(index, rounded.outputs[0])
+        return_instead(model, value, rounded.outputs[0])
+        model.graph.remove(first)
+        producer = value.producer()
+        assert producer is not None
+        model.graph.insert_after(producer, [first, rounded])
+
+
+def _has_8_bits(node: ir.Node) -> bool:
+    """Whether a node is a quantizer that uses all 8-bit codes."""
+    return node.op_type == "QuantizeLinear" and all(
+        user.op_type == "DequantizeLinear" for user in readers(node.outputs[0])
+    )
+
+
+def _may_have_a_grid(value: ir.Value, maps: Collection[str]) -> bool:
+    """Whether a value may be quantized to 8 bits: it is added, resized, pooled, quantized, or for a second stage."""
+    if value.is_graph_output() and value.name not in maps:
+        return False
+    users = [user.op_type for user, _ in value.uses()]
+    return all(user in ("Add", "MaxPool", "QuantizeLinear", "Resize") for user in users)
+
+
+def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: int) -> None:
+    """Quantize a value to an 8-bit grid for all its readers, in place."""
+    producer = value.producer()
+    assert producer is not None
+    name = str(value.name)
+    nodes = [
+        ir.Node("", operator, [None, None, None], outputs=[ir.Value(name=f"{name}.{operator}")])
+        for operator in ("QuantizeLinear", "DequantizeLinear")
+    ]
+    return_instead(model, value, nodes[1].outputs[0])
+    value.replace_all_uses_with(nodes[1].outputs[0])
+    for node, given in zip(nodes, (value, nodes[0].outputs[0]), strict=True):
+        node.replace_input_with(0, given)
+        for index, number in ((1, np.float32(scale)), (2, np.uint8(zero_point))):
+            set_input(model, node, index, np.asarray(number), fresh_name(node, index, "output"))
+    model.graph.insert_after(producer, nodes)
+
+
+def drop_relus(model: ir.Model) -> None:
+    """Remove each ReLU that only quantizers with zero point 0 read, in place: they clip as it does.
+
+    ONNX Runtime has no integer kernel for a convolution whose ReLU stays.
+    """
+    for node in [node for node in model.graph if node.op_type == "Relu"]:
+        users = readers(node.outputs[0])
+        if users and all(
+            user.op_type == "QuantizeLinear" and not constant(user.inputs[2]).any()
+            for user in users
+        ):
+            node.outputs[0].replace_all_uses_with(input_of(node, 0))
+            model.graph.remove(node, safe=True)
