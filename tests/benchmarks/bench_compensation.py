@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from mmdet.models.backbones import SwinTransformer
+from qwt_mmdet.compensation import block_fit
 from qwt_mmdet.compensation import fit as fit_module
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.state import save_compensation
@@ -100,9 +101,9 @@ def measure_time(size: tuple[int, int], images: int, settings: CompensationSetti
     full_seconds, quantized_seconds = (forward_seconds(m, data) for m in (full, model))
     spent: list[float] = []
     blocks: list[float] = []
-    fit_module.fit_forms = timed(fit_module.fit_forms, spent)
+    block_fit.fit_forms = timed(block_fit.fit_forms, spent)
     BlockStatistics.update = timed(BlockStatistics.update, spent)
-    fit_module._fit_block = timed(fit_module._fit_block, blocks)
+    fit_module.fit_block = timed(fit_module.fit_block, blocks)
     start = time.perf_counter()
     fit_compensation(model, full, data, settings, memory_gb=8)
     total = time.perf_counter() - start

@@ -5,7 +5,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from qwt_mmdet.compensation import fit as fit_module
+from qwt_mmdet.compensation import block_fit
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.config import CompensationSettings
 from qwt_mmdet.replay.cache import ActivationCache, release_free_memory
@@ -87,7 +87,7 @@ def test_files_are_removed_after_a_failure(temporary, monkeypatch):
         assert list(temporary.glob("qwt-mmdet-*/*.pt"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit_module, "_log", fail)
+    monkeypatch.setattr(block_fit, "_log", fail)
     full = tiny.detector("resnet")
     with pytest.raises(KeyboardInterrupt):
         fit_compensation(

@@ -38,7 +38,7 @@ def counted(monkeypatch):
         names: ClassVar = []
         stop = None
 
-    original = fit_module._fit_block
+    original = fit_module.fit_block
 
     def fit_block(fit, name, *args):
         if len(Count.names) == Count.stop:
@@ -47,7 +47,7 @@ def counted(monkeypatch):
         return original(fit, name, *args)
 
     Count.names = []
-    monkeypatch.setattr(fit_module, "_fit_block", fit_block)
+    monkeypatch.setattr(fit_module, "fit_block", fit_block)
     return Count
 
 

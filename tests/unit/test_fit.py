@@ -7,7 +7,7 @@ import tiny
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
-from qwt_mmdet.compensation import fit as fit_module
+from qwt_mmdet.compensation import block_fit, heads
 from qwt_mmdet.compensation.blocks import find_blocks
 from qwt_mmdet.compensation.fit import count_folds, fit_compensation
 from qwt_mmdet.compensation.modules import block_input, by_position
@@ -183,8 +183,8 @@ def test_blocks_are_left_out_until_the_heads_have_less_noise_than_without(
         count = sum(len(block._forward_hooks) for block in blocks)
         return [torch.full((1,), 1 + math.sqrt(noise[count]))]
 
-    monkeypatch.setattr(fit_module, "head_tensors", head_tensors)
-    monkeypatch.setattr(fit_module, "_is_kept", lambda *_: True)
+    monkeypatch.setattr(heads, "head_tensors", head_tensors)
+    monkeypatch.setattr(block_fit, "_is_kept", lambda *_: True)
     settings = CompensationSettings(ridge=0.01, holdout_fraction=0.5)
     with caplog.at_level("INFO", logger="qwt_mmdet"):
         fitted = fit_compensation(model, full, data, settings)

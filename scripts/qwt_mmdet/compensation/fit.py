@@ -6,12 +6,9 @@ quantized block each run once per image.
 
 import hashlib
 import logging
-import math
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,102 +17,22 @@ from torch import nn
 
 from ..config import CompensationSettings, as_plain
 from ..data.batches import single_images
-from ..detectors.forward import check_precision, head_tensors
-from ..devices import peak_gigabytes
+from ..detectors.forward import check_precision
 from ..errors import QwtError
 from ..progress import progress
-from ..quantization.sqnr import HeadError, sqnr_db
 from ..record import record_of
-from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
-from ..replay.forwards import detached
-from ..replay.walk import Uses, Walk
+from ..replay.cache import ActivationCache
+from ..replay.walk import Walk
+from .block_fit import Fit, fit_block
 from .blocks import block_positions, find_blocks, replay_scope
 from .cost import backbone_bytes, backbone_multiply_adds, within_budget
-from .kinds import BITS, rounded_input
-from .modules import (
-    aligned_input,
-    block_output,
-    by_position,
-    channel_axis,
-    compensated,
-    compensating,
-)
-from .result import BlockError, BlockFit, Compensation, Option
+from .heads import check_at_heads
+from .modules import compensated
+from .result import BlockFit, Compensation
 from .resume import Resume
-from .solve import SOLVERS, FittedForm, fit_forms
 from .state import quantized_fingerprint
-from .statistics import BlockStatistics, ChannelStatistics, RegressionStatistics, merged
 
 logger = logging.getLogger(__name__)
-
-
-def count_folds(images: int, fraction: float) -> int:
-    """Number of folds of ``images`` calibration images; 1 where none is held out.
-
-    Raises:
-        QwtError: there are fewer images than folds.
-    """
-    folds = round(1 / fraction) if fraction else 1
-    if images < folds:
-        raise QwtError(
-            f"{images} calibration images cannot be split with holdout_fraction {fraction}; use more "
-            "calibration images."
-        )
-    return folds
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Everything that the fits of all blocks share.
-
-    Attributes:
-        positions: number of positions of each block's output, for the first image, in running order.
-        uses: when each output is read in a forward pass.
-        images: number of calibration images in the cache, under ("image", number).
-        folds: number of folds; image i belongs to fold i modulo this.
-    """
-
-    settings: CompensationSettings
-    positions: Mapping[str, int]
-    uses: Uses
-    cache: ActivationCache
-    images: int
-    folds: int
-    backbone_bytes: float
-    backbone_multiply_adds: int
-
-
-def _statistics(needs: tuple[str, ...], inputs: int, outputs: int, device: Any) -> BlockStatistics:
-    return BlockStatistics(
-        RegressionStatistics.zeros(inputs, outputs, device) if "inputs" in needs else None,
-        ChannelStatistics.zeros(outputs, outputs, device) if "outputs" in needs else None,
-    )
-
-
-def _is_kept(
-    settings: CompensationSettings, form: FittedForm, fit: BlockError, held_out: BlockError
-) -> bool:
-    if form.solution.kind is None:
-        return False
-    if settings.gate == "holdout":
-        after, before = held_out.error_after, held_out.error_before
-        return after is not None and before is not None and after < before
-    return settings.gate == "none" or (fit.r2 or 0) > 0
-
-
-def _error(after: float | None, sums: BlockStatistics) -> BlockError:
-    """The error of a block before and after compensation, from the sum of squares ``after`` it."""
-    if after is None:
-        return BlockError()
-    variation = sums.any.variation
-    r2 = 1 - after / variation if variation > 0 else 0.0
-    return BlockError(sums.any.error_before() / sums.elements, after / sums.elements, r2)
-
-
-def _peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device"
-    return f"{peak_gigabytes():.2f} GB"
 
 
 @torch.no_grad()
@@ -182,7 +99,7 @@ def fit_compensation(
         with recorder.active():
             forward = partial(recorder.record, replay_scope(names))
             positions = block_positions(reference, names, forward)
-        fit = _Fit(
+        fit = Fit(
             settings,
             positions,
             recorder.uses,
@@ -205,54 +122,27 @@ def fit_compensation(
                 blocks = _fit_pass(fit, model, reference, record, "max_cost", chosen)
         heads = None
         if settings.gate == "holdout" and any(block.kept for block in blocks):
-            blocks, heads = _check_at_heads(fit, model, reference, blocks)
+            blocks, heads = check_at_heads(fit, model, reference, blocks)
     return Compensation(settings, tuple(blocks), fit.backbone_multiply_adds, heads)
 
 
-def _check_at_heads(
-    fit: _Fit, model: nn.Module, reference: nn.Module, blocks: list[BlockFit]
-) -> tuple[list[BlockFit], dict[str, float]]:
-    """Leave out compensations, from the last block on, until the relative error at the heads is below that of none.
+def count_folds(images: int, fraction: float) -> int:
+    """Number of folds of ``images`` calibration images; 1 where none is held out.
 
-    The error is measured on the images of the first fold, with compensations that were fitted to the others.
-
-    Returns:
-        The blocks, and the compensation's ``heads``.
+    Raises:
+        QwtError: there are fewer images than folds.
     """
-    images = range(0, fit.images, fit.folds)
-    for image in images:
-        fit.cache["heads", image] = head_tensors(reference, fit.cache["image", image])
-
-    def error_with(kept: Sequence[BlockFit]) -> float:
-        error = HeadError()
-        kinds = {block.name: block.trial for block in kept if block.trial}
-        with compensating(model, kinds):
-            for image in images:
-                found = head_tensors(model, fit.cache["image", image])
-                error.update(fit.cache["heads", image], found)
-        return error.relative()
-
-    kept = [block for block in blocks if block.kept]
-    before, after = error_with([]), error_with(kept)
-    while kept and not after < before:  # NaN is no improvement
-        kept.pop()
-        after = error_with(kept) if kept else before
-    names = [block.name for block in kept]
-    dropped = [block.name for block in blocks if block.kept and block.name not in names]
-    logger.info(
-        "At the heads, on %d held-out images: %s dB without compensation, %s dB with it; %s",
-        len(images), *(f"{sqnr_db(error) or math.inf:.1f}" for error in (before, after)),
-        f"left out, so that the error falls: {', '.join(dropped)}" if dropped else "all blocks stay",
-    )  # fmt: skip
-    blocks = [
-        replace(block, kept=False, decision="heads") if block.name in dropped else block
-        for block in blocks
-    ]
-    return blocks, {"images": len(images), "before": before, "after": after}
+    folds = round(1 / fraction) if fraction else 1
+    if images < folds:
+        raise QwtError(
+            f"{images} calibration images cannot be split with holdout_fraction {fraction}; use more "
+            "calibration images."
+        )
+    return folds
 
 
 def _fit_pass(
-    fit: _Fit,
+    fit: Fit,
     model: nn.Module,
     reference: nn.Module,
     record: Resume,
@@ -278,7 +168,7 @@ def _fit_pass(
         for block in fits:
             _finish(quantized, model, block)
         for block_name in progress(list(fit.positions)[len(fits) :], "Fitting", unit="block"):
-            block = _fit_block(fit, block_name, quantized, full, reference, chosen)
+            block = fit_block(fit, block_name, quantized, full, reference, chosen)
             _finish(quantized, model, block)
             fits.append(block)
             record.add(name, block)
@@ -286,7 +176,7 @@ def _fit_pass(
 
 
 @contextmanager
-def _walking(fit: _Fit, model: nn.Module, tag: str) -> Iterator[Walk]:
+def _walking(fit: Fit, model: nn.Module, tag: str) -> Iterator[Walk]:
     """Inside: an active walk over the blocks."""
     scope = replay_scope(fit.positions)
     walk = Walk(model, fit.positions, fit.cache, scope, tag=tag, uses=fit.uses)
@@ -300,169 +190,3 @@ def _finish(walk: Walk, model: nn.Module, block: BlockFit) -> None:
     if block.kept and block.kind is not None:
         module, kind = model.get_submodule(block.name), block.kind
         walk.completions[block.name] = partial(compensated, module, kind)
-
-
-def _fit_block(
-    fit: _Fit,
-    name: str,
-    quantized: Walk,
-    full: Walk | None,
-    reference: nn.Module,
-    chosen: Mapping[str, int] | None,
-) -> BlockFit:
-    """Fit one block on all images; both walks advance to its output."""
-    start = time.monotonic()
-    settings = fit.settings
-    solver = SOLVERS[settings.kind]
-    groups: list[BlockStatistics] = []
-    power = 0.0
-    diverged = 0
-    for image in range(fit.images):
-        if image % RELEASE_INTERVAL == 0:
-            release_free_memory()
-        x, output, expected = _run_block(settings, name, quantized, full, reference, image)
-        if not groups:
-            channels = x.shape[1], output.shape[1]
-            groups = [_statistics(solver.needs, *channels, output.device) for _ in range(fit.folds)]
-        if settings.target == "reference" and not _is_finite(expected):
-            raise QwtError(
-                f"The output of block {name} holds NaN or infinite values in full precision; check "
-                "that the checkpoint is sound and that the full-precision model evaluates."
-            )
-        if all(map(_is_finite, (x, output, expected))):
-            groups[image % fit.folds].update(x, output, expected - output)
-            power += float(torch.linalg.vector_norm(expected)) ** 2 / expected.numel() / fit.images
-        else:
-            diverged += 1
-        del x, output, expected  # before the next image needs the memory
-    if diverged:
-        logger.warning(
-            "%s: values of the quantized detector are NaN or infinite on %d of %d images, so the block "
-            "stays without compensation; raise the bits of the blocks before it.",
-            name, diverged, fit.images,
-        )  # fmt: skip
-        return _left_alone(name, "not_finite")
-    sums = merged(groups)
-    forms = fit_forms(sums, groups, settings)
-    options = tuple(_option(fit, name, form, sums) for form in forms)
-    number = min(range(len(options)), key=lambda n: options[n].error)
-    if chosen is not None:
-        number = chosen.get(name, number)
-    form = forms[number]
-    fit_error = _error(form.solution.squared_error(sums), sums)
-    holdout_error = _error(form.held_out, sums)
-    passes_gate = _is_kept(settings, form, fit_error, holdout_error)
-    kind, trial = (
-        None
-        if solution is None or solution.kind is None
-        else solution.kind.to("cpu", torch.float32)
-        for solution in (form.solution, form.trial)
-    )
-    if kind and not all(torch.isfinite(tensor).all() for tensor in kind.tensors().values()):
-        logger.warning("The compensation of block %s is not finite; set a larger ridge.", name)
-        return _left_alone(name, "not_finite")
-    is_paid = chosen is None or name in chosen
-    positions = sums.count / fit.images
-    result = BlockFit(
-        name=name,
-        kind=kind,
-        trial=trial,
-        options=options,
-        option=number,
-        kept=passes_gate and is_paid,
-        decision="gate" if not passes_gate else "kept" if is_paid else "max_cost",
-        ridge=form.solution.ridge,
-        solver=form.solution.solver,
-        positions=positions,
-        parameters=kind.parameters if kind else 0,
-        bytes=kind.bytes if kind else 0,
-        bytes_percent=options[number].bytes_percent,
-        multiply_adds=positions * kind.multiply_adds if kind else 0,
-        multiply_adds_percent=options[number].multiply_adds_percent,
-        target_power=power,
-        fit=fit_error,
-        holdout=holdout_error,
-    )
-    _log(result, channels, sums.count, time.monotonic() - start, sums.any.mean_y.device)
-    return result
-
-
-def _option(fit: _Fit, name: str, form: FittedForm, sums: BlockStatistics) -> Option:
-    """The remaining error of a form of a block's compensation, and its cost."""
-    error = form.solution.squared_error(sums) if form.held_out is None else form.held_out
-    kind = form.solution.kind
-    size, multiply_adds = (kind.bytes, kind.multiply_adds) if kind else (0, 0)
-    return Option(
-        error / sums.elements,
-        100 * size / fit.backbone_bytes,
-        100 * multiply_adds * fit.positions[name] / fit.backbone_multiply_adds,
-    )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # One pass: the extremes are NaN if any value is.
-    return all(map(torch.isfinite, torch.aminmax(tensor)))
-
-
-def _left_alone(name: str, decision: str) -> BlockFit:
-    """A block without compensation and without measured errors."""
-    counts = ("parameters", "bytes", "bytes_percent", "multiply_adds", "multiply_adds_percent")
-    return BlockFit(
-        name=name, kind=None, trial=None, options=(), option=0, kept=False, decision=decision,
-        ridge=0.0, solver="none",
-        positions=0.0, target_power=0.0, fit=BlockError(), holdout=BlockError(),
-        **dict.fromkeys(counts, 0),
-    )  # fmt: skip
-
-
-def _run_block(
-    settings: CompensationSettings,
-    name: str,
-    quantized: Walk,
-    full: Walk | None,
-    reference: nn.Module,
-    image: int,
-) -> list[torch.Tensor]:
-    """Run one block on one image, in both walks.
-
-    Args:
-        full: None: the target is the full-precision block's output for the quantized input.
-
-    Returns:
-        The block's input, its quantized output and its target: [positions, channels] each.
-    """
-    arguments, quantized_output = quantized.reach(image, name)
-    output = block_output(name, quantized_output)
-    if full is not None:
-        _, expected = full.reach(image, name)
-    else:
-        args, kwargs = detached(arguments)
-        expected = reference.get_submodule(name)(*args, **kwargs)
-    expected = block_output(name, expected)
-    axis = channel_axis(reference.get_submodule(name), output)
-    x = aligned_input(arguments, output, axis)
-    if settings.bits == BITS:
-        x = rounded_input(x)  # as the input of W will be
-    return [by_position(t, axis) for t in (x, output, expected)]
-
-
-def _log(
-    block: BlockFit,
-    channels: tuple[int, int],
-    tokens: int,
-    seconds: float,
-    device: torch.device,
-) -> None:
-    logger.info(
-        "%s: %d -> %d channels, %d tokens, %s, error %.3g -> %.3g on fitted and %s on held-out "
-        "images, r2 %.3f and %s, ridge %.1g (%s), %s, %.1f s, peak memory %s",
-        block.name, *channels, tokens,
-        block.kind.name if block.kind else "none",
-        block.fit.error_before, block.fit.error_after,
-        "no error" if block.holdout.error_before is None
-        else f"{block.holdout.error_before:.3g} -> {block.holdout.error_after:.3g}",
-        block.fit.r2, "none" if block.holdout.r2 is None else f"{block.holdout.r2:.3f}",
-        block.ridge, block.solver,
-        "kept" if block.kept else f"not kept ({block.decision})", seconds,
-        _peak_memory(device),
-    )  # fmt: skip
