@@ -8,27 +8,16 @@ import fcntl
 import filecmp
 import importlib
 import os
-import shutil
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from ..config.datasets import PARTS, Coco, Exif, Part, Shapes, parse_dataset
 from ..config.section import as_plain
 from ..errors import QwtError, registered
-from ..files import read_json, write_atomically, write_json
-from ..progress import progress
 from .annotations import few, read_annotations
-
-ARCHIVE = "annotations/annotations_trainval2017.zip"
-COCO_IMAGES = {"train2017": 118287, "val2017": 5000}
-"""How many images a split of COCO has."""
-PROBLEMS_IN_MESSAGES = 5
+from .image_checks import check_images, outside_of
 
 
 class Place(NamedTuple):
@@ -84,7 +73,7 @@ class Source(ABC):
         Raises:
             QwtError: an image is missing, unreadable or of another size than its entry says.
         """
-        return _check_images(images, self.place(part).image_root, self.exif, name, workers)
+        return check_images(images, self.place(part).image_root, self.exif, name, workers)
 
     @property
     def exif(self) -> Exif:
@@ -213,7 +202,7 @@ class Generated(Source):
         if folder != self.folder:
             seeds = np.random.SeedSequence([seed, self.settings.calibration.draw])
             seed = int(seeds.generate_state(1)[0])
-        with _alone(self.folder):
+        with alone(self.folder):
             generate_shapes(folder, seed=seed, images={place.split: count})
 
     def draw(self, part: Part) -> int:
@@ -235,6 +224,8 @@ class Generated(Source):
 def _coco(settings: Coco, folder: Path) -> Source:
     if settings.root is not None:
         return LocalFolder(settings, folder, settings.root)
+    from .coco_download import Download
+
     return Download(settings, folder, str(settings.url).rstrip("/"))
 
 
@@ -268,7 +259,7 @@ class LocalFolder(Source):
         self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
     ) -> list[int]:
         """Check the images; see :meth:`Source.fetch`."""
-        outside = _outside(images, self.place(part).image_root, self.root)
+        outside = outside_of(images, self.place(part).image_root, self.root)
         if outside and not self.settings.allow_outside_root:
             raise QwtError(
                 f"{len(outside)} of {len(images)} chosen images lie outside of the root {self.root}, "
@@ -292,109 +283,12 @@ class LocalFolder(Source):
         return super().shared or (there and filecmp.cmp(first, second, shallow=False))
 
 
-class Download(Source):
-    """COCO by download: the archive of all annotations, and the chosen images one by one."""
-
-    settings: Coco
-
-    def __init__(self, settings: Coco, folder: Path, url: str) -> None:
-        super().__init__(settings, folder)
-        self.url = url
-
-    def place(self, part: Part) -> Place:
-        images = getattr(self.settings, part)
-        return Place(
-            str(self.folder / images.annotations),
-            str(self.folder / "images" / images.split),
-            images.split,
-        )
-
-    def prepare(self, part: Part, most_bytes: int) -> None:
-        """Download the archive, and extract what is not there of both parts."""
-        from .download import download
-
-        names = {getattr(self.settings, key).annotations for key in PARTS}
-        for name in names:
-            if _leaves(name):
-                raise QwtError(
-                    f"The annotations {name!r} would be stored outside of the dataset's folder; name a "
-                    f"file of {self.url}/{ARCHIVE}."
-                )
-        with _alone(self.folder):
-            self._claim()
-            if os.path.isfile(self.place(part).annotations):
-                return
-            absent = sorted(name for name in names if not (self.folder / name).is_file())
-            archive = self.folder / PurePosixPath(ARCHIVE).name
-            download(f"{self.url}/{ARCHIVE}", archive, most_bytes=most_bytes)
-            try:
-                _extract(archive, absent, self.folder, f"{self.url}/{ARCHIVE}", most_bytes)
-            finally:
-                archive.unlink()
-
-    def _claim(self) -> None:
-        """Note which address the files in the folder are from; never mix two."""
-        origin = self.folder / "origin.json"
-        if origin.is_file():
-            noted = read_json(origin, what="note of a download's origin").get("url")
-        else:
-            there = [name for name in ("annotations", "images") if (self.folder / name).exists()]
-            noted = "elsewhere" if there else None
-        if noted is None:
-            write_json(origin, {"url": self.url})
-        elif noted != self.url:
-            raise QwtError(
-                f"{self.folder} holds files from {noted}, not from {self.url}; remove that folder, or "
-                "give the dataset another name."
-            )
-
-    def fetch(
-        self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
-    ) -> list[int]:
-        """Download the images that are not there and whole; see :meth:`Source.fetch`."""
-        from .download import download_many
-
-        place = self.place(part)
-        by_name = {image["file_name"]: image for image in images}
-        for file_name in filter(_leaves, by_name):
-            raise QwtError(
-                f"The annotation file {place.annotations} has an image {file_name!r}, which would be "
-                "stored outside of the dataset's folder; do not use this source."
-            )
-        orientations = {}
-
-        def check(file_name: str, path: Path) -> None:
-            found = _orientation(path, by_name[file_name], self.exif)
-            if isinstance(found, QwtError):
-                raise QwtError(f"{found}{_advice([found], name, self.exif)}") from found
-            orientations[file_name] = found
-
-        download_many(
-            [(self._image_url(part, file_name), file_name) for file_name in by_name],
-            place.image_root,
-            workers,
-            check=check,
-            most_bytes=lambda key: 10_000_000 + 16 * by_name[key]["width"] * by_name[key]["height"],
-            description=f"Fetching images of {place.split}",
-        )
-        return [orientations[image["file_name"]] for image in images]
-
-    def _image_url(self, part: Part, file_name: str) -> str:
-        return f"{self.url}/{getattr(self.settings, part).image_folder}/{quote(file_name)}"
-
-    def identity(self, part: Part, file_name: str) -> str:
-        return self._image_url(part, file_name)
-
-    def available(self, part: Part) -> int | None:
-        return COCO_IMAGES.get(self.place(part).split)
-
-
 def _other(part: Part) -> Part:
     return "evaluation" if part == "calibration" else "calibration"
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold a lock: one process at a time prepares a part in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -403,106 +297,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _leaves(name: str) -> bool:
-    """Whether a relative name leads out of its folder, or is not relative."""
-    return bool(PureWindowsPath(name).anchor) or ".." in PurePosixPath(name).parts
-
-
-def _extract(archive: Path, names: Sequence[str], folder: Path, url: str, most_bytes: int) -> None:
-    try:
-        with zipfile.ZipFile(archive) as content:
-            there = [name for name in content.namelist() if "instances_" in name]
-            for name in names:
-                if name not in there:
-                    raise QwtError(
-                        f"{url} holds no {name}; it holds {', '.join(there) or 'no instances'}. "
-                        "Correct the split or the annotations of the dataset."
-                    )
-                if content.getinfo(name).file_size > most_bytes:
-                    raise QwtError(
-                        f"{url} holds a {name} of more than {most_bytes / 1e9:g} GB; check the address, or "
-                        "raise max_download_gb in the configuration."
-                    )
-                with (
-                    write_atomically(folder / name) as target,
-                    content.open(name) as stream,
-                    open(target, "wb") as file,
-                ):
-                    shutil.copyfileobj(stream, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise QwtError(
-            f"{url} is not a whole zip file ({error}); check the address and run again."
-        ) from error
-
-
-# --- Image files -------------------------------------------------------------------------------
-
-
-def _outside(
-    images: Sequence[Mapping[str, Any]], image_root: str, root: str | os.PathLike[str]
-) -> list[str]:
-    """Names of images that the annotation file or a link looks for outside of the dataset's root.
-
-    An image folder that the config itself names outside of the root is a root of its own.
-    """
-    named = Path(os.path.abspath(image_root)).is_relative_to(os.path.abspath(root))
-    allowed = os.path.realpath(root if named else image_root)
-    names = [image["file_name"] for image in images]
-    return [
-        name
-        for name in names
-        if not Path(os.path.realpath(os.path.join(image_root, name))).is_relative_to(allowed)
-    ]
-
-
-def _orientation(path: str | Path, image: Mapping[str, Any], exif: Exif) -> int | QwtError:
-    """EXIF orientation of an image file, or what is wrong with it."""
-    from .images import check_image
-
-    try:
-        return check_image(path, image["width"], image["height"], exif=exif)
-    except QwtError as error:
-        return error
-
-
-def _advice(problems: Sequence[QwtError], name: str, exif: Exif) -> str:
-    """The remedy if images would fit with the other ``exif``; else empty."""
-    from .images import TurnedImageError
-
-    if not any(isinstance(problem, TurnedImageError) for problem in problems):
-        return ""
-    other = {"apply": "ignore", "ignore": "apply"}[exif]
-    pixels = {"apply": "pixels as they are stored", "ignore": "turned image"}[exif]
-    return (
-        f" If sizes and boxes refer to the {pixels}, set datasets.{name}.exif: {other}; if the boxes "
-        "do not, correct width and height in the annotation file."
-    )
-
-
-def _check_images(
-    images: Sequence[Mapping[str, Any]], image_root: str, exif: Exif, name: str, workers: int
-) -> list[int]:
-    """Check images that should be there; return their EXIF orientations."""
-
-    def path(image: Mapping[str, Any]) -> str:
-        return os.path.join(image_root, image["file_name"])
-
-    absent = [image["file_name"] for image in images if not os.path.isfile(path(image))]
-    if absent:
-        raise QwtError(
-            f"{len(absent)} of {len(images)} chosen images are missing in {image_root}: "
-            f"{few(absent)}; add them, or correct the image folder."
-        )
-    with ThreadPoolExecutor(max_workers=min(workers, os.cpu_count() or 1)) as executor:
-        results = executor.map(lambda image: _orientation(path(image), image, exif), images)
-        found = list(progress(results, f"Checking images in {image_root}", total=len(images)))
-    problems = [result for result in found if isinstance(result, QwtError)]
-    if problems:
-        raise QwtError(
-            f"{len(problems)} of {len(images)} chosen images in {image_root} are not usable: "
-            f"{' '.join(map(str, problems[:PROBLEMS_IN_MESSAGES]))}"
-            f"{_advice(problems, name, exif) or ' Replace them.'}"
-        )
-    return [result for result in found if not isinstance(result, QwtError)]

@@ -1,0 +1,82 @@
+"""Checks of chosen images: that they are there, readable, of the size that annotations say, and in their folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..config.datasets import Exif
+from ..errors import QwtError
+from ..progress import progress
+from .annotations import few
+
+PROBLEMS_IN_MESSAGES = 5
+
+
+def outside_of(
+    images: Sequence[Mapping[str, Any]], image_root: str, root: str | os.PathLike[str]
+) -> list[str]:
+    """Names of images that the annotation file or a link looks for outside of the dataset's root.
+
+    An image folder that the config itself names outside of the root is a root of its own.
+    """
+    named = Path(os.path.abspath(image_root)).is_relative_to(os.path.abspath(root))
+    allowed = os.path.realpath(root if named else image_root)
+    names = [image["file_name"] for image in images]
+    return [
+        name
+        for name in names
+        if not Path(os.path.realpath(os.path.join(image_root, name))).is_relative_to(allowed)
+    ]
+
+
+def check_images(
+    images: Sequence[Mapping[str, Any]], image_root: str, exif: Exif, name: str, workers: int
+) -> list[int]:
+    """Check images that should be there; return their EXIF orientations."""
+
+    def path(image: Mapping[str, Any]) -> str:
+        return os.path.join(image_root, image["file_name"])
+
+    absent = [image["file_name"] for image in images if not os.path.isfile(path(image))]
+    if absent:
+        raise QwtError(
+            f"{len(absent)} of {len(images)} chosen images are missing in {image_root}: "
+            f"{few(absent)}; add them, or correct the image folder."
+        )
+    with ThreadPoolExecutor(max_workers=min(workers, os.cpu_count() or 1)) as executor:
+        results = executor.map(lambda image: orientation_of(path(image), image, exif), images)
+        found = list(progress(results, f"Checking images in {image_root}", total=len(images)))
+    problems = [result for result in found if isinstance(result, QwtError)]
+    if problems:
+        raise QwtError(
+            f"{len(problems)} of {len(images)} chosen images in {image_root} are not usable: "
+            f"{' '.join(map(str, problems[:PROBLEMS_IN_MESSAGES]))}"
+            f"{advice_on(problems, name, exif) or ' Replace them.'}"
+        )
+    return [result for result in found if not isinstance(result, QwtError)]
+
+
+def orientation_of(path: str | Path, image: Mapping[str, Any], exif: Exif) -> int | QwtError:
+    """EXIF orientation of an image file, or what is wrong with it."""
+    from .images import check_image
+
+    try:
+        return check_image(path, image["width"], image["height"], exif=exif)
+    except QwtError as error:
+        return error
+
+
+def advice_on(problems: Sequence[QwtError], name: str, exif: Exif) -> str:
+    """The remedy if images would fit with the other ``exif``; else empty."""
+    from .images import TurnedImageError
+
+    if not any(isinstance(problem, TurnedImageError) for problem in problems):
+        return ""
+    other = {"apply": "ignore", "ignore": "apply"}[exif]
+    pixels = {"apply": "pixels as they are stored", "ignore": "turned image"}[exif]
+    return (
+        f" If sizes and boxes refer to the {pixels}, set datasets.{name}.exif: {other}; if the boxes "
+        "do not, correct width and height in the annotation file."
+    )
