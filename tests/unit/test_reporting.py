@@ -22,7 +22,7 @@ from qwt_mmdet.evaluation.estimates import Comparison, Difference, Estimate
 from qwt_mmdet.files import write_json
 from qwt_mmdet.plan import Failure, Plan, ResultRow, Stopped
 from qwt_mmdet.plan.rows import KINDS
-from qwt_mmdet.reporting import html, tables, text
+from qwt_mmdet.reporting import html, sentences, tables, text
 from qwt_mmdet.reporting.summary import ClassResult, Row, read_summary, with_dominance
 from random_detections import compressed, hexagon
 
@@ -843,7 +843,7 @@ def row(**changes) -> Row:
 
 
 def test_what_is_not_significant_is_said_to_be_so():
-    sentence = html.answer([row()])
+    sentence = sentences.answer([row()])
     assert sentence == (
         "w8a8 keeps 100 % of the baseline mask AP (0.399 of 0.400), a difference that is not "
         "significant; qwt changes it by +0.002, which is not significant (-0.001 to +0.005)."
@@ -852,14 +852,14 @@ def test_what_is_not_significant_is_said_to_be_so():
 
 def test_harm_is_not_called_a_gain():
     harm = Difference(-0.099, -0.12, -0.08)
-    sentence = html.answer([row(compensated=Estimate(0.3), compensated_minus_quantized=harm)])
+    sentence = sentences.answer([row(compensated=Estimate(0.3), compensated_minus_quantized=harm)])
     assert (
         "qwt lowers it to 75 % (0.300), a change of -0.099 (interval -0.120 to -0.080)" in sentence
     )
 
 
 def test_a_baseline_that_finds_nothing_does_not_divide_by_zero():
-    assert "w8a8 has mask AP 0.399" in html.answer([row(baseline=Estimate(0.0))])
+    assert "w8a8 has mask AP 0.399" in sentences.answer([row(baseline=Estimate(0.0))])
 
 
 def test_a_variant_that_another_beats_in_size_and_ap_is_not_recommended():
@@ -874,7 +874,7 @@ def test_a_variant_that_another_beats_in_size_and_ap_is_not_recommended():
     )  # fmt: skip
     found = [(found.quantized_dominated_by, found.compensated_dominated_by) for found in rows]
     assert found == [(None, "w8a8"), (None, "w6a6"), (None, "w6a6")]
-    assert html.recommendation(rows) == (
+    assert sentences.recommendation(rows) == (
         "Best box AP for the size: w8a8 (8.00 MB, 0.400), w6a6 (6.00 MB, 0.390), w4a4 (5.70 MB, 0.200); "
         "w8a8 + qwt is dominated by w8a8; w6a6 + qwt is dominated by w6a6; w4a4 + qwt is dominated by w6a6."
     )

@@ -1,0 +1,115 @@
+"""The variants of a model, as lines of its table and points of its figures."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..evaluation.estimates import value_of
+from . import figures
+from .summary import Row
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line for the baseline, each quantization and each compensation.
+
+    Args:
+        rows: of one model and type of AP.
+    """
+    first = rows[0]
+    lines: list[dict[str, Any]] = [
+        {
+            "variant": "baseline",
+            "series": figures.BASELINE,
+            "note": "full precision",
+            "dominated_by": None,
+            "faults": [],
+            "ap": first.ap["AP"].baseline,
+            # unknown in rows of failed quantizations
+            "bytes": next(filter(None, (row.baseline_bytes for row in rows)), None),
+            "evaluated": first.seconds.get("evaluate_baseline"),
+        }
+    ]
+    for name in unique(row.quantization for row in rows):
+        chosen = [row for row in rows if row.quantization == name]
+        row = chosen[0]
+        about = {"quantization": name, "bits": (row.weight_bits, row.activation_bits)}
+        lines.append(
+            {
+                **about,
+                "variant": name,
+                "title": name,
+                "series": figures.QUANTIZED,
+                "note": f"W{row.weight_bits} A{row.activation_bits}, {row.scope}",
+                "ap": row.ap["AP"].quantized,
+                "loss": row.ap["AP"].quantized_minus_baseline,
+                "faults": _faults(row.collapsed_quantized, row.not_finite_quantized),
+                "bytes": row.quantized_bytes,
+                "dominated_by": row.quantized_dominated_by,
+                "made": row.seconds.get("quantize_model"),
+                "evaluated": row.seconds.get("evaluate_quantized"),
+            }
+        )
+        lines += [
+            {
+                **about,
+                "variant": f"+ {row.compensation}",
+                "title": row.compensated_name,
+                "series": row.compensation,
+                "note": "not fitted"
+                if row.blocks is None
+                else f"{row.blocks_kept} of {row.blocks} blocks",
+                "ap": row.ap["AP"].compensated,
+                "loss": row.ap["AP"].compensated_minus_baseline,
+                "gain": row.ap["AP"].compensated_minus_quantized,
+                "recovered": row.ap["AP"].recovered,
+                "faults": _faults(row.collapsed_compensated, row.not_finite_compensated),
+                "bytes": row.compensated_bytes,
+                "dominated_by": row.compensated_dominated_by,
+                "multiply_adds": row.compensation_multiply_adds,
+                "multiply_adds_percent": row.compensation_multiply_adds_percent,
+                "made": row.seconds.get("fit_compensation"),
+                "evaluated": row.seconds.get("evaluate_compensated"),
+            }
+            for row in chosen
+            if row.compensation is not None
+        ]
+    return lines
+
+
+def _faults(collapsed: bool | None, not_finite: int | None) -> list[str]:
+    """Faults of a variant's detections."""
+    faults = ["collapsed: finds not one object"] if collapsed else []
+    if not_finite:
+        faults.append(f"{not_finite} detections are NaN or infinite and are ignored")
+    return faults
+
+
+def points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
+    """Points of the figures: the variants that were evaluated."""
+    return [
+        figures.Point(
+            quantization=line.get("quantization", ""),
+            bits=line.get("bits", (32, 32)),
+            series=line["series"],
+            value=line["ap"].value,
+            low=line["ap"].low,
+            high=line["ap"].high,
+            megabytes=line["bytes"] / 1e6,
+        )
+        for line in lines
+        if value_of(line["ap"]) is not None and line["bytes"] is not None
+    ]
+
+
+def featured(rows: Sequence[Row]) -> Row:
+    """The row that the report shows first: the largest gain in box AP, else the largest loss."""
+
+    def interest(row: Row) -> tuple[bool, float, float]:
+        ap = row.ap["AP"]
+        gain, loss = value_of(ap.compensated_minus_quantized), value_of(ap.quantized_minus_baseline)
+        return not row.failed, gain or 0, -(loss or 0)
+
+    return max((row for row in rows if row.metrics == "bbox"), key=interest)

@@ -1,0 +1,284 @@
+"""What the templates of the report show of a model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import QwtError
+from ..evaluation.coco import has_masks
+from ..files import read_json
+from ..plan.rows import ResultRow
+from . import figures, text
+from .pictures import Picture, choose_pictures
+from .sentences import answers
+from .summary import Row, Summary
+from .variants import featured, points, unique, variant_lines
+
+
+class Model:
+    """The content of the templates for one model. Pieces are made on demand, since each may fail."""
+
+    def __init__(
+        self,
+        index: int,
+        combinations: Sequence[ResultRow],
+        summary: Summary,
+        most_images: int,
+    ) -> None:
+        self.name: str = combinations[0].model
+        self._id = f"m{index}"  # prefix of the ids of its figures
+        self._summary = summary
+        self._most_images = most_images
+        self._rows = [row for row in summary.rows if row.model == self.name]
+        self.exported = [row for row in summary.exports if row.model == self.name]
+        self._first = featured(self._rows)
+        first = (self._first.quantization, self._first.compensation)
+        self._combinations = sorted(
+            combinations, key=lambda row: (row.quantization, row.compensation) != first
+        )
+        self.compensated = [row for row in self._combinations if row.compensated is not None]
+
+    def answers(self) -> list[str]:
+        own = [entry for entry in self._summary.quantizations if entry["model"] == self.name]
+        return [*answers(self._rows), *text.overfitted_ranges_of(own)]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Rows and lines of each type of AP that the model has."""
+        return [
+            {"ap_type": ap_type, "rows": chosen, "lines": variant_lines(chosen)}
+            for metrics, ap_type in text.AP_TYPES.items()
+            if (chosen := [row for row in self._rows if row.metrics == metrics])
+        ]
+
+    def tradeoffs(self) -> list[dict[str, Any]]:
+        """Figures of AP against bits and against size: label and function that draws."""
+        return [
+            {
+                "label": f"{result['ap_type']} AP against {cost}",
+                "draw": lambda draw=draw, result=result, cost=cost: draw(
+                    points(result["lines"]),
+                    result["ap_type"],
+                    f"{self._id}-{result['ap_type']}-{cost}",
+                ),
+            }
+            for result in self.results()
+            for cost, draw in (("bits", figures.ap_by_bits), ("size", figures.ap_by_size))
+        ]
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """Compensations: title and function that reads the errors of the blocks."""
+        return [
+            {
+                "title": f"{row.quantization} + {row.compensation}",
+                "section": lambda row=row, number=number: block_section(
+                    row, f"{self._id}-blocks{number}"
+                ),
+            }
+            for number, row in enumerate(self.compensated)
+        ]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Quantizations with measured layers or modules that are not quantized."""
+        quantizations = sorted(
+            (entry for entry in self._summary.quantizations if entry["model"] == self.name),
+            key=lambda entry: entry["quantization"] != self._first.quantization,
+        )
+        sections = map(_layer_section, quantizations)
+        return [section for section in sections if section["layers"] or section["not_quantized"]]
+
+    def pictures(self) -> list[Picture]:
+        return _pictures(self._combinations[0], self._summary.seed, self._most_images)
+
+    def classes(self) -> list[dict[str, Any]]:
+        first = (self._first.quantization, self._first.compensation)
+        rows = sorted(self._rows, key=lambda row: (row.quantization, row.compensation) != first)
+        return [_class_section(row) for row in rows]
+
+    def timed_on(self) -> list[str]:
+        """Sentences about the conditions of the latency measurements."""
+        return unique(
+            f"Latency with {row.threads} thread{'s' * (row.threads != 1)}, {row.rounds} rounds, on {row.hardware}."
+            for row in self.exported
+            if row.rounds
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        return _provenance(self._combinations)
+
+
+def block_section(row: ResultRow, name: str) -> dict[str, Any]:
+    """Errors of the blocks of one compensation, on held-out images if there are any.
+
+    Args:
+        name: of the figure.
+
+    Raises:
+        QwtError: blocks.csv has no blocks.
+    """
+    path = Path(row.compensated or "", "blocks.csv")
+    blocks = text.read_blocks(path)
+    if not blocks:
+        raise QwtError(f"{path} has no blocks; delete it and let the workflow make it again.")
+    held_out = all(block["holdout"]["error_after"] is not None for block in blocks)
+    images = "holdout" if held_out else "fit"
+    undrawn = [b["name"] for b in blocks if not figures.has_errors(b, images)]
+    return {
+        "title": f"{row.quantization} + {row.compensation}",
+        "blocks": blocks,
+        "kept": sum(bool(block["kept"]) for block in blocks),
+        "images": "held-out images" if held_out else "the images of the fit",
+        "draw": lambda: figures.block_errors(blocks, images, name),
+        "drawn": len(undrawn) < len(blocks),
+        "undrawn": undrawn,
+    }
+
+
+def spare(layer: Mapping[str, Any]) -> str | None:
+    """Entry of ``overrides`` that gives a layer 8 bits; None where it has 8 bits already.
+
+    An operand of attention, ``backbone.attn (query)``, has no weights; its pattern is the module's name.
+    """
+    bits = {key: layer[key] for key in ("weight_bits", "activation_bits") if layer[key] is not None}
+    if all(value >= 8 for value in bits.values()):
+        return None
+    pattern = layer["name"].partition(" ")[0]
+    return f"- {{{', '.join([f'pattern: {pattern}', *(f'{key}: 8' for key in bits)])}}}"
+
+
+def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of one quantization, the lowest SQNR first, and modules that are not quantized."""
+    measured = [layer for layer in quantization["layer_sqnr"] if layer["sqnr_db"] is not None]
+    layers = sorted(measured, key=lambda layer: layer["sqnr_db"])
+    most = max([layer["sqnr_db"] for layer in layers], default=0)
+    least = min([0, *(layer["sqnr_db"] for layer in layers)])
+    return {
+        "title": quantization["quantization"],
+        "layers": [
+            layer
+            | {
+                "override": spare(layer),
+                # the length of a bar, from the smallest ratio (or 0 dB) to the largest
+                "share": (layer["sqnr_db"] - least) / ((most - least) or 1),
+            }
+            for layer in layers
+        ],
+        "worst": layers[0] if layers else None,
+        "not_quantized": quantization["not_quantized"],
+    }
+
+
+def _titles(row: ResultRow) -> dict[str, str]:
+    """Names in the report of a combination's evaluated variants."""
+    titles = {
+        "baseline": "baseline",
+        "quantized": row.quantization,
+        "compensated": f"{row.quantization} + {row.compensation}",
+    }
+    return {kind: titles[kind] for kind in row.evaluated()}
+
+
+def _pictures(row: ResultRow, seed: int, most: int) -> list[Picture]:
+    folders = row.evaluated()
+    if not folders or row.annotations is None:
+        raise QwtError("None of its variants was evaluated.")
+    found = {
+        kind: read_json(Path(folder) / "predictions.json", what="file of predictions")
+        for kind, folder in folders.items()
+    }
+    masks = any(map(has_masks, found.values()))
+    metrics = read_json(Path(next(iter(folders.values()))) / "metrics.json", what="metrics file")
+    return choose_pictures(
+        row.annotations, found, _titles(row),
+        masks=masks, classes=metrics["per_class"], seed=seed, most=most,
+    )  # fmt: skip
+
+
+def _class_section(row: Row) -> dict[str, Any]:
+    """AP by class of a row, and the classes with the largest loss and gain."""
+    classes = {entry.name: entry for entry in row.classes}
+    rankings = [
+        ("lost most", "quantized_minus_baseline", row.lost_most),
+        ("regained most", "compensated_minus_quantized", row.regained_most),
+    ]
+    title = " + ".join(filter(None, (row.quantization, row.compensation)))
+    return {
+        "title": f"{title}, {text.AP_TYPES[row.metrics]} AP",
+        "compensated": row.compensation is not None,
+        "classes": row.classes,
+        "rankings": [
+            {
+                "title": title,
+                "changes": [(classes[name], getattr(classes[name].ap, change)) for name in names],
+            }
+            for title, change, names in rankings
+            if names
+        ],
+    }
+
+
+def _images(annotations: Path) -> dict[str, Any] | None:
+    """Names and source of the images of an annotation file."""
+    if not annotations.is_file():
+        return None
+    content = read_json(annotations, what="annotation file")
+    return {
+        "source": {key: value for key, value in content["info"].items() if value not in (None, [])},
+        "names": [image["file_name"] for image in content["images"]],
+    }
+
+
+def _computed_on(provenance: Mapping[str, Any]) -> str:
+    """Device, and settings that affect the last digits of a result."""
+    known = {
+        "cpu_capability": "{} kernels on the processor",
+        "threads": "{} threads",
+        "tf32": "TF32 {}",
+    }
+    shown = {**provenance, "tf32": "on" if provenance.get("tf32") else "off"}
+    return ", ".join(
+        [provenance["device"], *(t.format(shown[k]) for k, t in known.items() if k in provenance)]
+    )
+
+
+def _provenance(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """Settings, versions, seeds, hashes, hardware and image lists of one model."""
+    by_variant = {
+        _titles(row)[kind]: read_json(Path(folder) / "metrics.json")["provenance"]
+        for row in rows
+        for kind, folder in row.evaluated().items()
+    }
+    if not by_variant or rows[0].annotations is None:
+        raise QwtError("None of its variants was evaluated.")
+    annotations = Path(rows[0].annotations)
+    parts = {
+        part: _images(annotations.with_name(f"{part}.json"))
+        for part in ("calibration", "evaluation")
+    }
+    return {
+        "first": next(iter(by_variant.values())),
+        "hashes": {
+            title: {
+                key: value
+                for key in ("warmup", "compensation")
+                if (value := provenance.get("settings", {}).get(key))
+            }
+            for title, provenance in by_variant.items()
+        },
+        "jobs": {
+            "evaluated on": unique(map(_computed_on, by_variant.values())),
+            **{
+                key: found
+                for key in ("hardware", "command")
+                if (found := unique(filter(None, (p.get(key) for p in by_variant.values()))))
+            },
+        },
+        "settings": {
+            "quantization": {row.quantization: row.settings for row in rows},
+            "compensation": {
+                row.compensation: row.compensation_settings
+                for row in rows
+                if row.compensation is not None
+            },
+        },
+        "images": {part: content for part, content in parts.items() if content is not None},
+    }
