@@ -1,4 +1,4 @@
-"""Rank a quantized detector's layers by the harm that each does alone, and suggest mixed bits."""
+"""Rank a quantized detector's layers by the harm that each does alone."""
 
 from qwt_mmdet.runtime import step
 
@@ -9,9 +9,6 @@ with step(snakemake) as job:
     rank(
         Inputs.of(snakemake, job, "calibration"),
         warmup=snakemake.input.warmup,
-        name=snakemake.wildcards.quantization,
         images=snakemake.params.settings["images"],
-        average_bits=snakemake.params.settings.get("average_bits"),
         table=snakemake.output.table,
-        suggestion=snakemake.output.suggestion,
     )

@@ -267,13 +267,13 @@ def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cos
 def costliest_search(plan: Plan, model: str) -> Search | None:
     """The search of a model with the most numbers of bits to measure; None without a search."""
     names = [row.quantization for row in plan.combinations if row.model == model]
-    entries = [plan.config["quantization"][name] for name in names if plan.is_search(name)]
-    return max((Search(**entry) for entry in entries), key=rankings, default=None)
+    searches = (plan.searches[name] for name in names if name in plan.searches)
+    return max(searches, key=rankings, default=None)
 
 
 def rankings(search: Search) -> int:
     """Number of times that a search quantizes each layer alone."""
-    return len({*search.candidates}) + len(search.activation_candidates()) - 1
+    return len(search.weight_candidates()) + len(search.activation_candidates()) - 1
 
 
 def search_costs(

@@ -241,6 +241,12 @@ def test_a_byte_order_mark_and_line_ends_of_windows_are_read(tmp_path):
     assert config.read_file(tmp_path / "config.yaml") == MINIMAL
 
 
+def test_the_key_of_the_chooser_that_is_gone_names_the_search():
+    given = {**MINIMAL, "sensitivity": {"average_bits": 4}}
+    with pytest.raises(QwtError, match=r"sensitivity\.average_bits is gone: .*average_weight_bits"):
+        config.resolve(given)
+
+
 def keys(node, path=()):
     """Every key and index of a config, in full."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
@@ -255,7 +261,7 @@ def test_no_key_takes_a_value_that_is_none():
     given["datasets"]["coco"] = {"type": "coco", "url": "http://x.org"}
     given["quantization"]["w4a8"]["overrides"] = [{"pattern": "x", "weight_bits": 4}]
     given["compensation"]["paper"] |= {"blocks": ["x"], "max_cost": {"bytes": 1}}
-    given["sensitivity"] = {"average_bits": 4}
+    given["sensitivity"] = {"images": 4}
     given = config.resolve(given)
     for path in keys(given):
         *parents, key = path

@@ -86,10 +86,10 @@ def quantize(inputs, tmp_path):
     steps_quantize.quantize(inputs, settings=SETTINGS, output=tmp_path / "warmup.pth")
 
 
-def search(inputs, tmp_path, metric=None):
+def search(inputs, tmp_path, metrics=()):
     bits = {"weight_bits": [4], "activation_bits": [8], "images": 1}
     steps_search.measure(
-        inputs, settings=SETTINGS, **bits, output=tmp_path / "candidates.json", metric=metric
+        inputs, settings=SETTINGS, **bits, output=tmp_path / "candidates.json", metrics=metrics
     )
 
 
@@ -109,6 +109,6 @@ def test_what_a_search_cannot_score_is_told_before_it_measures(
     inputs, tmp_path, calibration, metric, message
 ):
     with pytest.raises(QwtError, match=message):
-        search(inputs(("cat", "dog"), calibration), tmp_path, metric)
+        search(inputs(("cat", "dog"), calibration), tmp_path, {metric})
     with pytest.raises(Calibrated):
-        search(inputs(("cat", "dog")), tmp_path, "bbox")
+        search(inputs(("cat", "dog")), tmp_path, {"bbox"})

@@ -88,7 +88,9 @@ def test_a_quantization_waits_for_the_answer_to_its_question():
     quantization = {**CONFIG["quantization"], "small": QUESTION}
     jobs = plan(quantization=quantization).jobs
     (choice,) = {job for job in jobs if job.step == "choose_recipe" and job.model == "first"}
-    assert [job.step for job in choice.after] == ["measure_candidates"]
+    assert [(job.step, job.name) for job in choice.after] == [
+        ("measure_candidates", "first/w8+w468_a8_images4")
+    ]
     waiting = {job.name: job.after for job in jobs if job.step == "quantize_model"}
     assert waiting["first/small"] == (choice,)
     assert waiting["first/w8"] == ()
@@ -159,9 +161,69 @@ def test_a_question_has_a_recipe_a_limit_and_the_settings_of_what_it_is_like():
     settings = Settings(made)
     assert settings.plain("small") is None
     assert settings.plain("w8@2") == settings.searched("small@2")
-    assert settings.candidates("small")["weight_bits"] == [4, 6, 8]
     assert settings.recipe("first", "small@2") == "results/first/small@2/recipe.yaml"
     assert settings.recipe("first", "w8") == []
+
+
+SHARING = {
+    "size": {"best": {"max_size_mb": 3}, "like": "w8", "candidates": [4, 6, 8]},
+    "masks": {**QUESTION, "smallest": {"max_drop": 0.01, "metric": "segm"}},
+}
+
+
+def test_searches_of_equal_settings_bits_and_images_share_a_measurement():
+    others = {
+        "images": {**QUESTION, "images": 5},
+        "bits": {**QUESTION, "candidates": [4, 8]},
+        "activations": {**QUESTION, "objective": "bit_operations"},
+        "defaults": {"best": {"max_size_mb": 3}, "candidates": [4, 6, 8]},
+    }
+    made = plan(
+        quantization={**CONFIG["quantization"], "small": QUESTION, **SHARING, **others},
+        targets=[{"model": ["first"]}], repeats=2,
+    )  # fmt: skip
+    shared = "w8+w468_a8_images4"
+    assert {name: made.measurement(name) for name in others} == {
+        "images": "w8+w468_a8_images5",
+        "bits": "w8+w48_a8_images4",
+        "activations": "w8+w468_a468_images4",
+        "defaults": "+w468_a8_images4",
+    }
+    assert {made.measurement(name) for name in ("small", *SHARING)} == {shared}
+    assert steps(made)["measure_candidates"] == 2 * 5
+    assert steps(made)["choose_recipe"] == 2 * 7
+    settings = Settings(made)
+    path = "results/first/candidates/w8+w468_a8_images4@2.json"
+    assert settings.measured("first", "size@2") == settings.measured("first", "small@2") == path
+    assert settings.measured("first", "w8@2") == []
+    found = settings.candidates(f"{shared}@2")
+    assert (found["weight_bits"], found["activation_bits"], found["images"]) == ([4, 6, 8], [8], 4)
+    assert found["settings"] == settings.plain("w8")
+    assert settings.images("calibration", "first", f"{shared}@2") == settings.images(
+        "calibration", "first", "small@2"
+    )
+
+
+def test_what_recipes_are_scored_by_is_known_before_they_are_measured():
+    quantization = {**CONFIG["quantization"], "small": QUESTION, **SHARING}
+    targets = [{"model": ["first"]}, {"model": ["second"], "quantization": ["small", "size"]}]
+    made = plan(quantization=quantization, targets=targets)
+    measurement = made.measurement("small")
+    assert made.scored("first", f"{measurement}@2") == {"bbox", "segm"}
+    assert made.scored("second", measurement) == {"bbox"}
+    assert made.scored("first", "w8+w48_a8_images4") == set()
+
+
+def test_a_measurement_that_failed_is_told_where_a_search_needs_it():
+    quantization = {**CONFIG["quantization"], "small": QUESTION}
+    lost = [f"results/first/{name}/quantized/metrics.json" for name in ("small", "w4")]
+    wildcards = {"model": "first", "measurement": "w8+w468_a8_images4"}
+    cause = Failure("measure_candidates first", wildcards, "a.log", "No.")
+    rows = plan(Stopped([cause], lost), quantization=quantization).rows
+    found = {row.quantization: list(row.failed) for row in rows if row.model == "first"}
+    assert found == {
+        "w4": ["the run stopped before it"], "w8": [], "small": ["measure_candidates first: No."],
+    }  # fmt: skip
 
 
 def test_what_failed_costs_only_what_needs_it_and_is_named_there():

@@ -136,7 +136,7 @@ def test_jobs_ask_for_what_the_estimate_measured(workflow: Workflow):
     workflow.configure(config)
     done = workflow.run("-n", "--cores", "2")
     quantized = re.findall(
-        r"rule (quantize_model|measure_candidates|choose_recipe):.*?quantization=(\w+).*?mem_mb=(\d+)",
+        r"rule (quantize_model|measure_candidates|choose_recipe):.*?(?:quantization|measurement)=(\w+).*?mem_mb=(\d+)",
         done.stdout,
         re.DOTALL,
     )
@@ -145,7 +145,7 @@ def test_jobs_ask_for_what_the_estimate_measured(workflow: Workflow):
         ("quantize_model", "w4a4"): 2500,
         ("quantize_model", "refit"): 6500,
         ("quantize_model", "question"): 6500,
-        ("measure_candidates", "question"): 7000,  # not measured
+        ("measure_candidates", "refit"): 7000,  # not measured
         ("choose_recipe", "question"): 7000,
     }
     asked = dict(re.findall(r"rule (\w+):.*?resources: (.*?)\n", done.stdout, re.DOTALL))

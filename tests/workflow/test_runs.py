@@ -95,9 +95,26 @@ def test_the_demo_goes_from_its_checkpoint_to_the_report(workflow: Workflow):
         ranked = list(csv.DictReader(stream))
     assert all(row["layer"].startswith("backbone.") for row in ranked)
     assert float(ranked[0]["sqnr_db"]) < float(ranked[-1]["sqnr_db"])
-    suggested = yaml.safe_load((folder / "sensitivity.yaml").read_text())["w4a4-mixed"]
-    assert suggested["weight_range"] == "minmax"
-    assert {entry["weight_bits"] for entry in suggested["overrides"]} - {4}
+
+
+def test_a_search_quantizes_to_its_recipe(workflow: Workflow):
+    config = yaml.safe_load((CONFIGS / "demo_tiny.yaml").read_text())
+    wanted = {"best": {"average_weight_bits": 6}, "like": "w4a4", "candidates": [4, 8], "images": 1}
+    config["quantization"]["mixed"] = wanted
+    config |= {"targets": [{"quantization": ["mixed"]}], "compensation": {}}
+    workflow.configure(config)
+    done = workflow.run("--cores", "2")
+    assert done.returncode == 0, done.stdout
+    folder = workflow.folder / "results" / "demo" / "mixed"
+    chosen = json.loads((folder / "recipe.json").read_text())
+    layers = json.loads((folder / "warmup.json").read_text())["summary"]["layer_sqnr"]
+    bits = {layer["name"]: layer["weight_bits"] for layer in layers}
+    searched = {
+        layer["name"]: layer["weight_bits"] for layer in chosen["layers"] if layer["weights"]
+    }
+    assert searched.items() <= bits.items()
+    assert set(searched.values()) == {4, 8}
+    assert workflow.jobs() == {}
 
 
 @real

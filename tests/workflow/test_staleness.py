@@ -58,6 +58,12 @@ def finished(copied_tree, tmp_path_factory) -> Workflow:
         content = file_note(names, root=str(workflow.folder), how="content")
         note.write_text(json.dumps(content))
     workflow.configure(CONFIG)
+    compute(workflow)
+    return workflow
+
+
+def compute(workflow: Workflow) -> None:
+    """Let all outputs be there, and be recorded as done."""
     listed = workflow.run("--summary")
     assert listed.returncode == 0, listed.stdout
     rows = [line.split("\t") for line in listed.stdout.splitlines() if "\t" in line]
@@ -67,7 +73,6 @@ def finished(copied_tree, tmp_path_factory) -> Workflow:
         output.write_text(path)
     touched = workflow.run("--touch", "--forceall", "--cores", "1")
     assert touched.returncode == 0, touched.stdout
-    return workflow
 
 
 @pytest.fixture
@@ -109,6 +114,43 @@ def test_a_changed_quantization_runs_again_with_all_that_follows(finished, confi
         "evaluate_compensated": 4,
         **TABLES,
     }
+
+
+def test_searches_share_a_measurement_that_their_own_limits_do_not_decide(workflow: Workflow):
+    for name in ("own.py", "first.pth", "second.pth"):
+        (workflow.folder / name).write_text("")
+    like = {"like": "w8a8"}
+    searches = {
+        "small": {"smallest": {"max_drop": 0.01}, **like},
+        "five": {"best": {"average_weight_bits": 5}, **like},
+        "sized": {"best": {"max_size_mb": 3}, **like},
+    }
+    config = copy.deepcopy(CONFIG) | {"targets": [{"model": ["first"]}], "compensation": {}}
+    config["quantization"] = {"w8a8": config["quantization"]["w8a8"], **searches}
+
+    def jobs() -> dict[str, int]:
+        workflow.configure(config)
+        return workflow.jobs()
+
+    first = jobs()
+    assert (first["measure_candidates"], first["choose_recipe"]) == (1, 3)
+    compute(workflow)
+    assert jobs() == {}
+    searches = config["quantization"]
+    again = {"choose_recipe": 1, "quantize_model": 1, "evaluate_quantized": 1, **TABLES}
+    searches["small"]["smallest"] = {"max_drop": 0.02, "metric": "segm"}
+    assert jobs() == again
+    searches["small"]["smallest"] = {"max_drop": 0.01}
+    for changed in ({"candidates": [4, 8]}, {"images": 5}):
+        searches["five"] |= changed
+        assert jobs() == {"measure_candidates": 1, **again}
+        for key in changed:
+            del searches["five"][key]
+    assert jobs() == {}
+    searches["w8a8"]["scope"] = "detector"
+    assert jobs() == {
+        "measure_candidates": 1, "choose_recipe": 3, "quantize_model": 4, "evaluate_quantized": 4, **TABLES,
+    }  # fmt: skip
 
 
 @pytest.fixture

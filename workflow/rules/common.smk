@@ -91,6 +91,7 @@ wildcard_constraints:
     dataset=any_of(config["datasets"]),
     model=any_of(config["models"]),
     quantization=f"({any_of(config['quantization'])}){REPEAT}",
+    measurement=f"({any_of(PLAN.measurements)}){REPEAT}",
     compensation=any_of(config["compensation"]),
     evaluated=f"baseline|({any_of(config['quantization'])}){REPEAT}/({any_of(['quantized', *config['compensation']])})",
     shard=r"[1-9]\d*",
@@ -153,12 +154,17 @@ def detector_jobs():
     return jobs
 
 
+def calibrated(wildcards):
+    """Return the name of a quantization or of a measurement, which may have the number of a repeat; None without."""
+    return wildcards.get("quantization") or wildcards.get("measurement")
+
+
 def step_resources(step, gpu=detector_gpu):
     """Return the resources of a step that runs a detector, from what `qwt-mmdet estimate` measured."""
 
     def megabytes(wildcards, attempt):
         measured = MEASURED.get((wildcards.get("model"), step))
-        cache_gb = SETTINGS.cache_gb(step, wildcards.get("quantization"))
+        cache_gb = SETTINGS.cache_gb(step, calibrated(wildcards))
         return memory_mb(measured, attempt, cache_gb=cache_gb)
 
     def limit(wildcards, attempt):
@@ -203,10 +209,11 @@ def noted(pattern):
 
 def detector_input(part):
     """Return the input files of a step that runs a model on a part of its dataset."""
-    return {
-        "checkpoint": "results/{model}/checkpoint.pth",
-        "annotations": of(SETTINGS.images, "model", "quantization", part=part),
-    }
+
+    def images(wildcards):
+        return SETTINGS.images(part, wildcards.model, calibrated(wildcards))
+
+    return {"checkpoint": "results/{model}/checkpoint.pth", "annotations": images}
 
 
 def detector_params(step):

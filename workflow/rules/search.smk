@@ -2,15 +2,15 @@
 
 
 rule measure_candidates:
-    """Measure the error of each layer at the heads, at each number of bits."""
+    """Measure the error of each layer at the heads, at each number of bits, for all searches that ask for the same."""
     input:
         **detector_input("calibration"),
     output:
-        candidates="results/{model}/{quantization}/candidates.json",
+        candidates="results/{model}/candidates/{measurement}.json",
     log:
-        "logs/measure_candidates/{model}/{quantization}.log",
+        "logs/measure_candidates/{model}/{measurement}.log",
     benchmark:
-        "benchmarks/measure_candidates/{model}/{quantization}.tsv"
+        "benchmarks/measure_candidates/{model}/{measurement}.tsv"
     conda:
         "../../envs/qwt.yaml"
     threads: detector_threads
@@ -18,8 +18,7 @@ rule measure_candidates:
         **step_resources("measure_candidates"),
     params:
         **detector_params("measure_candidates"),
-        settings=of(SETTINGS.searched, "quantization"),
-        candidates=of(SETTINGS.candidates, "quantization"),
+        candidates=of(SETTINGS.candidates, "measurement"),
     script:
         "../../scripts/measure_candidates.py"
 
@@ -28,7 +27,7 @@ rule choose_recipe:
     """Choose the bits of each layer; for a limit of AP loss, calibrate and evaluate a few recipes."""
     input:
         **detector_input("calibration"),
-        candidates="results/{model}/{quantization}/candidates.json",
+        candidates=of(SETTINGS.measured, "model", "quantization"),
     output:
         recipe="results/{model}/{quantization}/recipe.yaml",
         summary="results/{model}/{quantization}/recipe.json",

@@ -2,13 +2,12 @@
 
 
 rule rank_layers:
-    """Quantize each layer alone; rank them and suggest a mixed precision."""
+    """Quantize each layer alone, and rank the layers by the error at the heads."""
     input:
         **detector_input("calibration"),
         warmup="results/{model}/{quantization}/warmup.pth",
     output:
         table="results/{model}/{quantization}/sensitivity.csv",
-        suggestion="results/{model}/{quantization}/sensitivity.yaml",
     log:
         "logs/rank_layers/{model}/{quantization}.log",
     benchmark:
@@ -26,10 +25,9 @@ rule rank_layers:
 
 
 rule sensitivity:
-    """The ranking and the suggestion for every model and quantization of the config."""
+    """The ranking for every model and quantization of the config."""
     input:
         [
-            f"{os.path.dirname(path)}/sensitivity.{suffix}"
+            f"{os.path.dirname(path)}/sensitivity.csv"
             for path in PLAN.row_files("warmup")
-            for suffix in ("csv", "yaml")
         ],

@@ -90,6 +90,22 @@ class Search:
             raise ValueError("\n".join(problems))
         return self
 
+    def weight_candidates(self) -> list[int]:
+        """Bits that weights can get, in rising order."""
+        return sorted(set(self.candidates))
+
+    @property
+    def measurement(self) -> str:
+        """Name of the measurement that it chooses from: ``like``, numbers of bits and of images.
+
+        The name of an entry has no plus sign, so no other settings share the name.
+        """
+        weights, activations = (
+            "".join(map(str, bits))
+            for bits in (self.weight_candidates(), self.activation_candidates())
+        )
+        return f"{self.like or ''}+w{weights}_a{activations}_images{self.images}"
+
     def activation_candidates(self) -> list[int]:
         """Bits that activations can get, in rising order."""
         if self.objective == "size":

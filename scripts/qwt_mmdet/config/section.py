@@ -148,8 +148,17 @@ def _tag(type_: Any) -> str | None:
     return next(iter(typing.get_args(hint)), OWN if hint is str else None)
 
 
+REPLACED = {
+    "sensitivity.average_bits": "only a search chooses bits. Remove it, and give `quantization` an entry such as "
+    "mixed: {best: {average_weight_bits: 5}, like: w4a4}."
+}
+"""Keys that are gone, and what to do."""
+
+
 def _unknown_key(key: str, location: tuple[str | int, ...], root: Any) -> str:
     path, annotation = _located(location[:-1], root)
+    if (name := dotted([*path, key])) in REPLACED:
+        return f"{name} is gone: {REPLACED[name]}"
     known = [
         name
         for one in alternatives(annotation)
@@ -157,8 +166,7 @@ def _unknown_key(key: str, location: tuple[str | int, ...], root: Any) -> str:
         for name in field_names(one)
     ]
     return (
-        f"{dotted([*path, key])} is not a known key{suggestion(key, known) or '.'} Known here: "
-        f"{', '.join(known)}."
+        f"{name} is not a known key{suggestion(key, known) or '.'} Known here: {', '.join(known)}."
     )
 
 

@@ -24,7 +24,7 @@ from .datasets import Dataset
 from .export import Export
 from .models import Model
 from .names import Name
-from .quantization import LEAST_BITS, MOST_BITS, QuantizationSettings
+from .quantization import QuantizationSettings
 from .reading import check_values
 from .search import Search, is_search
 from .section import Flag, Gigabytes, Nested, Seed, Text, raise_problems, section, sentences, shown
@@ -39,14 +39,18 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
         "exports.csv",
         "report.html",
     ),
-    "quantization": ("baseline", "checkpoint.pth", "checkpoint.pth.download", "config_files.json"),
+    "quantization": (
+        "baseline",
+        "candidates",
+        "checkpoint.pth",
+        "checkpoint.pth.download",
+        "config_files.json",
+    ),
     "compensation": (
         "quantized",
         "warmup.pth",
         "warmup.json",
         "sensitivity.csv",
-        "sensitivity.yaml",
-        "candidates.json",
         "recipe.yaml",
         "recipe.json",
         "model.onnx",
@@ -97,8 +101,6 @@ class Sensitivity:
 
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 8
     """Calibration images on which each layer is quantized alone."""
-    average_bits: Annotated[float, Strict(), Field(ge=LEAST_BITS, le=MOST_BITS)] | None = None
-    """Average bits per weight of the suggested mixed precision. Omitted: as of the quantization."""
 
 
 @section

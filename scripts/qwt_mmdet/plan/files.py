@@ -46,8 +46,13 @@ def repeated(quantization: str, repeat: int) -> str:
 
 
 def without_repeat(quantization: str) -> str:
-    """Name of a quantization without the number of its repeat."""
+    """Name of a quantization, or of a measurement, without the number of its repeat."""
     return quantization.partition("@")[0]
+
+
+def measured(model: str, measurement: str) -> str:
+    """File of a measurement (of a repeat: ``…@2``) that searches choose their recipes from."""
+    return f"results/{model}/candidates/{measurement}.json"
 
 
 @dataclass(frozen=True)

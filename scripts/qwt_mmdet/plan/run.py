@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import Combination, configuration, is_search, searched_settings
+from ..config import Combination, Search, configuration, searched_settings
 from ..config.datasets import Part
 from ..data.sources import number_of_images
 from ..resources import SHARD_IMAGES
@@ -64,6 +64,7 @@ class Job:
 
     Args:
         step: name of its rule.
+        variant: of a measurement for searches, its name is in the place of the quantization's.
         runtime: the runtime of an exported file.
         after: the jobs whose files it reads.
     """
@@ -109,6 +110,10 @@ class Plan:
 
     Args:
         config: resolved. stopped: the state of a failed run.
+
+    Attributes:
+        searches: the searches of the config, by name.
+        measurements: name of one of the searches that choose from a measurement, by the measurement's name.
     """
 
     def __init__(self, config: Mapping[str, Any], stopped: Stopped | None = None) -> None:
@@ -116,6 +121,8 @@ class Plan:
         self.stopped = stopped or Stopped()
         asked = configuration(config)
         self.combinations, self.exports = asked.combinations(), asked.exports()
+        self.searches = {n: e for n, e in asked.quantization.items() if isinstance(e, Search)}
+        self.measurements = {search.measurement: name for name, search in self.searches.items()}
 
     def dataset(self, model: str) -> str:
         """Name of a model's data set."""
@@ -158,9 +165,9 @@ class Plan:
                 before = making(Variant(model, quantization))
                 return (add("fit_compensation", variant, None, before),)
             recipe: tuple[Job, ...] = ()
-            if self.is_search(quantization):
-                measurement = add("measure_candidates", variant)
-                recipe = (add("choose_recipe", variant, None, (measurement,)),)
+            if measurement := self.measurement(quantization):
+                measuring = add("measure_candidates", Variant(model, measurement))
+                recipe = (add("choose_recipe", variant, None, (measuring,)),)
             return (add("quantize_model", variant, None, recipe),)
 
         evaluations = {v: add(f"evaluate_{v.kind}", v, None, making(v)) for v in self.evaluations}
@@ -176,9 +183,33 @@ class Plan:
                 add("benchmark_exported", exported.variant, runtime, (exported, full))
         return list(found)
 
-    def is_search(self, quantization: str) -> bool:
-        """Whether the bits of a quantization are searched; its name may have the number of a repeat."""
-        return is_search(self.config["quantization"][without_repeat(quantization)])
+    def measurement(self, quantization: str) -> str | None:
+        """Name of the measurement that a search chooses from; None for a plain quantization.
+
+        Args:
+            quantization: perhaps with the number of a repeat, which the measurement has, too.
+        """
+        name, *repeat = quantization.partition("@")
+        return (
+            "".join([self.searches[name].measurement, *repeat]) if name in self.searches else None
+        )
+
+    def scored(self, model: str, measurement: str) -> set[str]:
+        """The types of AP by which recipes from a measurement are scored."""
+        searches = (
+            self.searches.get(row.quantization) for row in self.combinations if row.model == model
+        )
+        return {
+            search.smallest.metric
+            for search in searches
+            if search and search.smallest and search.measurement == without_repeat(measurement)
+        }
+
+    def _names(self, combination: Combination, **more: str | None) -> dict[str, str | None]:
+        """The wildcards of the jobs that a combination needs; see :meth:`.rows.Stopped.causes`."""
+        model, quantization, _ = combination
+        names = {"dataset": self.dataset(model), "measurement": self.measurement(quantization)}
+        return {**combination._asdict(), **names, **more}
 
     def split(self, model: str, jobs: int) -> int:
         """Number of shards of a new evaluation, so that ``jobs`` jobs at a time are busy.
@@ -210,7 +241,7 @@ class Plan:
 
     def _row(self, combination: Combination) -> ResultRow:
         model, quantization, compensation = combination
-        first, dataset = Variant(*combination), self.dataset(model)
+        first, searched = Variant(*combination), quantization in self.searches
         finished = self.stopped.finished
         wanted: dict[str, list[str]] = {kind: [] for kind in KINDS}
         for repeat in range(1, self.config["repeats"] + 1):
@@ -220,17 +251,16 @@ class Plan:
             kind: [folder for folder in folders if finished(folder, "metrics.json")]
             for kind, folders in wanted.items()
         }
-        names = {**combination._asdict(), "dataset": dataset, "variant": None}
-        recipe = first.calibrated("recipe.json") if self.is_search(quantization) else None
+        names = self._names(combination, variant=None)
         return ResultRow(
             **combination._asdict(),
-            dataset=dataset,
+            dataset=self.dataset(model),
             failed=self.stopped.causes(names) if found != wanted else [],
             settings=searched_settings(self.config["quantization"], quantization),
-            recipe=recipe and finished(recipe),
+            recipe=finished(first.calibrated("recipe.json")) if searched else None,
             limit=self.config["quantization"][quantization].get("smallest"),
             compensation_settings=self.config["compensation"].get(compensation),
-            annotations=finished(chosen_images(dataset, "evaluation")),
+            annotations=finished(chosen_images(self.dataset(model), "evaluation")),
             baseline=next(iter(found["baseline"]), None),
             quantized=next(iter(found["quantized"]), None),
             compensated=next(iter(found["compensated"]), None),
@@ -250,8 +280,7 @@ class Plan:
                 folder = f"{variant.exported}/{runtime}"
                 exported = finished(folder, "metrics.json")
                 benchmark = finished(f"{folder}/benchmark.json")
-                names = {**combination._asdict(), "runtime": runtime, "variant": variant.name}
-                names["dataset"] = self.dataset(combination.model)
+                names = self._names(combination, runtime=runtime, variant=variant.name)
                 row = ExportRow(
                     *(*combination, runtime, exported, benchmark),
                     simulated=finished(simulated.evaluated, "metrics.json") if simulated else None,

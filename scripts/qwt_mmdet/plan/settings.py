@@ -7,14 +7,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import Search, of_repeat, searched_settings
+from ..config import of_repeat, searched_settings
 from ..config.datasets import Part
 from ..data.sources import Source, open_source
 from ..errors import QwtError
 from ..files import is_url
 from ..runtime import REFITS
 from ..staleness import file_state
-from .files import Variant, chosen_images, dataset_folder, without_repeat
+from .files import Variant, chosen_images, dataset_folder, measured, without_repeat
 from .run import Plan, part_of
 
 OWN_IMAGES = ("measure_candidates", "export_model", "benchmark_exported")
@@ -47,25 +47,34 @@ class Settings:
 
     def plain(self, quantization: str) -> Mapping[str, Any] | None:
         """Settings of a plain quantization; None where its bits are searched."""
-        return None if self._plan.is_search(quantization) else self.searched(quantization)
+        searched = without_repeat(quantization) in self._plan.searches
+        return None if searched else self.searched(quantization)
 
     def searched(self, quantization: str) -> Mapping[str, Any]:
-        """Settings of a quantization; of a search, the plain ones in which it replaces the bits."""
-        return searched_settings(self._config["quantization"], without_repeat(quantization))
+        """Settings of a quantization; of a search or a measurement, the plain ones whose bits are replaced."""
+        name = without_repeat(quantization)
+        name = self._plan.measurements.get(name, name)
+        return searched_settings(self._config["quantization"], name)
 
-    def candidates(self, quantization: str) -> dict[str, Any]:
-        """Numbers of bits and of images that are measured for a search."""
-        search = Search(**self.entry("quantization", quantization=quantization))
+    def candidates(self, measurement: str) -> dict[str, Any]:
+        """Settings, numbers of bits and number of images of a measurement."""
+        search = self._plan.searches[self._plan.measurements[without_repeat(measurement)]]
         return {
-            "weight_bits": sorted(set(search.candidates)),
+            "settings": self.searched(measurement),
+            "weight_bits": search.weight_candidates(),
             "activation_bits": search.activation_candidates(),
             "images": search.images,
         }
 
+    def measured(self, model: str, quantization: str) -> str | list[str]:
+        """The file of the measurement that a search chooses from; an empty list for a plain quantization."""
+        measurement = self._plan.measurement(quantization)
+        return measured(model, measurement) if measurement else []
+
     def recipe(self, model: str, quantization: str) -> str | list[str]:
-        """The file of a search's recipe; none for a plain quantization."""
+        """The file of a search's recipe; an empty list, which is no input, for a plain quantization."""
         recipe = Variant(model, quantization).calibrated("recipe.yaml")
-        return recipe if self._plan.is_search(quantization) else []
+        return recipe if self._plan.measurement(quantization) else []
 
     def images(self, part: str, model: str, quantization: str | None) -> str:
         """Annotation file of a model's images, for calibration those of the repeat."""

@@ -1,6 +1,5 @@
 """Sensitivity: the error at the heads with one layer quantized, and the gain with one layer left out."""
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,19 +9,16 @@ import torch
 from mmdet.models import BaseDetector
 from torch import Tensor
 
-from ..config import Override, QuantizationSettings
 from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..progress import progress
 from ..quantization.calibrate import quantize_weights_alone
-from ..quantization.convert import Unit, full_precision, quantized_units, running_order
+from ..quantization.convert import Unit, full_precision, quantized_units
 from ..quantization.layers import QuantizedLayer
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.sequential import Affine
 from ..quantization.sqnr import HeadError, sqnr_db
 from ..record import quantization_of
-
-LEAST_BITS, MOST_BITS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,6 @@ class Sensitivity:
         weights: number of weights.
         relative_error: error power by signal power at the heads, averaged over their tensors; None where the
             heads do not depend on the layer.
-        sees_image: whether it is the layer whose activations have ``input_bits``.
     """
 
     name: str
@@ -43,7 +38,6 @@ class Sensitivity:
     activation_bits: int
     weights: int
     relative_error: float | None
-    sees_image: bool = False
 
     @property
     def sqnr_db(self) -> float | None:
@@ -117,8 +111,7 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
     images = 0
     with full_precision(model, {}):
         for batch in progress(loader, "Quantizing each layer alone", unit="batch"):
-            with running_order(model) as order:
-                expected = head_tensors(model, batch)
+            expected = head_tensors(model, batch)
             images += 1
             for name, unit in units.items():
                 with _quantized_alone(unit, about.fitted.get(name)):
@@ -132,7 +125,6 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
             unit.activation_bits,
             unit.weight.numel() if isinstance(unit, QuantizedLayer) else 0,
             errors[name].relative() or None,
-            sees_image=name in order[:1],
         )
         for name, unit in units.items()
     ]
@@ -191,70 +183,3 @@ def leave_one_out_gains(model: BaseDetector, loader: Iterable[dict[str, Any]]) -
             with _left_out(unit, full.get(name), fitted.get(name)):
                 without[name].update(tensors, head_tensors(model, batch))
     return {name: together.relative() - error.relative() for name, error in without.items()}
-
-
-def choose_bits(ranked: Iterable[Sensitivity], average_bits: float) -> dict[str, int]:
-    """Weight bits of each layer that make the sum of the errors small, for an average bit width.
-
-    The power of a layer's error is taken to fall by 6 dB per bit (uniform quantization). Errors of several
-    layers are taken to add up. Then giving the next bit to the layer that gains most per weight is optimal,
-    but for the last few bits (marginal analysis: Shoham and Gersho, 1988).
-
-    Args:
-        ranked: layers without weights or without a measured error keep their bits and do not count.
-        average_bits: per weight, 2 to 8.
-
-    Raises:
-        QwtError: ``average_bits`` is out of range.
-    """
-    if not LEAST_BITS <= average_bits <= MOST_BITS:
-        raise QwtError(
-            f"average_bits is {average_bits}; it must be from {LEAST_BITS} to {MOST_BITS}."
-        )
-    layers = {
-        entry.name: (entry.weights, entry.weight_bits, entry.relative_error)
-        for entry in ranked
-        if entry.weight_bits is not None and entry.relative_error
-    }
-    chosen = dict.fromkeys(layers, LEAST_BITS)
-    left = (average_bits - LEAST_BITS) * sum(weights for weights, *_ in layers.values())
-
-    def gain(name: str) -> float:
-        weights, bits, error = layers[name]
-        return 0.75 * error * 4.0 ** (bits - chosen[name]) / weights
-
-    queue = [(-gain(name), name) for name in layers]
-    heapq.heapify(queue)
-    while queue:
-        _, name = heapq.heappop(queue)
-        weights, *_ = layers[name]
-        if weights > left:
-            continue
-        left -= weights
-        chosen[name] += 1
-        if chosen[name] < MOST_BITS:
-            heapq.heappush(queue, (-gain(name), name))
-    return chosen
-
-
-def mixed_precision(
-    settings: QuantizationSettings, ranked: list[Sensitivity], chosen: dict[str, int]
-) -> QuantizationSettings:
-    """The settings with an override for every layer whose weight bits change.
-
-    The activation bits of the layer change by as much, within 2 to 8; those of the image do not change.
-    """
-    overrides = []
-    for entry in ranked:
-        if entry.weight_bits is None:  # of attention
-            continue
-        bits = chosen.get(entry.name, entry.weight_bits)
-        if bits == entry.weight_bits:
-            continue
-        distance = entry.activation_bits - entry.weight_bits
-        activation_bits = min(MOST_BITS, max(LEAST_BITS, bits + distance))
-        if entry.sees_image:
-            activation_bits = entry.activation_bits
-        overrides.append(Override(entry.name, bits, activation_bits))
-    values = {**vars(settings), "overrides": (*settings.overrides, *overrides)}
-    return QuantizationSettings(**values)

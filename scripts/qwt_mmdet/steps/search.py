@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -72,7 +72,7 @@ def measure(
     activation_bits: Sequence[int],
     images: int,
     output: Pathlike,
-    metric: str | None = None,
+    metrics: Iterable[str] = (),
     activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
     """Measure the error of each layer at each number of bits; write ``output`` (.json).
@@ -80,13 +80,13 @@ def measure(
     Args:
         settings: of a plain quantization, whose bits are replaced.
         images: number of images to calibrate and to measure on; none of them scores recipes.
-        metric: by which recipes will be scored; None: by none.
+        metrics: types of AP by which recipes will be scored.
         activation_cache: as of :func:`choose`.
     """
     model = inputs.load()
     inputs.check_evaluation(model)
     with split_images(inputs.annotations) as (calibration, scoring):
-        if metric is not None:
+        for metric in metrics:
             check_scoring(model, scoring, metric)
         part = dataclasses.replace(inputs, annotations=calibration, batch_size=1)
         batches = list(islice(part.loader(model), images))
