@@ -5,7 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from qwt_mmdet.compensation.cost import backbone_bytes, backbone_multiply_adds, within_budget
+from qwt_mmdet.compensation.cost import backbone_multiply_adds, within_budget
 from qwt_mmdet.compensation.fit import fit_compensation
 from qwt_mmdet.compensation.kinds import Bias
 from qwt_mmdet.compensation.result import BlockError, BlockFit, Option
@@ -36,12 +36,6 @@ def test_multiply_adds_of_a_backbone_counted_by_hand():
     # An image of 64×64 has 32×32 positions after the stride.
     expected = 32 * 32 * (4 * 3 * 9 + 4 * 4)
     assert backbone_multiply_adds(small_backbone(), tiny.batches(1)[0]) == expected
-
-
-def test_bytes_of_a_quantized_backbone_counted_by_hand():
-    settings = QuantizationSettings(weight_bits=4, activation_bits=8)
-    model = calibrate(quantize_model(small_backbone(), settings), tiny.batches(1))
-    assert backbone_bytes(model) == (4 * 3 * 9 + 4 * 4) / 2 + 4 * 4
 
 
 def test_cost_of_a_block_counted_by_hand():

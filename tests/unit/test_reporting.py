@@ -838,7 +838,7 @@ def row(**changes) -> Row:
     }
     names = {"model": "m", "quantization": "w8a8", "compensation": "qwt", "metrics": "segm"}
     unknown = dict.fromkeys(field.name for field in dataclasses.fields(Row))
-    sizes = {"compensation_bytes": 10, "quantized_bytes": 1000}
+    sizes = {"compensation_bytes": 10, "quantized_bytes": 1000, "baseline_bytes": 4000}
     return Row(**{**unknown, **names, **sizes, "ap": {"AP": comparison(**ap)}})
 
 
@@ -854,8 +854,9 @@ def test_harm_is_not_called_a_gain():
     harm = Difference(-0.099, -0.12, -0.08)
     sentence = sentences.answer([row(compensated=Estimate(0.3), compensated_minus_quantized=harm)])
     assert (
-        "qwt lowers it to 75 % (0.300), a change of -0.099 (interval -0.120 to -0.080)" in sentence
-    )
+        "qwt lowers it to 75 % (0.300), a change of -0.099 (interval -0.120 to -0.080), "
+        "for 0.2 % of the full-precision weights"
+    ) in sentence
 
 
 def test_a_baseline_that_finds_nothing_does_not_divide_by_zero():

@@ -12,7 +12,7 @@ import yaml
 from qwt_mmdet.config import Best, Override, QuantizationSettings, Search, Smallest, as_entry
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
-from qwt_mmdet.quantization.convert import quantize_model
+from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model
 from qwt_mmdet.quantization.state import summarize_quantization
 from qwt_mmdet.search.mixed import (
     Measurement,
@@ -170,7 +170,30 @@ def test_the_recipe_quantizes_a_detector_to_the_bits_and_the_bytes_that_it_names
     assert unseen not in bits
     assert model.get_submodule(unseen).weight_bits == 8
     size = summarize_quantization(calibrate(model, tiny.batches(1)))["weight_bytes"]
-    assert size == pytest.approx(recipe.bytes + found.fixed_bytes, abs=1)
+    assert size == round(recipe.bytes + found.fixed_bytes)
+
+
+def test_a_detector_has_the_size_that_its_budget_allows_whatever_images_calibrate_it():
+    """Each convolution's input has one scale or one per channel, as bits and images want it."""
+
+    def calibrated(settings, images=1):
+        model = quantize_model(tiny.detector("resnet"), settings)
+        return calibrate(model, tiny.batches(images), keep_weights=True)
+
+    settings = QuantizationSettings(8, 8, rounding="nearest")
+    found = measure_candidates(calibrated, settings, (3, 8), (8,), tiny.batches(1))
+    ends = ParetoFront(found.layers, "bytes")[0], ParetoFront(found.layers, "bytes")[-1]
+    budget = sum(recipe.bytes + found.fixed_bytes for recipe in ends) / 2
+    search = Search(best=Best(max_size_mb=budget / 1e6), candidates=(3, 8))
+    asks = steps.Chooser("mixed", search, settings, found)
+    scales = set()
+    for recipe in (asks.within_budget(), *ends):
+        model = calibrated(recipe_settings(settings, recipe), images=3)
+        size = summarize_quantization(model)["weight_bytes"]
+        assert size == asks.weight_bytes(recipe)
+        scales.add(sum(q.grid[0].numel() for q in activation_quantizers(model).values()))
+    assert asks.weight_bytes(asks.within_budget()) <= budget
+    assert len(scales) > 1, "or this shows nothing"
 
 
 @pytest.fixture

@@ -107,13 +107,14 @@ def test_a_search_quantizes_to_its_recipe(workflow: Workflow):
     assert done.returncode == 0, done.stdout
     folder = workflow.folder / "results" / "demo" / "mixed"
     chosen = json.loads((folder / "recipe.json").read_text())
-    layers = json.loads((folder / "warmup.json").read_text())["summary"]["layer_sqnr"]
-    bits = {layer["name"]: layer["weight_bits"] for layer in layers}
+    quantized = json.loads((folder / "warmup.json").read_text())["summary"]
+    bits = {layer["name"]: layer["weight_bits"] for layer in quantized["layer_sqnr"]}
     searched = {
         layer["name"]: layer["weight_bits"] for layer in chosen["layers"] if layer["weights"]
     }
     assert searched.items() <= bits.items()
     assert set(searched.values()) == {4, 8}
+    assert chosen["weight_bytes"] == quantized["weight_bytes"]
     assert workflow.jobs() == {}
 
 

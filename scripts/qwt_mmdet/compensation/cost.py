@@ -8,8 +8,7 @@ from mmdet.models import BaseDetector
 
 from ..config import MaxCost
 from ..detectors.forward import count_operations, forward_scope
-from ..quantization.convert import quantized_layers
-from .result import BYTES_PER_PARAMETER, BlockFit, Option
+from .result import BlockFit, Option
 
 
 @torch.no_grad()
@@ -22,15 +21,6 @@ def backbone_multiply_adds(model: BaseDetector, batch: dict[str, Any]) -> int:
     with count_operations(model) as counter:
         forward_scope(model, batch, "backbone")
     return counter.get_total_flops() // 2
-
-
-def backbone_bytes(model: BaseDetector) -> float:
-    """Bytes of a quantized detector's backbone: quantized weights at their bits, others as float32."""
-    count = sum(parameter.numel() for parameter in model.backbone.parameters())
-    total: float = count * BYTES_PER_PARAMETER
-    for layer in quantized_layers(model.backbone).values():
-        total -= layer.weight.numel() * (BYTES_PER_PARAMETER - layer.weight_bits / 8)
-    return total
 
 
 def within_budget(blocks: Sequence[BlockFit], limits: MaxCost) -> dict[str, int]:

@@ -20,12 +20,13 @@ from ..data.batches import single_images
 from ..detectors.forward import check_precision
 from ..errors import QwtError
 from ..progress import progress
+from ..quantization.size import weight_bytes
 from ..record import record_of
 from ..replay.cache import ActivationCache
 from ..replay.walk import Walk
 from .block_fit import Fit, fit_block
 from .blocks import block_positions, find_blocks, replay_scope
-from .cost import backbone_bytes, backbone_multiply_adds, within_budget
+from .cost import backbone_multiply_adds, within_budget
 from .heads import check_at_heads
 from .modules import compensated
 from .result import BlockFit, Compensation
@@ -106,7 +107,7 @@ def fit_compensation(
             cache,
             images,
             folds,
-            backbone_bytes(model),
+            weight_bytes(model.get_submodule("backbone")),
             backbone_multiply_adds(reference, first),
         )
         record = Resume(resume, inputs)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..quantization.primitives import fake_quantize, quantization_parameters
 from ..quantization.rounding import gptq_codes
+from ..quantization.size import tensor_bytes
 from .statistics import BlockStatistics
 
 BITS = 8
@@ -64,11 +65,8 @@ class Kind:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors as they are stored: floating point in single precision."""
-        return sum(
-            tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-            for tensor in self.tensors().values()
-        )
+        """Bytes of the tensors as they are stored."""
+        return tensor_bytes(self.tensors().values())
 
     @property
     def multiply_adds(self) -> int:

@@ -10,9 +10,6 @@ from ..config import CompensationSettings
 from ..errors import registered
 from .kinds import KINDS, Kind
 
-BYTES_PER_PARAMETER = 4
-"""Of parameters that are not quantized: float32."""
-
 
 class Option(NamedTuple):
     """The remaining error of one form of a block's compensation, and its cost.
@@ -54,7 +51,7 @@ class BlockFit:
             values of the quantized detector or of the fit are NaN or infinite.
         positions: output positions (tokens, pixels) of one image, on average.
         parameters: number of elements of the tensors. bytes: of these, as they are stored.
-        bytes_percent: of the weights of the quantized backbone.
+        bytes_percent: in percent of the quantized backbone's, as ``max_cost`` counts.
         multiply_adds: of the compensation for one image, on average.
         multiply_adds_percent: of the backbone's, both for the first calibration image.
         target_power: mean square of the target of the block's output.

@@ -19,8 +19,8 @@ class MaxCost:
     multiply_adds: Number | None = None
     """Percent of the full-precision backbone's multiply-adds."""
     bytes: Number | None = None
-    """Percent of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float32).
-    The compensation counts as it is stored: W with `bits`, all else as float32."""
+    """Percent of the bytes of the quantized backbone's weights (quantized ones at their bits, others as float32,
+    without scales and zero points). The compensation counts as it is stored: W with `bits`, all else as float32."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> "MaxCost":

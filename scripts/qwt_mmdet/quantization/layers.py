@@ -82,6 +82,12 @@ class QuantizedLayer(nn.Module):
     def is_calibrated(self) -> bool:
         return self.input_quantizer.is_calibrated
 
+    @property
+    def most_input_scales(self) -> int:
+        """Number of scales that calibration may give the input: one, or one for each channel."""
+        per_channel = self.migrates or self._input_channel_axis() is not None
+        return self.weight.shape[1] * self.weight_groups if per_channel else 1
+
     def forward(self, x: Tensor) -> Tensor:
         """Linear: […, in] -> […, out]. Conv2d: [batch, in, h, w] -> [batch, out, h', w']."""
         bias = self.effective_bias() if self.enabled else self.bias

@@ -16,6 +16,7 @@ from .attention import QuantizedAttention
 from .convert import activation_quantizers, quantize_model, quantized_layers, quantized_units
 from .folding import apply_fold
 from .layers import LAYER_BUFFERS, layer_by_name
+from .size import detector_bytes, full_precision_bytes
 
 WARMUP_KEYS = ("fingerprint", "settings", "bits", "state", "summary")
 """Keys of a file that :func:`load_warmup` reads."""
@@ -107,28 +108,14 @@ def check_grids(model: nn.Module) -> None:
 def summarize_quantization(model: nn.Module) -> dict[str, Any]:
     """Summary for reports: bytes of all weights before and after, numbers of layers, what is not quantized.
 
-    ``weight_bytes`` counts quantized weights at their bits. Each output channel and each scale of the input adds
-    a float32 scale and a one-byte zero point. All else counts as float32, also a bias that a correction or a
-    fold adds. ``layer_sqnr``: signal-to-quantization-noise ratio in dB.
+    ``layer_sqnr``: signal-to-quantization-noise ratio in dB.
     """
-    layers = quantized_layers(model)
-    full = sum(p.numel() for p in model.parameters()) * 4
-    saved = 0.0
-    for layer in layers.values():
-        if layer.is_calibrated:
-            count = layer.weight.numel()
-            scales = len(layer.weight) + layer.input_quantizer.grid[0].numel()
-            saved += count * 4 - (count * layer.weight_bits / 8 + scales * 5)
-        if not layer.had_bias and layer.bias is not None:
-            full -= layer.bias.numel() * 4
-        if not layer.had_bias and layer.effective_bias() is not None:
-            saved -= len(layer.weight) * 4
     attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
     check = quantization_of(model).range_check
     return {
-        "baseline_weight_bytes": full,
-        "weight_bytes": round(full - saved),
-        "layers": sum(layer.is_calibrated for layer in layers.values()),
+        "baseline_weight_bytes": full_precision_bytes(model),
+        "weight_bytes": round(detector_bytes(model)),
+        "layers": sum(layer.is_calibrated for layer in quantized_layers(model).values()),
         "attention": len(attention),
         "layer_sqnr": _layer_sqnr(model),
         "range_check": check and dataclasses.asdict(check),

@@ -80,12 +80,10 @@ def effect_sentence(row: Row) -> str:
         sentence = f"{name} changes it by {change}, which is not significant"
         return f"{sentence} ({ends})" if ends else sentence
     verb = "brings" if gain.value > 0 else "lowers"
-    assert row.compensation_bytes is not None, "a compensation has a size"
-    assert row.quantized_bytes is not None
-    weights = row.compensation_bytes / row.quantized_bytes
+    assert row.compensation_share is not None, "a compensation has a size"
     return (
         f"{name} {verb} it to {_share_of_baseline(row, ap.compensated)}, a change of {change} "
-        f"(interval {ends}), for {100 * weights:+.1f} % weights"
+        f"(interval {ends}), for {100 * row.compensation_share:.1f} % of the full-precision weights"
     )
 
 
@@ -107,7 +105,7 @@ def recommendation(rows: Sequence[Row]) -> str | None:
     if not front:
         return None
     best = [
-        f"{line['title']} ({line['bytes'] / 1e6:.2f} MB, {text.number(line['ap'].value)})"
+        f"{line['title']} ({text.megabytes(line['bytes'])}, {text.number(line['ap'].value)})"
         for line in front
     ]
     sentence = f"Best box AP for the size: {', '.join(best)}"

@@ -97,6 +97,13 @@ class Row:
             return None
         return self.quantized_bytes + self.compensation_bytes
 
+    @property
+    def compensation_share(self) -> float | None:
+        """Size of the compensation divided by that of the full-precision weights; None if either is missing."""
+        if not self.baseline_bytes or self.compensation_bytes is None:
+            return None
+        return self.compensation_bytes / self.baseline_bytes
+
     def columns(self) -> dict[str, Any]:
         """The row of summary.csv."""
         columns: dict[str, Any] = {}

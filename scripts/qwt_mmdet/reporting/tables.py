@@ -34,7 +34,7 @@ objects of that size, no loss to recover, no compensation, or a variant that was
     end. With repeats, each resample also draws the repeats. On few images the interval covers the true value in
     about 90 % of cases rather than 95 % (measured; see ``evaluation.bootstrap``).
 ``baseline_bytes``, ``quantized_bytes``
-    size of all weights before and after quantization.
+    size of all weights before and after quantization, as docs/report.md says what sizes count.
 ``layers``, ``not_quantized``
     layers that were quantized, and modules with weights that were not.
 ``compensation_bytes``, ``compensation_parameters``, ``compensation_multiply_adds``

@@ -19,10 +19,10 @@ from torch import nn
 from ..config import Override, QuantizationSettings
 from ..detectors.forward import head_tensors
 from ..errors import QwtError
-from ..quantization.convert import matching_override, quantized_units
+from ..quantization.convert import matching_override, quantized_layers, quantized_units
 from ..quantization.layers import QuantizedLayer
+from ..quantization.size import code_bytes, detector_bytes
 from ..quantization.sqnr import count_multiply_adds
-from ..quantization.state import summarize_quantization
 from .sensitivity import Sensitivity, leave_one_out_gains, rank_layers
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Measurement:
     """What a search has measured of a detector.
 
     Args:
-        fixed_bytes: of all parameters but the codes of searched weights; includes scales and zero points.
+        fixed_bytes: of the detector but for the codes of searched weights.
     """
 
     layers: Annotated[list[SearchedLayer], Field(alias="candidates")]
@@ -187,15 +187,13 @@ def measure_candidates(
                 gains[name],
             )
         )
-    fixed = summarize_quantization(model)["weight_bytes"]
-    fixed -= sum(layer.weights for layer in layers) * widths[0] / 8
     # Layers that are not searched end up with the settings' own bits.
-    for name, unit in units.items():
-        if name not in names and isinstance(unit, QuantizedLayer) and unit.is_calibrated:
-            override = matching_override(name, settings.overrides)
-            bits = (override and override.weight_bits) or settings.weight_bits
-            fixed += unit.weight.numel() * (bits - unit.weight_bits) / 8
-    return Measurement(layers, fixed)
+    others = dict.fromkeys(quantized_layers(model), settings.weight_bits)
+    for name in others:
+        override = matching_override(name, settings.overrides)
+        if override and override.weight_bits:
+            others[name] = override.weight_bits
+    return Measurement(layers, detector_bytes(model, others | dict.fromkeys(names, 0)))
 
 
 def _errors_by(
@@ -228,7 +226,7 @@ def _choices(layer: SearchedLayer) -> list[Choice]:
             weight_bits,
             activation_bits,
             layer.relative_error(weight_bits, activation_bits),
-            layer.weights * (weight_bits or 0) / 8,
+            code_bytes(layer.weights, weight_bits or 0),
             layer.multiply_adds_percent * (weight_bits or activation_bits) * activation_bits / 64,
         )
         for weight_bits in (*sorted(layer.weight_errors),) or (None,)

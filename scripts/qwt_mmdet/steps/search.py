@@ -20,6 +20,7 @@ from ..errors import QwtError
 from ..files import read_json, sha256_file, write_atomically, write_json
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import quantize_model
+from ..quantization.size import code_bytes
 from ..record import record_of
 from ..search.mixed import (
     Choice,
@@ -137,7 +138,7 @@ class Chooser:
         return ParetoFront(self.measurement.layers, objective)
 
     def weight_bytes(self, recipe: Recipe) -> int:
-        """Bytes of all weights of the detector."""
+        """Bytes of the detector, as its report will say."""
         return round(recipe.bytes + self.measurement.fixed_bytes)
 
     def average_weight_bits(self, recipe: Recipe) -> float:
@@ -154,7 +155,7 @@ class Chooser:
         assert best is not None, "the search has a budget"
         if best.average_weight_bits is not None:
             weights = sum(c.weights for c in self.measurement.layers)
-            return front.within(best.average_weight_bits * weights / 8)
+            return front.within(code_bytes(weights, best.average_weight_bits))
         assert best.max_size_mb is not None, "one of both is given"
         smallest, largest = (self.weight_bytes(front[index]) / 1e6 for index in (0, -1))
         if not smallest <= best.max_size_mb <= largest:

@@ -1,0 +1,66 @@
+"""Bytes of weights: the one count that reports, searches and budgets share.
+
+A quantized weight takes its bits. Each of its output channels, and each scale that the layer's input may have, adds a
+scale and a zero point. All other parameters are float32, as are biases that quantization adds. The count depends on
+bits and settings alone, not on calibration images, so that the size of a recipe is known before its calibration.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from .convert import quantized_layers
+from .layers import QuantizedLayer
+
+FLOAT = 4
+"""Bytes of a number in single precision."""
+GRID = FLOAT + 1
+"""Bytes of a scale and of a zero point, which is one byte."""
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors in a file: floating point in single precision."""
+    return sum(t.numel() * (FLOAT if t.is_floating_point() else t.element_size()) for t in tensors)
+
+
+def code_bytes(weights: int, bits: float) -> float:
+    """Bytes of the codes of so many weights, of so many bits each."""
+    return weights * bits / 8
+
+
+def _calibrated_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    return (item for item in quantized_layers(module).items() if item[1].is_calibrated)
+
+
+def full_precision_bytes(model: nn.Module) -> int:
+    """Bytes of a detector's parameters in full precision, also of a quantized detector's."""
+    added = [
+        layer.bias
+        for layer in quantized_layers(model).values()
+        if not layer.had_bias and layer.bias is not None
+    ]
+    return tensor_bytes(model.parameters()) - tensor_bytes(added)
+
+
+def weight_bytes(module: nn.Module, bits: Mapping[str, int] | None = None) -> float:
+    """Bytes of a module's parameters: quantized weights at their bits, all others as float32.
+
+    Args:
+        bits: of weights by the layer's name, where they are to differ from the layer's own.
+    """
+    chosen = bits or {}
+    total: float = tensor_bytes(module.parameters())
+    for name, layer in _calibrated_layers(module):
+        total -= tensor_bytes([layer.weight])
+        total += code_bytes(layer.weight.numel(), chosen.get(name, layer.weight_bits))
+    return total
+
+
+def detector_bytes(model: nn.Module, bits: Mapping[str, int] | None = None) -> float:
+    """Bytes of a quantized detector: those of :func:`weight_bytes`, and all that quantization adds to the parameters."""
+    total = weight_bytes(model, bits)
+    for _, layer in _calibrated_layers(model):
+        total += GRID * (len(layer.weight) + layer.most_input_scales)
+        if layer.bias is None and layer.bias_correction is not None:
+            total += FLOAT * len(layer.weight)
+    return total
