@@ -21,6 +21,7 @@ from qwt_mmdet.search.mixed import (
     measure_candidates,
     recipe_settings,
 )
+from qwt_mmdet.search.resume import Finished
 from qwt_mmdet.search.sensitivity import rank_layers
 from qwt_mmdet.steps import search as steps
 
@@ -148,6 +149,33 @@ def test_one_number_of_bits_for_weights_leaves_the_activations_to_search():
     )
     bits = {(*c.weight_errors, *c.activation_errors) for c in found.layers if c.weights}
     assert bits == {(8, 4, 8), (8, 8)}  # the second of the layer that sees the image
+
+
+def test_a_measurement_that_was_stopped_goes_on_after_its_finished_bits(tmp_path):
+    path, asked = tmp_path / "c.json.unfinished", []
+
+    def measure(stop=None, seed=0):
+        def noted(settings):
+            asked.append((settings.weight_bits, settings.activation_bits))
+            if len(asked) == stop:
+                raise KeyboardInterrupt
+            return calibrated(settings)
+
+        asked.clear()
+        finished, settings = Finished(path, {"seed": seed}), QuantizationSettings(8, 8)
+        return measure_candidates(noted, settings, (3, 5), (4, 8), tiny.batches(1), finished)
+
+    expected = measure()
+    assert asked == [(5, 4), (5, 8), (3, 8)]
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        measure(stop=2)
+    assert measure() == expected
+    assert asked == [(5, 8), (3, 8)]
+    assert measure() == expected
+    assert asked == [(3, 8)], "whose detector tells what one layer gains"
+    measure(seed=1)
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize("bits", [((), (8,)), ((4, 8), ())])

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +23,7 @@ from ..quantization.convert import matching_override, quantized_layers, quantize
 from ..quantization.layers import QuantizedLayer
 from ..quantization.size import code_bytes, detector_bytes
 from ..quantization.sqnr import count_multiply_adds
+from .resume import Finished
 from .sensitivity import Sensitivity, leave_one_out_gains, rank_layers
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def measure_candidates(
     weight_bits: Iterable[int],
     activation_bits: Iterable[int],
     images: Sequence[dict[str, Any]],
+    finished: Finished | None = None,
 ) -> Measurement:
     """Measure the error of each layer at each number of bits, and its leave-one-out gain at the fewest.
 
@@ -138,6 +140,7 @@ def measure_candidates(
         calibrated: returns the calibrated detector of some settings, its weights not rounded yet.
         settings: the plain quantization whose bits are replaced; all else is kept.
         images: batches to measure on; each runs about once per layer and number of bits.
+        finished: what an interrupted measurement has finished, which is not measured again.
 
     Raises:
         QwtError: there is no layer or no number of bits to search.
@@ -146,21 +149,20 @@ def measure_candidates(
     if not widths or not activations:
         raise QwtError("A search needs a number of bits for weights and one for activations.")
 
-    def ranked(weight_bits: int, activation_bits: int) -> tuple[nn.Module, dict[str, Sensitivity]]:
-        model = calibrated(
-            replace(settings, weight_bits=weight_bits, activation_bits=activation_bits)
-        )
-        logger.info("Measuring W%dA%d", weight_bits, activation_bits)
-        return model, {entry.name: entry for entry in rank_layers(model, images)}
-
-    by_activations, by_weights = [], []
-    for bits in activations:
-        model, found = ranked(widths[-1], bits)
-        by_activations.append(found)
-    by_weights.append(found)
-    for bits in widths[-2::-1]:
-        model, found = ranked(bits, activations[-1])
-        by_weights.append(found)
+    finished = finished or Finished()
+    pairs = [(widths[-1], bits) for bits in activations]
+    pairs += [(bits, activations[-1]) for bits in widths[-2::-1]]
+    measured = []
+    for pair in pairs:
+        name = "W{}A{}".format(*pair)
+        if name not in finished.results or pair == pairs[-1]:  # what follows needs the last one
+            model = calibrated(replace(settings, weight_bits=pair[0], activation_bits=pair[1]))
+        if name not in finished.results:
+            logger.info("Measuring %s", name)
+            finished.add(name, [asdict(entry) for entry in rank_layers(model, images)])
+        measured.append({entry["name"]: Sensitivity(**entry) for entry in finished.results[name]})
+    by_activations, by_weights = measured[: len(activations)], measured[len(activations) - 1 :]
+    found = measured[-1]
     gains = leave_one_out_gains(model, images)
     units = quantized_units(model)
     names = [

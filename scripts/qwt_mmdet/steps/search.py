@@ -30,7 +30,7 @@ from ..search.mixed import (
     measure_candidates,
     recipe_settings,
 )
-from ..search.resume import FinishedRounds
+from ..search.resume import Finished
 from ..staleness import source_hash
 from .evaluate import check_ground_truth, evaluate_detector
 from .inputs import Inputs, Pathlike
@@ -78,6 +78,9 @@ def measure(
 ) -> None:
     """Measure the error of each layer at each number of bits; write ``output`` (.json).
 
+    An interrupted measurement goes on after the last number of bits that is finished. What is finished is kept in
+    ``{output}.unfinished`` until the measurement ends.
+
     Args:
         settings: of a plain quantization, whose bits are replaced.
         images: number of images to calibrate and to measure on; none of them scores recipes.
@@ -99,8 +102,43 @@ def measure(
         )
 
     plain = QuantizationSettings.from_mapping(settings)
-    found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches)
+    unfinished = Path(f"{output}.unfinished")
+    finished = Finished(
+        unfinished,
+        _depends_on(
+            inputs, "measure_candidates", record_of(model).fingerprint,
+            settings=as_plain(plain), images=len(batches),
+        ),
+    )  # fmt: skip
+    found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches, finished)
     write_json(output, _MEASUREMENT.dump_python(found, mode="json", by_alias=True), indent=1)
+    unfinished.unlink(missing_ok=True)
+
+
+def _depends_on(
+    inputs: Inputs, step: str, fingerprint: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Everything that the parts of a search depend on, as plain values.
+
+    Args:
+        fingerprint: of the detector.
+    """
+    content = read_json(inputs.annotations, what="annotation file")
+    root = Path(content["info"]["image_root"])
+    digest = hashlib.sha256()
+    for path in (
+        inputs.annotations,
+        *(root / image["file_name"] for image in content["images"]),
+    ):
+        digest.update(sha256_file(path).encode())
+    return {
+        **more,
+        "detector": fingerprint,
+        "seed": inputs.seed,
+        "files": digest.hexdigest(),
+        "device": inputs.job.device.partition(":")[0],  # any card can go on
+        "code": source_hash(step),
+    }
 
 
 @dataclass(frozen=True)
@@ -191,15 +229,16 @@ class Chooser:
         rounds: list[Round] = []
         with split_images(inputs.annotations) as (calibration, scoring):
             scorer = Scorer(inputs, calibration, scoring, limit.metric, activation_cache)
-            known = FinishedRounds(unfinished, self._inputs(inputs, scorer) if unfinished else {})
+            finished = self._finished(unfinished, inputs, scorer)
             while low < high and len(rounds) < self.search.rounds:
                 middle = (errors[low] * errors[high]) ** 0.5
                 index = next(i for i in range(low, high + 1) if errors[i] <= middle)
                 index = min(index, high - 1)
                 recipe = front[index]
-                if index not in known.drops:
-                    known.add(index, scorer.drop(recipe_settings(self.settings, recipe)))
-                drop = known.drops[index]
+                if str(index) not in finished.results:
+                    drop = scorer.drop(recipe_settings(self.settings, recipe))
+                    finished.add(str(index), drop)
+                drop = finished.results[str(index)]
                 rounds.append(
                     Round(
                         index,
@@ -218,25 +257,18 @@ class Chooser:
             )
         return front[best.index if best else -1], rounds
 
-    def _inputs(self, inputs: Inputs, scorer: "Scorer") -> dict[str, Any]:
-        """Everything that the loss of a recipe depends on, as plain values."""
-        content = read_json(inputs.annotations, what="annotation file")
-        root = Path(content["info"]["image_root"])
-        digest = hashlib.sha256(_MEASUREMENT.dump_json(self.measurement))
-        for path in (
-            inputs.annotations,
-            *(root / image["file_name"] for image in content["images"]),
-        ):
-            digest.update(sha256_file(path).encode())
-        return {
-            "search": as_plain(self.search),
-            "settings": as_plain(self.settings),
-            "detector": scorer.fingerprint,
-            "seed": inputs.seed,
-            "candidates and images": digest.hexdigest(),
-            "device": inputs.job.device.partition(":")[0],  # any card can go on
-            "code": source_hash("choose_recipe"),
-        }
+    def _finished(self, path: Pathlike | None, inputs: Inputs, scorer: "Scorer") -> Finished:
+        """The losses of AP of evaluated recipes, by their indices on the Pareto front."""
+        if path is None:
+            return Finished()
+        measured = hashlib.sha256(_MEASUREMENT.dump_json(self.measurement)).hexdigest()
+        return Finished(
+            path,
+            _depends_on(
+                inputs, "choose_recipe", scorer.fingerprint,
+                search=as_plain(self.search), settings=as_plain(self.settings), measured=measured,
+            ),
+        )  # fmt: skip
 
     def _log(self, rounds: Sequence[Round], scorer: "Scorer") -> None:
         assert self.search.smallest is not None
