@@ -79,8 +79,8 @@ def test_an_image_that_is_not_what_it_was_is_named(annotations, workers):
     cv2.imwrite(str(image), np.zeros((3000, 1, 3), np.uint8))
     with pytest.raises(
         QwtError, match=r"cannot prepare .*1\.png \(1x3000 pixels\).*take this image"
-    ):
-        read()
+    ):  # before the first image
+        make_loader(read_config(NANO), annotations, workers=workers)
     model = SimpleNamespace(cfg=read_config(NANO), dataset_meta={"classes": ("thing",)})
     with pytest.raises(QwtError, match=r"cannot prepare .*1\.png \(1x3000 pixels\)"):
         run_on_images(model, [image], annotations.parent / "found")

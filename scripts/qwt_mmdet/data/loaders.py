@@ -23,6 +23,8 @@ from .images import check_image
 AUGMENTATION = ("TestTimeAug", "MultiScaleFlipAug")
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
 """Numbers of errors that an image file causes, not the machine."""
+NARROW = 100
+"""Ratio of an image's sides above which the pipeline may fail on it."""
 NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations
 
 
@@ -173,6 +175,18 @@ class ImageDataset(Dataset):
         self.exif: Exif = content["info"].get("exif", "apply")
         with DefaultScope.overwrite_default_scope("mmdet"):
             self.pipeline = Compose(_follow_exif(inference_pipeline(config), content["info"]))
+        self._try_narrow_images()
+
+    def _try_narrow_images(self) -> None:
+        """Prepare each image that a resize may leave no row or column of, so that it is told at the start.
+
+        Raises:
+            QwtError: the pipeline fails on one.
+        """
+        for index, image in enumerate(self.images):
+            short, long = sorted((image["width"], image["height"]))
+            if long > NARROW * short:
+                _ = self[index]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -197,8 +211,8 @@ class ImageDataset(Dataset):
                 check_image(path, width, height, exif=self.exif)
             except QwtError as damage:
                 raise QwtError(
-                    f"{str(damage).rstrip('.')}; it was another when the images were chosen. Put it back, or run "
-                    "again, and images are chosen anew."
+                    f"{str(damage).rstrip('.')}; it was another when the images were chosen. Put it back, or take "
+                    "it out of the annotation file, and run again."
                 ) from error
             raise unprepared(path, width, height, error) from error
 
