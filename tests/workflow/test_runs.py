@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from qwt_mmdet.cli import app
 from running import REAL_COCO, ROOT, Workflow
+from typer.testing import CliRunner
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +143,31 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
     assert float(exported["file_bytes"]) < float(exported["full_precision_file_bytes"])
     assert float(exported["latency_ratio"]) > 0
     assert exported["failed"] == ""
+
+    folder = workflow.folder / "results" / "yolox_nano" / "w4a8"
+    written = folder / "qwt" / "model.onnx"
+    entry = yaml.safe_load(Path(config).read_text())["models"]["yolox_nano"]
+    options = [
+        "--config",
+        entry["config"],
+        "--checkpoint",
+        REAL_COCO / Path(entry["checkpoint"]).name,
+    ]
+    options += ["--warmup", folder / "warmup.pth"]
+    options += ["--compensation", folder / "qwt" / "compensation.pth"]
+    chosen = workflow.folder / "results" / "datasets" / "coco_real" / "calibration.json"
+    for images in (
+        ["--calibration", chosen],
+        ["--coco-root", REAL_COCO, "--calibration-samples", "4"],
+    ):
+        ours = workflow.folder / "ours.onnx"
+        arguments = ["export", *options, *images, "--output", ours]
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        assert ours.read_bytes() == written.read_bytes()
+        mine, its = (json.loads(path.with_suffix(".json").read_text()) for path in (ours, written))
+        assert its.keys() - mine.keys() == {"provenance", "ap"}
+        assert mine.items() <= its.items()
 
     for rule, wildcards in RULES_PER_MODEL.items():
         assert (workflow.folder / "logs" / rule / f"{wildcards}.log").is_file()

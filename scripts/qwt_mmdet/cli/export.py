@@ -64,7 +64,8 @@ def export(
 ) -> None:
     """Write a detector, quantized and compensated or not, as an ONNX file.
 
-    With the calibration images of a run, it is the same file as the workflow's.
+    With the calibration images of a run, it is the same file as the workflow's, byte for byte; its description has
+    no provenance and no AP.
     """
     with plain_errors(), tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
         if values[Coco]["root"] is not None:
