@@ -31,10 +31,11 @@ rule all:
 
 
 onstart:
-    forget_failures()
+    begin()
 
 
 onsuccess:
+    atexit.unregister(tell_unusable)
     print(f"\n{run_summary()}")
 
 

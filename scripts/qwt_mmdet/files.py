@@ -38,10 +38,12 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.chmod(0o666 & ~mask)  # mkstemp makes the file private
         partial.replace(target)
     except Exception as error:
-        # torch fails a second time, at the end of a file that it could not write.
-        for fault in (error, error.__context__):
+        # torch fails again, once or twice, at the end of a file that it could not write.
+        fault: BaseException | None = error
+        while fault is not None:
             if isinstance(fault, OSError) and fault.filename is None:
                 fault.filename = str(target)
+            fault = fault.__context__
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,37 @@ class _LineWriter:
         return False
 
 
+class _LogFile(logging.FileHandler):
+    """The log of a step. If it cannot be written any more, the terminal tells so once, and the step goes on."""
+
+    _ended = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):
+            self._end(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self._end(error)
+
+    def _end(self, error: OSError) -> None:
+        if not self._ended:
+            self._ended = True
+            self.addFilter(lambda record: False)
+            error.filename = self.baseFilename
+            logger.warning("The log of this step ends here. %s", explain(error))
+
+
 @contextlib.contextmanager
 def _logging_to(path: Path, name: str) -> Iterator[None]:
     """Inside: log everything to a file, and our messages and errors of others also to the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(path, mode="w", encoding="utf-8")
+    to_file = _LogFile(path, mode="w", encoding="utf-8")
     to_file.setFormatter(logging.Formatter(LOG_FORMAT))
     to_terminal = logging.StreamHandler(sys.stderr)
     to_terminal.setFormatter(logging.Formatter(f"[{name}] %(message)s"))
@@ -91,13 +117,17 @@ def _logging_to(path: Path, name: str) -> Iterator[None]:
     finally:
         printed.flush()
         logging.captureWarnings(False)
+        to_file.close()
         for handler in (to_file, to_terminal):
             root.removeHandler(handler)
         root.setLevel(level)
-        to_file.close()
 
 
-STAYS = {"fit_compensation": "finished blocks", "choose_recipe": "finished rounds"}
+STAYS = {
+    "fit_compensation": "finished blocks",
+    "measure_candidates": "finished numbers of bits",
+    "choose_recipe": "finished rounds",
+}
 """Intermediate results that an interrupted step keeps."""
 
 _FULL = "The disk or the quota of {place} is full; free some space and run again."
@@ -173,10 +203,10 @@ def _machine_fault(error: BaseException, rule: str) -> str | None:
         )
     full = re.search(r"PytorchStreamWriter failed|inline_container.*unexpected pos", text)
     if number in DISK or full:
-        place = getattr(error, "filename", None)
-        place = (
-            Path(place).absolute().parent if place else f"{Path.cwd()} or {tempfile.gettempdir()}"
-        )
+        place = f"{Path.cwd()} or {tempfile.gettempdir()}"
+        if name := getattr(error, "filename", None):
+            path = Path(name).absolute()
+            place = str(path if path.is_dir() else path.parent)
         return DISK[number or errno.ENOSPC].format(place=place)
     return None
 
@@ -211,9 +241,12 @@ def known_cause(error: BaseException, rule: str = "") -> str | None:
         )
     place = getattr(error, "filename", None)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        change = "change the rights of the file and its folder"
+        if number == errno.EROFS:
+            change = "mount it for writing"
         return (
-            f"{place or Path.cwd()} cannot be used ({os.strerror(number)}); change the rights of the file and "
-            "its folder, or run in a folder that you may write to (--directory)."
+            f"{place or Path.cwd()} cannot be used ({os.strerror(number)}); {change}, or run in a folder that you "
+            "may write to (--directory)."
         )
     return None
 
@@ -225,6 +258,25 @@ def explain(error: BaseException, rule: str = "") -> str:
         f"Unexpected {text.rstrip('.')}. This is a bug or a broken installation; the log has the "
         "traceback."
     )
+
+
+PROBE_BYTES = 2**16
+
+
+def unusable(folders: Iterable[str | os.PathLike[str]]) -> str | None:
+    """A sentence about the first folder in which no file can be written, and the remedy; None if there is none.
+
+    In the place of a missing folder, its closest parent is tried.
+    """
+    for folder in map(Path, folders):
+        place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        try:
+            with tempfile.TemporaryFile(dir=place) as probe:
+                probe.write(bytes(PROBE_BYTES))
+        except OSError as error:
+            error.filename = str(place)
+            return explain(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -306,7 +358,12 @@ def step(snakemake: Any) -> Iterator[Job]:
     """
     started = time.monotonic()
     gc.set_threshold(GARBAGE_THRESHOLD)
-    with _logging_to(Path(snakemake.log[0]), job_name(snakemake)), termination_interrupts():
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_logging_to(Path(snakemake.log[0]), job_name(snakemake)))
+        except OSError as error:
+            sys.exit(f"[{job_name(snakemake)}] {explain(error)}")
+        stack.enter_context(termination_interrupts())
         try:
             seed = snakemake.params.get("seed", 0)
             seed_everything(seed)

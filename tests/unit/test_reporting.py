@@ -764,7 +764,9 @@ def test_the_sentence_of_a_failed_step_is_the_last_one_in_its_log(tmp_path):
     now = log.stat().st_mtime
     assert text.last_error(log, since=now) == "It has two lines."
     for path, since in ((log, now + 10), (tmp_path / "none.log", 0)):  # of another run; none at all
-        assert "ended without a message" in text.last_error(path, since=since)
+        assert "ended without a message" in text.last_error(path, since=since, folders=[tmp_path])
+        said = text.last_error(path, since=since, folders=[tmp_path, "/sys"])
+        assert "/sys cannot be used" in said
 
 
 BROWSER = next(

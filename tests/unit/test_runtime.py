@@ -132,7 +132,7 @@ def test_a_bug_is_not_presented_as_the_users_mistake(tmp_path, capsys):
             "",
             "results/x.pth cannot be used",
         ),
-        (OSError(30, "Read-only file system", "results/x.pth"), "", "--directory"),
+        (OSError(30, "Read-only file system", "results/x.pth"), "", "mount it for writing"),
     ],
 )
 def test_running_out_of_something_names_the_remedy(error, rule, hint):
@@ -160,6 +160,52 @@ def test_what_cannot_be_saved_for_want_of_room_is_no_bug_of_ours(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_named_however_often_the_writer_fails(tmp_path):
+    """torch.save ends in one more error for the archive and one for the stream."""
+
+    def write(path):
+        try:
+            Path("/dev/full").write_bytes(b"x")
+        finally:
+            try:
+                raise RuntimeError("unexpected pos 6 vs 5")
+            finally:
+                raise OSError(28, "No space left on device", str(path))
+
+    target = tmp_path / "x.pth"
+    with pytest.raises(OSError, match="No space") as caught, write_atomically(target) as partial:
+        write(partial)
+    assert f"{tmp_path} is full" in runtime.explain(caught.value)
+
+
+def test_a_folder_in_which_no_file_can_be_written_is_named(tmp_path, monkeypatch):
+    assert runtime.unusable([tmp_path, tmp_path / "none" / "deep"]) is None
+    assert "/sys cannot be used" in runtime.unusable([tmp_path, "/sys/none"])
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert f"quota of {tmp_path} is full" in runtime.unusable([tmp_path])
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_costs_no_result(tmp_path, capsys):
+    snakemake = job(tmp_path)
+    log = Path(snakemake.log[0])
+    log.parent.mkdir()
+    log.symlink_to("/dev/full")
+    with runtime.step(snakemake):
+        for message in ("one", "two"):
+            logging.getLogger("qwt_mmdet").info(message)
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.partition("] ")[2] for line in shown] == [
+        f"The log of this step ends here. The disk or the quota of {log.parent} is full; free some space and run "
+        "again.",
+        "one",
+        "two",
+    ]
+    snakemake.log = ["/sys/none/job.log"]
+    with pytest.raises(SystemExit, match="/sys/none cannot be used"), runtime.step(snakemake):
+        pass
+
+
 def test_a_folder_that_cannot_be_written_names_the_file(tmp_path, monkeypatch):
     refused = PermissionError(13, "Permission denied", ".x.json.abc.json")
     monkeypatch.setattr(tempfile, "mkstemp", Mock(side_effect=refused))
@@ -182,6 +228,7 @@ def test_the_machines_fault_is_told_whatever_was_raised_because_of_it():
     [
         ("", "what is finished stays"),
         ("choose_recipe", "finished steps stay, and finished rounds of this one"),
+        ("measure_candidates", "finished numbers of bits of this one"),
         ("fit_compensation", "finished blocks"),
         ("quantize_model", "this one starts anew"),
     ],

@@ -155,6 +155,16 @@ def failed_logs(workflow: Workflow, targets: list[str], logs: list[str]) -> dict
     return found
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(workflow, folder):
+    (folder / "benchmarks").symlink_to("/sys/kernel")
+    workflow.configure(CONFIG)
+    done = workflow.run("--cores", "1", "results/datasets/shapes/evaluation.json")
+    assert done.returncode != 0
+    assert f"{folder / 'benchmarks'} cannot be used" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (folder / "results").exists()
+
+
 def test_broken_files_are_named_in_the_log_and_on_the_terminal(workflow: Workflow):
     folder = workflow.folder
     torch.save({"state_dict": {"weight": torch.ones(1000)}}, folder / "good.pth")

@@ -104,6 +104,16 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
     assert not (tmp_path / "qwt_output").exists()
 
 
+def test_a_full_disk_of_the_output_folder_is_named(coco, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    failed = command("run", *MODEL, "--coco-root", coco, "--output-dir", tmp_path / "output")
+    assert failed.exit_code == 1
+    assert f"quota of {tmp_path / 'output'} is full" in failed.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

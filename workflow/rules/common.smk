@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 from qwt_mmdet.config import read_file, resolve
 from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.files import write_json
 from qwt_mmdet.plan import Failure, Plan, Stopped, Variant
 from qwt_mmdet.plan.files import DOCUMENT, EXPORTS_TABLE, REPORT, TABLE, UNFINISHED
 from qwt_mmdet.plan.settings import Settings
 from qwt_mmdet.reporting.text import last_error, run_summary
 from qwt_mmdet.resources import ESTIMATE, JOBS, memory_mb, minutes, read_estimate
-from qwt_mmdet.runtime import COMMAND, explain
+from qwt_mmdet.runtime import COMMAND, explain, unusable
 from qwt_mmdet.staleness import (
     changed_files,
     file_state,

@@ -1,15 +1,26 @@
 """What a run that failed leaves: a note of what failed, and a summary of what is finished."""
 
-import json
+import atexit
 import subprocess
 
+# absolute, as Snakemake is back in its first folder at the exit
+WRITTEN = [
+    os.path.abspath(name) for name in ("results", "logs", "benchmarks", ".snakemake")
+]
 
-def forget_failures():
-    """Remove the note of the failures of an earlier run."""
-    try:
-        Path(UNFINISHED).unlink(missing_ok=True)
-    except OSError as error:
-        sys.exit(explain(error))
+
+def begin():
+    """Check that files can be written, and remove the note of the failures of an earlier run."""
+    if said := unusable(WRITTEN):
+        sys.exit(said)
+    atexit.register(tell_unusable)
+    Path(UNFINISHED).unlink(missing_ok=True)
+
+
+def tell_unusable():
+    """Say which folder cannot be written to, if one cannot: Snakemake ends with a traceback then."""
+    if said := unusable(WRITTEN):
+        print(said, file=sys.stderr)
 
 
 def summarize_finished():
@@ -19,6 +30,7 @@ def summarize_finished():
     which jobs failed and which are left: a job that was killed leaves no word, and a file of an earlier run may
     be one that has to be made again.
     """
+    atexit.unregister(tell_unusable)
     entries = workflow.scheduler.failed
     failed = [job for one in entries for job in (one if one.is_group() else [one])]
     if not failed:  # the user stopped it
@@ -28,11 +40,13 @@ def summarize_finished():
     for job in sorted(failed, key=str):
         wildcards, log = dict(job.wildcards_dict), str(job.log[0])
         step = " ".join([job.rule.name, *wildcards.values()])
-        failures.append(Failure(step, wildcards, log, last_error(log, since=STARTED)))
+        folders = [os.path.dirname(path) for path in (*job.output, log, job.benchmark)]
+        said = last_error(log, since=STARTED, folders=[*folders, *WRITTEN])
+        failures.append(Failure(step, wildcards, log, said))
     given = Path(".snakemake") / "given_config.yaml"
     try:
         Stopped(failures, pending).write(UNFINISHED)
-        given.write_text(json.dumps(GIVEN_CONFIG), encoding="utf-8")
+        write_json(given, GIVEN_CONFIG)
     except OSError as error:
         print(f"\nThe results cannot be summarized. {explain(error)}")
         return

@@ -20,7 +20,7 @@ from ..config.models import Model
 from ..config.workflow import Configuration, Evaluation, Loading, Targets
 from ..devices import count_gpus
 from ..errors import QwtError, suggestion
-from ..files import is_url
+from ..files import is_url, write_atomically
 from ..plan.files import UNFINISHED, snakefile
 from ..reporting.text import run_summary
 from ..runtime import COMMAND
@@ -268,11 +268,9 @@ def run_workflow(
         raise QwtError(f"--output-dir is {str(folder)!r}, which is no folder; name another.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    path.write_text(
-        "# Written by `qwt-mmdet run`; `snakemake --configfile` takes it as well.\n"
-        + yaml.safe_dump(content, sort_keys=False),
-        encoding="utf-8",
-    )
+    note = "# Written by `qwt-mmdet run`; `snakemake --configfile` takes it as well.\n"
+    with write_atomically(path) as partial:
+        partial.write_text(note + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     command = [
         *(sys.executable, "-m", "snakemake", "--nocolor"),
         *("--snakefile", str(workflow), "--directory", str(folder)),

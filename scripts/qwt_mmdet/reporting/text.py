@@ -17,6 +17,7 @@ from ..errors import QwtError
 from ..evaluation.estimates import Estimate, value_of
 from ..plan.files import DOCUMENT, REPORT, TABLE, UNFINISHED
 from ..plan.rows import Stopped
+from ..runtime import unusable
 from .summary import ExportedRow, Row, Summary, read_summary
 
 AP_TYPES = {"bbox": "box", "segm": "mask"}
@@ -254,11 +255,14 @@ def summary_table(summary: Summary) -> str:
     return "\n\n".join([table, "\n".join(notes), *exported])
 
 
-def last_error(log: str | os.PathLike[str], *, since: float) -> str:
+def last_error(
+    log: str | os.PathLike[str], *, since: float, folders: Iterable[str | os.PathLike[str]] = ()
+) -> str:
     """The sentence at the end of a failed step's log.
 
     Args:
         since: start time of the run in seconds; older logs are ignored.
+        folders: to which the step or Snakemake writes. Without a sentence, the cause may be one of them.
     """
     path = Path(log)
     if path.is_file() and path.stat().st_mtime >= since - 1:
@@ -266,7 +270,9 @@ def last_error(log: str | os.PathLike[str], *, since: float) -> str:
         entry = r" ERROR qwt_mmdet\.runtime: (.+?)(?=\n\d{4}-\d\d-\d\d |\Z)"
         if sentences := re.findall(entry, content, re.DOTALL):
             return " ".join(sentences[-1].split())
-    return "It ended without a message; it was probably killed, perhaps for lack of memory."
+    return unusable(folders) or (
+        "It ended without a message; it was probably killed, perhaps for lack of memory."
+    )
 
 
 def run_summary(folder: str | os.PathLike[str] = ".") -> str:
