@@ -102,12 +102,15 @@ def measure(
         )
 
     plain = QuantizationSettings.from_mapping(settings)
+    digest = hashlib.sha256()
+    for image in (image for batch in batches for image in batch["inputs"]):
+        digest.update(image.contiguous().numpy())
     unfinished = Path(f"{output}.unfinished")
     finished = Finished(
         unfinished,
         _depends_on(
             inputs, "measure_candidates", record_of(model).fingerprint,
-            settings=as_plain(plain), images=len(batches),
+            settings=as_plain(plain), images=digest.hexdigest(),
         ),
     )  # fmt: skip
     found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches, finished)
@@ -123,19 +126,10 @@ def _depends_on(
     Args:
         fingerprint: of the detector.
     """
-    content = read_json(inputs.annotations, what="annotation file")
-    root = Path(content["info"]["image_root"])
-    digest = hashlib.sha256()
-    for path in (
-        inputs.annotations,
-        *(root / image["file_name"] for image in content["images"]),
-    ):
-        digest.update(sha256_file(path).encode())
     return {
         **more,
         "detector": fingerprint,
         "seed": inputs.seed,
-        "files": digest.hexdigest(),
         "device": inputs.job.device.partition(":")[0],  # any card can go on
         "code": source_hash(step),
     }
@@ -261,14 +255,23 @@ class Chooser:
         """The losses of AP of evaluated recipes, by their indices on the Pareto front."""
         if path is None:
             return Finished()
-        measured = hashlib.sha256(_MEASUREMENT.dump_json(self.measurement)).hexdigest()
-        return Finished(
-            path,
-            _depends_on(
-                inputs, "choose_recipe", scorer.fingerprint,
-                search=as_plain(self.search), settings=as_plain(self.settings), measured=measured,
-            ),
-        )  # fmt: skip
+        digest = hashlib.sha256(_MEASUREMENT.dump_json(self.measurement))
+        content = read_json(inputs.annotations, what="annotation file")
+        root = Path(content["info"]["image_root"])
+        for file in (
+            inputs.annotations,
+            *(root / image["file_name"] for image in content["images"]),
+        ):
+            digest.update(sha256_file(file).encode())
+        depends_on = _depends_on(
+            inputs,
+            "choose_recipe",
+            scorer.fingerprint,
+            search=as_plain(self.search),
+            settings=as_plain(self.settings),
+            candidates_and_images=digest.hexdigest(),
+        )
+        return Finished(path, depends_on)
 
     def _log(self, rounds: Sequence[Round], scorer: "Scorer") -> None:
         assert self.search.smallest is not None
