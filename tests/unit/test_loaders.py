@@ -50,6 +50,10 @@ def test_missing_annotation_file_is_named(tmp_path):
 
 def test_annotation_file_that_does_not_say_where_its_images_are(annotations):
     content = json.loads(annotations.read_text())
+    for root, remedy in (("gone", "work in the run's folder"), ("/gone", "put it back.$")):
+        annotations.write_text(json.dumps({**content, "info": {"image_root": root}}))
+        with pytest.raises(QwtError, match=f"image folder {root} of .* does not exist.*{remedy}"):
+            make_loader(read_config(NANO), annotations)
     annotations.write_text(json.dumps({**content, "info": {}}))
     with pytest.raises(
         QwtError, match=r"annotations\.json has no info\.image_root; put the folder"

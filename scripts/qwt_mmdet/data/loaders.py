@@ -172,6 +172,15 @@ class ImageDataset(Dataset):
             )
         self.images = content["images"][images]
         self.root = Path(content["info"]["image_root"])
+        if not self.root.is_dir():
+            start = (
+                ""
+                if self.root.is_absolute()
+                else ", or work in the run's folder, where its path starts"
+            )
+            raise QwtError(
+                f"The image folder {self.root} of {annotations} does not exist; put it back{start}."
+            )
         self.exif: Exif = content["info"].get("exif", "apply")
         with DefaultScope.overwrite_default_scope("mmdet"):
             self.pipeline = Compose(_follow_exif(inference_pipeline(config), content["info"]))
