@@ -196,14 +196,10 @@ class Plan:
 
     def scored(self, model: str, measurement: str) -> set[str]:
         """The types of AP by which recipes from a measurement are scored."""
-        searches = (
-            self.searches.get(row.quantization) for row in self.combinations if row.model == model
-        )
-        return {
-            search.smallest.metric
-            for search in searches
-            if search and search.smallest and search.measurement == without_repeat(measurement)
-        }
+        name = without_repeat(measurement)
+        wanted = {row.quantization for row in self.combinations if row.model == model}
+        searches = [self.searches[n] for n in wanted & self.searches.keys()]
+        return {s.smallest.metric for s in searches if s.smallest and s.measurement == name}
 
     def _names(self, combination: Combination, **more: str | None) -> dict[str, str | None]:
         """The wildcards of the jobs that a combination needs; see :meth:`.rows.Stopped.causes`."""

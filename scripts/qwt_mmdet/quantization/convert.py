@@ -46,6 +46,14 @@ def matching_override(name: str, overrides: tuple[Override, ...]) -> Override | 
     return matches[-1] if matches else None
 
 
+def own_bits(name: str, settings: QuantizationSettings) -> tuple[int, int]:
+    """Bits of the weights and of the input of a layer: those of its override, else those of the settings."""
+    override = matching_override(name, settings.overrides)
+    weight_bits = override and override.weight_bits
+    activation_bits = override and override.activation_bits
+    return weight_bits or settings.weight_bits, activation_bits or settings.activation_bits
+
+
 def _is_opaque(module: nn.Module) -> bool:
     """Whether a module uses its children's weights without calling the children."""
     return isinstance(module, nn.MultiheadAttention) and type(module) not in ATTENTION
@@ -84,7 +92,7 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             excluded = NotQuantized(name, type(module).__name__, "excluded by an override")
             not_quantized.append(excluded)
         else:
-            _exchange(name, module, settings, override)
+            _exchange(name, module, settings)
     folds = find_folds(model) if folds_norms(settings) else []
     for fold in folds:
         for name in fold.layers:
@@ -144,13 +152,10 @@ def _check_overrides(settings: QuantizationSettings, names: Sequence[str]) -> No
             )
 
 
-def _exchange(
-    name: str, module: nn.Module, settings: QuantizationSettings, override: Override | None
-) -> None:
+def _exchange(name: str, module: nn.Module, settings: QuantizationSettings) -> None:
     """Give a module its quantized class, and its bits."""
     original = type(module)
-    weight_bits = (override and override.weight_bits) or settings.weight_bits
-    activation_bits = (override and override.activation_bits) or settings.activation_bits
+    weight_bits, activation_bits = own_bits(name, settings)
     if isinstance(module, nn.Linear | nn.Conv2d):
         # mypy takes no class for hashable.
         quantized = LAYERS.get(original) or quantized_class(original)  # type: ignore[arg-type]

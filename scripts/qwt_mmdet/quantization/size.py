@@ -34,11 +34,8 @@ def _calibrated_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]
 
 def full_precision_bytes(model: nn.Module) -> int:
     """Bytes of a detector's parameters in full precision, also of a quantized detector's."""
-    added = [
-        layer.bias
-        for layer in quantized_layers(model).values()
-        if not layer.had_bias and layer.bias is not None
-    ]
+    layers = quantized_layers(model).values()
+    added = [layer.bias for layer in layers if not layer.had_bias and layer.bias is not None]
     return tensor_bytes(model.parameters()) - tensor_bytes(added)
 
 
@@ -48,11 +45,10 @@ def weight_bytes(module: nn.Module, bits: Mapping[str, int] | None = None) -> fl
     Args:
         bits: of weights by the layer's name, where they are to differ from the layer's own.
     """
-    chosen = bits or {}
     total: float = tensor_bytes(module.parameters())
     for name, layer in _calibrated_layers(module):
-        total -= tensor_bytes([layer.weight])
-        total += code_bytes(layer.weight.numel(), chosen.get(name, layer.weight_bits))
+        own = (bits or {}).get(name, layer.weight_bits)
+        total += code_bytes(layer.weight.numel(), own) - tensor_bytes([layer.weight])
     return total
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..config import Override, QuantizationSettings
 from ..detectors.forward import head_tensors
 from ..errors import QwtError
-from ..quantization.convert import matching_override, quantized_layers, quantized_units
+from ..quantization.convert import matching_override, own_bits, quantized_layers, quantized_units
 from ..quantization.layers import QuantizedLayer
 from ..quantization.size import code_bytes, detector_bytes
 from ..quantization.sqnr import count_multiply_adds
@@ -189,13 +189,8 @@ def measure_candidates(
                 gains[name],
             )
         )
-    # Layers that are not searched end up with the settings' own bits.
-    others = dict.fromkeys(quantized_layers(model), settings.weight_bits)
-    for name in others:
-        override = matching_override(name, settings.overrides)
-        if override and override.weight_bits:
-            others[name] = override.weight_bits
-    return Measurement(layers, detector_bytes(model, others | dict.fromkeys(names, 0)))
+    own = {name: own_bits(name, settings)[0] for name in quantized_layers(model)}
+    return Measurement(layers, detector_bytes(model, own | dict.fromkeys(names, 0)))
 
 
 def _errors_by(
