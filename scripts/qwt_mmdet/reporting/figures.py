@@ -156,7 +156,7 @@ def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
         axes.set_ylim(-0.6, len(lines) - 0.4)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"{ap_type} AP (0 to 1)")
-        axes.set_ylabel("bits of weights (W), activations (A)")
+        axes.set_title("bits of weights (W), activations (A)", loc="left", fontsize="medium")
         _legend(figure, axes)
         return _svg(figure, name)
 
