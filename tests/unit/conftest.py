@@ -34,3 +34,10 @@ def _is_left_out(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     takes_long = item.get_closest_marker("slow_if_pretended") is not None
     return parameters.get("device") == "pretended" and takes_long
+
+
+@pytest.fixture
+def local_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads from the test server: short pauses, and no proxy before it."""
+    monkeypatch.setattr("qwt_mmdet.data.download.FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")

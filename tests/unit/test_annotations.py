@@ -59,55 +59,46 @@ def test_an_empty_mask_is_none(tmp_path, empty):
         read(tmp_path, "annotations", {"segmentation": empty}, masks=True)
 
 
+def with_each(key, *values):
+    return [{key: value} for value in values]
+
+
+def polygons(*values):
+    return with_each("segmentation", *([value] for value in values))
+
+
+HUGE = 10**400
+HARMFUL = {
+    "has the iscrowd .*, which must be 0 or 1": with_each("iscrowd", "0", 2, NAN, [0]),
+    "belongs to image .*, which the file": with_each("image_id", "1", [1], 99),
+    "has category .*, which the file": with_each("category_id", True, NAN, 99),
+    "has no bbox .* of finite numbers": with_each(
+        "bbox", [1, 2, 3], [1, 2, NAN, 4], [1, 2, INF, 4], [1, 2, "3", 4], [1, 2, -3, 4], {"x": 1},
+        [HUGE, 2, 1.5, 4],
+    ),
+    r"has a bbox from \(1, 2\) to \(1e\+30, 6\), far outside": with_each("bbox", [1, 2, 1e30, 4]),
+    "far outside of its image of 260x200 pixels": with_each("bbox", [-5000, 2, 10, 4]),
+    "has no area in pixels": with_each("area", NAN, "12"),
+    "has an area of .* pixels, which its image cannot hold": with_each("area", -1, 1e30),
+    "neither a list of polygons nor RLE": with_each("segmentation", "polygon", TRIANGLE, 0),
+    "has a polygon of [47] numbers": polygons([1, 2, 3, 4], [*TRIANGLE, 5]),
+    "not a finite number": polygons(
+        [NAN, *TRIANGLE[1:]], [INF, *TRIANGLE[1:-1], -INF], ["20", *TRIANGLE[1:]],
+        [None, *TRIANGLE[1:]], [[1, 2], [3, 4], [5, 6], 7, 8, 9], [HUGE, *TRIANGLE[1:-1], -HUGE],
+    ),
+    "has a polygon from .* far outside": [{"segmentation": [TRIANGLE, [1e30, *TRIANGLE[1:]]]}],
+    r"size \[260, 200\], but its image has \[200, 260\]": [rle([0, PIXELS], (WIDTH, HEIGHT))],
+    "an RLE mask of the size": [rle([0, PIXELS], ()), *with_each("segmentation", {"counts": [0]})],
+    f"add up to {PIXELS - 1} pixels; its image has {PIXELS}": [rle([0, PIXELS - 1])],
+    "add up to 0 pixels": [rle("")],
+    "counts cannot be read": list(
+        map(rle, ([-1, PIXELS + 1], [0.5, PIXELS - 0.5], [NAN, PIXELS], None, "~~~", "o" * 1000))
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"iscrowd": "0"}, "has the iscrowd '0', which must be 0 or 1"),
-        ({"iscrowd": 2}, "has the iscrowd 2"),
-        ({"iscrowd": NAN}, "has the iscrowd nan"),
-        ({"iscrowd": [0]}, r"has the iscrowd \[0\]"),
-        ({"image_id": "1"}, "belongs to image '1', which the file"),
-        ({"image_id": [1]}, r"belongs to image \[1\], which the file"),
-        ({"category_id": True}, "has category True, which the file"),
-        ({"category_id": NAN}, "has category nan"),
-        ({"bbox": [1, 2, NAN, 4]}, "has no bbox .* of finite numbers"),
-        ({"bbox": [1, 2, INF, 4]}, "has no bbox .* of finite numbers"),
-        ({"bbox": [1, 2, "3", 4]}, "has no bbox"),
-        ({"bbox": [1, 2, -3, 4]}, "has no bbox"),
-        ({"bbox": {"x": 1}}, "has no bbox"),
-        ({"bbox": [1, 2, 1e30, 4]}, r"has a bbox from \(1, 2\) to \(1e\+30, 6\), far outside"),
-        ({"bbox": [10**400, 2, 1.5, 4]}, "has no bbox"),
-        ({"bbox": [-5000, 2, 10, 4]}, "far outside of its image of 260x200 pixels"),
-        ({"area": NAN}, "has no area"),
-        ({"area": "12"}, "has no area"),
-        ({"area": -1}, "has an area of -1 pixels, which its image cannot hold"),
-        ({"area": 1e30}, r"has an area of 1e\+30 pixels"),
-        ({"segmentation": "polygon"}, "neither a list of polygons nor RLE"),
-        ({"segmentation": TRIANGLE}, "neither a list of polygons nor RLE"),
-        ({"segmentation": 0}, "neither a list of polygons nor RLE"),
-        ({"segmentation": [[1, 2, 3, 4]]}, "has a polygon of 4 numbers"),
-        ({"segmentation": [[*TRIANGLE, 5]]}, "has a polygon of 7 numbers"),
-        ({"segmentation": [[NAN, *TRIANGLE[1:]]]}, "not a finite number"),
-        ({"segmentation": [[INF, *TRIANGLE[1:-1], -INF]]}, "not a finite number"),
-        ({"segmentation": [["20", *TRIANGLE[1:]]]}, "not a finite number"),
-        ({"segmentation": [[None, *TRIANGLE[1:]]]}, "not a finite number"),
-        ({"segmentation": [[[1, 2], [3, 4], [5, 6], 7, 8, 9]]}, "not a finite number"),
-        ({"segmentation": [[10**400, *TRIANGLE[1:-1], -(10**400)]]}, "not a finite number"),
-        ({"segmentation": [TRIANGLE, [1e30, *TRIANGLE[1:]]]}, "has a polygon from .* far outside"),
-        (rle([0, PIXELS], (WIDTH, HEIGHT)), r"size \[260, 200\], but its image has \[200, 260\]"),
-        (rle([0, PIXELS], ()), r"an RLE mask of the size \[\]"),
-        ({"segmentation": {"counts": [0, PIXELS]}}, "an RLE mask of the size None"),
-        (rle([0, PIXELS - 1]), f"add up to {PIXELS - 1} pixels; its image has {PIXELS}"),
-        (rle([-1, PIXELS + 1]), "counts cannot be read"),
-        (rle([0.5, PIXELS - 0.5]), "counts cannot be read"),
-        (rle([NAN, PIXELS]), "counts cannot be read"),
-        (rle(None), "counts cannot be read"),
-        (rle("~~~"), "counts cannot be read"),
-        (rle("o" * 1000), "counts cannot be read"),
-        (rle(""), "add up to 0 pixels"),
-    ],
-)
+@pytest.mark.parametrize(("message", "change"), [(m, c) for m in HARMFUL for c in HARMFUL[m]])
 def test_what_is_harmful_is_a_sentence_that_names_the_annotation(
     tmp_path, labelled, change, message
 ):
@@ -151,29 +142,29 @@ def test_calibration_needs_no_boxes(tmp_path, change):
         read(tmp_path, "annotations", change)
 
 
+NAMES = {
+    "annotation number 0 has no id that": ("annotations", with_each("id", "1", 1.5, True, 2**63)),
+    "image number 0 has no id that": ("images", with_each("id", NAN)),
+    "image 1 has no width and height in whole": ("images", [{"width": "260"}, {"height": INF}, {"width": 0}]),
+    "image 1 has no file_name that is a text": ("images", with_each("file_name", None)),
+    r"image 1 has the file_name 'a\\nb\.png' with": ("images", with_each("file_name", "a\nb.png")),
+    r"with the character '\\x00'": ("images", with_each("file_name", "a\0.png")),
+    r"with the character '\\ud800'": ("images", with_each("file_name", "\ud800.png")),
+    "a part is longer than 255 bytes": (
+        "images", with_each("file_name", f"{'a' * 300}.png", f"x/{'猫' * 100}.png"),
+    ),
+    "is longer than 4000 bytes": ("images", with_each("file_name", "a/" * 3000)),
+    r"category 1 has the name 'cat\\ndog' with": ("categories", with_each("name", "cat\ndog")),
+    r"with the character '\\u2028'": ("categories", with_each("name", "cat\u2028")),
+    r"with the character '\\x1b'": ("categories", with_each("name", "\x1b[31m")),
+    r"with the character '\\udfff'": ("categories", with_each("name", "\udfff")),
+    "is longer than 255 bytes": ("categories", with_each("name", "c" * 256)),
+    "category 1 has no name that is a text": ("categories", with_each("name", 5)),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        ("annotations", {"id": "1"}, "annotation number 0 has no id that is a whole number"),
-        ("annotations", {"id": 1.5}, "annotation number 0 has no id"),
-        ("annotations", {"id": True}, "annotation number 0 has no id"),
-        ("annotations", {"id": 2**63}, "annotation number 0 has no id"),
-        ("images", {"id": NAN}, "image number 0 has no id"),
-        ("images", {"width": "260"}, "image 1 has no width and height in whole pixels"),
-        ("images", {"height": INF}, "image 1 has no width and height"),
-        ("images", {"file_name": "a\nb.png"}, r"image 1 has the file_name 'a\\nb\.png' with"),
-        ("images", {"file_name": "a\0.png"}, r"with the character '\\x00'"),
-        ("images", {"file_name": "\ud800.png"}, r"with the character '\\ud800'"),
-        ("images", {"file_name": f"{'a' * 300}.png"}, "a part is longer than 255 bytes"),
-        ("images", {"file_name": f"x/{'猫' * 100}.png"}, "a part is longer than 255 bytes"),
-        ("images", {"file_name": "a/" * 3000}, "is longer than 4000 bytes"),
-        ("categories", {"name": "cat\ndog"}, r"category 1 has the name 'cat\\ndog' with"),
-        ("categories", {"name": "cat\u2028"}, r"with the character '\\u2028'"),
-        ("categories", {"name": "\x1b[31m"}, r"with the character '\\x1b'"),
-        ("categories", {"name": "\udfff"}, r"with the character '\\udfff'"),
-        ("categories", {"name": "c" * 256}, "is longer than 255 bytes"),
-        ("categories", {"name": 5}, "category 1 has no name that is a text"),
-    ],
+    ("message", "kind", "change"), [(m, kind, c) for m, (kind, all_) in NAMES.items() for c in all_]
 )
 def test_ids_sizes_and_names_that_a_later_step_would_fail_on(tmp_path, kind, change, message):
     with pytest.raises(QwtError, match=message) as caught:
@@ -183,18 +174,43 @@ def test_ids_sizes_and_names_that_a_later_step_would_fail_on(tmp_path, kind, cha
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("kind", "change", "message"),
     [
-        ('{"images": [{"id": 3, "id": 4}]}', "with the id 4 that has the key 'id' twice"),
-        ("[" * 100_000, "is not valid JSON"),
-        (f'{{"images": {"9" * 5000}}}', "is not valid JSON"),
+        ("images", {"file_name": "2.png"}, "image id 1"),
+        ("images", {"id": 2}, "image file_name '1.png'"),
+        ("annotations", {}, "annotation id 1"),
+        ("categories", {"name": "dog"}, "category id 1"),
+        ("categories", {"id": 2}, "category name 'cat'"),
     ],
 )
-def test_json_that_is_none_or_contradicts_itself(tmp_path, text, message):
+def test_what_appears_twice_is_named(tmp_path, kind, change, message):
+    content = one_object(BOX)
+    content[kind].append(content[kind][0] | change)
+    with pytest.raises(QwtError, match=f"the {message} appears twice"):
+        read_annotations(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ('{"images": [', "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        (f'{{"images": {"9" * 5000}}}', "is not valid JSON"),
+        ('{"images": [{"id": 3, "id": 4}]}', "with the id 4 that has the key 'id' twice"),
+        ("[1, 2]", "has no list 'images'"),
+        ('{"a": 1}', "has no list 'images'"),
+        ('{"images": [1]}', "has no list 'annotations'"),
+        ('{"images": [1], "annotations": []}', "has no list 'categories'"),
+        ('{"images": [], "annotations": [], "categories": []}', "lists no images"),
+    ],
+)
+def test_a_file_that_is_not_coco(tmp_path, text, message):
     path = tmp_path / "annotations.json"
     path.write_text(text)
-    with pytest.raises(QwtError, match=message):
+    with pytest.raises(QwtError, match=r"annotation file .*annotations\.json") as caught:
         read_annotations(path)
+    assert message in str(caught.value)
 
 
 def test_a_byte_order_mark_is_read(tmp_path):
