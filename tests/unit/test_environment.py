@@ -43,30 +43,18 @@ def requirements() -> list[Requirement]:
 PINS = {canonicalize_name(requirement.name): requirement for requirement in requirements()}
 
 
-# --- the list ---
-
-
-def test_every_requirement_is_an_exact_version():
-    for requirement in requirements():
-        (specifier,) = requirement.specifier
-        assert specifier.operator == "==", requirement
-        assert "*" not in specifier.version, requirement
-
-
-def test_no_package_stands_twice():
-    assert len(PINS) == len(requirements())
-
-
-def test_the_list_holds_no_address_and_no_pip_option():
+def test_the_list_is_of_exact_versions_each_once_and_of_nothing_else():
+    """A local part such as +cpu exists in one place only, not in every registry."""
     text = REQUIREMENTS.read_text(encoding="utf-8")
     assert "://" not in text
-    assert not re.search(r"^\s*-", text, flags=re.MULTILINE)
-    assert all(requirement.url is None for requirement in requirements())
-
-
-def test_no_pin_carries_a_local_version():
-    """A local part such as +cpu exists in one place only, not in every registry."""
-    assert all("+" not in str(requirement.specifier) for requirement in requirements())
+    assert not re.search(r"^\s*-", text, flags=re.MULTILINE)  # no option of pip
+    assert len(PINS) == len(requirements())
+    for requirement in requirements():
+        assert re.fullmatch(r"==[^*+,]+", str(requirement.specifier)), requirement
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["dependencies"]
+    dynamic = project["tool"]["setuptools"]["dynamic"]["dependencies"]
+    assert dynamic == {"file": ["envs/requirements.txt"]}
 
 
 def test_whatever_a_pinned_package_needs_is_pinned_too():
@@ -125,17 +113,6 @@ def test_every_import_comes_from_a_pin():
     assert foreign == set()
 
 
-def test_the_project_takes_its_dependencies_from_the_list():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["project"]["dynamic"] == ["dependencies"]
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {
-        "file": ["envs/requirements.txt"]
-    }
-
-
-# --- the conda form ---
-
-
 def test_conda_form_repeats_no_pin():
     form = yaml.safe_load((ENVS / "qwt.yaml").read_text(encoding="utf-8"))
     names = {re.split(r"[=<> ]", entry)[0] for entry in form["dependencies"]}  # no `pip:` mapping
@@ -152,40 +129,23 @@ def test_conda_form_is_made_anew_when_the_pins_change():
 
 def test_post_deploy_script_away_from_the_repository_says_how_to_name_it(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "QWT_ROOT"}
-    done = subprocess.run(
-        ["bash", ENVS / "qwt.post-deploy.sh"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = ["bash", ENVS / "qwt.post-deploy.sh"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "QWT_ROOT" in done.stderr
 
 
-# --- what `make` says ---
-
-FAULTS = {
-    "venv": ("sys.modules['ensurepip'] = None", f"python3.{sys.version_info.minor}-venv"),
-    "headers": (
-        "import sysconfig; sysconfig.get_paths = lambda: {'include': '/nowhere'}",
-        f"python3.{sys.version_info.minor}-dev",
-    ),
-    "libGL": ("lost = 'libGL.so.1'", "libgl1"),
-    "glib": ("lost = 'libgthread-2.0.so.0'", "libglib2.0-0"),
-}
-LOSE_LIBRARY = """
-import sys
+PYTHON = f"python3.{sys.version_info.minor}"
+LOSE = """
+import ctypes, sys, sysconfig
 lost = None
 {fault}
-if lost:
-    import ctypes
-    class CDLL(ctypes.CDLL):
-        def __init__(self, name, *args, **kwargs):
-            if name == lost:
-                raise OSError(name)
-            super().__init__(name, *args, **kwargs)
-    ctypes.CDLL = CDLL
+class CDLL(ctypes.CDLL):
+    def __init__(self, name, *args, **kwargs):
+        if name == lost:
+            raise OSError(name)
+        super().__init__(name, *args, **kwargs)
+ctypes.CDLL = CDLL
 """
 
 
@@ -197,73 +157,40 @@ def checkout(tmp_path: Path) -> Path:
     shutil.copytree(ENVS, tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("make", "sh", "sed", "expand"):
+    for tool in ("make", "sh"):
         (tools / tool).symlink_to(shutil.which(tool))
     (tools / "g++").write_text("#!/bin/sh\n")
     (tools / "g++").chmod(0o755)
     return tmp_path
 
 
-def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["make", *arguments],
-        cwd=checkout,
-        env={"PATH": str(checkout / "bin"), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
-
-
-def assert_first_line_names(package: str, done: subprocess.CompletedProcess, checkout: Path):
+@pytest.mark.parametrize(
+    ("target", "fault", "packages"),
+    [
+        *((target, "", ["g++"]) for target in ("env", "test", "demo", "lint")),
+        ("env", "sys.modules['ensurepip'] = None", [f"{PYTHON}-venv"]),
+        ("env", "sysconfig.get_paths = lambda: {'include': '/nowhere'}", [f"{PYTHON}-dev"]),
+        ("env", "lost = 'libGL.so.1'", ["libgl1"]),
+        ("env", "lost = 'libgthread-2.0.so.0'", ["libglib2.0-0"]),
+        ("env", "lost = 'libGL.so.1'", ["g++", "libgl1"]),
+        ("test", "sys.version_info = (3, 10, 14)", ["python3", "(3.11"]),
+        ("env", None, ["python3", "python3-venv"]),  # there is no Python
+    ],
+)
+def test_the_first_line_names_every_package_that_is_missing(checkout, target, fault, packages):
+    (checkout / "sitecustomize.py").write_text(LOSE.format(fault=fault))
+    if "g++" in packages:
+        (checkout / "bin" / "g++").unlink()
+    done = subprocess.run(
+        ["make", target, *([] if fault is None else [f"PYTHON={sys.executable}"])],
+        env={"PATH": str(checkout / "bin"), "PYTHONPATH": str(checkout)},
+        cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+    )  # fmt: skip
     assert done.returncode != 0
-    assert re.search(rf"(^| ){re.escape(package)}[ ,;]", done.stdout.splitlines()[0]), done.stdout
+    for package in packages:
+        named = rf"(^| ){re.escape(package)}[ ,;]"
+        assert re.search(named, done.stdout.splitlines()[0]), done.stdout
     assert not (checkout / ".venv").exists()
-
-
-@pytest.mark.parametrize("target", ["env", "test", "demo", "lint"])
-def test_without_a_compiler_the_first_line_names_its_package(checkout, target):
-    (checkout / "bin" / "g++").unlink()
-    done = make(checkout, target, f"PYTHON={sys.executable}")
-    assert_first_line_names("g++", done, checkout)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_first_line_names_the_package_of_what_is_missing(checkout, fault):
-    code, package = FAULTS[fault]
-    (checkout / "sitecustomize.py").write_text(LOSE_LIBRARY.format(fault=code))
-    done = make(checkout, "env", f"PYTHON={sys.executable}", PYTHONPATH=str(checkout))
-    assert_first_line_names(package, done, checkout)
-
-
-def test_first_line_names_every_package_that_is_missing(checkout):
-    code, package = FAULTS["libGL"]
-    (checkout / "bin" / "g++").unlink()
-    (checkout / "sitecustomize.py").write_text(LOSE_LIBRARY.format(fault=code))
-    done = make(checkout, "env", f"PYTHON={sys.executable}", PYTHONPATH=str(checkout))
-    assert_first_line_names("g++", done, checkout)
-    assert_first_line_names(package, done, checkout)
-
-
-def test_without_python_the_first_line_names_its_packages(checkout):
-    done = make(checkout, "env")
-    assert_first_line_names("python3", done, checkout)
-    assert_first_line_names("python3-venv", done, checkout)
-
-
-def test_an_old_python_is_refused_before_anything_is_made(checkout):
-    (checkout / "sitecustomize.py").write_text("import sys; sys.version_info = (3, 10, 14)")
-    done = make(checkout, "test", f"PYTHON={sys.executable}", PYTHONPATH=str(checkout))
-    assert_first_line_names("python3", done, checkout)
-    assert "3.11" in done.stdout.splitlines()[0]
-
-
-def test_make_without_a_target_lists_the_targets(checkout):
-    done = make(checkout)
-    assert done.returncode == 0
-    for target in ("env", "test", "demo", "lint", "clean"):
-        assert f"make {target} " in done.stdout
 
 
 def test_nothing_is_missing_where_these_tests_run():
@@ -272,44 +199,36 @@ def test_nothing_is_missing_where_these_tests_run():
     assert missing == []
 
 
-# --- mmcv ---
-
-
 def test_mmcv_is_installed_after_everything_else():
-    others, mmcv = install.split_requirements(REQUIREMENTS.read_text(encoding="utf-8"))
-    assert mmcv == "mmcv==2.1.0"
-    assert check_env.pinned_versions(others).keys() == check_env.pinned_versions(
-        REQUIREMENTS.read_text(encoding="utf-8")
-    ).keys() - {"mmcv"}
+    text = REQUIREMENTS.read_text(encoding="utf-8")
+    others, mmcv = install.split_requirements(text)
+    assert mmcv == str(PINS["mmcv"])
+    pinned = check_env.pinned_versions
+    assert pinned(others).keys() == pinned(text).keys() - {"mmcv"}
 
 
 NVCC = "Cuda compilation tools, release {}, V13.0.88"
 
 
 @pytest.mark.parametrize(
-    ("torch_cuda", "nvcc", "forced", "gpu_hidden"),
+    ("torch_cuda", "nvcc", "declined", "forced", "said"),
     [
-        (None, "", "0", False),
-        (None, NVCC.format("13.0"), "0", False),  # nvcc is no use to a CPU build of torch
-        ("13.0", NVCC.format("13.0"), "1", False),
-        ("12.8", NVCC.format("12.4"), "1", False),  # minor versions may differ
-        ("12.8", NVCC.format("13.0"), "0", True),
-        ("13.0", "", "0", True),
+        (None, "", False, "0", "as torch is"),
+        (None, NVCC.format("13.0"), False, "0", "as torch is"),  # of no use to a CPU build of torch
+        ("13.0", NVCC.format("13.0"), False, "1", "with CUDA kernels"),
+        ("12.8", NVCC.format("12.4"), False, "1", "with CUDA kernels"),  # minor versions may differ
+        ("12.8", NVCC.format("13.0"), False, "0", "no nvcc here for CUDA 12.8"),
+        ("13.0", "", False, "0", "no nvcc here for CUDA 13.0"),
+        ("13.0", NVCC.format("13.0"), True, "0", "FORCE_CUDA=0"),
     ],
 )
 def test_mmcv_gets_cuda_kernels_only_from_the_nvcc_that_torch_was_built_with(
-    torch_cuda, nvcc, forced, gpu_hidden
+    torch_cuda, nvcc, declined, forced, said
 ):
-    settings, sentence = install.cuda_settings(torch_cuda, nvcc)
-    assert settings["FORCE_CUDA"] == forced
-    assert (settings.get("CUDA_VISIBLE_DEVICES") == "") is gpu_hidden
-    assert sentence
-
-
-def test_a_user_can_decline_cuda_kernels():
-    settings, sentence = install.cuda_settings("13.0", NVCC.format("13.0"), declined=True)
-    assert settings == {"FORCE_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
-    assert "FORCE_CUDA=0" in sentence
+    settings, sentence = install.cuda_settings(torch_cuda, nvcc, declined=declined)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch_cuda and forced == "0" else {}
+    assert settings == {"FORCE_CUDA": forced} | hidden
+    assert said in sentence
 
 
 def test_build_keeps_the_users_number_of_jobs(monkeypatch):
@@ -325,17 +244,14 @@ def test_build_keeps_the_users_number_of_jobs(monkeypatch):
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
-        (
-            "  error: subprocess-exited-with-error\n  gcc -c x.cpp\n"
-            "  x.cpp:1:10: fatal error: Python.h: No such file or directory\n  error: command failed",
-            "Python.h: No such file or directory",
-        ),
+        ("  error: subprocess-exited-with-error\n  x.cpp:1:10: fatal error: Python.h: No such file or "
+         "directory\n  error: command failed", "Python.h: No such file or directory"),
         ("  /bin/sh: 1: c++: not found\n  CalledProcessError: Command '['ninja'", "c++: not found"),
         ("error: command 'g++' failed: No such file or directory\n", "'g++' failed"),
         ("ModuleNotFoundError: No module named 'pkg_resources'\n", "'pkg_resources'"),
         ("Killed\n", "no error line"),
     ],
-)
+)  # fmt: skip
 def test_a_failed_build_ends_in_one_line_with_the_first_error(output, reason):
     sentence = install.build_failure(output)
     assert reason in sentence
@@ -350,37 +266,29 @@ def test_a_pin_that_is_not_fulfilled_is_named():
         check_env.check_pins({"nonesuch": "1"})
 
 
-def test_mmcv_operators_run():
-    check_env.run_operators("cpu")
-
-
 def test_operators_that_answer_wrongly_are_noticed(monkeypatch):
     import mmcv.ops
     import torch
 
+    check_env.run_operators("cpu")
     monkeypatch.setattr(mmcv.ops, "nms", lambda *_, **__: (None, torch.tensor([0, 1, 2])))
     with pytest.raises(check_env.EnvironmentFault, match="nms"):
         check_env.run_operators("cpu")
 
 
-# --- continuous integration ---
-
-
 @pytest.mark.parametrize("own", ["", "/elsewhere"])
 @pytest.mark.parametrize("ready", [True, False])
 def test_ci_lints_and_tests_and_offers_the_wheel_where_there_is_one(tmp_path, ready, own):
-    script = tmp_path / "repository" / ".ci" / "run"
+    script, wheels = tmp_path / "repository/.ci/run", tmp_path / "shared/wheels"
     script.parent.mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "run", script)
-    wheels = tmp_path / "shared" / "wheels"
     if ready:
         wheels.mkdir(parents=True)
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "make").write_text('#!/bin/sh\necho "$1:${PIP_FIND_LINKS:-}"\n')
-    (tools / "make").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    environment["PIP_FIND_LINKS"] = own
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "$1:${PIP_FIND_LINKS:-}"\n')
+    make.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PIP_FIND_LINKS": own}
     done = subprocess.run(
         [script], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
