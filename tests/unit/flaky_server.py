@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
@@ -34,6 +35,7 @@ class Raw:
     pause: float = 0.0
 
 
+@dataclass
 class FlakyServer:
     """Serves ``files`` (address path without the leading slash -> content) and a ``folder``.
 
@@ -48,28 +50,17 @@ class FlakyServer:
     ``requests`` lists (path, Range header or None) in order of arrival.
     """
 
-    def __init__(
-        self,
-        files: dict[str, bytes] | None = None,
-        *,
-        folder: str | Path | None = None,
-        ranges: bool = True,
-        check_if_range: bool = True,
-        etags: bool = True,
-        unavailable_every: int = 0,
-        drop_every: int = 0,
-    ) -> None:
-        self.files = dict(files or {})
-        self.folder = Path(folder) if folder is not None else None
-        self.ranges = ranges
-        self.check_if_range = check_if_range
-        self.etags = etags
-        self.unavailable_every = unavailable_every
-        self.drop_every = drop_every
-        self.plan: dict[str, deque[Drop | Status | Raw]] = defaultdict(deque)
-        self.requests: list[tuple[str, str | None]] = []
-        self._lock = threading.Lock()
-        self.closed = threading.Event()
+    files: dict[str, bytes] = field(default_factory=dict)
+    folder: Path | None = None
+    ranges: bool = True
+    check_if_range: bool = True
+    etags: bool = True
+    unavailable_every: int = 0
+    drop_every: int = 0
+    plan: dict[str, deque[Drop | Status | Raw]] = field(default_factory=lambda: defaultdict(deque))
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+    closed: threading.Event = field(default_factory=threading.Event)
+    _lock: Any = field(default_factory=threading.Lock)
 
     def __enter__(self) -> "FlakyServer":
         handler = type("Handler", (_Handler,), {"world": self})
@@ -96,15 +87,12 @@ class FlakyServer:
     def content(self, path: str) -> bytes | None:
         if path in self.files:
             return self.files[path]
-        if self.folder is not None and (self.folder / path).is_file():
-            return (self.folder / path).read_bytes()
-        return None
+        there = self.folder is not None and (self.folder / path).is_file()
+        return (self.folder / path).read_bytes() if there else None
 
-    def behaviour(
-        self, path: str, range_header: str | None, size: int
-    ) -> Drop | Status | Raw | None:
+    def behaviour(self, path: str, asked: str | None, size: int) -> Drop | Status | Raw | None:
         with self._lock:
-            self.requests.append((path, range_header))
+            self.requests.append((path, asked))
             number = len(self.requests)
             if self.plan[path]:
                 return self.plan[path].popleft()
@@ -130,10 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(behaviour)
         if content is None:
             return self._reply(404, b"")
-        headers = {}
         etag = f'"{hashlib.md5(content).hexdigest()}"'
-        if self.world.etags:
-            headers["ETag"] = etag
+        headers = {"ETag": etag} if self.world.etags else {}
         status, body = 200, content
         unchanged = self.headers.get("If-Range") in (None, etag) or not self.world.check_if_range
         if asked and self.world.ranges and unchanged:
@@ -154,13 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             pass  # the client has gone
 
-    def _reply(
-        self,
-        status: int,
-        body: bytes,
-        headers: dict[str, str] | None = None,
-        cut: int | None = None,
-    ) -> None:
+    def _reply(self, status: int, body: bytes, headers: Any = None, cut: int | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
