@@ -1,3 +1,5 @@
+"""Detectors of MMDetection: configs that are refused, weights that arrive, what mmdet gets wrong."""
+
 import cv2
 import numpy as np
 import pytest
@@ -29,26 +31,35 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+def own(tmp_path, lines: str, base: str = NANO):
+    """A config that changes one of the zoo."""
+    (tmp_path / "own.py").write_text(f"_base_ = {str(resolve_config(base))!r}\n{lines}\n")
+    return tmp_path / "own.py"
+
+
 def test_zoo_names_and_paths_are_found():
     path = resolve_config(NANO)
     assert path.is_file()
     assert resolve_config(path) == path
-
-
-def test_unknown_config_suggests_similar_names():
     with pytest.raises(QwtError, match="yolox_nano_8xb8-300e_coco"):
         resolve_config("yolox/yolox_nano_8xb8_300e_coco.py")
 
 
-def test_broken_and_incomplete_configs_are_named(tmp_path):
-    broken = tmp_path / "broken.py"
-    broken.write_text("model = dict(")
-    with pytest.raises(QwtError, match=r"broken\.py cannot be read"):
-        read_config(broken)
-    base = tmp_path / "base.py"
-    base.write_text("model = dict(type='YOLOX')")
-    with pytest.raises(QwtError, match="test_dataloader"):
-        read_config(base)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = dict(", r"own\.py cannot be read"),
+        ("model = dict(type='YOLOX')", "test_dataloader"),
+    ],
+)
+def test_broken_and_incomplete_configs_are_named(tmp_path, text, message):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(QwtError, match=message):
+        read_config(tmp_path / "own.py")
+
+
+SOFT_TEACHER = "soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py"
+QDTRACK = "qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py"
 
 
 @pytest.mark.parametrize(
@@ -56,16 +67,10 @@ def test_broken_and_incomplete_configs_are_named(tmp_path):
     [
         ("pascal_voc/retinanet_r50_fpn_1x_voc0712.py", "VOCMetric"),
         ("panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py", "panoptic"),
-        (
-            "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py",
-            "semi-supervised",
-        ),
+        (f"soft_teacher/{SOFT_TEACHER}", "semi-supervised"),
         ("fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py", "proposals that another model made"),
         ("rpn/rpn_r50_fpn_1x_coco.py", "region proposals"),
-        (
-            "qdtrack/qdtrack_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py",
-            "videos",
-        ),
+        (f"qdtrack/{QDTRACK}", "videos"),
         ("glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py", "transformers"),
     ],
 )
@@ -99,40 +104,25 @@ def test_fingerprint_follows_weights_and_config(checkpoint, tmp_path):
 
 
 def test_checkpoint_of_another_model_lists_the_keys(checkpoint):
-    with pytest.raises(QwtError) as error:
+    with pytest.raises(QwtError, match=r"(?s)nano\.pth.*missing.*unexpected") as caught:
         load_detector("yolox/yolox_tiny_8xb8-300e_coco.py", checkpoint)
-    message = str(error.value)
-    assert "nano.pth" in message
-    assert "missing" in message.lower()
-    assert "unexpected" in message.lower()
-    assert "backbone.stem.conv.conv.weight" in message
+    assert "backbone.stem.conv.conv.weight" in str(caught.value)
 
 
 def test_fcos_with_the_names_of_mmdet_1(tmp_path):
     config = "fcos/fcos_r50-dcn-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py"
-    model = random_detector(config)
-    new = model.state_dict()
-    changes = {"bbox_head.conv_": "bbox_head.fcos_", ".conv2.conv_offset.": ".conv2_offset."}
-    old = {}
-    for key, value in new.items():
-        for now, then in changes.items():
-            key = key.replace(now, then)
-        old[key] = value
+    new = random_detector(config).state_dict()
+    old = {
+        key.replace("bbox_head.conv_", "bbox_head.fcos_").replace(
+            ".conv2.conv_offset.", ".conv2_offset."
+        ): value
+        for key, value in new.items()
+    }
     assert len(old.keys() - new.keys()) > 10
-    path = tmp_path / "fcos.pth"
-    torch.save({"state_dict": old, "meta": {}}, path)
-    fetch_checkpoint(path, tmp_path / "fetched.pth")
+    torch.save({"state_dict": old, "meta": {}}, tmp_path / "fcos.pth")
+    fetch_checkpoint(tmp_path / "fcos.pth", tmp_path / "fetched.pth")
     loaded = load_detector(config, tmp_path / "fetched.pth").state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in new.items())
-
-
-def test_number_of_classes_that_differs_is_a_shape_mismatch(checkpoint):
-    options = {
-        "model.bbox_head.num_classes": 3,
-        "test_dataloader.dataset.metainfo.classes": ["a", "b", "c"],
-    }
-    with pytest.raises(QwtError, match=r"multi_level_conv_cls\.0\.weight"):
-        load_detector(NANO, checkpoint, config_options=options)
 
 
 def test_the_names_of_the_checkpoint_are_those_of_its_labels(tmp_path):
@@ -148,53 +138,37 @@ def test_the_names_of_the_checkpoint_are_those_of_its_labels(tmp_path):
         random_detector(NANO, options)
 
 
+PIPELINE = "test_dataloader = dict(dataset=dict(pipeline=[%s]))"
+TTA = "dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=[])"
+GREY = "data_preprocessor=dict(mean=[{0}], std=[{0}], bgr_to_rgb=False)"
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ("model = dict(bbox_head=dict(type='NoSuchHead'))", "cannot be built.*NoSuchHead"),
         ("custom_imports = dict(imports=['no_such_module.part'])", "Python module no_such_module"),
         ("custom_imports = dict(imports=['mmpretrain.models'])", "pip install mmpretrain"),
-        (
-            "test_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'),"
-            "dict(type='TestTimeAug', transforms=[])]))",
-            r"TestTimeAug.*set test_dataloader\.dataset\.pipeline",
-        ),
+        (PIPELINE % TTA, r"TestTimeAug.*set test_dataloader\.dataset\.pipeline"),
         ("model = dict(_delete_=True, type='DetTTAModel')", "test-time augmentation"),
-        (
-            "model = dict(data_preprocessor=dict(mean=[0.0], std=[1.0]), "
-            "backbone=dict(type='ResNet', depth=18, in_channels=1, _delete_=True))",
-            "set its color_type to 'grayscale'",
-        ),
+        (f"model = dict({GREY.format(1.0)}, backbone=dict(type='ResNet', depth=18, in_channels=1, "
+         "_delete_=True))", "set its color_type to 'grayscale'"),
         ("model = [1]", "a model that is .*should be a dict"),
-        (
-            "model = dict(backbone='ResNet')",
-            r"a model\.backbone that is 'ResNet'; it should be a dict",
-        ),
+        ("model = dict(backbone='ResNet')", r"a model\.backbone that is 'ResNet'; it should be a d"),
         ("model = dict(backbone=None)", "cannot be built"),
         ("model = dict(data_preprocessor=None)", r"no model\.data_preprocessor.*set it"),
         ("metainfo = 'person'", "a metainfo that is 'person'; it should be a dict"),
-        (
-            "test_dataloader = dict(dataset=dict(metainfo=['person']))",
-            r"a test_dataloader\.dataset\.metainfo that is .*should be a dict",
-        ),
-        (
-            "test_dataloader = dict(_delete_=True, dataset=[dict(type='CocoDataset')])",
-            r"a test_dataloader\.dataset that is .*should be a dict",
-        ),
-        (
-            "test_dataloader = dict(dataset=dict(pipeline=['LoadImageFromFile']))",
-            r"pipeline\.0 that is 'LoadImageFromFile'; it should be a dict",
-        ),
-        (
-            "test_dataloader = dict(dataset=dict(pipeline=[dict(scale=3)]))",
-            r"has no test_dataloader\.dataset\.pipeline\.0\.type; add it",
-        ),
+        ("test_dataloader = dict(dataset=dict(metainfo=['person']))",
+         r"a test_dataloader\.dataset\.metainfo that is .*should be a dict"),
+        ("test_dataloader = dict(_delete_=True, dataset=[dict(type='CocoDataset')])",
+         r"a test_dataloader\.dataset that is .*should be a dict"),
+        (PIPELINE % "'LoadImage'", r"pipeline\.0 that is 'LoadImage'; it should be a dict"),
+        (PIPELINE % "dict(scale=3)", r"has no test_dataloader\.dataset\.pipeline\.0\.type; add it"),
         ("test_evaluator = 'CocoMetric'", "a test_evaluator that is .*a dict or list of dicts"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_built_is_one_short_sentence(tmp_path, lines, message):
-    config = tmp_path / "own.py"
-    config.write_text(f"_base_ = {str(resolve_config(NANO))!r}\n{lines}\n")
+    config = own(tmp_path, lines)
     with pytest.raises(QwtError, match=message) as caught:
         random_detector(config)
     assert "\n" not in str(caught.value)
@@ -204,22 +178,16 @@ def test_what_cannot_be_built_is_one_short_sentence(tmp_path, lines, message):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (
-            "mmdet.configs.rtmdet.rtmdet_tiny_8xb32_300e_coco",
-            "wheel does not hold.*_base_ = 'mmdet::",
-        ),
+        ("mmdet.configs.rtmdet.rtmdet_tiny_8xb32_300e_coco", "wheel does not hold.*'mmdet::"),
         (".missing", r"takes \.missing as its base \(read_base\), but there is no such file"),
         ("mmnowhere.configs.some", "Python module mmnowhere"),
     ],
 )
 def test_a_base_that_python_would_import_is_named(tmp_path, base, message):
-    config = tmp_path / "own.py"
-    config.write_text(
-        f"from mmengine.config import read_base\nwith read_base():\n    from {base} import *\n"
-    )
-    with pytest.raises(QwtError, match=message) as caught:
-        random_detector(config)
-    assert str(caught.value).endswith(".")
+    text = f"from mmengine.config import read_base\nwith read_base():\n    from {base} import *\n"
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(QwtError, match=rf"{message}.*\.$"):
+        random_detector(tmp_path / "own.py")
 
 
 def test_a_line_of_several_thousand_letters_is_cut():
@@ -230,26 +198,25 @@ def test_ssd_predicts():
     options = {"model.bbox_head.num_classes": 2}
     options |= {"test_dataloader.dataset.metainfo.classes": ["a", "b"]}
     model = random_detector("ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py", options)
-    batch = {"inputs": torch.rand(1, 3, 320, 320), "data_samples": [DetDataSample()]}
-    batch["data_samples"][0].set_metainfo(
+    sample = DetDataSample()
+    sample.set_metainfo(
         {"img_shape": (320, 320), "ori_shape": (320, 320), "scale_factor": (1.0, 1.0)}
     )
     with torch.no_grad():
-        (sample,) = model.predict(batch["inputs"], batch["data_samples"])
-    assert set(sample.pred_instances.labels.tolist()) <= {0, 1}
+        (found,) = model.predict(torch.rand(1, 3, 320, 320), [sample])
+    assert set(found.pred_instances.labels.tolist()) <= {0, 1}
 
 
 def test_a_detector_of_one_channel_reads_grey_images(tmp_path):
-    config = tmp_path / "grey.py"
-    config.write_text(
-        f"_base_ = {str(resolve_config('retinanet/retinanet_r18_fpn_1x_coco.py'))!r}\n"
-        "model = dict(data_preprocessor=dict(mean=[120.0], std=[60.0], bgr_to_rgb=False),"
-        "backbone=dict(in_channels=1, base_channels=8, stem_channels=8),"
-        "neck=dict(in_channels=[8, 16, 32, 64]))\n"
-        "test_dataloader = dict(dataset=dict(pipeline=["
+    steps = (
         "dict(type='LoadImageFromFile', color_type='grayscale'),"
-        "dict(type='Resize', scale=(64, 64), keep_ratio=True), dict(type='PackDetInputs')]))\n"
+        "dict(type='Resize', scale=(64, 64), keep_ratio=True), dict(type='PackDetInputs')"
     )
+    lines = (
+        f"model = dict({GREY.format(99.0)}, neck=dict(in_channels=[8, 16, 32, 64]),"
+        f"backbone=dict(in_channels=1, base_channels=8, stem_channels=8))\n{PIPELINE % steps}"
+    )
+    config = own(tmp_path, lines, "retinanet/retinanet_r18_fpn_1x_coco.py")
     image = tmp_path / "image.png"
     cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
     assert run_on_images(random_detector(config), [image], tmp_path / "out") >= 0
@@ -261,15 +228,10 @@ def test_a_config_brings_modules_of_its_own(checkpoint, tmp_path, monkeypatch):
         "from mmdet.models.backbones import CSPDarknet\n"
         "from mmdet.registry import MODELS\n"
         "@MODELS.register_module()\n"
-        "class DarknetOfAConfig(CSPDarknet):\n"
-        "    pass\n"
+        "class DarknetOfAConfig(CSPDarknet):\n    pass\n"
     )
-    config = tmp_path / "own.py"
-    config.write_text(
-        f"_base_ = {str(resolve_config(NANO))!r}\n"
-        "custom_imports = dict(imports=['own_backbone'])\n"
-        "model = dict(backbone=dict(type='DarknetOfAConfig'))\n"
-    )
+    lines = "custom_imports = dict(imports=['own_backbone'])\n"
+    config = own(tmp_path, lines + "model = dict(backbone=dict(type='DarknetOfAConfig'))")
     with pytest.raises(QwtError, match="own_backbone"):
         load_detector(config, checkpoint)
     monkeypatch.syspath_prepend(tmp_path)
