@@ -25,20 +25,16 @@ def repeated(content, predictions, weights):
     """The data set that holds each image as often as its weight says, under new ids."""
     images, annotations, records = [], [], []
     for copy in range(max(weights.values())):
-        renamed = {
-            image: 1_000_000 * copy + image for image, weight in weights.items() if weight > copy
-        }
-        for image in content["images"]:
-            if image["id"] in renamed:
-                number = renamed[image["id"]]
-                images.append({**image, "id": number, "file_name": f"{number}.png"})
-        for annotation in content["annotations"]:
-            if annotation["image_id"] in renamed:
-                new = {"id": len(annotations) + 1, "image_id": renamed[annotation["image_id"]]}
-                annotations.append({**annotation, **new})
-        for record in predictions:
-            if record["image_id"] in renamed:
-                records.append({**record, "image_id": renamed[record["image_id"]]})
+        new = {image: 1_000_000 * copy + image for image, times in weights.items() if times > copy}
+        images += [
+            {**image, "id": new[image["id"]], "file_name": f"{new[image['id']]}.png"}
+            for image in content["images"]
+            if image["id"] in new
+        ]
+        for old, copies in ((content["annotations"], annotations), (predictions, records)):
+            of_images = [entry for entry in old if entry["image_id"] in new]
+            copies += [{**entry, "image_id": new[entry["image_id"]]} for entry in of_images]
+    annotations = [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
     return {**content, "images": images, "annotations": annotations}, records
 
 
@@ -57,9 +53,8 @@ def table_of(annotations, predictions, iou_type):
 @pytest.mark.parametrize("scores", [None, 6, 1])
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_weights_are_numbers_of_copies_of_an_image(tmp_path, iou_type, scores):
-    content, predictions = random_detections(
-        images=9, detections=25, classes=4, seed=7, scores=scores
-    )
+    sizes = {"images": 9, "detections": 25, "classes": 4}
+    content, predictions = random_detections(**sizes, seed=7, scores=scores)
     table = table_of(write(tmp_path, content), predictions, iou_type)
     assert table.images == [image["id"] for image in content["images"]]
     weights = np.concatenate([np.ones((1, 9), dtype=int), draw_weights(9, 3, seed=1)])
@@ -68,9 +63,8 @@ def test_weights_are_numbers_of_copies_of_an_image(tmp_path, iou_type, scores):
     for index, row in enumerate(weights):
         copies = dict(zip(table.images, row.tolist(), strict=True))
         again, records = repeated(content, predictions, copies)
-        metrics = coco_metrics(
-            write(tmp_path, again, "again.json"), records, masks=iou_type == "segm"
-        )
+        path = write(tmp_path, again, "again.json")
+        metrics = coco_metrics(path, records, masks=iou_type == "segm")
         assert_equals_cocoeval(ap, index, metrics[iou_type])
         for category in content["categories"]:
             expected = metrics["per_class"][category["name"]].get(iou_type)
@@ -126,14 +120,22 @@ def test_weights_that_are_no_numbers_of_draws_are_refused(tmp_path, weights):
         table.ap(np.array(weights))
 
 
-def test_resamples_do_not_depend_on_how_many_are_computed_at_once(tmp_path, monkeypatch):
-    content, predictions = random_detections(images=6, detections=15, classes=3, seed=2, scores=4)
-    table = table_of(write(tmp_path, content), predictions, "bbox")
-    weights = draw_weights(6, 20, seed=0)
-    together, _ = table.ap(weights)
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_what_is_computed_in_parts_is_as_all_at_once(tmp_path, monkeypatch, iou_type):
+    content, predictions = random_detections(images=9, detections=25, classes=4, seed=7, scores=6)
+    path = write(tmp_path, content)
+    weights = draw_weights(9, 20, seed=1)
+    whole = table_of(path, predictions, iou_type)
+    expected = whole.ap(weights)
     monkeypatch.setattr("qwt_mmdet.evaluation.weighted_ap.CHUNK_ELEMENTS", 300)
-    for name, values in table.ap(weights)[0].items():
-        np.testing.assert_array_equal(values, together[name])
+    monkeypatch.setattr(coco, "IMAGES_AT_ONCE", 2)
+    backwards = sorted(predictions, key=lambda record: -record["image_id"])
+    parts = table_of(path, backwards, iou_type)
+    assert parts.images == whole.images
+    for table in (whole, parts):
+        for one, other in zip(table.ap(weights), expected, strict=True):
+            assert list(one) == list(other)
+            np.testing.assert_array_equal(list(one.values()), list(other.values()))
 
 
 def test_each_resample_draws_as_many_images_as_there_are():
@@ -195,19 +197,24 @@ def test_the_seed_decides(variants, result):
     assert other.estimate("baseline", "bbox", "AP") != result.estimate("baseline", "bbox", "AP")
 
 
-def test_processes_change_nothing(variants, result):
+def test_processes_and_files_change_nothing(variants, result, tmp_path):
     path, records = variants
-    shared = bootstrap(path, records, masks=True, resamples=200, seed=5, processes=2)
+    for name, content in records.items():
+        (tmp_path / name.replace("/", "-")).write_text(json.dumps(content))
+    files = {name: tmp_path / name.replace("/", "-") for name in records}
+    shared = bootstrap(path, files, masks=True, resamples=200, seed=5, processes=2)
     for name, by_type in result.samples.items():
         for iou_type, by_metric in by_type.items():
             for metric, expected in by_metric.items():
                 np.testing.assert_array_equal(shared.samples[name][iou_type][metric], expected)
 
 
-def test_a_variant_does_not_differ_from_its_equal(result):
+def test_a_variant_does_not_differ_from_its_equal_and_so_has_no_loss_to_recover(result):
     difference = result.difference("w8/quantized", "baseline", "bbox", "AP")
     assert difference == Difference(0, 0, 0)
     assert not difference.significant
+    recovered = result.recovered("baseline", "w8/quantized", "w4/qwt", "bbox", "AP")
+    assert recovered == Estimate(None, None, None)
 
 
 def test_pairing_narrows_a_difference(result):
@@ -220,18 +227,11 @@ def test_pairing_narrows_a_difference(result):
 
 
 def test_recovered_fraction_has_its_fixed_points(result):
-    whole = result.recovered("baseline", "w4/quantized", "baseline", "segm", "AP")
-    assert whole == Estimate(1, 1, 1)
-    nothing = result.recovered("baseline", "w4/quantized", "w4/quantized", "segm", "AP")
-    assert nothing == Estimate(0, 0, 0)
+    for regained, share in (("baseline", 1), ("w4/quantized", 0)):
+        recovered = result.recovered("baseline", "w4/quantized", regained, "segm", "AP")
+        assert recovered == Estimate(share, share, share)
     part = result.recovered("baseline", "w4/quantized", "w4/qwt", "segm", "AP")
     assert 0 < part.low < part.value < part.high
-
-
-def test_no_fraction_of_a_loss_that_is_not_significant(result):
-    assert not result.difference("w8/quantized", "baseline", "bbox", "AP").significant
-    recovered = result.recovered("baseline", "w8/quantized", "w4/qwt", "bbox", "AP")
-    assert recovered == Estimate(None, None, None)
 
 
 def from_samples(**samples):
@@ -398,39 +398,12 @@ def test_a_difference_is_significant_where_its_interval_excludes_0(low, high, si
 def test_a_comparison_leaves_out_what_was_not_evaluated(result):
     whole = result.compare("baseline", "w4/quantized", "w4/qwt", "bbox", "AP")
     assert whole.baseline == result.estimate("baseline", "bbox", "AP")
-    assert whole.compensated_minus_quantized == result.difference(
-        "w4/qwt", "w4/quantized", "bbox", "AP"
-    )
+    gain = result.difference("w4/qwt", "w4/quantized", "bbox", "AP")
+    assert whole.compensated_minus_quantized == gain
     assert whole.recovered == result.recovered("baseline", "w4/quantized", "w4/qwt", "bbox", "AP")
     part = result.compare(None, "w4/quantized", "w4/qwt", "bbox", "AP")
-    missing = dict.fromkeys(("baseline", "quantized_minus_baseline", "compensated_minus_baseline", "recovered"))  # fmt: skip
-    assert part == dataclasses.replace(whole, **missing)
-
-
-@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_images_that_are_matched_in_parts_give_the_table_of_all(tmp_path, monkeypatch, iou_type):
-    content, predictions = random_detections(images=9, detections=25, classes=4, seed=7, scores=6)
-    path = write(tmp_path, content)
-    weights = draw_weights(9, 5, seed=1)
-    whole = table_of(path, predictions, iou_type)
-    monkeypatch.setattr(coco, "IMAGES_AT_ONCE", 2)
-    backwards = sorted(predictions, key=lambda record: -record["image_id"])
-    parts = table_of(path, backwards, iou_type)
-    assert parts.images == whole.images
-    for one, other in zip(parts.ap(weights), whole.ap(weights), strict=True):
-        assert list(one) == list(other)
-        np.testing.assert_array_equal(list(one.values()), list(other.values()))
-
-
-def test_variants_can_be_files(tmp_path):
-    content, predictions = random_detections(images=9, detections=5, classes=2, seed=7)
-    path = write(tmp_path, content)
-    file = tmp_path / "predictions.json"
-    file.write_text(json.dumps(predictions))
-    inside = bootstrap(path, {"baseline": predictions}, masks=True, resamples=100)
-    read = bootstrap(path, {"baseline": file}, masks=True, resamples=100)
-    compared = [result.estimate("baseline", "segm", "AP") for result in (inside, read)]
-    assert compared[0] == compared[1]
+    missing = ("baseline", "quantized_minus_baseline", "compensated_minus_baseline", "recovered")
+    assert part == dataclasses.replace(whole, **dict.fromkeys(missing))
 
 
 def test_bad_predictions_name_their_variant(tmp_path):
@@ -472,25 +445,20 @@ def test_real_annotations_with_images_drawn_twice(tmp_path, iou_type):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in sizes]
     generator = np.random.default_rng(1)
     predictions = []
-    for annotation in content["annotations"]:
-        if annotation["iscrowd"]:
-            continue
-        shift = generator.normal(0, 0.08, 2) * annotation["bbox"][2:]
+    for annotation in [a for a in content["annotations"] if not a["iscrowd"]]:
+        corner, size = np.split(np.array(annotation["bbox"]), 2)
+        shift = generator.normal(0, 0.08, 2) * size
         polygons = [
             (np.reshape(polygon, (-1, 2)) + shift).ravel().tolist()
             for polygon in annotation["segmentation"]
         ]
-        category = generator.choice(content["annotations"])["category_id"]
-        kept = generator.random() < 0.8
-        predictions.append(
-            {
-                "image_id": annotation["image_id"],
-                "category_id": annotation["category_id"] if kept else category,
-                "bbox": [*(annotation["bbox"][:2] + shift).tolist(), *annotation["bbox"][2:]],
-                "score": float(generator.integers(1, 20)) / 20,
-                "segmentation": compressed(polygons, *sizes[annotation["image_id"]]),
-            }
-        )
+        other = generator.choice(content["annotations"])["category_id"]
+        category = annotation["category_id"] if generator.random() < 0.8 else other
+        record = {"image_id": annotation["image_id"], "category_id": category}
+        record |= {"bbox": [*(corner + shift).tolist(), *size.tolist()]}
+        record |= {"score": float(generator.integers(1, 20)) / 20}
+        mask = compressed(polygons, *sizes[annotation["image_id"]])
+        predictions.append({**record, "segmentation": mask})
     table = table_of(write(tmp_path, content), predictions, iou_type)
     weights = np.ones((2, 24), dtype=int)
     weights[1, ::3] = 2
@@ -508,16 +476,14 @@ def test_a_detector_that_finds_nothing_has_the_interval_0_to_0(tmp_path, masks):
     found = bootstrap(write(tmp_path, content), variants, masks=masks, resamples=50)
     for kind in ("bbox", "segm")[: 1 + masks]:
         for metric in ("AP", "AP50", 1):
-            estimate = found.estimate("nothing", kind, metric)
-            assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
+            assert found.estimate("nothing", kind, metric) == Estimate(0, 0, 0)
         loss = found.difference("nothing", "baseline", kind, "AP")
         assert loss.value == -found.values["baseline"][kind]["AP"]
         assert loss.significant
         assert not found.difference("again", "nothing", kind, "AP").significant
-        regained = found.recovered("baseline", "nothing", "again", kind, "AP")
-        assert (regained.value, regained.low, regained.high) == (0, 0, 0)
-        whole = found.recovered("baseline", "nothing", "baseline", kind, "AP")
-        assert (whole.value, whole.low, whole.high) == (1, 1, 1)
+        for regained, share in (("again", 0), ("baseline", 1)):
+            recovered = found.recovered("baseline", "nothing", regained, kind, "AP")
+            assert recovered == Estimate(share, share, share)
 
 
 def test_a_metric_more_is_one_line(tmp_path, monkeypatch):
