@@ -62,11 +62,8 @@ def legacy(path, program: bytes, content=FLOATS):
     program = program.replace(b"tQ", b"NtQ")  # here a storage is described by six values
     before = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     keys = pickle.dumps(["0"] if b"Q" in program else [], 2)
-    path.write_bytes(
-        b"".join(pickle.dumps(value, 2) for value in before)
-        + (b"\x80\x02" + program + b".")
-        + (keys + struct.pack("<q", len(content) // 4) + content)
-    )
+    head = b"".join(pickle.dumps(value, 2) for value in before) + b"\x80\x02" + program + b"."
+    path.write_bytes(head + keys + struct.pack("<q", len(content) // 4) + content)
     return path
 
 
@@ -87,7 +84,11 @@ def refused(path) -> str:
     return message
 
 
-@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+either_writer = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+either_format = pytest.mark.parametrize("zipped", [True, False])
+
+
+@either_writer
 def test_a_pickle_by_hand_is_read(tmp_path, writer):
     program = dictionary(text("w"), tensor((2, 2), (1, 2)), text("v"), tensor())
     weights = load_checkpoint(writer(tmp_path / "a.pth", program))
@@ -95,37 +96,27 @@ def test_a_pickle_by_hand_is_read(tmp_path, writer):
     assert weights["v"].tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+TYPES = ("bfloat16", "float64", "uint8", "bool", "int64")
+EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2")  # torch's first format has none such
+
+
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.int64]
+    ("name", "zipped"), [(name, z) for z in (True, False) for name in TYPES + EIGHT_BITS * z]
 )
-def test_every_type_and_view_is_as_torch_reads_it(tmp_path, zipped, dtype):
-    base = torch.arange(24).to(dtype)
-    state = {
-        "view": base[2:8],
-        "strided": base.view(4, 6)[::2, 1::2],
-        "transposed": base.view(4, 6).T,
-        "scalar": base[3],
-        "empty": base[:0].view(0, 5),
-    }
+def test_every_type_and_view_is_as_torch_reads_it(tmp_path, zipped, name):
+    base = torch.arange(24).to(getattr(torch, name))
+    table = base.view(4, 6)
+    state = {"view": base[2:8], "strided": table[::2, 1::2], "transposed": table.T}
+    state |= {"scalar": base[3], "empty": base[:0].view(0, 5)}
     torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     weights = load_checkpoint(tmp_path / "a.pth")
     for key, value in state.items():
-        assert weights[key].dtype == dtype
-        assert torch.equal(weights[key], value)
+        assert weights[key].dtype == base.dtype
+        assert weights[key].tolist() == value.tolist()
         assert weights[key].is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_types_of_eight_bits(tmp_path, dtype):
-    state = {"w": torch.arange(6).to(dtype).view(2, 3)}
-    torch.save(state, tmp_path / "a.pth")
-    found = load_checkpoint(tmp_path / "a.pth")["w"]
-    assert found.dtype == dtype
-    assert found.tolist() == state["w"].tolist()
-
-
-@pytest.mark.parametrize("zipped", [True, False])
+@either_format
 def test_tied_weights_share_their_memory_and_views_do_not(tmp_path, zipped):
     weight = torch.rand(100)
     state = {f"branch{number}": weight for number in range(50)} | {"part": weight[:10]}
@@ -146,20 +137,24 @@ def test_numbers_of_a_big_endian_machine(tmp_path):
 
 BAD = "truncated or damaged"
 PROTOCOL = "another pickle protocol than 2"
+OF_ONE_TENSOR = {
+    "stride 0": (tensor((700_000_000,), (0,)), "bytes, but the file has"),
+    "huge stride": (tensor((2,), (10**12,)), BAD),
+    "stride beyond 64 bits": (tensor((1,), (2**70,)), BAD),
+    "negative stride": (tensor((4,), (-1,), 3), BAD),
+    "negative offset": (tensor((1,), (1,), -1), BAD),
+    "negative size": (tensor((-4,), (1,)), BAD),
+    "offset beyond the storage": (tensor((4,), (1,), 1), BAD),
+    "size that overflows": (tensor((2**40, 2**40), (1, 1)), BAD),
+    "more strides than sizes": (tensor((2,), (1, 1)), BAD),
+    "storage with a negative size": (tensor(of=storage(-4)), BAD),
+    "storage that is not there": (tensor(of=storage(key="17")), BAD),
+    "storage of text": (tensor(of=text("storage")), BAD),
+    "persistent id that is text": (text("storage") + b"Q", BAD),
+}
 PROGRAMS = {
-    "stride 0": (dictionary(text("w"), tensor((700_000_000,), (0,))), "bytes, but the file has"),
-    "huge stride": (dictionary(text("w"), tensor((2,), (10**12,))), BAD),
-    "stride beyond 64 bits": (dictionary(text("w"), tensor((1,), (2**70,))), BAD),
-    "negative stride": (dictionary(text("w"), tensor((4,), (-1,), 3)), BAD),
-    "negative offset": (dictionary(text("w"), tensor((1,), (1,), -1)), BAD),
-    "negative size": (dictionary(text("w"), tensor((-4,), (1,))), BAD),
-    "offset beyond the storage": (dictionary(text("w"), tensor((4,), (1,), 1)), BAD),
-    "size that overflows": (dictionary(text("w"), tensor((2**40, 2**40), (1, 1))), BAD),
-    "more strides than sizes": (dictionary(text("w"), tensor((2,), (1, 1))), BAD),
-    "storage with a negative size": (dictionary(text("w"), tensor(of=storage(-4))), BAD),
-    "storage that is not there": (dictionary(text("w"), tensor(of=storage(key="17"))), BAD),
-    "storage of text": (dictionary(text("w"), tensor(of=text("storage"))), BAD),
-    "persistent id that is text": (dictionary(text("w"), text("storage") + b"Q"), BAD),
+    name: (dictionary(text("w"), of), said) for name, (of, said) in OF_ONE_TENSOR.items()
+} | {
     "tuple 20,000 deep": (b")" + b"\x85" * 20_000, "no weights but a tuple"),
     "list 50,000 deep": (b"]" * 50_000 + b"a" * 49_999, "no weights but a list"),
     "list in itself": (b"]q\x00h\x00a", "no weights but a list"),
@@ -183,7 +178,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+@either_writer
 @pytest.mark.parametrize(("program", "said"), PROGRAMS.values(), ids=PROGRAMS)
 def test_what_a_file_claims_is_not_believed(tmp_path, program, said, writer):
     assert said in refused(writer(tmp_path / "a.pth", program))
@@ -202,7 +197,7 @@ def test_tensors_that_are_not_dense_numbers_are_named(tmp_path, make, said):
     assert said in refused(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+@either_writer
 def test_many_views_of_one_storage(tmp_path, writer):
     # 200 views take 200 times what the file's storage does.
     count = 50_000
