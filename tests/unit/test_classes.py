@@ -18,6 +18,7 @@ from qwt_mmdet.errors import QwtError
 from torch import nn
 
 COCO = {"type": "CocoDataset"}
+AB = {"classes": ["a", "b"]}
 
 
 def config(dataset=None, **other):
@@ -28,15 +29,7 @@ def named(*names):
     return {**COCO, "metainfo": {"classes": names}}
 
 
-class Head(BaseModule):
-    def __init__(self, num_classes, **parts):
-        super().__init__()
-        self.num_classes = num_classes
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-
-class Detector(nn.Module):
+class Detector(BaseModule):
     def __init__(self, **parts):
         super().__init__()
         for name, part in parts.items():
@@ -44,13 +37,12 @@ class Detector(nn.Module):
 
 
 def test_heads_are_counted_but_for_proposals_and_masks_of_any_class():
-    agnostic = Head(7)
-    agnostic.class_agnostic = True
+    head = {count: Detector(num_classes=count) for count in (1, 3, 183)}
     roi_head = Detector(
-        bbox_head=nn.ModuleList([Head(3), Head(3, loss_cls=Head(1203))]),
-        mask_head=agnostic, semantic_head=Head(183),
+        bbox_head=nn.ModuleList([head[3], Detector(num_classes=3, loss_cls=Detector(num_classes=9))]),
+        mask_head=Detector(num_classes=7, class_agnostic=True), semantic_head=head[183],
     )  # fmt: skip
-    detector = Detector(rpn_head=Head(1), roi_head=roi_head, bbox_head=None)
+    detector = Detector(rpn_head=head[1], roi_head=roi_head, bbox_head=None)
     assert head_outputs(detector) == {"roi_head.bbox_head.0": 3, "roi_head.bbox_head.1": 3}
 
 
@@ -58,13 +50,11 @@ def test_heads_are_counted_but_for_proposals_and_masks_of_any_class():
     "given",
     [
         config(named("a", "b")),
-        config(COCO, metainfo={"classes": ("a", "b")}),
+        config(COCO, metainfo=AB),
         config({**COCO, "metainfo": {"CLASSES": ["a", "b"]}}, metainfo={"classes": ("c",)}),
         config({"type": "RepeatDataset", "times": 2, "dataset": named("a", "b")}),
         config({"type": "ConcatDataset", "datasets": [named("a", "b"), named("a", "b")]}),
-        config(
-            {"type": "ConcatDataset", "datasets": [COCO, COCO]}, metainfo={"classes": ["a", "b"]}
-        ),
+        config({"type": "ConcatDataset", "datasets": [COCO, COCO]}, metainfo=AB),
     ],
 )
 def test_names_are_found_wherever_a_config_keeps_them(given):
@@ -80,11 +70,10 @@ def test_a_plain_string_is_one_class_or_a_file_of_names(tmp_path):
     assert class_names(one, {"bbox_head": 1}) == ("person",)
     with pytest.raises(QwtError, match=r"names 1 class \(person\).*bbox_head\) has 2 outputs"):
         class_names(one, {"bbox_head": 2})
-    (tmp_path / "classes.txt").write_text("a\nb\n")
     file = config({**COCO, "metainfo": {"classes": str(tmp_path / "classes.txt")}})
-    assert class_names(file, {"bbox_head": 2}) == ("a", "b")
-    (tmp_path / "classes.txt").write_bytes("\ufeffa\r\nb\r\n".encode())
-    assert class_names(file, {"bbox_head": 2}) == ("a", "b")
+    for text in ("a\nb\n", "\ufeffa\r\nb\r\n"):
+        (tmp_path / "classes.txt").write_bytes(text.encode())
+        assert class_names(file, {"bbox_head": 2}) == ("a", "b")
     (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(QwtError, match=r"list of classes .*classes\.txt cannot be read: 'utf-8'"):
         class_names(file, {"bbox_head": 2})
@@ -96,15 +85,20 @@ def test_other_values_are_no_names(value):
         config_names(config({**COCO, "metainfo": {"classes": value}}))
 
 
-def test_heads_that_differ_are_named():
-    with pytest.raises(QwtError, match=r"bbox_head 80, mask_head 3; set num_classes"):
-        class_names(config(), {"bbox_head": 80, "mask_head": 3})
-
-
-def test_data_sets_that_differ_are_named():
-    parts = config({"type": "ConcatDataset", "datasets": [named("a"), named("b")]})
-    with pytest.raises(QwtError, match=r"datasets\.0\.metainfo.* and .*datasets\.1\.metainfo"):
-        class_names(parts, {"bbox_head": 1})
+@pytest.mark.parametrize(
+    ("given", "outputs", "message"),
+    [
+        (config(), {"bbox_head": 80, "mask_head": 3}, "bbox_head 80, mask_head 3; set num_classes"),
+        (
+            config({"type": "ConcatDataset", "datasets": [named("a"), named("b")]}),
+            {"bbox_head": 1},
+            r"datasets\.0\.metainfo.* and .*datasets\.1\.metainfo",
+        ),
+    ],
+)
+def test_heads_or_data_sets_that_differ_are_named(given, outputs, message):
+    with pytest.raises(QwtError, match=message):
+        class_names(given, outputs)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +112,7 @@ def test_data_sets_that_differ_are_named():
     ],
 )
 def test_the_line_that_a_message_shows_mends_the_config(given):
-    with pytest.raises(
-        QwtError, match="head has 3 outputs".replace("head", r"head \(h\)")
-    ) as caught:
+    with pytest.raises(QwtError, match=r"head \(h\) has 3 outputs") as caught:
         class_names(given, {"h": 3})
     (line,) = re.findall(r"config_options: \{.*\]\}", str(caught.value))
     options = yaml.safe_load(line)["config_options"]
@@ -157,11 +149,8 @@ def annotations(*names):
     return {"categories": [{"id": 10 - i, "name": name} for i, name in enumerate(names)]}
 
 
-def test_categories_are_matched_by_name_not_by_order():
+def test_categories_are_matched_by_name_and_either_side_may_lack_classes(caplog):
     assert category_ids(("dog", "cat"), annotations("cat", "dog")) == [9, 10]
-
-
-def test_either_side_may_have_classes_that_the_other_lacks(caplog):
     assert category_ids(("dog", "cow", "cat"), annotations("cat", "dog")) == [9, None, 10]
     assert category_ids(("dog",), annotations("cat", "dog")) == [9]
     log_left_out(("dog", "cow"), annotations("cat", "dog"))
@@ -170,9 +159,8 @@ def test_either_side_may_have_classes_that_the_other_lacks(caplog):
 
 @pytest.mark.parametrize("classes", [("dog", "Cat"), ("cow",), ("DOG", "CAT", "COW")])
 def test_classes_that_both_sides_lack_may_be_misspelled(classes):
-    with pytest.raises(
-        QwtError, match=f"Only the model has: .*{classes[-1]}.*Only the annotations"
-    ):
+    message = f"Only the model has: .*{classes[-1]}.*Only the annotations"
+    with pytest.raises(QwtError, match=message):
         category_ids(classes, annotations("cat", "dog"))
 
 

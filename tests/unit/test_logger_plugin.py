@@ -28,32 +28,30 @@ def said(capsys):
     return log
 
 
-def test_progress_is_told_and_what_goes_well_is_not(said):
-    progress = {"event": LogEvent.PROGRESS, "done": 2, "total": 7}
-    assert said((logging.INFO, None, progress)) == "2 of 7 steps\n"
-    assert said((logging.INFO, "Building DAG of jobs...", {})) == ""
+LOCKED = (logging.ERROR, "the folder is locked", {"event": LogEvent.ERROR})
+FAILED = (logging.ERROR, "Error in rule all", {"event": LogEvent.JOB_ERROR})
+PLAN = (logging.INFO, "job count", {"event": LogEvent.RUN_INFO})
+BUILDING = (logging.INFO, "Building DAG of jobs...", {})
 
 
-def test_a_workflow_that_cannot_run_says_why(said):
-    error = {"event": LogEvent.ERROR, "exception": "LockException"}
-    assert said((logging.ERROR, "the folder is locked", error)) == "the folder is locked\n"
+@pytest.mark.parametrize(
+    ("messages", "dryrun", "shown"),
+    [
+        ([(logging.INFO, None, {"event": LogEvent.PROGRESS, "done": 2, "total": 7})], False, "2 of 7 steps\n"),
+        ([BUILDING], False, ""),
+        ([LOCKED], False, "the folder is locked\n"),
+        ([FAILED, (logging.ERROR, "Exiting because a job execution failed.", {})], False, ""),
+        ([PLAN], False, ""),
+        ([PLAN, PLAN], True, "job count\n"),
+        ([(logging.ERROR, "the folder is locked", {})], True, "the folder is locked\n"),
+    ],
+)  # fmt: skip
+def test_what_is_told_is_what_concerns_the_user(said, messages, dryrun, shown):
+    assert said(*messages, dryrun=dryrun) == shown
 
 
-def test_what_follows_a_failed_step_adds_nothing_to_the_steps_own_words(said):
-    failed = (logging.ERROR, "Error in rule all", {"event": LogEvent.JOB_ERROR})
-    assert said(failed, (logging.ERROR, "Exiting because a job execution failed.", {})) == ""
-
-
-def test_a_dry_run_shows_its_plan_once(said):
-    plan = (logging.INFO, "job count", {"event": LogEvent.RUN_INFO})
-    assert said(plan, plan, dryrun=True) == "job count\n"
-    assert said(plan) == ""
-    assert said((logging.INFO, "Building DAG of jobs...", {}), dryrun=True).endswith(
-        "up to date.\n"
-    )
-    assert (
-        said((logging.ERROR, "the folder is locked", {}), dryrun=True) == "the folder is locked\n"
-    )
+def test_a_dry_run_without_jobs_says_so(said):
+    assert said(BUILDING, dryrun=True).endswith("up to date.\n")
 
 
 BOMB = "a0: &a0 {k: 1, l: 1}\n" + "".join(

@@ -38,14 +38,11 @@ BLOCKS = [
 ]
 
 
-@pytest.fixture(params=["bits", "size", "blocks"])
-def svg(request) -> str:
-    draw = {
-        "bits": lambda: ap_by_bits(POINTS, "box", "fig"),
-        "size": lambda: ap_by_size(POINTS, "box", "fig"),
-        "blocks": lambda: block_errors(BLOCKS, "holdout", "fig"),
-    }
-    return draw[request.param]()
+DRAWN = {
+    "bits": lambda: ap_by_bits(POINTS, "mask", "fig"),
+    "size": lambda: ap_by_size(POINTS, "mask", "fig"),
+    "blocks": lambda: block_errors(BLOCKS, "holdout", "fig"),
+}
 
 
 def texts(svg: str) -> list[str]:
@@ -53,38 +50,27 @@ def texts(svg: str) -> list[str]:
     return ["".join(element.itertext()).strip() for element in root.iter(f"{SVG}text")]
 
 
-def test_a_figure_scales_and_takes_the_colours_of_the_page(svg):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bits", {"mask AP (0 to 1)", "bits of weights (W), activations (A)"}),
+        ("size", {"size of weights and compensation (MB)", "w4", "w8", "Pareto front", "baseline",
+                  "quantized", "qwt", "paper"}),
+        ("blocks", {"a", "b", "compensated", "compensated (not kept)"}),
+    ],
+)  # fmt: skip
+def test_a_figure_fits_page_and_phone_and_names_what_it_shows(name, said):
+    svg = DRAWN[name]()
     root = ElementTree.fromstring(svg)
-    assert "viewBox" in root.attrib
     assert "width" not in root.attrib
     assert "var(--ink)" in svg
-    assert "#000000" not in svg
-    assert "#ffffff" not in svg
-    assert "<script" not in svg
-
-
-def test_all_ids_carry_the_name_of_the_figure(svg):
+    assert not any(word in svg for word in ("#000000", "#ffffff", "<script"))
     for identifier in re.findall(r'\bid="([^"]+)"', svg) + re.findall(r"url\(#([^)]+)\)", svg):
         assert identifier.startswith("fig-")
-
-
-def test_text_is_large_enough_for_a_phone(svg):
-    width = float(ElementTree.fromstring(svg).attrib["viewBox"].split()[2])
-    on_phone = 366 / width  # 390 pixels less the margins
+    on_phone = 366 / float(root.attrib["viewBox"].split()[2])  # 390 pixels less the margins
     sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
-    assert sizes
     assert min(sizes) * on_phone >= 8.5
-
-
-def test_axes_have_names_and_units():
-    by_bits = texts(ap_by_bits(POINTS, "mask", "a"))
-    assert "mask AP (0 to 1)" in by_bits
-    assert "bits of weights (W), activations (A)" in by_bits
-    by_size = texts(ap_by_size(POINTS, "mask", "a"))
-    assert "size of weights and compensation (MB)" in by_size
-    assert {"w4", "w8", "Pareto front", "baseline", "quantized", "qwt", "paper"} <= set(by_size)
-    by_block = texts(block_errors(BLOCKS, "holdout", "a"))
-    assert {"a", "b", "compensated", "compensated (not kept)"} <= set(by_block)
+    assert said <= set(texts(svg))
 
 
 def test_more_bits_are_above_fewer():

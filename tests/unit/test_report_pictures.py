@@ -30,25 +30,30 @@ def matched(hits: int, false: int = 0, missed: int = 0) -> ImageMatches:
 
 
 @pytest.mark.parametrize(
-    ("found_matches", "f1"),
-    [
-        (matched(2), 1),
-        (matched(1, missed=1), 2 / 3),
-        (matched(1, false=1, missed=1), 0.5),
-        (matched(0, false=3), 0),
-        (matched(0), 1),
-    ],
+    ("counts", "f1"), [((2,), 1), ((1, 0, 1), 2 / 3), ((1, 1, 1), 0.5), ((0, 3), 0), ((0,), 1)]
 )
-def test_f1_by_hand(found_matches, f1):
-    assert found_matches.f1 == pytest.approx(f1)
+def test_f1_by_hand(counts, f1):
+    assert matched(*counts).f1 == pytest.approx(f1)
 
 
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.fixture(params=[False, True], ids=["boxes", "masks"])
+def masks(request) -> bool:
+    return request.param
+
+
+def truth_of(folder, content=None, masks=False):
+    return load_ground_truth(write(folder, content or one_object(BOX)), masks=masks)
+
+
+def grey(size=(260, 200)) -> Image.Image:
+    return Image.new("RGB", size, "#808080")
+
+
 def test_matches_tell_hits_false_alarms_and_what_was_missed(tmp_path, masks):
     content = one_object(BOX)
     content["annotations"].append({**content["annotations"][0], "id": 2, "iscrowd": 1})
     content["images"].append({**content["images"][0], "id": 2, "file_name": "2.png"})
-    truth = load_ground_truth(write(tmp_path, content), masks=masks)
+    truth = truth_of(tmp_path, content, masks)
     elsewhere = [200.0, 150.0, 30.0, 30.0]
     found = [detection(BOX, 0.9), detection(elsewhere, 0.8), detection(elsewhere, 0.1)]
     found_matches = match_images(truth, found, masks=masks)
@@ -82,8 +87,8 @@ def test_images_are_chosen_where_most_is_lost_or_regained():
 
 def test_without_loss_only_random_images_are_shown():
     same = {image: matched(1) for image in range(5)}
-    for variants in (("baseline", "quantized"), ("compensated",)):
-        chosen = choose_images(dict.fromkeys(variants, same), seed=0)
+    for names in (("baseline", "quantized"), ("compensated",)):
+        chosen = choose_images(dict.fromkeys(names, same), seed=0)
         assert set(chosen.values()) == {"drawn at random"}
 
 
@@ -92,34 +97,34 @@ def rgb(colour: str) -> np.ndarray:
 
 
 def test_boxes_have_the_colour_of_what_they_are(tmp_path):
-    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=False)
-    grey = Image.new("RGB", (260, 200), "#808080")
+    truth, scale = truth_of(tmp_path), SIDE / 260
     for what in COLOURS:
-        picture = draw_records(grey, {what: [{"bbox": BOX, "category_id": 1}]}, truth, masks=False)
-        assert max(picture.size) == SIDE
-        drawn = (np.asarray(picture) == rgb(COLOURS[what])).all(axis=2)
-        rows, columns = np.nonzero(drawn)
-        scale = SIDE / 260
-        assert columns.min() == pytest.approx(BOX[0] * scale, abs=4)
-        assert columns.max() == pytest.approx((BOX[0] + BOX[2]) * scale, abs=4)
-        assert rows.max() == pytest.approx((BOX[1] + BOX[3]) * scale, abs=4)
-        assert (np.asarray(picture)[5, 5] == 128).all()
+        records = {what: [{"bbox": BOX, "category_id": 1}]}
+        picture = np.asarray(draw_records(grey(), records, truth, masks=False))
+        assert max(picture.shape) == SIDE
+        rows, columns = np.nonzero((picture == rgb(COLOURS[what])).all(axis=2))
+        found = np.array([columns.min(), columns.max(), rows.max()])
+        expected = np.array([BOX[0], BOX[0] + BOX[2], BOX[1] + BOX[3]]) * scale
+        assert found == pytest.approx(expected, abs=4)
+        assert (picture[5, 5] == 128).all()
 
 
 def test_a_mask_is_tinted(tmp_path):
     content = one_object(BOX)
-    truth = load_ground_truth(write(tmp_path, content), masks=True)
-    grey = Image.new("RGB", (260, 200), "#808080")
+    truth = truth_of(tmp_path, content, True)
     records = {"object": content["annotations"]}
     plain, tinted = (
-        np.asarray(draw_records(grey, records, truth, masks=masks)) for masks in (False, True)
+        np.asarray(draw_records(grey(), records, truth, masks=masks)) for masks in (False, True)
     )
     middle = tuple(round((BOX[1 - i] + BOX[3 - i] / 2) * SIDE / 260) for i in range(2))
     assert (plain[middle] == 128).all()
     towards = np.sign(rgb(COLOURS["object"]) - 128)
     assert (np.sign(tinted[middle].astype(int) - 128) == towards).all()
-    missed = draw_records(grey, {"missed": content["annotations"]}, truth, masks=True)
+    missed = draw_records(grey(), {"missed": content["annotations"]}, truth, masks=True)
     assert (np.asarray(missed)[middle] == 128).all()
+
+
+RIGHT = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
 
 
 @pytest.fixture
@@ -127,22 +132,23 @@ def scene(tmp_path):
     """Annotations of nine noisy images with an object each, and where they lie."""
     content = one_object(BOX)
     generator = np.random.default_rng(0)
-    image, annotation = content["images"][0], content["annotations"][0]
-    content["images"], content["annotations"] = [], []
     for number in range(1, 10):
-        name = f"{number}.png"
         pixels = generator.integers(0, 255, (200, 260, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / name)
-        content["images"].append({**image, "id": number, "file_name": name})
-        content["annotations"].append({**annotation, "id": number, "image_id": number})
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    (image,), (annotation,) = content["images"], content["annotations"]
+    numbers = range(1, 10)
+    content["images"] = [{**image, "id": n, "file_name": f"{n}.png"} for n in numbers]
+    content["annotations"] = [{**annotation, "id": n, "image_id": n} for n in numbers]
     content["info"] = {"image_root": str(tmp_path), "exif": "apply"}
     return write(tmp_path, content)
 
 
+def pictures_of(scene, most=8, **variants):
+    return choose_pictures(scene, variants, TITLES, masks=False, seed=0, most=most)
+
+
 def test_pictures_are_small_and_say_what_was_found(scene):
-    right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
-    variants = {"baseline": right, "quantized": right[:4], "compensated": right}
-    pictures = choose_pictures(scene, variants, TITLES, masks=False, seed=0, most=8)
+    pictures = pictures_of(scene, baseline=RIGHT, quantized=RIGHT[:4], compensated=RIGHT)
     rules = [picture.rule for picture in pictures]
     assert rules == ["largest loss"] * 3 + ["largest recovery"] * 2 + ["drawn at random"] * 2
     for panel in (panel for picture in pictures for panel in picture.panels()):
@@ -158,24 +164,15 @@ def test_pictures_are_small_and_say_what_was_found(scene):
 
 
 def test_fewer_pictures_keep_one_of_each_rule(scene):
-    right = [detection(BOX, 0.9, image_id=number) for number in range(1, 10)]
-    variants = {"baseline": right[:8], "quantized": right[4:], "compensated": right}
-    pictures = choose_pictures(scene, variants, TITLES, masks=False, seed=0, most=3)
-    assert len({picture.rule for picture in pictures}) == 3
+    variants = {"baseline": RIGHT[:8], "quantized": RIGHT[4:], "compensated": RIGHT}
+    assert len({picture.rule for picture in pictures_of(scene, 3, **variants)}) == 3
 
 
-@pytest.fixture
-def variants():
-    return {"baseline": [detection(BOX, 0.9)], "quantized": [detection(BOX, 0.1)]}
-
-
-def test_an_image_that_is_gone_costs_no_other_picture(scene, tmp_path, variants):
+def test_an_image_that_is_gone_costs_no_other_picture(scene, tmp_path):
     (tmp_path / "1.png").unlink()
     Image.new("RGB", (30, 40)).save(tmp_path / "2.png")
     (tmp_path / "3.png").write_bytes(b"no picture")
-    found = [detection(BOX, 0.9, image_id=number) for number in (1, 2, 3)]
-    variants = {"baseline": found, "quantized": [detection(BOX, 0.9, image_id=4)]}
-    pictures = choose_pictures(scene, variants, TITLES, masks=False, seed=0, most=8)
+    pictures = pictures_of(scene, baseline=RIGHT[:3], quantized=RIGHT[3:4])
     lost = sorted(picture for picture in pictures if picture.rule == "largest loss")
     whole = [picture for picture in pictures if picture.rule != "largest loss"]
     messages = ("cannot be read", "(30, 40) pixels, but (260, 200)", "cannot be read")
@@ -185,7 +182,6 @@ def test_an_image_that_is_gone_costs_no_other_picture(scene, tmp_path, variants)
     assert all(len(picture.panels()) == 3 for picture in whole)
 
 
-@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize(
     "box",
     [
@@ -200,11 +196,10 @@ def test_an_image_that_is_gone_costs_no_other_picture(scene, tmp_path, variants)
     ],
 )
 def test_any_box_leaves_a_picture(tmp_path, box, masks):
-    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=masks)
+    truth = truth_of(tmp_path, masks=masks)
     record = {**detection(BOX, 0.5), "bbox": box}
-    grey = Image.new("RGB", (260, 200), "#808080")
     for what in COLOURS:
-        picture = np.asarray(draw_records(grey, {what: [record]}, truth, masks=masks))
+        picture = np.asarray(draw_records(grey(), {what: [record]}, truth, masks=masks))
         assert (picture != 128).any() == np.isfinite(box).all()
 
 
@@ -215,33 +210,29 @@ def test_a_tiny_box_is_large_enough_to_be_seen():
 
 
 def test_images_of_any_shape_can_be_drawn_on(tmp_path):
-    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=False)
+    truth, records = truth_of(tmp_path), {"object": [detection(BOX, 0.5)]}
     for size in ((1, 1), (1, 4000), (4000, 1)):
-        picture = draw_records(
-            Image.new("RGB", size), {"object": [detection(BOX, 0.5)]}, truth, masks=False
-        )
-        assert max(picture.size) == SIDE
+        assert max(draw_records(grey(size), records, truth, masks=False).size) == SIDE
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "tab\t\r\x00", "\ud800", "", "long " * 100])
 def test_any_class_name_can_be_written_beside_a_box(tmp_path, name):
-    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=False)
+    truth = truth_of(tmp_path)
     truth.cats[1]["name"] = name
-    draw_records(Image.new("RGB", (260, 200)), {"hit": [detection(BOX, 0.5)]}, truth, masks=False)
+    draw_records(grey(), {"hit": [detection(BOX, 0.5)]}, truth, masks=False)
 
 
 def test_a_mask_of_another_size_is_not_stretched(tmp_path):
-    truth = load_ground_truth(write(tmp_path, one_object(BOX)), masks=True)
+    truth = truth_of(tmp_path, masks=True)
     record = detection(BOX, 0.5, segmentation=compressed(hexagon(1, 1, 9, 9), 20, 30))
     with pytest.raises(QwtError, match=r"A mask has \(30, 20\) pixels, but its image \(260, 200\)"):
-        draw_records(Image.new("RGB", (260, 200)), {"hit": [record]}, truth, masks=True)
+        draw_records(grey(), {"hit": [record]}, truth, masks=True)
 
 
 def test_detections_that_are_not_finite_are_left_out(scene):
     nowhere = {**detection(BOX, 0.9), "bbox": [float("nan")] * 4}
     bad = [detection(BOX, 0.9), nowhere, detection(BOX, float("inf"))]
-    pictures = choose_pictures(
-        scene, {"quantized": bad}, {"quantized": "w2"}, masks=False, seed=0, most=9
-    )
+    pictures = pictures_of(scene, 9, quantized=bad)
     texts = {panel["found"] for picture in pictures for panel in picture.panels()}
+    assert texts
     assert not any("1 false" in text for text in texts)

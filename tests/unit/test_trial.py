@@ -26,10 +26,6 @@ def flip(prob, **more):
     return {"type": "RandomFlip", "prob": prob, **more}
 
 
-def choice(**transform):
-    return {"type": "RandomChoice", "transforms": [[transform], []]}
-
-
 @TRANSFORMS.register_module()
 class OwnNoise(BaseTransform):
     """Draws from a generator that nobody seeds."""
@@ -47,44 +43,37 @@ class OwnReader(BaseTransform):
         raise FileNotFoundError(results["img_path"] + ".depth")
 
 
+RESIZED = {"type": "RandomResize", "scale": (128, 128)}
+BY_CHANCE = "changes images by chance"
+MOVES = "moves what is in an image"
+
+
 @pytest.mark.parametrize(
-    "step",
+    ("what", "step"),
     [
-        flip(0.5),
-        flip(0.001),
-        flip([0.2, 0.001], direction=["horizontal", "vertical"]),
-        choice(**flip(1.0)),
-        {"type": "RandomApply", "prob": 0.001, "transforms": [flip(1.0)]},
-        {"type": "RandomApply", "prob": 1.0, "transforms": [flip(0.001)]},
-        {"type": "RandomResize", "scale": (128, 128), "ratio_range": (0.5, 2.0)},
-        {"type": "RandomChoiceResize", "scales": [(128, 128), (96, 96)]},
-        {"type": "RandomCrop", "crop_size": (64, 64)},
-        {"type": "RandomErasing", "n_patches": (1, 3), "ratio": 0.2},
-        {"type": "PhotoMetricDistortion"},
-        {"type": "YOLOXHSVRandomAug"},
-        {"type": "OwnNoise"},
+        (BY_CHANCE, flip(0.5)),
+        (BY_CHANCE, flip(0.001)),
+        (BY_CHANCE, flip([0.2, 0.001], direction=["horizontal", "vertical"])),
+        (BY_CHANCE, {"type": "RandomChoice", "transforms": [[flip(1.0)], []]}),
+        (BY_CHANCE, {"type": "RandomApply", "prob": 0.001, "transforms": [flip(1.0)]}),
+        (BY_CHANCE, {"type": "RandomApply", "prob": 1.0, "transforms": [flip(0.001)]}),
+        (BY_CHANCE, {**RESIZED, "ratio_range": (0.5, 2.0)}),
+        (BY_CHANCE, {"type": "RandomChoiceResize", "scales": [(128, 128), (96, 96)]}),
+        (BY_CHANCE, {"type": "RandomCrop", "crop_size": (64, 64)}),
+        (BY_CHANCE, {"type": "RandomErasing", "n_patches": (1, 3), "ratio": 0.2}),
+        (BY_CHANCE, {"type": "PhotoMetricDistortion"}),
+        (BY_CHANCE, {"type": "YOLOXHSVRandomAug"}),
+        (BY_CHANCE, {"type": "OwnNoise"}),
+        (MOVES, flip(1.0)),
+        (MOVES, flip(1.0, direction="vertical")),
+        (MOVES, {"type": "CenterCrop", "crop_size": 64}),
+        (MOVES, {**RESIZE, "scale": (96, 96)}),
     ],
     ids=str,
 )
-def test_a_transform_that_works_by_chance_is_named(step):
-    name = step["type"]
-    with pytest.raises(
-        QwtError, match=rf"dataset\.pipeline\.2 .*\({name}\) changes images by chance.*remove it"
-    ):
-        try_pipeline(config(LOAD, RESIZE, step, PACK))
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        flip(1.0),
-        flip(1.0, direction="vertical"),
-        {"type": "CenterCrop", "crop_size": 64},
-        {**RESIZE, "scale": (96, 96)},
-    ],
-)
-def test_a_transform_that_moves_pixels_without_the_boxes_is_named(step):
-    with pytest.raises(QwtError, match=rf"\({step['type']}\) moves what is in an image.*remove it"):
+def test_a_transform_that_works_by_chance_or_leaves_the_boxes_behind_is_named(what, step):
+    message = rf"dataset\.pipeline\.2 .*\({step['type']}\) {what}.*remove it"
+    with pytest.raises(QwtError, match=message):
         try_pipeline(config(LOAD, RESIZE, step, PACK))
 
 
@@ -92,7 +81,7 @@ def test_a_transform_that_moves_pixels_without_the_boxes_is_named(step):
     "step",
     [
         flip(0.0),
-        {"type": "RandomResize", "scale": (128, 128), "ratio_range": (1.0, 1.0)},
+        {**RESIZED, "ratio_range": (1.0, 1.0)},
         {"type": "RandomChoiceResize", "scales": [(128, 128)]},
         {"type": "RandomApply", "prob": 0.0, "transforms": [flip(1.0)]},
         {"type": "RandomCrop", "crop_size": (999, 999)},
@@ -112,6 +101,9 @@ def test_a_transform_that_does_nothing_by_chance_stays(step):
     assert torch.equal(before[2], after[2])
 
 
+FAILS = "fails on an image"
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
@@ -123,10 +115,10 @@ def test_a_transform_that_does_nothing_by_chance_stays(step):
             [LOAD, {**RESIZE, "scales": 3}, PACK],
             r"pipeline\.1 .*\(Resize\) cannot be built.*scales",
         ),
-        ([LOAD, {**RESIZE, "scale": "a"}, PACK], r"pipeline\.1 .*\(Resize\) fails on an image"),
+        ([LOAD, {**RESIZE, "scale": "a"}, PACK], rf"pipeline\.1 .*\(Resize\) {FAILS}"),
         ([LOAD, {"type": "LoadAnnotations"}, flip("a"), PACK], r"pipeline\.2 .*\(RandomFlip\) can"),
-        ([RESIZE, PACK], r"pipeline\.0 .*\(Resize\) fails on an image"),
-        ([{"type": "LoadImageFromNDArray"}, RESIZE, PACK], r"pipeline\.0 .*fails on an image"),
+        ([RESIZE, PACK], rf"pipeline\.0 .*\(Resize\) {FAILS}"),
+        ([{"type": "LoadImageFromNDArray"}, RESIZE, PACK], rf"pipeline\.0 .*{FAILS}"),
         ([LOAD, RESIZE], "ends with Resize, .*let it end with dict"),
         ([LOAD, PACK], "no scale_factor, .*add a Resize to test_dataloader.dataset.pipeline"),
         (
@@ -147,25 +139,21 @@ def test_a_step_of_ones_own_may_need_real_images(caplog):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("key", "value", "told"),
     [
-        (
-            {"backend_args": {"backend": "petrel", "path_mapping": {"data/": "s3://data/"}}},
-            "petrel",
-        ),
-        ({"backend_args": {"backend": "lmdb", "db_path": "train.lmdb"}}, "lmdb"),
-        ({"backend_args": {"backend": "memcached", "server_list_cfg": "a"}}, "memcached"),
-        ({"backend_args": {"backend": "oss"}}, "oss"),
-        ({"file_client_args": {"backend": "petrel"}}, "petrel"),
-        ({"file_client_args": {"prefix": "s3"}}, "s3"),
-        ({"backend_args": {"backend": "local"}}, None),
-        ({"file_client_args": {"backend": "disk"}}, None),
+        ("backend_args", {"backend": "petrel", "path_mapping": {"data/": "s3://data/"}}, "petrel"),
+        ("backend_args", {"backend": "lmdb", "db_path": "train.lmdb"}, "lmdb"),
+        ("backend_args", {"backend": "memcached", "server_list_cfg": "a"}, "memcached"),
+        ("backend_args", {"backend": "oss"}, "oss"),
+        ("file_client_args", {"backend": "petrel"}, "petrel"),
+        ("file_client_args", {"prefix": "s3"}, "s3"),
+        ("backend_args", {"backend": "local"}, None),
+        ("file_client_args", {"backend": "disk"}, None),
     ],
 )
-def test_local_images_are_read_whatever_backend_the_config_names(caplog, given, told):
-    settings = config({**LOAD, **given}, RESIZE, PACK)
+def test_local_images_are_read_whatever_backend_the_config_names(caplog, key, value, told):
+    settings = config({**LOAD, key: value}, RESIZE, PACK)
     try_pipeline(settings)
-    (key,) = given
     assert ("reads from" in caplog.text) == (told is not None)
     assert told is None or f"pipeline.0.{key} of the model config reads from {told}" in caplog.text
-    assert inference_pipeline(settings)[0][key] == (given[key] if told is None else None)
+    assert inference_pipeline(settings)[0][key] == (value if told is None else None)
