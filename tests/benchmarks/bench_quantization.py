@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,31 +25,20 @@ from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.grid_rounding import COMPILE_VARIABLE
 from torch import nn
 
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from tiny import TinyDetector, batches
+
 SETTINGS = QuantizationSettings(
-    weight_bits=4,
-    activation_bits=4,
-    weight_range="minmax",
-    activation_range="repq",
-    rounding="nearest",
+    4, 4, weight_range="minmax", activation_range="repq", rounding="nearest"
 )
 
 
-class Backbone(nn.Module):
-    """What forward_scope needs of a detector, around a backbone with random weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.backbone = SwinTransformer(drop_path_rate=0.0)
-        self.backbone.init_weights()
-
-    def data_preprocessor(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}
-
-
-def images(count: int, size: tuple[int, int]) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(1)
-    return [{"inputs": [torch.randn(3, *size, generator=generator)]} for _ in range(count)]
+def random_backbone() -> nn.Module:
+    """A detector that is a Swin-T backbone with random weights."""
+    torch.manual_seed(0)
+    backbone = SwinTransformer(drop_path_rate=0.0)
+    backbone.init_weights()
+    return TinyDetector(backbone).eval()
 
 
 @torch.no_grad()
@@ -59,8 +49,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def forward_ratio(size: tuple[int, int], pairs: int) -> None:
-    full = Backbone().eval()
-    batch = images(1, size)[0]
+    full, (batch,) = random_backbone(), batches(1, size)
     model = calibrate(quantize_model(copy.deepcopy(full), SETTINGS), [batch])
     for mode, asked in (("never", 1.35), ("always", 1.20)):
         os.environ[COMPILE_VARIABLE] = mode
@@ -78,43 +67,28 @@ def forward_ratio(size: tuple[int, int], pairs: int) -> None:
 
 
 def calibration_ratio(size: tuple[int, int], count: int) -> None:
-    full, batches = Backbone().eval(), images(count, size)
-    seconds(lambda: forward_scope(full, batches[0], "backbone"))
-    plain = seconds(lambda: [forward_scope(full, batch, "backbone") for batch in batches])
+    full, images = random_backbone(), batches(count, size)
+    seconds(lambda: forward_scope(full, images[0], "backbone"))
+    plain = seconds(lambda: [forward_scope(full, image, "backbone") for image in images])
     model = quantize_model(copy.deepcopy(full), SETTINGS)
-    ranges = seconds(lambda: find_ranges(model, batches))
+    ranges = seconds(lambda: find_ranges(model, images))
     print(
         f"ranges (repq) / ({count} full-precision forwards): {ranges / plain:.2f} (asked: at most 1.5)"
     )
     model = quantize_model(copy.deepcopy(full), SETTINGS)
-    everything = seconds(lambda: calibrate(model, batches))
+    everything = seconds(lambda: calibrate(model, images))
     print(f"the whole calibration, with bias correction and report: {everything / plain:.2f}")
 
 
+@torch.no_grad()
 def peak_after_calibration(size: tuple[int, int], count: int) -> None:
     """Prints the peak resident memory of this process in KiB; made for a process of its own."""
-    model = quantize_model(Backbone().eval(), SETTINGS)
+    model, (image,) = quantize_model(random_backbone(), SETTINGS), batches(1, size)
     if count:
-        calibrate(model, _Repeated(images(1, size)[0], count))
+        calibrate(model, [image] * count)  # one image: the memory measured is that of calibration
     else:
-        with torch.no_grad():
-            model_in_full_precision = Backbone().eval()
-            forward_scope(model_in_full_precision, images(1, size)[0], "backbone")
+        forward_scope(random_backbone(), image, "backbone")  # in full precision
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-class _Repeated:
-    """A loader of ``count`` batches that holds one; the memory measured is that of calibration."""
-
-    def __init__(self, batch: dict[str, Any], count: int) -> None:
-        self.batch, self.count = batch, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for _ in range(self.count):
-            yield self.batch
 
 
 def memory_ratio(size: tuple[int, int]) -> None:

@@ -34,14 +34,7 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn
 
-BITS = {
-    "w8a8": (8, 8),
-    "w6a6": (6, 6),
-    "w4a8": (4, 8),
-    "w4a4": (4, 4),
-    "w3a8": (3, 8),
-    "w2a8": (2, 8),
-}
+BITS = {f"w{w}a{a}": (w, a) for w, a in ((8, 8), (6, 6), (4, 8), (4, 4), (3, 8), (2, 8))}
 COMPENSATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,
     **{name: as_entry(recipe) for name, recipe in PRESETS.items()},
@@ -74,17 +67,10 @@ def quantizations(
 
 
 def settings(row: dict[str, Any], scope: str) -> QuantizationSettings:
-    weight_bits, activation_bits = BITS[row["bits"]]
-    return QuantizationSettings(
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        scope=scope,
-        weight_range=row["weight_range"],
-        activation_range=row["range"],
-        rounding=row["rounding"],
-        bias_correction=row["bias_correction"],
-        migrate_scales=row["migrate_scales"],
-    )
+    names = ("weight_range", "rounding", "bias_correction", "migrate_scales")
+    options = {name: row[name] for name in names}
+    bits = BITS[row["bits"]]
+    return QuantizationSettings(*bits, scope=scope, activation_range=row["range"], **options)
 
 
 def write_subset(content: dict[str, Any], images: list[dict[str, Any]], path: Path) -> Path:
@@ -156,27 +142,35 @@ class Trial:
         return self.metrics(found)
 
 
-def main() -> None:
+def detector_parser(description: str) -> argparse.ArgumentParser:
+    """Options of a script that tries recipes on a detector."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--annotations", required=True, help="a run's calibration.json")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--images", type=int, help="use the first ones only")
     parser.add_argument("--scope", default="backbone")
+    return parser
+
+
+def calibration_parser(description: str) -> argparse.ArgumentParser:
+    """Options of a script with a :class:`Trial`."""
+    parser = detector_parser(description)
+    parser.add_argument("--annotations", required=True, help="a run's calibration.json")
+    parser.add_argument("--images", type=int, help="use the first ones only")
+    return parser
+
+
+def main() -> None:
+    parser = calibration_parser(__doc__)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ranges", nargs="+", default=["minmax", "percentile", "mse", "repq"])
     parser.add_argument("--weight-range", help="another one than that of activations")
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS)[:5])
     parser.add_argument("--migrate-scales", action="store_true", help="for convolutions' inputs")
     parser.add_argument("--rounding", choices=("nearest", "gptq"), help="only this one")
-    parser.add_argument(
-        "--compensation",
-        nargs=2,
-        metavar=("ROUNDING", "BIAS"),
-        help="try the compensations on this base instead: gptq true",
-    )
+    base = "try the compensations on this base instead: gptq true"
+    parser.add_argument("--compensation", nargs=2, metavar=("ROUNDING", "BIAS"), help=base)
     parser.add_argument("--recipes", nargs="+", choices=COMPENSATIONS, help="only these of them")
     options = parser.parse_args()
     rows = list(

@@ -12,7 +12,6 @@ With ``--evaluation results/datasets/coco_real/evaluation.json`` it calibrates o
 these; nothing is to be chosen by that.
 """
 
-import argparse
 import copy
 import itertools
 import math
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_recipes import BITS, COMPENSATIONS, Trial, fit_recipe
+from bench_recipes import BITS, COMPENSATIONS, Trial, calibration_parser, fit_recipe
 from qwt_mmdet.compensation.state import apply_compensation
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.forward import head_tensors
@@ -72,15 +71,8 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--annotations", required=True, help="a run's calibration.json")
+    parser = calibration_parser(__doc__)
     parser.add_argument("--evaluation", type=Path, help="a run's evaluation.json")
-    parser.add_argument("--images", type=int, help="use the first ones only")
-    parser.add_argument("--scope", default="backbone")
     parser.add_argument("--grids", default="any", choices=("any", "integer"))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=["w4a4", "w4a8", "w6a6"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from bench_recipes import BITS, COMPENSATIONS, with_recipe, write_subset
+from bench_recipes import BITS, COMPENSATIONS, detector_parser, with_recipe, write_subset
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import load_detector
@@ -37,29 +37,21 @@ def measure(options: argparse.Namespace, full: nn.Module, subset: Path) -> dict[
     result = {}
     for name in options.recipes:
         model = with_recipe(quantized, full, images, name)
-        found = predict(model, make_loader(full.cfg, options.evaluation), options.evaluation)
+        images_to_judge = make_loader(full.cfg, options.evaluation)
+        found = predict(model, images_to_judge, options.evaluation).records
         result[name] = coco_metrics(options.evaluation, found, masks=has_masks(found))["bbox"]["AP"]
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--checkpoint", required=True)
+    parser = detector_parser(__doc__)
     parser.add_argument("--calibration", required=True, help="a run's calibration.json")
     parser.add_argument("--evaluation", required=True, help="a run's evaluation.json")
-    parser.add_argument("--scope", default="backbone")
     parser.add_argument("--bits", choices=BITS, default="w6a6")
     parser.add_argument("--subsets", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.9, help="of the calibration images")
-    parser.add_argument(
-        "--recipes",
-        nargs="+",
-        choices=COMPENSATIONS,
-        default=["none", "paper", "qwt"],
-    )
+    recipes = {"choices": COMPENSATIONS, "default": ["none", "paper", "qwt"]}
+    parser.add_argument("--recipes", nargs="+", **recipes)
     options = parser.parse_args()
     full = load_detector(options.config, options.checkpoint, device="cpu")
     content = read_json(options.calibration, what="annotation file")

@@ -29,28 +29,24 @@ def made_up(images: int, detections: int, seed: int) -> tuple[dict[str, Any], li
     """Annotations with 7 objects per image, as COCO has them, and detections near them and elsewhere."""
     generator = np.random.default_rng(seed)
     boxes = generator.uniform(0, 200, (images, detections, 4)) + np.array([0, 0, 20, 20])
-    categories = generator.integers(1, CLASSES + 1, (images, detections))
-    scores = generator.random((images, detections))
-    content: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
-    content["categories"] = [{"id": c, "name": str(c)} for c in range(1, CLASSES + 1)]
+    categories = generator.integers(1, CLASSES + 1, (images, detections)).tolist()
+    scores = generator.random((images, detections)).tolist()
+    size = {"height": SIZE[0], "width": SIZE[1]}
+    content: dict[str, Any] = {
+        "images": [{"id": image, "file_name": f"{image}.jpg", **size} for image in range(images)],
+        "annotations": [],
+        "categories": [{"id": c, "name": str(c)} for c in range(1, CLASSES + 1)],
+    }
     records = []
-    for image in range(images):
-        content["images"].append(
-            {"id": image, "height": SIZE[0], "width": SIZE[1], "file_name": f"{image}.jpg"}
-        )
-        for place, (box, category, score) in enumerate(
-            zip(boxes[image].tolist(), categories[image].tolist(), scores[image], strict=True)
-        ):
-            polygons = hexagon(*box)
-            record = {"image_id": image, "category_id": category, "bbox": box}
-            if place < 7:
-                content["annotations"].append(
-                    {**record, "id": len(content["annotations"]) + 1, "iscrowd": 0}
-                    | {"area": box[2] * box[3] * 0.75, "segmentation": polygons}
-                )
-            records.append(
-                {**record, "score": float(score), "segmentation": compressed(polygons, *SIZE)}
-            )
+    for image, place in np.ndindex(images, detections):
+        box, polygons = boxes[image, place].tolist(), hexagon(*boxes[image, place].tolist())
+        record = {"image_id": image, "category_id": categories[image][place], "bbox": box}
+        if place < 7:
+            number, area = len(content["annotations"]) + 1, box[2] * box[3] * 0.75
+            more = {"id": number, "iscrowd": 0, "area": area, "segmentation": polygons}
+            content["annotations"].append({**record, **more})
+        mask = compressed(polygons, *SIZE)
+        records.append({**record, "score": scores[image][place], "segmentation": mask})
     return content, records
 
 
@@ -64,18 +60,13 @@ def main() -> None:
     for images in sorted(arguments.images):
         with tempfile.TemporaryDirectory() as folder:
             content, records = made_up(images, arguments.detections, 0)
-            annotations = Path(folder) / "annotations.json"
+            annotations, path = Path(folder) / "annotations.json", Path(folder) / "predictions.json"
             annotations.write_text(json.dumps(content))
-            path = Path(folder) / "predictions.json"
             path.write_text(json.dumps(records))
             del content, records
+            variants = {str(variant): path for variant in range(arguments.variants)}
             started = time.process_time()
-            bootstrap(
-                annotations,
-                {str(variant): path for variant in range(arguments.variants)},
-                masks=True,
-                resamples=arguments.resamples,
-            )
+            bootstrap(annotations, variants, masks=True, resamples=arguments.resamples)
             seconds = time.process_time() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(f"{images} images, {arguments.variants} variants: {seconds:.0f} s, {peak:.2f} GB")

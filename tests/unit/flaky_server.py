@@ -60,7 +60,7 @@ class FlakyServer:
     plan: dict[str, deque[Drop | Status | Raw]] = field(default_factory=lambda: defaultdict(deque))
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
-    _lock: Any = field(default_factory=threading.Lock)
+    lock: Any = field(default_factory=threading.Lock)
 
     def __enter__(self) -> "FlakyServer":
         handler = type("Handler", (_Handler,), {"world": self})
@@ -80,27 +80,19 @@ class FlakyServer:
     def url(self, path: str) -> str:
         return f"{self.base}/{path}"
 
-    def count(self, path: str) -> int:
-        """Number of requests for ``path`` so far."""
-        return sum(requested == path for requested, _ in self.requests)
-
     def content(self, path: str) -> bytes | None:
-        if path in self.files:
-            return self.files[path]
         there = self.folder is not None and (self.folder / path).is_file()
-        return (self.folder / path).read_bytes() if there else None
+        return self.files.get(path, (self.folder / path).read_bytes() if there else None)
 
     def behaviour(self, path: str, asked: str | None, size: int) -> Drop | Status | Raw | None:
-        with self._lock:
+        with self.lock:
             self.requests.append((path, asked))
             number = len(self.requests)
             if self.plan[path]:
                 return self.plan[path].popleft()
         if self.unavailable_every and number % self.unavailable_every == 0:
             return Status(503, {"Retry-After": "0"})
-        if self.drop_every and number % self.drop_every == 0:
-            return Drop(size // 2)
-        return None
+        return Drop(size // 2) if self.drop_every and number % self.drop_every == 0 else None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -117,19 +109,19 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(behaviour, Raw):
             return self._send(behaviour)
         if content is None:
-            return self._reply(404, b"")
+            return self._reply(404, b"", {})
         etag = f'"{hashlib.md5(content).hexdigest()}"'
         headers = {"ETag": etag} if self.world.etags else {}
-        status, body = 200, content
+        status, start, size = 200, 0, len(content)
         unchanged = self.headers.get("If-Range") in (None, etag) or not self.world.check_if_range
         if asked and self.world.ranges and unchanged:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-            if start >= len(content):
-                return self._reply(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-            status, body = 206, content[start:]
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            if start >= size:
+                return self._reply(416, b"", {"Content-Range": f"bytes */{size}"})
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         cut = behaviour.after if isinstance(behaviour, Drop) else None
-        return self._reply(status, body, headers, cut)
+        return self._reply(status, content[start:], headers, cut)
 
     def _send(self, raw: Raw) -> None:
         self.close_connection = True
@@ -140,11 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             pass  # the client has gone
 
-    def _reply(self, status: int, body: bytes, headers: Any = None, cut: int | None = None) -> None:
+    def _reply(
+        self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None
+    ) -> None:
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[:cut])
         if cut is not None:

@@ -246,33 +246,17 @@ def safetensors(header: str | bytes, data: bytes = bytes(16), size: int | None =
     return struct.pack("<Q", len(header) if size is None else size) + header + data
 
 
-def described(begin: int, end: int, shape: str = "[4]", dtype: str = "F32") -> str:
-    return f'{{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [{begin}, {end}]}}'
-
-
-def entry(*description, data=bytes(16), **options) -> bytes:
-    return safetensors(f'{{"w": {described(*description, **options)}}}', data)
-
-
+LARGE = '{"w": {"dtype": "F32", "shape": [700000000], "data_offsets": [0, 16]}}'
 BROKEN = {
     "empty": b"",
     "one byte": b"{",
     "header of 8 exabytes": safetensors("{}", size=2**63),
-    "header of 1 GB": safetensors("{}", size=10**9),
     "header that ends early": safetensors('{"w": '),
-    "list for a header": safetensors("[]"),
     "deep header": safetensors("[" * 100_000),
     "header that is no UTF-8": safetensors(b"\xff\xfe{}"),
     "number for a tensor": safetensors('{"w": 1}'),
-    "one range for two": safetensors(f'{{"w": {described(0, 16)}, "v": {described(0, 16)}}}'),
-    "overlap": safetensors(f'{{"w": {described(0, 16)}, "v": {described(8, 24)}}}', bytes(24)),
-    "range from behind": entry(16, 0),
-    "range beyond the file": entry(0, 10**15),
-    "shape larger than its range": entry(0, 16, "[700000000]"),
-    "shape that overflows": entry(0, 16, "[4611686018427387904, 4]"),
-    "negative size": entry(0, 16, "[-4]"),
-    "unknown type": entry(0, 16, dtype="X"),
-    "too little data": entry(0, 16, data=bytes(15)),
+    "shape larger than its range": safetensors(LARGE),
+    "too little data": safetensors(LARGE.replace("700000000", "4"), bytes(15)),
     "metadata alone": safetensors('{"__metadata__": {"format": "pt"}}', b""),
     "web page": b"<!DOCTYPE html><html>",
 }
@@ -604,7 +588,7 @@ def test_fetch_over_a_bad_connection(tmp_path, checkpoint):
         server.plan[source.name] += [Status(503), Drop(20_000), Status(500)]
         address = server.base.replace("://", "://user:secret@") + f"/{source.name}?token=secret"
         fetch_checkpoint(address, output, sha256=digest(source))
-        assert server.count(source.name) == 4
+        assert len(server.requests) == 4
         found = re.fullmatch(r"bytes=(\d+)-", server.requests[-1][1])
         assert 0 < int(found[1]) <= 20_000  # it goes on where the connection broke
     meta = torch.load(output, weights_only=True)["meta"]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from PIL import Image
 from qwt_mmdet.config import as_plain, of_repeat
 from qwt_mmdet.config.datasets import PARTS, parse_dataset
 from qwt_mmdet.data import download as download_module
-from qwt_mmdet.data.annotations import read_annotations
 from qwt_mmdet.data.sampling import choose_ids
 from qwt_mmdet.data.sources import SOURCES, open_source
 from qwt_mmdet.errors import QwtError
@@ -652,17 +650,3 @@ def test_shapes_of_one_split_for_both_parts(tmp_path):
     parts = [{"split": "val", "images": count} for count in (2, 3)]
     chosen = run({"type": "shapes", **dict(zip(PARTS, parts, strict=True))}, tmp_path / "out")
     assert len({i for part in chosen for i in ids(part)}) == 5
-
-
-@pytest.mark.real
-def test_real_coco(tmp_path):
-    default = Path(__file__).parents[3] / "shared" / "coco_real"
-    real = Path(os.environ.get("QWT_REAL_COCO", default))
-    if not real.is_dir():
-        pytest.skip(f"the real COCO sample is not in {real} (QWT_REAL_COCO)")
-    calibration, evaluation = run(settings(32, "all", root=real), tmp_path / "out", name="coco")
-    assert len(calibration["images"]) == 32
-    assert len(evaluation["images"]) == 160
-    assert len(evaluation["annotations"]) == 1370
-    content = read_annotations(real / "annotations/instances_train2017.json")
-    assert len(content["images"]) == 100

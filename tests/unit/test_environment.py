@@ -274,24 +274,3 @@ def test_operators_that_answer_wrongly_are_noticed(monkeypatch):
     monkeypatch.setattr(mmcv.ops, "nms", lambda *_, **__: (None, torch.tensor([0, 1, 2])))
     with pytest.raises(check_env.EnvironmentFault, match="nms"):
         check_env.run_operators("cpu")
-
-
-@pytest.mark.parametrize("own", ["", "/elsewhere"])
-@pytest.mark.parametrize("ready", [True, False])
-def test_ci_lints_and_tests_and_offers_the_wheel_where_there_is_one(tmp_path, ready, own):
-    script, wheels = tmp_path / "repository/.ci/run", tmp_path / "shared/wheels"
-    script.parent.mkdir(parents=True)
-    shutil.copy(ROOT / ".ci" / "run", script)
-    if ready:
-        wheels.mkdir(parents=True)
-    make = tmp_path / "make"
-    make.write_text('#!/bin/sh\necho "$1:${PIP_FIND_LINKS:-}"\n')
-    make.chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PIP_FIND_LINKS": own}
-    done = subprocess.run(
-        [script], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    links = " ".join([own] * bool(own) + [str(wheels)] * ready)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"lint:{links}", f"test-all:{links}"]

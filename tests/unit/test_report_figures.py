@@ -73,17 +73,6 @@ def test_a_figure_fits_page_and_phone_and_names_what_it_shows(name, said):
     assert said <= set(texts(svg))
 
 
-def test_more_bits_are_above_fewer():
-    root = ElementTree.fromstring(ap_by_bits(POINTS, "box", "a"))
-    heights = {}
-    for element in root.iter(f"{SVG}text"):
-        transform = element.attrib.get("transform", "")
-        position = re.search(r"translate\(([\d.]+) ([\d.]+)\)", transform)
-        height = float(position.group(2)) if position else float(element.attrib["y"])
-        heights["".join(element.itertext()).strip()] = height
-    assert heights["W8 A8"] < heights["W4 A8"]  # y grows downward
-
-
 def test_without_intervals_and_without_compensation_there_is_a_figure_too():
     plain = [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)]
     for draw in (ap_by_bits, ap_by_size):
