@@ -33,7 +33,7 @@ COMMAND = "QWT_MMDET_COMMAND"
 """Environment variable with the user's command line, for the jobs of the workflow."""
 
 REFITS = ("quantize_model", "measure_candidates", "choose_recipe")
-"""Steps that cache activations with ``refit: sequential``."""
+"""Steps that may cache activations, with a ``refit`` other than ``none``."""
 EVALUATIONS = (
     "evaluate_baseline",
     "evaluate_quantized",
@@ -154,9 +154,7 @@ def _machine_fault(error: BaseException, rule: str) -> str | None:
     if type(error).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text:
         lower = "lower activation_cache.device_gb in the config"
         remedies = {"fit_compensation": lower}
-        remedies |= dict.fromkeys(
-            REFITS, f"end what else uses it, or with refit: sequential {lower}"
-        )
+        remedies |= dict.fromkeys(REFITS, f"end what else uses it, or with a refit {lower}")
         remedies |= dict.fromkeys(EVALUATIONS, "lower evaluation.batch_size in the config")
         return (
             f"The GPU ran out of memory; {remedies.get(rule, 'end what else uses it')}, or run on the "

@@ -16,10 +16,10 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.regression import RegressionSums, ridge_towards
 from qwt_mmdet.quantization.scores import score_map, scores_at
-from qwt_mmdet.quantization.sequential import FullPrecision, LayerFit, corresponds
+from qwt_mmdet.quantization.sequential import LayerFit, Sequential, corresponds
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
+from qwt_mmdet.quantization.weight_fit import Calibration
 from qwt_mmdet.record import quantization_of
-from qwt_mmdet.replay.cache import ActivationCache
 from qwt_mmdet.steps import quantize as step
 from torch import nn
 
@@ -108,10 +108,10 @@ def test_a_layer_makes_up_for_inputs_that_are_scaled_and_shifted(kind, monkeypat
     expected = [layer(x).detach() for x in inputs]
     model = quantize_model(tiny.TinyDetector(nn.Sequential(layer)), settings(8))
     quantized = model.backbone[0]
-    with ActivationCache() as cache, torch.no_grad():
-        full = FullPrecision(cache, len(inputs))
+    with torch.no_grad():
+        full = Sequential(Calibration(model, [{"inputs": [x]} for x in inputs]))
         for x in inputs:
-            full.watches(model)[quantized](x, layer._compute(x, layer.weight, layer.bias))
+            full.watches()[quantized](x, layer._compute(x, layer.weight, layer.bias))
             full.add_image({})
         quantized.input_quantizer.channel_axis = None
         quantized.input_quantizer.set_range(
@@ -248,10 +248,10 @@ def test_a_layer_whose_positions_do_not_correspond_aims_at_its_own_output():
     )
     quantized = model.backbone[0]
     x = torch.randn(300, 6, device=tiny.device)
-    with ActivationCache() as cache, torch.no_grad():
-        full = FullPrecision(cache, 2)
+    with torch.no_grad():
+        full = Sequential(Calibration(model, [{"inputs": [x]}] * 2))
         for chosen in (x[torch.randperm(300)], x[:100]):  # another order, another number
-            full.watches(model)[quantized](chosen, F.linear(chosen, layer.weight, layer.bias))
+            full.watches()[quantized](chosen, F.linear(chosen, layer.weight, layer.bias))
             full.add_image({})
         quantized.input_quantizer.set_range(
             *(torch.tensor([v], device=tiny.device) for v in (-5.0, 5.0))

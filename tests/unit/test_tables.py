@@ -19,7 +19,7 @@ from qwt_mmdet.compensation.state import (
     save_compensation,
 )
 from qwt_mmdet.config import CompensationSettings, QuantizationSettings
-from qwt_mmdet.config.quantization import ActivationRange, Rounding, WeightRange
+from qwt_mmdet.config.quantization import ActivationRange, Refit, Rounding, WeightRange
 from qwt_mmdet.detectors.build import random_detector, resolve_config
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
@@ -28,6 +28,7 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model, quantized_layers
 from qwt_mmdet.quantization.ranges import RANGES, register_range
 from qwt_mmdet.quantization.rounding import ROUNDINGS, register_rounding
+from qwt_mmdet.quantization.weight_fit import WEIGHT_FITS
 from qwt_mmdet.record import record_of
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -42,9 +43,10 @@ def test_the_configuration_lists_what_the_tables_hold():
     assert built_in(WeightRange) == set(RANGES)
     assert built_in(ActivationRange) == {*RANGES, "repq"}
     assert built_in(Rounding) == set(ROUNDINGS)
+    assert built_in(Refit) == set(WEIGHT_FITS)
 
 
-@pytest.mark.parametrize("key", ["weight_range", "activation_range", "rounding"])
+@pytest.mark.parametrize("key", ["weight_range", "activation_range", "rounding", "refit"])
 def test_a_name_that_nobody_registered_is_told_with_those_that_are(key):
     with pytest.raises(QwtError, match="it should be"):
         QuantizationSettings(8, 8, **{key: "mean"})

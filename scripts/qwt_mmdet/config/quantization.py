@@ -14,7 +14,7 @@ Scope = Literal["backbone", "backbone+neck", "detector"]
 WeightRange = Literal["minmax", "percentile", "mse"] | Foreign
 ActivationRange = Literal["minmax", "percentile", "mse", "repq"] | Foreign
 Rounding = Literal["nearest", "gptq"] | Foreign
-Refit = Literal["none", "sequential"]
+Refit = Literal["none", "sequential"] | Foreign
 Grids = Literal["any", "integer"]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..config import QuantizationSettings
 from ..errors import QwtError
 from ..progress import progress
-from ..replay.cache import RELEASE_INTERVAL, ActivationCache, release_free_memory
+from ..replay.cache import RELEASE_INTERVAL, release_free_memory
 from ..replay.walk import ReachedError, Walk
 from .convert import activation_quantizers, full_precision, quantized_layers
 from .layers import QuantizedConv2d, QuantizedLayer
@@ -35,54 +35,56 @@ from .rounding import rounding_by_name
 from .scores import score_map, scores_at
 from .validation import FoldedObserver, RangeValidation
 from .vectors import (
+    POSITIONS,
     input_vectors,
     output_size,
     output_vectors,
     quantized_vectors,
     sampled_positions,
 )
+from .weight_fit import Affine, Calibration, WeightFit, register_weight_fit
 from .weights import choose_codes
 
 logger = logging.getLogger(__name__)
 
-POSITIONS = 2**15
-"""Output positions of each layer that are sampled, of all images together."""
 MAX_REFIT_COLUMNS = 8192
 """Layers with more inputs per output are only rounded: a regression would take minutes."""
 RIDGE = 0.01
 """Strength of the ridge, relative to the mean variance of a layer's inputs."""
 
-
-Affine = tuple[Tensor, Tensor | None]
-"""Weights and bias of a layer."""
-
 See = Callable[[int, int, Tensor], None]
 """Takes the number of an image, the number of the layer's call on it, and the layer's input."""
 
 
-class FullPrecision:
-    """Sampled outputs of the layers of the full-precision network.
-
-    Args:
-        cache: keeps images and outputs.
-        images: expected number of images.
+@register_weight_fit("sequential")
+class Sequential(WeightFit):
+    """Layers are fitted in running order, to sampled outputs of the full-precision network.
 
     Attributes:
         images: number of images so far.
         order: the layers by name, in the order of their first calls.
         calls: number of runs of a layer, by number of the image and name.
+        image_positions: number of positions that are sampled of each image.
     """
 
-    def __init__(self, cache: ActivationCache, images: int) -> None:
-        self.cache = cache
+    refits = True
+
+    def __init__(self, run: Calibration) -> None:
+        super().__init__(run)
+        self.cache = run.cache  # of images, outputs, maps of scores, and fitted weights
         self.images = 0
         self.order: dict[str, QuantizedLayer] = {}
         self.calls: Counter[tuple[int, str]] = Counter()
-        self._positions = math.ceil(POSITIONS / max(1, images))
+        self.image_positions = math.ceil(POSITIONS / max(1, run.expected_images))
 
-    def watches(self, model: nn.Module) -> dict[nn.Module, Watch]:
-        """Callbacks that sample each layer's outputs in a full-precision pass of the next image."""
-        layers = quantized_layers(model).items()
+    def own_ranges(self) -> set[str]:
+        """Those of all layers but the readers of folded LayerNorms."""
+        layers = quantized_layers(self.run.model).keys() - self.run.about.folded_layers
+        return {f"{name}.input_quantizer" for name in layers}
+
+    def watches(self) -> dict[nn.Module, Watch]:
+        """Sample each layer's outputs of the next image."""
+        layers = quantized_layers(self.run.model).items()
         return {layer: partial(self._sample, name, layer) for name, layer in layers}
 
     def add_image(self, image: dict[str, Any]) -> None:
@@ -96,7 +98,7 @@ class FullPrecision:
         self.calls[image, name] += 1
         size = output_size(layer, x)
         calls = self.calls[0, name] if image else 1  # calls share the positions of their image
-        limit = math.ceil(self._positions / max(1, calls))
+        limit = math.ceil(self.image_positions / max(1, calls))
         chosen = self.positions(image, call, size, limit, x.device)
         vectors = output_vectors(layer, output, chosen)
         if not torch.isfinite(vectors).all():
@@ -122,14 +124,76 @@ class FullPrecision:
         found, vectors = self.cache.pop(key) if key in self.cache else (None, None)
         return vectors if found == size else None
 
+    def fit(self) -> None:
+        """Choose ranges, codes and biases of all layers, in the order in which they run.
+
+        Inputs that have a range keep it.
+        """
+        model, settings = self.run.model, self.run.about.settings
+        if settings.refit_weighting:
+            self._weigh_positions()
+        walk = Walk(model, self.order, self.cache, settings.scope, ignored=ActivationQuantizer)
+        layers = quantized_layers(model).values()
+        weights = {layer: layer.weight.data for layer in layers}
+        inputs = {layer.input_quantizer for layer in layers}
+        with full_precision(model, {}), walk.active():
+            walk.record("backbone+neck" if settings.scope == "detector" else settings.scope)
+            for quantizer in activation_quantizers(model).values():  # those of attention
+                quantizer.enabled = quantizer not in inputs and quantizer.is_calibrated
+            try:
+                for name, layer in progress(self.order.items(), "Calibrating layers", unit="layer"):
+                    visit = partial(self._visit, walk, name)
+                    quantizer = layer.input_quantizer
+                    if not quantizer.is_calibrated:
+                        choose_range(layer, visit, settings, self.run.validation)
+                    if not quantizer.is_calibrated:  # all its inputs were empty
+                        continue
+                    fit = LayerFit(name, layer, self, settings.refit_weighting)
+                    visit(fit.see)
+                    self.cache["fitted", name] = fit.finish(settings)
+                    layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
+                    layer.enabled = quantizer.enabled = True
+                    walk.pending.discard(name)
+            finally:
+                for layer, weight in weights.items():
+                    layer.weight.data = weight
+
+    def _weigh_positions(self) -> None:
+        """Keep a map of the full-precision detector's scores for each image."""
+        with full_precision(self.run.model, {}):
+            for image in range(self.images):
+                scores = score_map(self.run.model, self.cache["image", image])
+                if scores is None:
+                    logger.info(
+                        "This detector has no map of scores; all positions have the same weight."
+                    )
+                    return
+                self.cache["scores", image] = scores
+
+    def _visit(self, walk: Walk, name: str, see: See) -> None:
+        """Pass all inputs of a layer in the quantized network on to ``see``."""
+        quantizer = self.order[name].input_quantizer
+        for image in range(self.images):
+            if image % RELEASE_INTERVAL == 0:
+                release_free_memory()
+            expected = self.calls[image, name]
+            calls = 0
+
+            def watch(x: Tensor, _: Tensor, image: int = image, expected: int = expected) -> None:
+                nonlocal calls
+                see(image, calls, x)
+                calls += 1
+                if calls == expected:
+                    raise ReachedError
+
+            quantizer.watch = watch
+            if expected:
+                walk.run(image, name)
+        quantizer.watch = None
+
     def fitted(self, name: str) -> Affine:
         """Weights and bias of a layer after its regression, before they were rounded."""
         return self.cache["fitted", name]
-
-    @property
-    def image_positions(self) -> int:
-        """Number of positions that are sampled of each image."""
-        return self._positions
 
 
 def corresponds(full: Tensor, own: Tensor) -> bool:
@@ -151,7 +215,7 @@ class LayerFit:
     """
 
     def __init__(
-        self, name: str, layer: QuantizedLayer, full: FullPrecision, weighting: float
+        self, name: str, layer: QuantizedLayer, full: Sequential, weighting: float
     ) -> None:
         self.name, self.layer, self.full, self.weighting = name, layer, full, weighting
         self.weight = layer.weight.flatten(1).unflatten(0, (layer.weight_groups, -1))
@@ -237,75 +301,3 @@ def choose_range(
     visit(lambda image, call, x: folds.update(image, x))
     migrating = layer if isinstance(layer, QuantizedConv2d) and layer.migrates else None
     validation.choose_grid(quantizer, folds, migrating, settings)
-
-
-def weigh_positions(model: nn.Module, full: FullPrecision) -> None:
-    """Keep a map of the full-precision detector's scores for each image."""
-    with full_precision(model, {}):
-        for image in range(full.images):
-            scores = score_map(model, full.cache["image", image])
-            if scores is None:
-                logger.info(
-                    "This detector has no map of scores; all positions have the same weight."
-                )
-                return
-            full.cache["scores", image] = scores
-
-
-def calibrate_sequentially(
-    model: nn.Module,
-    full: FullPrecision,
-    settings: QuantizationSettings,
-    validation: RangeValidation,
-) -> None:
-    """Choose ranges, codes and biases of all layers, in the order in which they run.
-
-    Inputs that have a range keep it. ``weight`` stays in full precision; ``full.fitted`` returns the fitted
-    values.
-    """
-    layers = quantized_layers(model)
-    walk = Walk(model, full.order, full.cache, settings.scope, ignored=ActivationQuantizer)
-
-    def visit(name: str, see: See) -> None:
-        """Pass all inputs of a layer in the quantized network on to ``see``."""
-        quantizer = full.order[name].input_quantizer
-        for image in range(full.images):
-            if image % RELEASE_INTERVAL == 0:
-                release_free_memory()
-            expected = full.calls[image, name]
-            calls = 0
-
-            def watch(x: Tensor, _: Tensor, image: int = image, expected: int = expected) -> None:
-                nonlocal calls
-                see(image, calls, x)
-                calls += 1
-                if calls == expected:
-                    raise ReachedError
-
-            quantizer.watch = watch
-            if expected:
-                walk.run(image, name)
-        quantizer.watch = None
-
-    weights = {layer: layer.weight.data for layer in layers.values()}
-    inputs = {layer.input_quantizer for layer in layers.values()}
-    with full_precision(model, {}), walk.active():
-        walk.record("backbone+neck" if settings.scope == "detector" else settings.scope)
-        for quantizer in activation_quantizers(model).values():  # those of attention
-            quantizer.enabled = quantizer not in inputs and quantizer.is_calibrated
-        try:
-            for name, layer in progress(full.order.items(), "Calibrating layers", unit="layer"):
-                quantizer = layer.input_quantizer
-                if not quantizer.is_calibrated:
-                    choose_range(layer, partial(visit, name), settings, validation)
-                if not quantizer.is_calibrated:  # all its inputs were empty
-                    continue
-                fit = LayerFit(name, layer, full, settings.refit_weighting)
-                visit(name, fit.see)
-                full.cache["fitted", name] = fit.finish(settings)
-                layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
-                layer.enabled = quantizer.enabled = True
-                walk.pending.discard(name)
-        finally:
-            for layer, weight in weights.items():
-                layer.weight.data = weight

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from .layers import QuantizedConv2d, QuantizedLayer
 from .primitives import fake_quantize
 
+POSITIONS = 2**15
+"""Output positions of each layer that are sampled, of all images together."""
+
 
 def sampled_positions(count: int, limit: int, seed: int, device: torch.device) -> Tensor:
     """At most ``limit`` of ``count`` positions, sorted: a random one of each of ``limit`` equal intervals."""

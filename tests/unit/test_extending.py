@@ -1,0 +1,52 @@
+"""The classes on the pages of docs/extending do what the pages say, in a module of the user's own."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from mmdet.structures import DetDataSample
+from qwt_mmdet.config import QuantizationSettings
+from qwt_mmdet.detectors.build import random_detector
+from qwt_mmdet.errors import QwtError
+from qwt_mmdet.quantization import weight_fit
+from qwt_mmdet.quantization.calibrate import calibrate
+from qwt_mmdet.quantization.convert import quantize_model
+from qwt_mmdet.record import quantization_of
+
+PAGES = Path(__file__).parents[2] / "docs" / "extending"
+
+
+@pytest.fixture
+def mylab(tmp_path, monkeypatch):
+    """Write the class of a page as the module ``mylab``, which can be imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(weight_fit, "WEIGHT_FITS", dict(weight_fit.WEIGHT_FITS))
+
+    def write(page: str) -> None:
+        (block,) = re.findall(r"^```python\n(.*?)^```$", (PAGES / page).read_text(), re.M | re.S)
+        (tmp_path / "mylab.py").write_text(block)
+
+    yield write
+    sys.modules.pop("mylab", None)
+
+
+def test_a_fit_of_weights(mylab, tmp_path):
+    mylab("weight_fit.md")
+    config = tmp_path / "own.py"
+    config.write_text(f"_base_ = {str(tiny.DEMO)!r}\ncustom_imports = dict(imports=['mylab'])\n")
+
+    def sqnr(refit: str) -> dict[str, float]:
+        torch.manual_seed(0)
+        model = random_detector(config, tiny.SMALL_MASK_RCNN)
+        options = {"refit": refit, "rounding": "nearest", "bias_correction": False}
+        quantize_model(model, QuantizationSettings(3, 8, **options))
+        batches = [{**batch, "data_samples": [DetDataSample()]} for batch in tiny.batches(3)]
+        return quantization_of(calibrate(model, batches)).sqnr_db
+
+    plain, scaled = sqnr("none"), sqnr("mylab.scaled")
+    assert all(scaled[name] > plain[name] for name in plain)
+    with pytest.raises(QwtError, match=r"refit is 'mylab\.scale', .*did you mean mylab\.scaled"):
+        sqnr("mylab.scale")
