@@ -1,6 +1,7 @@
 """Exceptions that are meant for the user."""
 
 import difflib
+import importlib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -42,12 +43,24 @@ def suggestion(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def registered(key: str, name: str, table: Mapping[str, T]) -> T:
+def registered(key: str, name: str, table: Mapping[str, T], *, imports: bool = False) -> T:
     """Return the algorithm with a name from a registry.
 
+    Args:
+        imports: first import the module ``mylab`` that registers a name ``mylab.voc``.
+
     Raises:
-        QwtError: it is not registered.
+        QwtError: it is not registered, or its module cannot be imported.
     """
+    module = name.rpartition(".")[0]
+    if imports and module and name not in table:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise QwtError(
+                f"{key} is {name!r}, but the module {module} cannot be imported ({error}); put its folder "
+                "into PYTHONPATH."
+            ) from error
     if name not in table:
         known = sorted(table)
         raise QwtError(
@@ -57,16 +70,16 @@ def registered(key: str, name: str, table: Mapping[str, T]) -> T:
     return table[name]
 
 
-def check_installed(package: str) -> None:
-    """Check that a package is installed.
+def check_installed(name: str) -> None:
+    """Check that a package is installed, or the module that registers a name with a dot.
 
     Raises:
         QwtError: it is not.
     """
+    package, dot, _ = name.partition(".")
     if importlib.util.find_spec(package) is None:
-        raise QwtError(
-            f"The package {package} is not installed; `pip install {package}` installs it."
-        )
+        remedy = "put its folder into PYTHONPATH" if dot else f"`pip install {package}` installs it"
+        raise QwtError(f"The package {package} is not installed; {remedy}.")
 
 
 LONGEST_REASON = 300

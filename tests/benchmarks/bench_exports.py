@@ -42,8 +42,8 @@ from qwt_mmdet.export.benchmark import Feeds, feeds_of, interleaved, open_detect
 from qwt_mmdet.export.description import exported_bytes, graph_files, read_description
 from qwt_mmdet.export.loading import load_exported
 from qwt_mmdet.export.onnx_file import export_onnx, trace
-from qwt_mmdet.export.profile import PROFILES, integer_share
-from qwt_mmdet.export.runtimes import RUNTIMES, Graph, Run, open_graph, prepared
+from qwt_mmdet.export.profile import integer_share
+from qwt_mmdet.export.runtimes import RUNTIMES, Graph, Run, open_graph, prepared, runtime_by_name
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import load_warmup
@@ -123,10 +123,10 @@ def open_as_it_is(path: Path, runtime: str, overflow: bool) -> Run:
     """Open another tool's file, with the kernels that ours gets if it can have them."""
     if path.suffix == ".onnx":
         try:
-            return RUNTIMES[runtime](Graph(path.read_bytes(), overflow), 1)
+            return RUNTIMES[runtime].open(Graph(path.read_bytes(), overflow), 1)
         except Fail as error:  # where layers share weights
             print(f"{path.name} runs with fast kernels alone ({str(error).splitlines()[0][:80]})")
-            return RUNTIMES[runtime](Graph(path.read_bytes(), False), 1)
+            return RUNTIMES[runtime].open(Graph(path.read_bytes(), False), 1)
     import openvino
 
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
@@ -161,7 +161,8 @@ def report(
 
 
 def in_integers(path: Path, runtime: str, feed: dict[str, np.ndarray]) -> str:
-    share = integer_share(PROFILES[runtime](prepared(onnx_ir.load(path), runtime), feed))
+    of = runtime_by_name(runtime)
+    share = integer_share(of.kernels(prepared(onnx_ir.load(path), of), feed))
     return f", {share:.1%} of the multiply-adds in integers" if share is not None else ""
 
 

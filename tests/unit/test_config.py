@@ -125,6 +125,7 @@ def test_the_order_of_keys_in_the_file_does_not_matter():
         ("datasets/shapes/root", "data", ["datasets.shapes.root", "not a known key"]),
         ("datasets/shapes/type", "voc", ["datasets.shapes.type is 'voc'", "'shapes', 'coco'"]),
         ("export", [{"runtime": ["onnxruntim"]}], ["export[0].runtime[0] is 'onnxruntim'", "did you mean onnxruntime?"]),
+        ("export", [{"runtime": ["mylab/own.x"]}], ["export[0].runtime[0]: a name must be", "letters, digits"]),
         ("export", [{"opset": 7}], ["export[0].opset is 7", "from 21 to 23"]),
         ("export", [{"input": "static"}], ["export[0].input is 'static'", "'fixed' or 'dynamic'"]),
         ("export", [{"quantization": ["w8"]}], ["export[0].quantization names 'w8'", "did you mean w8a8?"]),
@@ -321,6 +322,15 @@ def test_no_name_is_that_of_a_file_beside_it():
             assert "is taken by the workflow" in message(f"{section}/{name.upper()}", entry or {})
 
 
+def test_no_compensation_has_the_folder_of_a_runtime(monkeypatch):
+    monkeypatch.setattr(workflow, "zoo_folder", lambda: None)
+    given = changed("compensation/mylab.own", {})
+    assert config.resolve(given)
+    given["export"] = [{"runtime": ["mylab.own"]}]
+    with pytest.raises(QwtError, match=r"compensation\.mylab\.own: the name .* is taken"):
+        config.resolve(given)
+
+
 @pytest.mark.parametrize(
     "address", ["http://[::bad/x.pth", "http://host:99999999/x", "https://", "http://a b/x"]
 )
@@ -379,6 +389,8 @@ def test_a_runtime_that_is_not_installed_is_named_before_anything_runs(monkeypat
     monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(QwtError, match="openvino is not installed; `pip install openvino`"):
         config.resolve(changed("export", [{"runtime": ["openvino"]}]))
+    with pytest.raises(QwtError, match="mylab is not installed; put its folder into PYTHONPATH"):
+        config.resolve(changed("export", [{"runtime": ["mylab.own"]}]))
 
 
 def test_targets_choose_combinations_and_each_is_wanted_once():

@@ -522,10 +522,10 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
 
 def test_unknown_and_missing_runtimes(monkeypatch):
     with pytest.raises(QwtError, match="did you mean onnxruntime"):
-        runtimes.check_runtime("onnxruntim")
+        runtimes.runtime_by_name("onnxruntim")
     monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(QwtError, match="pip install openvino"):
-        runtimes.check_runtime("openvino")
+        runtimes.runtime_by_name("openvino")
 
 
 def test_configs_keep_their_tuples_in_json():

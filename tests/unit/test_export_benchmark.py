@@ -7,7 +7,7 @@ import pytest
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.export import benchmark, profile
 from qwt_mmdet.export.description import EXPORT_FORMAT
-from qwt_mmdet.export.runtimes import Graph
+from qwt_mmdet.export.runtimes import Graph, runtime_by_name
 from qwt_mmdet.files import sha256_file
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -61,7 +61,7 @@ def test_the_integer_share_is_that_of_the_kernels_which_onnx_runtime_ran():
     image = {"image": np.ones((1, 3, 8, 8), np.float32)}
     shares = [
         profile.integer_share(
-            profile.PROFILES["onnxruntime"](
+            runtime_by_name("onnxruntime").kernels(
                 Graph(network(integer=integer).SerializeToString(), False), image
             )
         )
@@ -91,7 +91,8 @@ def test_a_convolution_whose_weight_the_runtime_packs_is_counted():
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     image = {"image": np.ones((1, 3, 8, 8), np.float32)}
-    (kernel,) = profile.PROFILES["onnxruntime"](Graph(model.SerializeToString(), False), image)
+    graph = Graph(model.SerializeToString(), False)
+    (kernel,) = runtime_by_name("onnxruntime").kernels(graph, image)
     assert kernel == (True, 16 * 6 * 6 * 3 * 3 * 3)
 
 
@@ -120,6 +121,7 @@ def test_both_files_are_measured_in_the_same_rounds(files):
     assert found["full_precision_file_bytes"] == files[1].stat().st_size
     assert found["rounds"] == benchmark.ROUNDS[1]
     assert found["integer_share"] == 0.75
+    assert found["title"] == "ONNX Runtime"
     assert min(found["milliseconds"], found["full_precision_milliseconds"]) > 0
 
 

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -16,6 +17,12 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.record import quantization_of
 
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
+
+import test_export  # noqa: E402
+from qwt_mmdet.export import runtimes  # noqa: E402
+
 PAGES = Path(__file__).parents[2] / "docs" / "extending"
 
 
@@ -24,6 +31,7 @@ def mylab(tmp_path, monkeypatch):
     """Write the class of a page as the module ``mylab``, which can be imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(weight_fit, "WEIGHT_FITS", dict(weight_fit.WEIGHT_FITS))
+    monkeypatch.setattr(runtimes, "RUNTIMES", dict(runtimes.RUNTIMES))
 
     def write(page: str) -> None:
         (block,) = re.findall(r"^```python\n(.*?)^```$", (PAGES / page).read_text(), re.M | re.S)
@@ -31,6 +39,24 @@ def mylab(tmp_path, monkeypatch):
 
     yield write
     sys.modules.pop("mylab", None)
+
+
+def test_a_runtime(mylab, tmp_path):
+    mylab("runtime.md")
+    generator = torch.Generator().manual_seed(0)
+    images = [{"inputs": [torch.randn(3, 8, 8, generator=generator)]} for _ in range(2)]
+    model = test_export.quantized(images, weight_bits=8, activation_bits=8)
+    path, image = tmp_path / "model.onnx", {"image": images[0]["inputs"][0][None].numpy()}
+    onnx_ir.save(test_export.graph_of(model), path)
+    found, expected = (
+        runtimes.open_graph(path, name)(image)["output"]
+        for name in ("mylab.reference", "onnxruntime")
+    )
+    assert np.mean(np.abs(found - expected)) < 0.02 * expected.std()
+    own = runtimes.runtime_by_name("mylab.reference")
+    kernels = list(own.kernels(runtimes.prepared(onnx_ir.load(path), own), image))
+    assert kernels == [(False, 8 * 8 * 8 * 27), (False, 8 * 8 * 8 * 9)]
+    assert own.version == onnx.__version__
 
 
 def test_a_fit_of_weights(mylab, tmp_path):

@@ -23,6 +23,7 @@ BENCHMARK = {
     "rounds": 30,
     "threads": 1,
     "hardware": "an old machine",
+    "title": "ONNX Runtime",
 }
 
 
@@ -84,6 +85,7 @@ def test_sizes_are_those_of_the_files_and_of_what_was_computed(rows):
     assert [row["file_bytes"] for row in rows] == ["500000", "500000", ""]
     assert rows[0]["latency_ratio"] == "1.2"
     assert rows[0]["integer_share"] == "0.75"
+    assert "title" not in rows[0]
 
 
 def test_a_file_that_was_not_made_has_its_reason_and_no_numbers(rows):
@@ -106,7 +108,8 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
 def test_the_report_has_a_section_of_them(folder):
     page = (folder / "report.html").read_text()
     section = page[page.index("<h2>Exported files</h2>") : page.index("<h2>Error of each block")]
-    assert "OpenVINO" in section
+    assert "ONNX Runtime <small>1.2.3</small>" in section
+    assert "<span>openvino</span>" in section  # was not timed, which tells the title
     assert "no operator" in section
     assert "no significant difference" in section
     assert "Latency with 1 thread, 30 rounds, on an old machine." in section

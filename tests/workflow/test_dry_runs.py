@@ -103,10 +103,13 @@ def test_repeats_calibrate_and_compensate_anew_on_images_of_their_own(workflow: 
     assert workflow.jobs() == expected(1, 3, 3) | {"prepare_dataset": 4, "select_images": 4}
 
 
-def test_the_plan_has_the_jobs_that_snakemake_runs(workflow: Workflow):
+def test_the_plan_has_the_jobs_that_snakemake_runs(workflow: Workflow, monkeypatch, tmp_path):
     config = yaml.safe_load((CONFIGS / "demo_tiny.yaml").read_text())
     config["quantization"]["small"] = {"smallest": {"max_drop": 0.1}, "like": "w4a4"}
-    config["export"] = [{"runtime": ["onnxruntime", "openvino"]}, {"compensation": ["qwt"]}]
+    (tmp_path / "mylab.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config["export"] = [{"runtime": ["onnxruntime", "mylab.own"]}, {"compensation": ["qwt"]}]
     config["models"]["second"] = config["models"]["demo"]
     config |= {"repeats": 2, "skip": ["evaluate_quantized"], "evaluation": {"shards": 1}}
     workflow.configure(config)

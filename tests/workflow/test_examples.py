@@ -48,6 +48,7 @@ REPLACED = {
     "--gpus 4": "--device cpu",
     '"…"': f'"{"0" * 64}"',
     "openvino": OPENVINO,
+    "runtime: [onnxruntime, mylab.reference]": "runtime: [onnxruntime]",
 }
 """What the stand-in needs to be written otherwise."""
 NOT_RUN = {

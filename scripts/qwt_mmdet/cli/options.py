@@ -44,9 +44,13 @@ def _option_type(types: list[Any]) -> tuple[Any, str | None]:
         return int, None
     if typing.get_origin(types[0]) is dict:
         return list[str], "KEY=VALUE"
+    return str, "TEXT" if types == [str] else choices(*types)
+
+
+def choices(*types: Any) -> str:
+    """The metavar of an option with one of ``types``: ``mse|NAME``."""
     names = {int: ["NUMBER"], str: ["NAME"]}
-    words = [word for one in types for word in names.get(one) or typing.get_args(one)]
-    return str, "TEXT" if types == [str] else "|".join(words)
+    return "|".join(word for one in types for word in names.get(one) or typing.get_args(one))
 
 
 @functools.cache

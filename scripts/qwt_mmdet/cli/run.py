@@ -8,14 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 import yaml
 
 from ..config import PRESETS, QuantizationSettings, Search, as_entry, resolve
 from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
-from ..config.export import Export, Runtime
+from ..config.export import Export, OwnRuntime
 from ..config.models import Model
 from ..config.workflow import Configuration, Evaluation, Loading, Targets
 from ..devices import count_gpus
@@ -35,7 +35,7 @@ from .common import (
     count_or_all,
     plain_errors,
 )
-from .options import Key, Table, Values, options_named, with_options
+from .options import Key, Table, Values, choices, options_named, with_options
 
 NO_COMPENSATION = "none"
 
@@ -104,7 +104,7 @@ def run(
     export: Annotated[
         list[str],
         typer.Option(
-            metavar="|".join(get_args(Runtime)),
+            metavar=choices(OwnRuntime, str),
             help="Write the quantized detector as an ONNX file, with its compensation if it has one, and "
             "evaluate and time it in this runtime; repeatable.",
         ),

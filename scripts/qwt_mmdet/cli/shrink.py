@@ -1,17 +1,17 @@
 """`qwt-mmdet shrink`: mixed-precision search for a limit of loss or of size, with an exported file."""
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import typer
 
 from ..config import Best, QuantizationSettings, Search, Smallest
-from ..config.export import Runtime
+from ..config.export import OwnRuntime
 from ..config.workflow import Targets
 from ..errors import QwtError
 from ..plan import Variant
 from .common import CoresOption, DeviceOption, plain_errors
-from .options import Key, Table, Values, options_named, with_options
+from .options import Key, Table, Values, choices, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
 
 LIKE = "w8a8"
@@ -56,7 +56,7 @@ def shrink(
     export: Annotated[
         list[str],
         typer.Option(
-            metavar="|".join(get_args(Runtime)),
+            metavar=choices(OwnRuntime, str),
             help="Runtime that evaluates and times the ONNX file; repeatable.",
         ),
     ] = ["onnxruntime"],  # noqa: B006

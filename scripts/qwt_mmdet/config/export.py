@@ -2,14 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, Field, Strict
 
-from .section import Text, section
+from .names import check_name
+from .section import Foreign, Text, section
 
 LEAST_OPSET, MOST_OPSET = 21, 23
 """Opset 21 is the first with 4-bit integers."""
 
-Runtime = Literal["onnxruntime", "openvino"]
+OwnRuntime = Literal["onnxruntime", "openvino"]
+Runtime = OwnRuntime | Annotated[Foreign, AfterValidator(check_name)]
 InputSize = Literal["fixed", "dynamic"]
 Named = Annotated[tuple[Text, ...], Field(min_length=1)] | None
 
@@ -25,7 +27,8 @@ class Export:
     compensation: Named = None
     """Names of compensations. Omitted: the quantized detector without compensation."""
     runtime: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("onnxruntime",)
-    """Runtimes that evaluate the file and measure its latency: `onnxruntime`, `openvino` or both."""
+    """Runtimes that evaluate the file and measure its latency: `onnxruntime`, `openvino`, or one
+    that a module of yours registers, such as `mylab.reference`."""
     opset: Annotated[int, Strict(), Field(ge=LEAST_OPSET, le=MOST_OPSET)] = LEAST_OPSET
     """Version of the ONNX operators."""
     input: InputSize | None = None

@@ -1,4 +1,4 @@
-"""Names of entries, which are folder names under ``results/``."""
+"""Names that are folder names under ``results/``."""
 
 import re
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Strict
 
 
-def _check(name: str) -> str:
+def check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_-])?", name):
         raise ValueError(
             "a name must be at most 100 letters, digits, dots, hyphens and underscores, starting with a "
@@ -15,4 +15,4 @@ def _check(name: str) -> str:
     return name
 
 
-Name = Annotated[str, Strict(), AfterValidator(_check)]
+Name = Annotated[str, Strict(), AfterValidator(check_name)]

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     Discriminator,
@@ -21,7 +21,7 @@ from pydantic import (
 from ..errors import check_installed, suggestion
 from .compensation import CompensationSettings
 from .datasets import Dataset
-from .export import Export
+from .export import Export, OwnRuntime
 from .models import Model
 from .names import Name
 from .quantization import QuantizationSettings
@@ -56,8 +56,7 @@ RESERVED_NAMES: dict[str, tuple[str, ...]] = {
         "model.onnx",
         "model.json",
         "graphs.json",
-        "onnxruntime",
-        "openvino",
+        *get_args(OwnRuntime),
     ),
 }
 """Names that would collide with other files under results/, in lower case."""
@@ -204,7 +203,9 @@ class Configuration:
 
     def _folders(self) -> Iterator[str]:
         """Names that cannot be folders beside the others; macOS and Windows ignore case."""
+        runtimes = tuple(name.lower() for entry in self.export for name in entry.runtime)
         for key, reserved in RESERVED_NAMES.items():
+            taken = reserved + runtimes if key == "compensation" else reserved
             seen: dict[str, str] = {}
             for name in getattr(self, key):
                 other = seen.setdefault(name.lower(), name)
@@ -213,7 +214,7 @@ class Configuration:
                         f"{key}: the names {other!r} and {name!r} differ in case alone, so one would "
                         "overwrite the other on macOS and Windows; rename one."
                     )
-                if name.lower() in reserved:
+                if name.lower() in taken:
                     yield f"{key}.{name}: the name {name!r} is taken by the workflow; choose another."
                 if WINDOWS_DEVICE.fullmatch(name):
                     yield f"{key}.{name}: {name!r} is a device on Windows; choose another name."

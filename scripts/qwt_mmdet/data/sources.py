@@ -6,7 +6,6 @@ Snakemake imports this whenever it reads the workflow, so OpenCV and network pac
 import contextlib
 import fcntl
 import filecmp
-import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,16 +145,8 @@ def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
         QwtError: a setting is not allowed, or nothing is registered for its type.
     """
     section = parse_dataset(settings)
-    module = section.type.rpartition(".")[0]
-    if module and section.type not in SOURCES:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise QwtError(
-                f"The type of a data set is {section.type!r}, but the module {module} cannot be "
-                f"imported ({error}); put its folder into PYTHONPATH."
-            ) from error
-    return registered("The type of a data set", section.type, SOURCES)(section, Path(folder))
+    source = registered("The type of a data set", section.type, SOURCES, imports=True)
+    return source(section, Path(folder))
 
 
 def number_of_images(settings: Mapping[str, Any], part: Part) -> int | None:

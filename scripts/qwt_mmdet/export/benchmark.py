@@ -4,7 +4,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import onnx_ir
 
 from ..errors import QwtError
 from .description import exported_bytes, graph_files, read_description
-from .profile import PROFILES, integer_share
-from .runtimes import open_graph, prepared
+from .profile import integer_share
+from .runtimes import Arrays, open_graph, prepared, runtime_by_name
 
 WARM_UP = 3
 ROUNDS = (5, 30)
@@ -22,7 +21,7 @@ SECONDS = 20.0
 """Time after which no further round starts, if the fewest are done."""
 
 
-Feeds = list[dict[str, np.ndarray]]
+Feeds = list[Arrays]
 """Inputs of each graph of a detector."""
 
 
@@ -97,18 +96,20 @@ def benchmark(
             f"{quantized} and {full_precision} were made from different models or weights, so their "
             "latencies cannot be compared; export both again."
         )
+    found = runtime_by_name(runtime)
     feeds = feeds_of(about[0])
     graphs = [graph_files(path, entry) for path, entry in zip(files, about, strict=True)]
     rounds = interleaved([open_detector(paths, runtime, threads) for paths in graphs], feeds)
     kernels = (
         kernel
         for file, feed in zip(graphs[0], feeds, strict=True)
-        for kernel in PROFILES[runtime](prepared(onnx_ir.load(file), runtime), feed)
+        for kernel in found.kernels(prepared(onnx_ir.load(file), found), feed)
     )
     milliseconds = [1000 * statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
     return {
         "runtime": runtime,
-        "version": version(runtime),
+        "title": found.title,
+        "version": found.version,
         "threads": threads,
         "image": about[0]["input"]["size"],
         "rounds": len(rounds),

@@ -95,7 +95,7 @@ def load_exported(
 
     Args:
         path: of the .onnx file; its .json lies beside it.
-        runtime: ``onnxruntime`` or ``openvino``.
+        runtime: ``onnxruntime``, ``openvino`` or the name of one that a module registers.
 
     Raises:
         QwtError: a file is missing, truncated or does not belong to the other; the runtime or a module of the

@@ -1,21 +1,26 @@
-"""Runtimes that compute an ONNX graph, by name."""
+"""Runtimes that compute an ONNX graph, by name. docs/extending/runtime.md shows how to add one."""
 
+import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..errors import QwtError, check_installed, reason, registered
+from .profile import CONVOLUTIONS, PRODUCTS, Kernel, convolution, product
 
 if TYPE_CHECKING:
     import onnx_ir
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+Arrays = dict[str, np.ndarray]
+Run = Callable[[Arrays], Arrays]
 """Computes outputs by name from inputs by name."""
 
 
@@ -35,6 +40,169 @@ class Graph(NamedTuple):
     overflow: bool
 
 
+class Runtime:
+    """What computes a graph.
+
+    Attributes:
+        title: its name in table and report.
+        package: what must be installed; results note its version.
+    """
+
+    title: str
+    package: str
+
+    @property
+    def version(self) -> str:
+        """Of the package."""
+        return version(self.package)
+
+    def prepare(self, model: "onnx_ir.Model") -> None:
+        """Change a graph, whose weights have 8 bits by now, to what the runtime computes fastest, in place."""
+
+    def open(self, graph: Graph, threads: int) -> Run:
+        """Open a graph."""
+        raise NotImplementedError
+
+    def kernels(self, graph: Graph, inputs: Arrays) -> Iterable[Kernel]:
+        """What computes each convolution and product in a run; none where the runtime does not tell."""
+        return ()
+
+
+RUNTIMES: dict[str, Runtime] = {}
+Class = TypeVar("Class", bound=type[Runtime])
+
+
+def register_runtime(name: str) -> Callable[[Class], Class]:
+    """Decorator: the class is the runtime ``name``; one of your own starts with its module (``mylab.reference``)."""
+
+    def decorate(runtime: Class) -> Class:
+        RUNTIMES[name] = runtime()
+        return runtime
+
+    return decorate
+
+
+def runtime_by_name(name: str) -> Runtime:
+    """The registered runtime.
+
+    Raises:
+        QwtError: there is no such runtime, or it is not installed.
+    """
+    runtime = registered("runtime", name, RUNTIMES, imports=True)
+    check_installed(runtime.package)
+    return runtime
+
+
+@register_runtime("onnxruntime")
+class OnnxRuntime(Runtime):
+    """ONNX Runtime on the CPU."""
+
+    title, package = "ONNX Runtime", "onnxruntime"
+
+    def prepare(self, model: "onnx_ir.Model") -> None:
+        """Store weights in floating point where there is no integer kernel."""
+        from . import kernels
+
+        kernels.float_weights(model)
+
+    def open(self, graph: Graph, threads: int) -> Run:
+        """Open a session."""
+        session = self._session(graph, threads)
+        names = [output.name for output in session.get_outputs()]
+        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+    def kernels(self, graph: Graph, inputs: Arrays) -> Iterator[Kernel]:
+        """Kernels from the profile of one run, which has the shapes of each node's inputs and outputs."""
+        with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
+            session = self._session(graph, 1, profile=f"{folder}/profile")
+            session.run(None, inputs)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        for event in events:
+            about = event.get("args", {})
+            name = about.get("op_name")
+            if name not in CONVOLUTIONS | PRODUCTS or not event["name"].endswith("_kernel_time"):
+                continue
+            # scales and zero points have fewer dimensions
+            shapes = [s for entry in about["input_type_shape"] for s in entry.values()]
+            tensors = [shape for shape in shapes if len(shape) > 1]
+            (output,) = about["output_type_shape"][0].values()
+            if name in CONVOLUTIONS:
+                values = tensors[0] if name == "ConvTranspose" else output
+                yield Kernel(CONVOLUTIONS[name], convolution(values, tensors[1]))
+            else:
+                yield Kernel(PRODUCTS[name], product(output, tensors[0]))
+
+    def _session(self, graph: Graph, threads: int, profile: str | None = None) -> Any:
+        """A session, which writes a profile to a file whose name starts with ``profile``."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        if graph.overflow:  # other kernels
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
+            # the profile lacks the shapes of weights that were packed
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        providers = ["CPUExecutionProvider"]
+        return onnxruntime.InferenceSession(graph.content, options, providers=providers)
+
+
+@register_runtime("openvino")
+class OpenVino(Runtime):
+    """OpenVINO on the CPU."""
+
+    title, package = "OpenVINO", "openvino"
+
+    def open(self, graph: Graph, threads: int) -> Run:
+        """Compile the graph for any sizes that it takes."""
+        request = self._compiled(graph, threads).create_infer_request()
+
+        def run(inputs: Arrays) -> Arrays:
+            found = request.infer(inputs)
+            return {output.any_name: values for output, values in found.to_dict().items()}
+
+        return run
+
+    def kernels(self, graph: Graph, inputs: Arrays) -> Iterator[Kernel]:
+        """Kernels from the graph that OpenVINO compiles for fixed sizes."""
+        compiled = self._compiled(graph, 1, {name: x.shape for name, x in inputs.items()})
+        for node in compiled.get_runtime_model().get_ordered_ops():
+            about = node.get_rt_info()
+            integer = about["runtimePrecision"].astype(str) in ("i8", "u8")
+            shapes = [list(entry.get_shape()) for entry in node.inputs()]
+            output = [list(entry.get_shape()) for entry in node.outputs()]
+            layer_type = about["layerType"].astype(str)
+            if layer_type in ("Convolution", "Deconvolution"):
+                values = shapes[0] if layer_type == "Deconvolution" else output[0]
+                yield Kernel(integer, convolution(values, shapes[1]))
+            elif layer_type in ("MatMul", "FullyConnected"):
+                yield Kernel(integer, product(output[0], shapes[0]))
+
+    def _compiled(
+        self, graph: Graph, threads: int, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> Any:
+        """A compiled model; with ``shapes`` for inputs of these shapes only."""
+        import openvino
+
+        options: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        in_floats = {**options, "LP_TRANSFORMS_MODE": "OFF"}  # quantized values, in floating point
+        core = openvino.Core()
+        model = core.read_model(graph.content)
+        if shapes is not None:
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        try:
+            return core.compile_model(model, "CPU", in_floats if graph.overflow else options)
+        except RuntimeError as error:  # as OpenVINO does for some grids per channel
+            logger.warning("OpenVINO computes this graph in floating point: %s", reason(error))
+            return core.compile_model(model, "CPU", in_floats)
+
+
 def _adds_in_16_bits() -> bool:
     """Whether this processor's integer kernels add pairs of 8-bit products in 16 bits: x86 without VNNI."""
     try:
@@ -44,94 +212,22 @@ def _adds_in_16_bits() -> bool:
     return "avx2" in flags and "vnni" not in flags
 
 
-def onnxruntime_session(graph: Graph, threads: int, profile: str | None = None) -> Any:
-    """A session of ONNX Runtime, which writes a profile to a file whose name starts with ``profile``."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if graph.overflow:  # other kernels
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, profile
-        # the profile lacks the shapes of weights that were packed
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(graph.content, options, providers=["CPUExecutionProvider"])
-
-
-def _onnxruntime(graph: Graph, threads: int) -> Run:
-    session = onnxruntime_session(graph, threads)
-    names = [output.name for output in session.get_outputs()]
-    return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
-
-
-def openvino_model(
-    graph: Graph, threads: int, shapes: Mapping[str, Sequence[int]] | None = None
-) -> Any:
-    """A model that OpenVINO has compiled; with ``shapes`` for inputs of these shapes only."""
-    import openvino
-
-    options: dict[str, Any] = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    in_floats = {**options, "LP_TRANSFORMS_MODE": "OFF"}  # quantized values, in floating point
-    core = openvino.Core()
-    model = core.read_model(graph.content)
-    if shapes is not None:
-        model.reshape({name: list(shape) for name, shape in shapes.items()})
-    try:
-        return core.compile_model(model, "CPU", in_floats if graph.overflow else options)
-    except RuntimeError as error:  # as OpenVINO does for some grids per channel
-        logger.warning("OpenVINO computes this graph in floating point: %s", reason(error))
-        return core.compile_model(model, "CPU", in_floats)
-
-
-def _openvino(graph: Graph, threads: int) -> Run:
-    request = openvino_model(graph, threads).create_infer_request()
-
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = request.infer(inputs)
-        return {output.any_name: values for output, values in found.to_dict().items()}
-
-    return run
-
-
-RUNTIMES: dict[str, Callable[[Graph, int], Run]] = {
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
-}
-"""Functions that open a graph for a number of threads, by the name of the runtime, which is its package's."""
-
-
-def check_runtime(name: str) -> None:
-    """Check that a runtime can be used.
-
-    Raises:
-        QwtError: there is no such runtime, or it is not installed.
-    """
-    registered("runtime", name, RUNTIMES)
-    check_installed(name)
-
-
-def prepared(model: "onnx_ir.Model", runtime: str) -> Graph:
+def prepared(model: "onnx_ir.Model", runtime: Runtime) -> Graph:
     """Change a graph to what a runtime computes fastest, in place, and serialize it."""
     import onnx_ir
 
     from . import kernels
 
     kernels.widen_weights(model)
-    if runtime == "onnxruntime":
-        kernels.float_weights(model)
+    runtime.prepare(model)
     overflow = _adds_in_16_bits() and kernels.largest_weight(model) > LARGEST_SAFE_WEIGHT
     return Graph(onnx_ir.to_proto(model).SerializeToString(), overflow)
 
 
 def open_model(model: "onnx_ir.Model", runtime: str, *, threads: int = 1) -> Run:
     """Open a graph with a runtime; see :func:`prepared`."""
-    return RUNTIMES[runtime](prepared(model, runtime), threads)
+    found = runtime_by_name(runtime)
+    return found.open(prepared(model, found), threads)
 
 
 def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) -> Run:
@@ -142,7 +238,7 @@ def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) 
     Raises:
         QwtError: there is no such runtime, it is not installed, or it cannot read the file.
     """
-    check_runtime(runtime)
+    runtime_by_name(runtime)
     import onnx_ir
 
     try:

@@ -85,7 +85,6 @@ def render(
         seed=summary.seed,
         score=SCORE,
         worst_layers=WORST_LAYERS,
-        runtimes=text.RUNTIMES,
         metric_names=text.AP_TYPES,
     )
     with write_atomically(output) as partial:

@@ -175,7 +175,7 @@ class ExportedRow:
         milliseconds, full_precision_milliseconds: median latencies for an image.
         latency_ratio: median of the rounds' ratios of both latencies.
         integer_share: part of the multiply-adds that the runtime computes with integers, by its own profile.
-        version: of the runtime. rounds, threads, hardware: of the measurement of latency.
+        version, title: of the runtime; the title is in no column. rounds, threads, hardware: of the measurement of latency.
     """
 
     model: str
@@ -198,6 +198,7 @@ class ExportedRow:
     rounds: int | None
     threads: int | None
     hardware: str | None
+    title: str | None = None
 
     @property
     def variant(self) -> str:
@@ -217,7 +218,7 @@ class ExportedRow:
         for name, value in vars(self).items():
             if name in ("ap", "simulated", "exported_minus_simulated"):
                 columns |= _estimate_columns(name, value)
-            else:
+            elif name != "title":
                 columns[name] = value
         return columns
 

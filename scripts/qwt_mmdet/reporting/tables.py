@@ -220,7 +220,7 @@ def _categories(
 
 BENCHMARK_FIELDS = (
     "file_bytes", "full_precision_file_bytes", "milliseconds", "full_precision_milliseconds",
-    "latency_ratio", "integer_share", "version", "rounds", "threads", "hardware",
+    "latency_ratio", "integer_share", "version", "rounds", "threads", "hardware", "title",
 )  # fmt: skip
 
 

@@ -172,9 +172,6 @@ def plus_minus(estimate: Estimate | None) -> str:
     return "" if estimate is None or estimate.spread is None else f"± {estimate.spread:.3f}"
 
 
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-
-
 def equality(row: ExportedRow) -> str:
     """Whether a file's AP differs from the simulation's, in words; empty where that is unknown."""
     difference = row.exported_minus_simulated
@@ -189,7 +186,7 @@ def exports_table(rows: Iterable[ExportedRow]) -> str:
         [
             row.model,
             row.variant,
-            RUNTIMES[row.runtime],
+            row.title or row.runtime,
             AP_TYPES[row.metrics],
             number(value_of(row.ap)),
             number(value_of(row.simulated)),

@@ -1,8 +1,7 @@
 """Evaluate an exported detector."""
 
-from importlib.metadata import version
-
 from ..export.loading import load_exported
+from ..export.runtimes import runtime_by_name
 from ..files import sha256_file
 from .evaluate import write_evaluation
 from .inputs import Inputs, Pathlike
@@ -18,5 +17,5 @@ def evaluate_exported(
         metrics=metrics,
         predictions=predictions,
         exported=sha256_file(graph),
-        runtime=f"{runtime} {version(runtime)}",
+        runtime=f"{runtime} {runtime_by_name(runtime).version}",
     )
