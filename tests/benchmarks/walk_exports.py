@@ -28,7 +28,7 @@ from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.data.loaders import make_loader
 from qwt_mmdet.detectors.build import random_detector, read_config
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.export.cut import check_exportable, dense_head, region_inputs
+from qwt_mmdet.export.cut import check_exportable, cut_of
 from qwt_mmdet.export.loading import load_exported
 from qwt_mmdet.export.onnx_file import export_onnx
 from qwt_mmdet.quantization.calibrate import calibrate
@@ -58,7 +58,7 @@ def difference(actual: Any, expected: Any) -> float:
 def heads(model: nn.Module, image: Tensor, regions: Iterable[tuple[str, Any]]) -> list[Any]:
     """What the heads return: the dense one for an image, the others for maps of regions."""
     features = model.extract_feat(image)
-    first = model.get_submodule(dense_head(model))(features)
+    first = cut_of(model).head(features)
     return [first, *(model.get_submodule(name)(*inputs.values()) for name, inputs in regions)]
 
 
@@ -84,7 +84,7 @@ def walk(config: str, size: tuple[int, int], *, quantized: bool) -> dict[str, An
         image = model.data_preprocessor(batches[0], False)["inputs"]
         export_onnx(model, folder / "model.onnx", size=tuple(image.shape[2:]), dynamic=False)
         exported = load_exported(folder / "model.onnx").model
-    regions = list(region_inputs(model, image).items())
+    regions = list(cut_of(model).regions(image).items())
     expected = heads(model, image, regions)
     with torch.backends.mkldnn.flags(enabled=False):
         again = heads(model, image, regions)

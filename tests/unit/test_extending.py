@@ -1,5 +1,6 @@
 """The classes on the pages of docs/extending do what the pages say, in a module of the user's own."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import tiny
 import torch
 from mmdet.structures import DetDataSample
 from qwt_mmdet.config import QuantizationSettings
-from qwt_mmdet.detectors.build import random_detector
+from qwt_mmdet.detectors.build import random_detector, resolve_config
+from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization import weight_fit
 from qwt_mmdet.quantization.calibrate import calibrate
@@ -21,7 +23,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
 
 import test_export  # noqa: E402
-from qwt_mmdet.export import runtimes  # noqa: E402
+from qwt_mmdet.export import cut, loading, onnx_file, runtimes  # noqa: E402
 
 PAGES = Path(__file__).parents[2] / "docs" / "extending"
 
@@ -31,6 +33,7 @@ def mylab(tmp_path, monkeypatch):
     """Write the class of a page as the module ``mylab``, which can be imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(weight_fit, "WEIGHT_FITS", dict(weight_fit.WEIGHT_FITS))
+    monkeypatch.setattr(cut, "CUTS", dict(cut.CUTS))
     monkeypatch.setattr(runtimes, "RUNTIMES", dict(runtimes.RUNTIMES))
 
     def write(page: str) -> None:
@@ -57,6 +60,35 @@ def test_a_runtime(mylab, tmp_path):
     kernels = list(own.kernels(runtimes.prepared(onnx_ir.load(path), own), image))
     assert kernels == [(False, 8 * 8 * 8 * 27), (False, 8 * 8 * 8 * 9)]
     assert own.version == onnx.__version__
+
+
+@torch.no_grad()
+def test_a_cut(mylab, tmp_path):
+    config, path = tmp_path / "own.py", tmp_path / "model.onnx"
+    base = resolve_config("conditional_detr/conditional-detr_r50_8xb2-50e_coco.py")
+    backbone = tiny.SMALL_MASK_RCNN["model.backbone"] | {"out_indices": (1,)}
+    changes = {"model.backbone": backbone, "model.neck.in_channels": [16]}
+    changes |= {f"model.{part}.num_layers": 1 for part in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    model = random_detector(base, changes)
+    with pytest.raises(QwtError, match="A ConditionalDETR cannot be exported"):
+        cut.check_exportable(model)
+    mylab("cut.md")
+    config.write_text(f"_base_ = {str(base)!r}\ncustom_imports = dict(imports=['mylab'])\n")
+    torch.manual_seed(0)
+    model = random_detector(config, changes)
+    onnx_file.export_onnx(model, path, size=test_export.SIZE, dynamic=False)
+    outputs = json.loads(path.with_suffix(".json").read_text())["outputs"]
+    assert outputs == {name: name for name in ("layer_cls_scores", "layer_bbox_preds")}
+    sys.modules.pop("mylab")  # as in a fresh process
+    del cut.CUTS["mylab.detr"]
+    exported = loading.load_exported(path).model
+    found, expected = (
+        forward_scope(detector, test_export.photos()[0], "detector")[0].pred_instances
+        for detector in (exported, model)
+    )
+    torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_a_fit_of_weights(mylab, tmp_path):

@@ -1,12 +1,13 @@
 """The parts of a detector that become ONNX graphs; mmdet's own Python code runs between them.
 
-The first graph holds backbone, neck and the dense head. Each head of a second stage, which takes regions, is a
-graph.
+The first graph takes an image. Each head of a second stage, which takes regions, is a further graph. A :class:`Cut`
+does this for a family of detectors; docs/extending/cut.md shows how to add one.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from mmdet.models import (
@@ -32,43 +33,210 @@ from ..quantization.convert import activation_quantizers
 Names = str | None | list["Names"] | dict[str, "Names"]
 """The nested outputs of a graph, with names in place of tensors; a dictionary represents a tuple."""
 
-DENSE_HEADS: dict[type[BaseDetector], tuple[str, type[BaseDenseHead | BaseMaskHead]]] = {
-    SingleStageDetector: ("bbox_head", BaseDenseHead),
-    SingleStageInstanceSegmentor: ("mask_head", BaseMaskHead),
-    TwoStageDetector: ("rpn_head", BaseDenseHead),
-}
-"""Name of the dense head and the class that defines its ``predict``, by the class that defines the detector's."""
+First = Callable[[Tensor], tuple[Any, tuple[Tensor, ...]]]
+"""The first graph: [images, 3, height, width], normalised, to the head's outputs and the maps for a second stage."""
 
 REGION_HEADS = ("shared_head", "bbox_head", "mask_head", "mask_iou_head")
 """Modules of a second stage that take regions: [regions, channels, height, width]."""
 
 
-class FirstGraph(nn.Module):
-    """Backbone, neck and dense head: an image to the raw outputs of the head.
+class Cut(nn.Module):
+    """How the detectors of a family are cut into graphs, and put together again. It computes the first graph.
 
-    A call fills the attributes.
+    Args:
+        model: one that :meth:`matches`.
 
     Attributes:
-        outputs: names of the head's outputs, after the arguments of ``predict_by_feat``.
-        features: names of the neck's maps for a second stage; empty without one.
+        head: the module whose ``predict_by_feat`` takes the outputs of the first graph.
+        parts: names of the modules that the graphs hold.
+        outputs: names of the head's outputs, after the arguments of ``predict_by_feat``; set by a call.
+        features: names of the neck's maps for a second stage, empty without one; set by a call.
+
+    Raises:
+        QwtError: it cannot be exported all the same; the message names the module.
     """
+
+    head: Any
+    parts: tuple[str, ...]
 
     def __init__(self, model: BaseDetector) -> None:
         super().__init__()
         self.model = model
-        self.head = model.get_submodule(dense_head(model))
         self.outputs: Names = None
         self.features: list[Names] = []
-        self.eval()
+
+    @classmethod
+    def matches(cls, model: BaseDetector) -> bool:
+        """Whether a detector is of this family."""
+        raise NotImplementedError
+
+    def first(self, image: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """What the first graph computes, [1, 3, height, width] (see :data:`First`)."""
+        raise NotImplementedError
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """[1, 3, height, width], normalised -> the outputs in the order of their names, and the maps."""
-        features = self.model.extract_feat(image)
-        outputs = self.head(features)
-        kept = features if isinstance(self.model, TwoStageDetector) else ()
+        """The outputs in the order of their names, and the maps."""
+        outputs, maps = self.first(image)
         self.outputs = _output_names(self.head, outputs)
-        self.features = [f"feature_{level}" for level in range(len(kept))]
-        return *_tensors(outputs), *kept
+        self.features = [f"feature_{level}" for level in range(len(maps))]
+        return *_tensors(outputs), *maps
+
+    def regions(self, image: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Examples of inputs of each head that takes regions, [regions, …], by the name of its module."""
+        return {}
+
+    def most_regions(self, head: str) -> int:
+        """Most regions of an image that such a head gets."""
+        raise NotImplementedError
+
+    def install(self, first: First, heads: Mapping[str, Callable[..., Any]]) -> None:
+        """Let graphs compute in place of the modules: the first one, and those of heads, by name."""
+        raise NotImplementedError
+
+
+Class = TypeVar("Class", bound=type[Cut])
+CUTS: dict[str, type[Cut]] = {}
+
+
+def register_cut(name: str) -> Callable[[Class], Class]:
+    """Decorator: the class cuts a family of detectors. The last one that matches a detector is used."""
+
+    def decorate(cut: Class) -> Class:
+        CUTS[name] = cut
+        return cut
+
+    return decorate
+
+
+def cut_of(model: BaseDetector) -> Cut:
+    """The cut of a detector.
+
+    Raises:
+        QwtError: it cannot be exported.
+    """
+    for cut in reversed(CUTS.values()):
+        if cut.matches(model):
+            return cut(model)
+    raise QwtError(
+        f"A {type(model).__name__} cannot be exported: mmdet must run its head separately from the code that "
+        "makes boxes or masks of the outputs (as of YOLOX, RetinaNet, FCOS, RTMDet, SOLO, Faster R-CNN)."
+    )
+
+
+class _Features(tuple):
+    """The neck's maps, with the dense head's outputs from the same graph."""
+
+    head: Any
+
+
+@register_cut("single_stage")
+class SingleStage(Cut):
+    """A graph of backbone, neck and dense head.
+
+    Attributes:
+        detector: class that defines ``predict``.
+        name: of the dense head. base: class that defines its ``predict``.
+    """
+
+    detector: type[BaseDetector] = SingleStageDetector
+    name: str = "bbox_head"
+    base: type[BaseDenseHead | BaseMaskHead] = BaseDenseHead
+
+    def __init__(self, model: BaseDetector) -> None:
+        super().__init__(model)
+        self.head, self.parts = model.get_submodule(self.name), ("backbone", "neck", self.name)
+        if type(self.head).predict is not self.base.predict:
+            raise QwtError(
+                f"The module {self.name} is a {type(self.head).__name__}, which mmdet does not run separately from "
+                "the code that makes boxes of its outputs; this detector cannot be exported."
+            )
+
+    @classmethod
+    def matches(cls, model: BaseDetector) -> bool:
+        """Whether it predicts as the class does."""
+        return getattr(type(model), "predict", None) is cls.detector.predict
+
+    def first(self, image: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """Backbone, neck and head."""
+        return self.head(self.model.extract_feat(image)), ()
+
+    def install(self, first: First, heads: Mapping[str, Callable[..., Any]]) -> None:
+        """The graph extracts features; the head returns what came with them."""
+
+        def extract(image: Tensor) -> _Features:
+            outputs, maps = first(image)
+            features = _Features(maps)
+            features.head = outputs
+            return features
+
+        self.model.backbone = self.model.neck = nn.Identity()
+        self.model.extract_feat = extract
+        self.head.forward = lambda features: features.head
+        for name, run in heads.items():
+            self.model.get_submodule(name).forward = run
+
+
+@register_cut("instance_segmentation")
+class InstanceSegmentation(SingleStage):
+    """The same, with a head that makes masks."""
+
+    detector, name, base = SingleStageInstanceSegmentor, "mask_head", BaseMaskHead
+
+    @classmethod
+    def matches(cls, model: BaseDetector) -> bool:
+        """Whether there is no other head."""
+        return super().matches(model) and not model.with_bbox
+
+
+@register_cut("two_stage")
+class TwoStage(SingleStage):
+    """A further graph for each head of the second stage, one for each stage of a cascade."""
+
+    detector, name = TwoStageDetector, "rpn_head"
+
+    def __init__(self, model: BaseDetector) -> None:
+        super().__init__(model)
+        known = (StandardRoIHead, CascadeRoIHead, MaskScoringRoIHead)
+        if type(model.roi_head).forward not in [cls.forward for cls in known]:
+            raise QwtError(
+                f"The module roi_head is a {type(model.roi_head).__name__}, whose heads take other inputs than maps of "
+                "regions; this detector cannot be exported."
+            )
+        for name, head in model.roi_head.named_children():
+            stages = [name]
+            if isinstance(head, nn.ModuleList):
+                stages = [f"{name}.{stage}" for stage in range(len(head))]
+            if name in REGION_HEADS:
+                self.parts += tuple(f"roi_head.{stage}" for stage in stages)
+
+    def first(self, image: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """Backbone, neck and head, with the neck's maps."""
+        features = self.model.extract_feat(image)
+        return self.head(features), features
+
+    def regions(self, image: Tensor) -> dict[str, dict[str, Tensor]]:
+        """What the heads get for three regions."""
+        height, width = image.shape[2:]
+        boxes = torch.tensor([[0, 0, 1, 1], [0, 0, 0.5, 1], [0.5, 0.5, 1, 1]])
+        regions = InstanceData(bboxes=boxes * torch.tensor([width, height, width, height]))
+        sample = DetDataSample(metainfo={"img_shape": (height, width)})
+        found: dict[str, dict[str, Tensor]] = {}
+        with contextlib.ExitStack() as stack:
+            for name in [name for name in self.parts if name.startswith("roi_head.")]:
+
+                def keep(head: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                    arguments = inspect.signature(head.forward).parameters
+                    found[name] = dict(zip(arguments, inputs, strict=False))
+
+                head = self.model.get_submodule(name)
+                stack.callback(head.register_forward_pre_hook(keep).remove)
+            self.model.roi_head(self.model.extract_feat(image), [regions], [sample])
+        return found
+
+    def most_regions(self, head: str) -> int:
+        """The number of proposals, or of detections for a mask head."""
+        settings = self.model.test_cfg
+        return (settings.rcnn if "mask" in head else settings.rpn).max_per_img
 
 
 class RegionGraph(nn.Module):
@@ -89,87 +257,6 @@ class RegionGraph(nn.Module):
         outputs = self.head(*regions)
         self.outputs = _output_names(self.head, outputs)
         return _tensors(outputs)
-
-
-def dense_head(model: BaseDetector) -> str:
-    """Name of the head behind the neck.
-
-    Raises:
-        QwtError: mmdet does not separate it from the code that makes boxes of its outputs.
-    """
-    predict = getattr(type(model), "predict", None)
-    entries = [entry for detector, entry in DENSE_HEADS.items() if detector.predict is predict]
-    if not entries or (entries[0][0] == "mask_head" and model.with_bbox):
-        raise QwtError(
-            f"A {type(model).__name__} cannot be exported: mmdet must run its head separately from the code that "
-            "makes boxes or masks of the outputs (as of YOLOX, RetinaNet, FCOS, RTMDet, SOLO, Faster R-CNN)."
-        )
-    name, base = entries[0]
-    head = getattr(model, name)
-    if type(head).predict is not base.predict:
-        raise QwtError(
-            f"The module {name} is a {type(head).__name__}, which mmdet does not run separately from the code that "
-            "makes boxes of its outputs; this detector cannot be exported."
-        )
-    return name
-
-
-def region_heads(model: BaseDetector) -> list[str]:
-    """Names of the modules of a second stage that become graphs; one for each stage of a cascade.
-
-    Raises:
-        QwtError: the second stage does not run them as mmdet's standard and cascade heads do.
-    """
-    roi_head = getattr(model, "roi_head", None)
-    if roi_head is None:
-        return []
-    known = (StandardRoIHead, CascadeRoIHead, MaskScoringRoIHead)
-    if type(roi_head).forward not in [cls.forward for cls in known]:
-        raise QwtError(
-            f"The module roi_head is a {type(roi_head).__name__}, whose heads take other inputs than maps of "
-            "regions; this detector cannot be exported."
-        )
-    found = []
-    for name, head in roi_head.named_children():
-        stages = [name]
-        if isinstance(head, nn.ModuleList):
-            stages = [f"{name}.{stage}" for stage in range(len(head))]
-        found += [f"roi_head.{stage}" for stage in stages if name in REGION_HEADS]
-    return found
-
-
-def most_regions(model: BaseDetector, head: str) -> int:
-    """Most regions of an image that a head of the second stage gets: proposals, or detections for a mask head."""
-    before = model.test_cfg.rcnn if "mask" in head else model.test_cfg.rpn
-    return before.max_per_img
-
-
-def region_inputs(model: BaseDetector, image: Tensor) -> dict[str, dict[str, Tensor]]:
-    """The inputs of each head of the second stage for three regions of an image, by the head's name.
-
-    Args:
-        image: [1, 3, height, width].
-    """
-    height, width = image.shape[2:]
-    boxes = torch.tensor([[0, 0, 1, 1], [0, 0, 0.5, 1], [0.5, 0.5, 1, 1]])
-    regions = InstanceData(bboxes=boxes * torch.tensor([width, height, width, height]))
-    sample = DetDataSample(metainfo={"img_shape": (height, width)})
-    found: dict[str, dict[str, Tensor]] = {}
-    hooks = []
-    for name in region_heads(model):
-
-        def keep(head: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            arguments = inspect.signature(head.forward).parameters
-            found[name] = dict(zip(arguments, inputs, strict=False))
-
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(keep))
-    try:
-        if hooks:
-            model.roi_head(model.extract_feat(image), [regions], [sample])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def one_size_only(model: nn.Module) -> str | None:
@@ -232,7 +319,7 @@ def check_exportable(model: BaseDetector) -> None:
     Raises:
         QwtError: it cannot; the message names the module.
     """
-    modules = ("backbone", "neck", dense_head(model), *region_heads(model))
+    modules = cut_of(model).parts
     for name, module in model.named_modules():
         module_class = type(module)
         if not any(name == start or name.startswith(f"{start}.") for start in modules):

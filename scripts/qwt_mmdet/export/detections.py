@@ -24,7 +24,7 @@ class CandidateBoxes(nn.Module):
     """A one-stage detector up to non-maximum suppression: an image to all candidate boxes and their scores.
 
     Attributes:
-        outputs, features: names, as of :class:`.cut.FirstGraph`.
+        outputs, features: names, as of :class:`.cut.Cut`.
     """
 
     def __init__(self, model: BaseDetector) -> None:

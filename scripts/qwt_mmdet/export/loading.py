@@ -10,31 +10,25 @@ from mmdet.models import BaseDetector
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import QuantizationSettings
 from ..detectors.build import build_detector, import_custom_modules
 from ..errors import QwtError
 from ..record import Quantization, record_of
-from .cut import dense_head, with_tensors
+from .cut import cut_of, with_tensors
 from .description import from_json, graph_files, read_description
 from .runtimes import Run, open_graph
 
 
-class _Features(tuple):
-    """The neck's maps, with the dense head's outputs from the same graph."""
-
-    head: tuple[Any, ...]
-
-
 class _FirstGraph:
-    """The first graph, in place of backbone and neck."""
+    """The first graph."""
 
     def __init__(self, run: Run, description: dict[str, Any]) -> None:
         self.run, self.description = run, description
 
-    def __call__(self, image: Tensor) -> _Features:
-        """[batch, 3, height, width] -> the neck's maps; images run one by one.
+    def __call__(self, image: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """[batch, 3, height, width] -> the head's outputs and the neck's maps; images run one by one.
 
         Raises:
             QwtError: images have another size than the graph was exported for.
@@ -51,9 +45,10 @@ class _FirstGraph:
             name: torch.cat([torch.from_numpy(values[name]) for values in found]).to(image.device)
             for name in found[0]
         }
-        features = _Features(with_tensors(self.description["features"], tensors))
-        features.head = with_tensors(self.description["outputs"], tensors)
-        return features
+        outputs, maps = (
+            with_tensors(self.description[k], tensors) for k in ("outputs", "features")
+        )
+        return outputs, tuple(maps)
 
 
 class _RegionGraph:
@@ -116,9 +111,10 @@ def load_exported(
     if description["quantization"] is not None:
         settings = QuantizationSettings.from_mapping(description["quantization"])
         record_of(model).quantization = Quantization(settings)
-    model.backbone = model.neck = nn.Identity()
-    model.extract_feat = _FirstGraph(runs[0], description)
-    model.get_submodule(dense_head(model)).forward = lambda features: features.head
-    for run, (name, entry) in zip(runs[1:], description["region_heads"].items(), strict=True):
-        model.get_submodule(name).forward = _RegionGraph(run, entry)
+    first, *heads = runs
+    regions = zip(description["region_heads"].items(), heads, strict=True)
+    cut_of(model).install(
+        _FirstGraph(first, description),
+        {name: _RegionGraph(run, entry) for (name, entry), run in regions},
+    )
     return ExportedDetector(model.eval(), description)

@@ -27,13 +27,11 @@ from ..files import sha256_file, write_atomically, write_json
 from ..quantization.state import check_grids
 from ..record import record_of
 from .cut import (
-    FirstGraph,
     RegionGraph,
     check_exportable,
+    cut_of,
     flat_names,
-    most_regions,
     one_size_only,
-    region_inputs,
 )
 from .description import EXPORT_FORMAT, as_json, exported_bytes
 from .detections import CandidateBoxes, append_suppression, check_suppression
@@ -112,10 +110,11 @@ def export_onnx(
         found, varies = image_size(prepared)
         size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
     copied = copy.deepcopy(model).cpu().eval()
-    first, image = (CandidateBoxes if nms else FirstGraph)(copied), torch.zeros(1, 3, *size)
+    cut, image = cut_of(copied).eval(), torch.zeros(1, 3, *size)
+    first = CandidateBoxes(copied) if nms else cut
     with _failures_name_the_module(copied):
         first(image)  # finds the names
-        inputs_of_heads = region_inputs(copied, image)
+        inputs_of_heads = cut.regions(image)
     names = [*flat_names(first.outputs), *flat_names(first.features)]
     sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
     images = (copied.data_preprocessor(batch, False)["inputs"] for batch in calibration)
@@ -143,7 +142,7 @@ def export_onnx(
             "sha256": sha256_file(file),
             "inputs": {key: list(value.shape[1:]) for key, value in inputs.items()},
             "outputs": region.outputs,
-            "most_regions": most_regions(model, name),
+            "most_regions": cut.most_regions(name),
         }
     record = record_of(model)
     description = {

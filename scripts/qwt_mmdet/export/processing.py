@@ -20,7 +20,7 @@ from torch import nn
 
 from ..data.loaders import inference_pipeline, transform_name
 from ..errors import QwtError, reason
-from .cut import dense_head
+from .cut import cut_of
 
 RESIZE = (
     "with keep_ratio: scale = min(long / max(w, h), short / min(w, h)) for the longer and the shorter of width "
@@ -236,7 +236,7 @@ def postprocessing(model: BaseDetector) -> dict[str, Any]:
 
     ``scores`` and ``boxes`` are None where only mmdet's code defines the rules.
     """
-    head = model.get_submodule(dense_head(model))
+    head = cut_of(model).head
     test = head.test_cfg or {}
     strides = getattr(getattr(head, "prior_generator", None), "strides", [])
     rules: dict[str, Any] = {"scores": None, "boxes": None}
