@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -43,31 +43,48 @@ def suggestion(word: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def registered(key: str, name: str, table: Mapping[str, T], *, imports: bool = False) -> T:
-    """Return the algorithm with a name from a registry.
+class Registry(dict[str, T]):
+    """Algorithms by their names in the settings.
 
     Args:
-        imports: first import the module ``mylab`` that registers a name ``mylab.voc``.
-
-    Raises:
-        QwtError: it is not registered, or its module cannot be imported.
+        key: what messages call such a name.
+        imports: first import the module ``mylab`` that registers an unknown name ``mylab.voc``.
     """
-    module = name.rpartition(".")[0]
-    if imports and module and name not in table:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
+
+    def __init__(self, key: str, *, imports: bool = False) -> None:
+        super().__init__()
+        self._key, self._imports = key, imports
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: the function or class has this name."""
+
+        def decorate(entry: T) -> T:
+            self[name] = entry
+            return entry
+
+        return decorate
+
+    def find(self, name: str) -> T:
+        """Return the algorithm with a name.
+
+        Raises:
+            QwtError: it is not registered, or its module cannot be imported.
+        """
+        module = name.rpartition(".")[0]
+        if self._imports and module and name not in self:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise QwtError(
+                    f"{self._key} is {name!r}, but the module {module} cannot be imported ({error}); put its folder "
+                    "into PYTHONPATH."
+                ) from error
+        if name not in self:
             raise QwtError(
-                f"{key} is {name!r}, but the module {module} cannot be imported ({error}); put its folder "
-                "into PYTHONPATH."
-            ) from error
-    if name not in table:
-        known = sorted(table)
-        raise QwtError(
-            f"{key} is {name!r}, which is not registered{suggestion(name, known) or '.'} Known: "
-            f"{', '.join(known)}."
-        )
-    return table[name]
+                f"{self._key} is {name!r}, which is not registered{suggestion(name, self) or '.'} Known: "
+                f"{', '.join(sorted(self))}."
+            )
+        return self[name]
 
 
 def check_installed(name: str) -> None:

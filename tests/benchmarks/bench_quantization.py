@@ -20,9 +20,10 @@ import torch
 from mmdet.models.backbones import SwinTransformer
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
-from qwt_mmdet.quantization.calibrate import calibrate, find_ranges
+from qwt_mmdet.quantization.calibrate import PASSES, calibrate, fit_weights
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.grid_rounding import COMPILE_VARIABLE
+from qwt_mmdet.quantization.weight_fit import Calibration
 from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -66,12 +67,19 @@ def forward_ratio(size: tuple[int, int], pairs: int) -> None:
     del os.environ[COMPILE_VARIABLE]
 
 
+@torch.no_grad()
+def find_ranges(run: Calibration) -> None:
+    """The first passes of a calibration."""
+    for run_pass in PASSES[: PASSES.index(fit_weights)]:
+        run_pass(run)
+
+
 def calibration_ratio(size: tuple[int, int], count: int) -> None:
     full, images = random_backbone(), batches(count, size)
     seconds(lambda: forward_scope(full, images[0], "backbone"))
     plain = seconds(lambda: [forward_scope(full, image, "backbone") for image in images])
     model = quantize_model(copy.deepcopy(full), SETTINGS)
-    ranges = seconds(lambda: find_ranges(model, images))
+    ranges = seconds(lambda: find_ranges(Calibration(model, images)))
     print(
         f"ranges (repq) / ({count} full-precision forwards): {ranges / plain:.2f} (asked: at most 1.5)"
     )

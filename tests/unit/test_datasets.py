@@ -2,13 +2,13 @@
 
 import io
 import json
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from flaky_server import FlakyServer, Status
 from PIL import Image
 from qwt_mmdet.config import as_plain, of_repeat
@@ -451,12 +451,11 @@ class List(Source):
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    monkeypatch.setattr("qwt_mmdet.data.sources.SOURCES", dict(SOURCES))
-    monkeypatch.setitem(sys.modules, "mylab", None)
-    monkeypatch.delitem(sys.modules, "mylab")
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/mylab.py").write_text(OWN_MODULE)
+    with tiny.restored(SOURCES):
+        yield
 
 
 def test_a_source_from_outside_of_the_package(root, tmp_path, own_module):

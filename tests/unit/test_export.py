@@ -361,9 +361,9 @@ def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path, caplog):
 
 
 def test_an_image_of_another_size_is_refused_where_the_graph_is_fixed():
-    first = loading._FirstGraph(lambda inputs: {}, {"input": {"size": [64, 64], "dynamic": False}})
+    fixed = {"input": {"size": [64, 64], "dynamic": False}}
     with pytest.raises(QwtError, match="height 96 and width 64"):
-        first(torch.zeros(1, 3, 96, 64))
+        loading.first_graph(lambda inputs: {}, fixed, torch.zeros(1, 3, 96, 64))
     assert cut.one_size_only(tiny.backbone("swin")) == "stages.0.blocks.0.attn"
 
 

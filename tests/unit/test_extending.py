@@ -32,16 +32,13 @@ PAGES = Path(__file__).parents[2] / "docs" / "extending"
 def mylab(tmp_path, monkeypatch):
     """Write the class of a page as the module ``mylab``, which can be imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(weight_fit, "WEIGHT_FITS", dict(weight_fit.WEIGHT_FITS))
-    monkeypatch.setattr(cut, "CUTS", dict(cut.CUTS))
-    monkeypatch.setattr(runtimes, "RUNTIMES", dict(runtimes.RUNTIMES))
 
     def write(page: str) -> None:
         (block,) = re.findall(r"^```python\n(.*?)^```$", (PAGES / page).read_text(), re.M | re.S)
         (tmp_path / "mylab.py").write_text(block)
 
-    yield write
-    sys.modules.pop("mylab", None)
+    with tiny.restored(weight_fit.WEIGHT_FITS, runtimes.RUNTIMES, cut.CUTS):
+        yield write
 
 
 def test_a_runtime(mylab, tmp_path):

@@ -1,7 +1,6 @@
 """Algorithms by name: the configuration and the tables know the same ones, and a user can add to them."""
 
 import copy
-import sys
 from typing import get_args
 
 import pytest
@@ -56,10 +55,16 @@ def test_a_name_that_nobody_registered_is_told_with_those_that_are(key):
         calibrate(model, tiny.batches(1))
 
 
-def test_a_range_and_a_rounding_from_outside_of_the_package(monkeypatch):
-    monkeypatch.setattr("qwt_mmdet.quantization.ranges.RANGES", dict(RANGES))
-    monkeypatch.setattr("qwt_mmdet.quantization.rounding.ROUNDINGS", dict(ROUNDINGS))
+@pytest.fixture
+def restored():
+    """Leave the tables as they were."""
+    with tiny.restored(RANGES, ROUNDINGS, KINDS, SOLVERS, ATTENTION, BACKBONES):
+        yield
+    MODELS.module_dict.pop("OwnNet", None)
 
+
+@pytest.mark.usefixtures("restored")
+def test_a_range_and_a_rounding_from_outside_of_the_package():
     @register_range("mylab.half")
     def half(seen, bits, percentile):
         return seen.low / 2, seen.high / 2
@@ -170,27 +175,14 @@ def solve_shift(sums, ridge, settings):
 """
 
 
-@pytest.fixture
-def restored():
-    """Leave the tables as they were."""
-    tables = (RANGES, KINDS, SOLVERS, ATTENTION, BACKBONES)
-    before = [dict(table) for table in tables]
-    yield
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
-    sys.modules.pop("mylab_for_test", None)
-    MODELS.module_dict.pop("OwnNet", None)
-
-
 @pytest.mark.usefixtures("restored")
 def test_a_module_of_the_users_own_brings_range_attention_blocks_and_kind(tmp_path, monkeypatch):
-    (tmp_path / "mylab_for_test.py").write_text(MYLAB)
+    (tmp_path / "mylab.py").write_text(MYLAB)
     monkeypatch.syspath_prepend(tmp_path)
     config = tmp_path / "own.py"
     config.write_text(
         f"_base_ = {str(resolve_config('yolox/yolox_nano_8xb8-300e_coco.py'))!r}\n"
-        "custom_imports = dict(imports=['mylab_for_test'])\n"
+        "custom_imports = dict(imports=['mylab'])\n"
         "model = dict(backbone=dict(type='OwnNet'))\n"
     )
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def computing_on(place: str) -> Iterator[torch.device]:
     there = pretended_gpu() if place == "pretended" else contextlib.nullcontext(place)
     with there as found, mock.patch.dict(globals(), device=torch.device(found)):
         yield device
+
+
+@contextlib.contextmanager
+def restored(*tables: dict) -> Iterator[None]:
+    """Afterwards tables of algorithms are as before, and the module ``mylab`` is imported anew."""
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
+        sys.modules.pop("mylab", None)
 
 
 class TinyDetector(nn.Module):

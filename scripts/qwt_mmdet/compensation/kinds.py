@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import Registry
 from ..quantization.primitives import fake_quantize, quantization_parameters
 from ..quantization.rounding import gptq_codes
 from ..quantization.size import tensor_bytes
@@ -24,7 +25,7 @@ BITS = 8
 ZERO = 2 ** (BITS - 1)
 """The code of 0 on a symmetric grid of unsigned codes."""
 
-KINDS: dict[str, type["Kind"]] = {}
+KINDS: Registry[type["Kind"]] = Registry("kind")
 """Dataclass by name of the kind."""
 
 

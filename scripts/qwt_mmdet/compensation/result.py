@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..config import CompensationSettings
-from ..errors import registered
 from .kinds import KINDS, Kind
 
 
@@ -114,7 +113,7 @@ class BlockFit:
         values["options"] = tuple(Option(*option) for option in values["options"])
         values |= {key: BlockError(**values[key]) for key in ("fit", "holdout")}
         return cls(
-            kind=None if kind == "none" else registered("kind", kind, KINDS)(**tensors),
+            kind=None if kind == "none" else KINDS.find(kind)(**tensors),
             trial=KINDS[trial[0]](**trial[1]) if trial else None,
             **values,
         )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config.datasets import PARTS, Coco, Exif, Part, Shapes, parse_dataset
 from ..config.section import as_plain
-from ..errors import QwtError, registered
+from ..errors import QwtError, Registry
 from .annotations import few, read_annotations
 from .image_checks import check_images, outside_of
 
@@ -118,20 +118,9 @@ class Source(ABC):
         return {**self.annotation_settings(part), **plain, "shares_annotations": self.shared}
 
 
-SOURCES: dict[str, Callable[[Any, Path], Source]] = {}
-"""Functions that make a source from its settings and its folder, by ``type`` of the data set."""
-
-
-def register_source(
-    name: str,
-) -> Callable[[Callable[[Any, Path], Source]], Callable[[Any, Path], Source]]:
-    """Decorator: the class, or function, makes the sources of data sets whose ``type`` is ``name``."""
-
-    def decorate(make: Callable[[Any, Path], Source]) -> Callable[[Any, Path], Source]:
-        SOURCES[name] = make
-        return make
-
-    return decorate
+SOURCES: Registry[Callable[[Any, Path], Source]] = Registry("The type of a data set", imports=True)
+register_source = SOURCES.register
+"""Decorator: the class, or function, makes the sources of data sets with a ``type``, of its settings and folder."""
 
 
 def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
@@ -145,8 +134,7 @@ def open_source(settings: Mapping[str, Any], folder: str | Path) -> Source:
         QwtError: a setting is not allowed, or nothing is registered for its type.
     """
     section = parse_dataset(settings)
-    source = registered("The type of a data set", section.type, SOURCES, imports=True)
-    return source(section, Path(folder))
+    return SOURCES.find(section.type)(section, Path(folder))
 
 
 def number_of_images(settings: Mapping[str, Any], part: Part) -> int | None:

@@ -7,7 +7,7 @@ does this for a family of detectors; docs/extending/cut.md shows how to add one.
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from mmdet.models import (
@@ -27,7 +27,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import QwtError
+from ..errors import QwtError, Registry
 from ..quantization.convert import activation_quantizers
 
 Names = str | None | list["Names"] | dict[str, "Names"]
@@ -94,18 +94,9 @@ class Cut(nn.Module):
         raise NotImplementedError
 
 
-Class = TypeVar("Class", bound=type[Cut])
-CUTS: dict[str, type[Cut]] = {}
-
-
-def register_cut(name: str) -> Callable[[Class], Class]:
-    """Decorator: the class cuts a family of detectors. The last one that matches a detector is used."""
-
-    def decorate(cut: Class) -> Class:
-        CUTS[name] = cut
-        return cut
-
-    return decorate
+CUTS: Registry[type[Cut]] = Registry("cut")
+register_cut = CUTS.register
+"""Decorator: the class, under a name, cuts a family of detectors. The last one that matches a detector is used."""
 
 
 def cut_of(model: BaseDetector) -> Cut:

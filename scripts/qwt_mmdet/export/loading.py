@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,49 +22,37 @@ from .description import from_json, graph_files, read_description
 from .runtimes import Run, open_graph
 
 
-class _FirstGraph:
-    """The first graph."""
+def first_graph(
+    run: Run, description: dict[str, Any], image: Tensor
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """[batch, 3, height, width] -> the head's outputs and the neck's maps; images run one by one.
 
-    def __init__(self, run: Run, description: dict[str, Any]) -> None:
-        self.run, self.description = run, description
-
-    def __call__(self, image: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
-        """[batch, 3, height, width] -> the head's outputs and the neck's maps; images run one by one.
-
-        Raises:
-            QwtError: images have another size than the graph was exported for.
-        """
-        expected = self.description["input"]
-        if not expected["dynamic"] and list(image.shape[2:]) != expected["size"]:
-            height, width = expected["size"]
-            raise QwtError(
-                f"An image has height {image.shape[2]} and width {image.shape[3]} after the test pipeline, but "
-                f"this graph takes only {height} and {width}; export it for that size, or as dynamic."
-            )
-        found = [self.run({"image": one[None].numpy()}) for one in image.cpu()]
-        tensors = {
-            name: torch.cat([torch.from_numpy(values[name]) for values in found]).to(image.device)
-            for name in found[0]
-        }
-        outputs, maps = (
-            with_tensors(self.description[k], tensors) for k in ("outputs", "features")
+    Raises:
+        QwtError: images have another size than the graph was exported for.
+    """
+    expected = description["input"]
+    if not expected["dynamic"] and list(image.shape[2:]) != expected["size"]:
+        height, width = expected["size"]
+        raise QwtError(
+            f"An image has height {image.shape[2]} and width {image.shape[3]} after the test pipeline, but "
+            f"this graph takes only {height} and {width}; export it for that size, or as dynamic."
         )
-        return outputs, tuple(maps)
+    found = [run({"image": one[None].numpy()}) for one in image.cpu()]
+    tensors = {
+        name: torch.cat([torch.from_numpy(values[name]) for values in found]).to(image.device)
+        for name in found[0]
+    }
+    outputs, maps = (with_tensors(description[key], tensors) for key in ("outputs", "features"))
+    return outputs, tuple(maps)
 
 
-class _RegionGraph:
-    """A graph, in place of a head of the second stage."""
-
-    def __init__(self, run: Run, description: dict[str, Any]) -> None:
-        self.run, self.description = run, description
-
-    def __call__(self, *regions: Tensor) -> Any:
-        """The head's outputs for maps of regions, [regions, channels, height, width]."""
-        names = self.description["inputs"]
-        found = self.run({name: x.cpu().numpy() for name, x in zip(names, regions, strict=True)})
-        device = regions[0].device
-        tensors = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
-        return with_tensors(self.description["outputs"], tensors)
+def region_graph(run: Run, description: dict[str, Any], *regions: Tensor) -> Any:
+    """A head's outputs for maps of regions, [regions, channels, height, width]."""
+    names = description["inputs"]
+    found = run({name: x.cpu().numpy() for name, x in zip(names, regions, strict=True)})
+    device = regions[0].device
+    tensors = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
+    return with_tensors(description["outputs"], tensors)
 
 
 class ExportedDetector:
@@ -114,7 +103,7 @@ def load_exported(
     first, *heads = runs
     regions = zip(description["region_heads"].items(), heads, strict=True)
     cut_of(model).install(
-        _FirstGraph(first, description),
-        {name: _RegionGraph(run, entry) for (name, entry), run in regions},
+        partial(first_graph, first, description),
+        {name: partial(region_graph, run, entry) for (name, entry), run in regions},
     )
     return ExportedDetector(model.eval(), description)

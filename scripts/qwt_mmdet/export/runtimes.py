@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..errors import QwtError, check_installed, reason, registered
+from ..errors import QwtError, Registry, check_installed, reason
 from .profile import CONVOLUTIONS, PRODUCTS, Kernel, convolution, product
 
 if TYPE_CHECKING:
@@ -68,18 +68,9 @@ class Runtime:
         return ()
 
 
-RUNTIMES: dict[str, Runtime] = {}
-Class = TypeVar("Class", bound=type[Runtime])
-
-
-def register_runtime(name: str) -> Callable[[Class], Class]:
-    """Decorator: the class is the runtime ``name``; one of your own starts with its module (``mylab.reference``)."""
-
-    def decorate(runtime: Class) -> Class:
-        RUNTIMES[name] = runtime()
-        return runtime
-
-    return decorate
+RUNTIMES: Registry[type[Runtime]] = Registry("runtime", imports=True)
+register_runtime = RUNTIMES.register
+"""Decorator: the class is the runtime of a name, which starts with its module (``mylab.reference``)."""
 
 
 def runtime_by_name(name: str) -> Runtime:
@@ -88,7 +79,7 @@ def runtime_by_name(name: str) -> Runtime:
     Raises:
         QwtError: there is no such runtime, or it is not installed.
     """
-    runtime = registered("runtime", name, RUNTIMES, imports=True)
+    runtime = RUNTIMES.find(name)()
     check_installed(runtime.package)
     return runtime
 

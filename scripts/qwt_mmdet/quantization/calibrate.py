@@ -157,14 +157,11 @@ def list_what_is_not_quantized(run: Calibration) -> None:
     ]
 
 
-RANGE_PASSES: tuple[Callable[[Calibration], None], ...] = (
+PASSES: tuple[Callable[[Calibration], None], ...] = (
     observe,
     set_input_bits,  # after the pass that tells which layer runs first, before any grid is chosen
     choose_ranges,
     fold_norms,  # changes weights, so it comes before all passes that read them
-)
-PASSES: tuple[Callable[[Calibration], None], ...] = (
-    *RANGE_PASSES,
     fit_weights,
     check_ranges,
     measure_layers,  # needs full-precision weights beside the codes
@@ -222,11 +219,3 @@ def quantize_weights_alone(model: nn.Module, loader: Iterable[dict[str, Any]]) -
         loader: as for :func:`calibrate`.
     """
     Calibration(model, loader).weights.fit()
-
-
-@torch.no_grad()
-def find_ranges(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
-    """Run all images in full precision and choose the ranges: the first passes of :func:`calibrate`."""
-    run = Calibration(model, loader)
-    for run_pass in RANGE_PASSES:
-        run_pass(run)

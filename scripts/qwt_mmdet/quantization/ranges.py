@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import QwtError, registered
+from ..errors import QwtError, Registry
 from .primitives import fake_quantize_log_sqrt2, quantization_parameters
 
 BINS = 8192
@@ -55,27 +55,9 @@ class Distribution(Protocol):
 RangeMethod = Callable[[Distribution, int, float], tuple[Tensor, Tensor]]
 """Takes a distribution, bits and the percentile of the settings; returns low and high, [channels]."""
 
-RANGES: dict[str, RangeMethod] = {}
-"""Range method by its name in the settings."""
-
-
-def register_range(name: str) -> Callable[[RangeMethod], RangeMethod]:
-    """Decorator: the function estimates ranges under ``name``."""
-
-    def decorate(method: RangeMethod) -> RangeMethod:
-        RANGES[name] = method
-        return method
-
-    return decorate
-
-
-def range_by_name(name: str) -> RangeMethod:
-    """The registered range method.
-
-    Raises:
-        QwtError: there is none of this name.
-    """
-    return registered("The range method", name, RANGES)
+RANGES: Registry[RangeMethod] = Registry("The range method")
+register_range = RANGES.register
+"""Decorator: the function estimates ranges under a name."""
 
 
 class RangeObserver:
@@ -222,7 +204,7 @@ class RangeObserver:
         """
         if self.is_empty:
             raise AssertionError(f"{self.name} has seen no data")
-        return range_by_name(method)(self, bits, percentile)
+        return RANGES.find(method)(self, bits, percentile)
 
     def weighted_values(self) -> tuple[Tensor, Tensor]:
         """Centres of bins and their counts, [channels, n], float32 and float64.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import registered
+from ..errors import Registry
 from .grid_rounding import round_to_grid
 from .primitives import quantize
 
@@ -29,8 +29,7 @@ class Rounding:
     needs_moments: bool
 
 
-ROUNDINGS: dict[str, Rounding] = {}
-"""Rounding by its name in the settings."""
+ROUNDINGS: Registry[Rounding] = Registry("rounding")
 
 
 def register_rounding(name: str, *, needs_moments: bool = False) -> Callable[[Round], Round]:
@@ -41,15 +40,6 @@ def register_rounding(name: str, *, needs_moments: bool = False) -> Callable[[Ro
         return function
 
     return decorate
-
-
-def rounding_by_name(name: str) -> Rounding:
-    """The registered rounding.
-
-    Raises:
-        QwtError: there is none of this name.
-    """
-    return registered("rounding", name, ROUNDINGS)
 
 
 @register_rounding("nearest")

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..config import QuantizationSettings
 from .primitives import quantization_parameters
-from .ranges import WeightDistribution, range_by_name
+from .ranges import RANGES, WeightDistribution
 
 
 def range_method(settings: QuantizationSettings) -> str:
@@ -35,5 +35,5 @@ def weight_grid(weight: Tensor, settings: QuantizationSettings, bits: int) -> tu
     """
     symmetric = integer_grids(settings)
     channels = WeightDistribution(weight.detach().float().flatten(1), symmetric)
-    limits = range_by_name(settings.weight_range)(channels, bits, settings.percentile)
+    limits = RANGES.find(settings.weight_range)(channels, bits, settings.percentile)
     return quantization_parameters(*limits, bits, symmetric=symmetric)

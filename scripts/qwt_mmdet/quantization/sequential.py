@@ -31,7 +31,7 @@ from .layers import QuantizedConv2d, QuantizedLayer
 from .moments import MAX_COLUMNS
 from .quantizer import ActivationQuantizer, Watch
 from .regression import RegressionSums, ridge_towards
-from .rounding import rounding_by_name
+from .rounding import ROUNDINGS
 from .scores import score_map, scores_at
 from .validation import FoldedObserver, RangeValidation
 from .vectors import (
@@ -278,7 +278,7 @@ class LayerFit:
             layer,
             fitted,
             settings,
-            squares if rounding_by_name(settings.rounding).needs_moments else None,
+            squares if ROUNDINGS.find(settings.rounding).needs_moments else None,
         )
         if not centred:
             return fitted, layer.bias

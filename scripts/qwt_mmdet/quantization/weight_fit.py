@@ -4,17 +4,17 @@
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from operator import length_hint
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..data.batches import count_images, single_images
 from ..detectors.forward import forward_scope
-from ..errors import registered
+from ..errors import Registry
 from ..progress import progress
 from ..record import Quantization, quantization_of
 from ..replay.cache import ActivationCache
@@ -22,7 +22,7 @@ from .convert import full_precision, quantized_layers
 from .layers import QuantizedLayer
 from .moments import InputMoments, measure_inputs
 from .quantizer import ActivationQuantizer, Watch
-from .rounding import rounding_by_name
+from .rounding import ROUNDINGS
 from .validation import FoldedObserver, RangeValidation
 from .vectors import POSITIONS
 from .weights import quantize_weight
@@ -64,7 +64,7 @@ class Calibration:
     weights: "WeightFit" = field(init=False)
 
     def __post_init__(self, refit: str) -> None:
-        self.weights = weight_fit_by_name(refit)(self)
+        self.weights = WEIGHT_FITS.find(refit)(self)
 
     @property
     def about(self) -> Quantization:
@@ -125,28 +125,9 @@ class WeightFit:
         raise NotImplementedError
 
 
-Fit = TypeVar("Fit", bound=type[WeightFit])
-WEIGHT_FITS: dict[str, type[WeightFit]] = {}
-"""Class by its name in the settings."""
-
-
-def register_weight_fit(name: str) -> Callable[[Fit], Fit]:
-    """Decorator: the class is the fit of weights ``name``."""
-
-    def decorate(fit: Fit) -> Fit:
-        WEIGHT_FITS[name] = fit
-        return fit
-
-    return decorate
-
-
-def weight_fit_by_name(name: str) -> type[WeightFit]:
-    """The registered fit of weights.
-
-    Raises:
-        QwtError: there is none of this name.
-    """
-    return registered("refit", name, WEIGHT_FITS)
+WEIGHT_FITS: Registry[type[WeightFit]] = Registry("refit")
+register_weight_fit = WEIGHT_FITS.register
+"""Decorator: the class is the fit of weights of a name."""
 
 
 @register_weight_fit("none")
@@ -162,7 +143,7 @@ class Separate(WeightFit):
     def _moments(self) -> dict[QuantizedLayer, InputMoments]:
         """Moments of the quantized inputs of each layer that ran."""
         run, settings = self.run, self.run.about.settings
-        second = rounding_by_name(settings.rounding).needs_moments
+        second = ROUNDINGS.find(settings.rounding).needs_moments
         if not settings.bias_correction and not second:
             return {}
         limit = math.ceil(POSITIONS / max(1, run.expected_images)) if second else 0

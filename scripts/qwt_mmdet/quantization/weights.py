@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import QuantizationSettings
 from .layers import QuantizedConv2d, QuantizedLayer
 from .moments import InputMoments
-from .rounding import rounding_by_name
+from .rounding import ROUNDINGS
 from .scheme import integer_grids, weight_grid
 
 
@@ -26,7 +26,7 @@ def quantize_weight(
         moments: of the inputs; None where neither rounding nor bias correction needs them.
     """
     second = None
-    if rounding_by_name(settings.rounding).needs_moments and moments is not None:
+    if ROUNDINGS.find(settings.rounding).needs_moments and moments is not None:
         second = moments.second(centred=settings.bias_correction)
     choose_codes(layer, layer.weight, settings, second)
     if moments is not None and settings.bias_correction:
@@ -58,7 +58,7 @@ def choose_codes(
         chunks = factors[:, 0].double().split([m.shape[-1] for m in moments], dim=1)
         second = [m / (f[:, :, None] * f[:, None]) for f, m in zip(chunks, moments, strict=True)]
     scales, zero_points = (parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point))
-    rounding = rounding_by_name(settings.rounding)
+    rounding = ROUNDINGS.find(settings.rounding)
     codes = rounding.function(grouped, scales, zero_points, bits, second).view_as(scaled)
     if integer_grids(settings):
         codes.clamp_(min=1)  # the negative of every code is a code

@@ -17,7 +17,7 @@ from ..quantization.convert import Unit, full_precision, quantized_units
 from ..quantization.layers import QuantizedLayer
 from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.sqnr import HeadError, sqnr_db
-from ..quantization.weight_fit import Affine, weight_fit_by_name
+from ..quantization.weight_fit import WEIGHT_FITS, Affine
 from ..record import quantization_of
 
 
@@ -103,7 +103,7 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
         QwtError: no image came.
     """
     about = quantization_of(model)
-    if weight_fit_by_name(about.settings.refit).refits and not about.fitted:
+    if WEIGHT_FITS.find(about.settings.refit).refits and not about.fitted:
         loader = [*loader]
         quantize_weights_alone(model, loader)
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
