@@ -31,17 +31,18 @@ pytestmark = [
         reason=f"no real detectors in {REAL_DETECTORS}, or no real COCO sample in {REAL_COCO}",
     ),
 ]
-IMAGES = {"calibration": 24, "evaluation": 12}
+CALIBRATION_IMAGES = 24
 NOISE = 0.04
-"""Of an AP on so few images."""
+"""Of an AP on so few images: a loss of 0.010 on 100 images was 0.041 on 12 of them, and 0.007 on 24."""
 RUNTIMES = [name for name in ("onnxruntime", "openvino") if find_spec(name)]
-DETECTORS = (
-    "yolox_nano",
-    "rtmdet_nano_person",
-    "ssd_mobilenetv2_person",
-    "ssd_mobilenetv2_traffic",
-    "atss_mobilenetv2_traffic",
-)
+DETECTORS = {
+    "yolox_nano": 24,
+    "rtmdet_nano_person": 24,
+    "ssd_mobilenetv2_person": 24,
+    "ssd_mobilenetv2_traffic": 24,
+    "atss_mobilenetv2_traffic": 12,  # large images take long
+}
+"""Evaluation images, by detector."""
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,14 @@ def images(request, described, tmp_path) -> dict[str, Path]:
     name = described["models"][request.getfixturevalue("name")]["dataset"]
     settings = described["datasets"][name]
     settings = {**settings, "root": place(settings["root"])}
-    for part, count in IMAGES.items():
+    counts = {
+        "calibration": CALIBRATION_IMAGES,
+        "evaluation": DETECTORS[request.getfixturevalue("name")],
+    }
+    for part, count in counts.items():
         settings[part] = {**settings[part], "images": count}
     chosen = {}
-    for part in IMAGES:
+    for part in counts:
         source, chosen[part] = tmp_path / f"{part}_source.json", tmp_path / f"{part}.json"
         prepare_dataset(settings, part, folder=tmp_path, output=source)
         select_images(
@@ -78,16 +83,10 @@ def images(request, described, tmp_path) -> dict[str, Path]:
 
 
 def test_the_configuration_names_these_detectors(described):
-    assert tuple(described["models"]) == DETECTORS
+    assert described["models"].keys() == DETECTORS.keys()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *DETECTORS[:2],
-        *DETECTORS[2:],
-    ],
-)
+@pytest.mark.parametrize("name", DETECTORS)
 def test_eight_bits_lose_little_and_the_file_finds_the_same(
     name, images, described, tmp_path, monkeypatch
 ):
