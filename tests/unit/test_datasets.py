@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -319,11 +320,21 @@ def test_annotation_file_that_changed_after_its_check(root, tmp_path):
         select(config, "evaluation", tmp_path)
 
 
-def test_images_that_are_missing(root, tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), r"are missing in .*val2017: 000003\.jpg, 000004\.jpg, "),
+        (lambda path: os.truncate(path, 400), r"000003\.jpg cannot be decoded.*000004\.jpg cannot"),
+        (
+            lambda path: path.write_text("<html>"),
+            r"000003\.jpg cannot be decoded.*000004\.jpg cannot",
+        ),
+    ],
+)
+def test_images_that_cannot_be_read(root, tmp_path, spoil, message):
     for number in range(3, 10):
-        (root / f"val2017/{number:06}.jpg").unlink()
-    message = r"7 of 20 chosen images are missing in .*val2017: 000003\.jpg, 000004\.jpg, "
-    refused(settings(root=root), tmp_path / "out", message)
+        spoil(root / f"val2017/{number:06}.jpg")
+    refused(settings(root=root), tmp_path / "out", rf"(?s)7 of 20 chosen images .*{message}")
 
 
 def test_missing_images_that_were_not_chosen_do_not_matter(root, tmp_path):
@@ -332,14 +343,6 @@ def test_missing_images_that_were_not_chosen_do_not_matter(root, tmp_path):
         if int(path.stem) not in ids(calibration):
             path.unlink()
     run(settings(root=root), tmp_path / "b")
-
-
-def test_images_that_cannot_be_decoded(root, tmp_path):
-    whole = root / "val2017/000003.jpg"
-    whole.write_bytes(whole.read_bytes()[:-200])
-    (root / "val2017/000004.jpg").write_text("<html>")
-    message = r"(?s)2 of 20 chosen images .*000003.jpg cannot be decoded.*000004.jpg cannot be dec"
-    refused(settings(root=root), tmp_path / "out", message)
 
 
 def name_of_image_3(root: Path, name: str) -> None:
@@ -635,17 +638,13 @@ def test_file_names_that_lead_out_of_the_folder(root, tmp_path, server, name):
     assert not any("evil" in path for path, _ in server.requests)
 
 
-def test_shapes_need_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("split", ["calibration", "val"])
+def test_shapes_need_nothing_not_even_a_split_for_each_part(tmp_path, monkeypatch, split):
     monkeypatch.chdir(tmp_path)
-    config = {"type": "shapes", "calibration": {"images": 4}, "evaluation": {"images": 5}}
-    calibration, evaluation = run(config, Path("results/datasets/demo"), name="demo")
-    assert (len(calibration["images"]), len(evaluation["images"])) == (4, 5)
-    assert evaluation["annotations"]
-    assert evaluation["info"]["image_root"] == "results/datasets/demo/val"
-    assert calibration["info"]["image_root"] == "results/datasets/demo/calibration"
-
-
-def test_shapes_of_one_split_for_both_parts(tmp_path):
-    parts = [{"split": "val", "images": count} for count in (2, 3)]
-    chosen = run({"type": "shapes", **dict(zip(PARTS, parts, strict=True))}, tmp_path / "out")
-    assert len({i for part in chosen for i in ids(part)}) == 5
+    parts = {"calibration": {"split": split, "images": 4}, "evaluation": {"images": 5}}
+    chosen = run({"type": "shapes", **parts}, Path("results/datasets/demo"), name="demo")
+    assert [len(part["images"]) for part in chosen] == [4, 5]
+    assert len({i for part in chosen for i in ids(part)}) == 9
+    assert chosen[1]["annotations"]
+    folders = [part["info"]["image_root"] for part in chosen]
+    assert folders == [f"results/datasets/demo/{name}" for name in (split, "val")]

@@ -185,6 +185,14 @@ def test_target_that_cannot_be_written(tmp_path, server):
         get(server, tmp_path / "file" / "a.bin")
 
 
+def test_the_log_tells_how_far_a_long_download_is(tmp_path, caplog, monkeypatch, server):
+    monkeypatch.setattr(download_module, "GRACE_SECONDS", 0.1)
+    caplog.set_level(logging.INFO)
+    server.plan["a.bin"].append(Raw(OK + b"Content-Length: 3000000\r\n\r\n", b"x" * 100_000, 0.02))
+    get(server, tmp_path / "a.bin")
+    assert any(re.match(r"a\.bin: \d\.\d MB, .* MB per second", line) for line in caplog.messages)
+
+
 def get_many(server: FlakyServer, paths, folder: Path, **options) -> None:
     download_many([(server.url(path), path) for path in paths], folder, **options)
 
