@@ -125,9 +125,9 @@ def main() -> None:
     if options.peak is not None:
         peak_after_calibration(size, options.peak)
         return
+    memory_ratio(size)  # first: a process inherits its parent's peak
     forward_ratio(size, options.pairs)
     calibration_ratio(size, options.images)
-    memory_ratio(size)
 
 
 if __name__ == "__main__":
