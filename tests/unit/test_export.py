@@ -276,6 +276,17 @@ def test_a_failure_names_the_module(images):
         graph_of(model)
 
 
+def test_a_graph_for_any_size_that_fails_has_a_remedy(tmp_path, monkeypatch):
+    def trace(*_, **options):
+        raise QwtError("torch cannot export this detector: TraceError.")
+
+    monkeypatch.setattr(onnx_file, "trace", trace)
+    model = one_stage("FCOS")
+    for dynamic, remedy in ((True, "one size may be possible"), (False, "TraceError")):
+        with pytest.raises(QwtError, match=rf"{remedy}.*\.$"):
+            onnx_file.export_onnx(model, tmp_path / "model.onnx", size=SIZE, dynamic=dynamic)
+
+
 def test_a_network_is_refused_before_it_runs(images, tmp_path):
     settings = QuantizationSettings(8, 8, scope="detector")
     with pytest.raises(QwtError, match="not one layer is calibrated"):

@@ -26,13 +26,7 @@ from ..errors import QwtError, check_installed, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..quantization.state import check_grids
 from ..record import record_of
-from .cut import (
-    RegionGraph,
-    check_exportable,
-    cut_of,
-    flat_names,
-    one_size_only,
-)
+from .cut import Cut, RegionGraph, check_exportable, cut_of, flat_names, one_size_only
 from .description import EXPORT_FORMAT, as_json, exported_bytes
 from .detections import CandidateBoxes, append_suppression, check_suppression
 from .nodes import onnx_nodes
@@ -100,15 +94,7 @@ def export_onnx(
     suppression = check_suppression(model) if nms else None
     prepared = preprocessing(model)
     check_installed("onnxscript")
-    fixed = one_size_only(model)
-    if dynamic and fixed:
-        raise QwtError(
-            f"The module {fixed} computes in shifted windows, whose graph is for one image size; export the "
-            "detector for a fixed size."
-        )
-    if size is None or dynamic is None:
-        found, varies = image_size(prepared)
-        size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
+    size, dynamic = _choose_size(model, prepared, size, dynamic)
     copied = copy.deepcopy(model).cpu().eval()
     cut, image = cut_of(copied).eval(), torch.zeros(1, 3, *size)
     first = CandidateBoxes(copied) if nms else cut
@@ -118,32 +104,23 @@ def export_onnx(
     names = [*flat_names(first.outputs), *flat_names(first.features)]
     sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
     images = (copied.data_preprocessor(batch, False)["inputs"] for batch in calibration)
-    graph = trace(
-        first,
-        {"image": image},
-        names,
-        opset=opset,
-        dynamic_shapes=sizes,
-        images=images,
-        maps=flat_names(first.features),
-    )
+    try:
+        graph = trace(
+            first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images,
+            maps=flat_names(first.features),
+        )  # fmt: skip
+    except QwtError as error:
+        if dynamic:
+            raise QwtError(
+                f"{str(error).rstrip('.')}; a graph for images of one size may be possible (input: fixed)."
+            ) from error
+        raise
     outputs = append_suppression(graph, suppression) if suppression else first.outputs
     _save(graph, path)
-    regions = {}
-    for name, inputs in inputs_of_heads.items():
-        region = RegionGraph(copied.get_submodule(name))
-        region(*inputs.values())
-        names = flat_names(region.outputs)
-        file = Path(path).with_suffix(f".{name}.onnx")
-        counts = (tuple({0: Dim.DYNAMIC} for _ in inputs),)
-        _save(trace(region, inputs, names, opset=opset, dynamic_shapes=counts), file)
-        regions[name] = {
-            "file": file.name,
-            "sha256": sha256_file(file),
-            "inputs": {key: list(value.shape[1:]) for key, value in inputs.items()},
-            "outputs": region.outputs,
-            "most_regions": cut.most_regions(name),
-        }
+    regions = {
+        name: _write_region_head(cut, name, inputs, path, opset)
+        for name, inputs in inputs_of_heads.items()
+    }
     record = record_of(model)
     description = {
         "format": EXPORT_FORMAT,
@@ -163,6 +140,48 @@ def export_onnx(
     }
     write_json(summary_path(path), description, indent=1)
     logger.info("%s: %.2f MB", path, exported_bytes(path, description) / 1e6)
+
+
+def _choose_size(
+    model: BaseDetector,
+    prepared: Mapping[str, Any],
+    size: tuple[int, int] | None,
+    dynamic: bool | None,
+) -> tuple[tuple[int, int], bool]:
+    """Height and width of the image, and whether others are possible; from the test pipeline where they are None.
+
+    Raises:
+        QwtError: the graph is for one size only, or the pipeline sets no size.
+    """
+    fixed = one_size_only(model)
+    if dynamic and fixed:
+        raise QwtError(
+            f"The module {fixed} computes in shifted windows, whose graph is for one image size; export the "
+            "detector for a fixed size."
+        )
+    if size is None or dynamic is None:
+        found, varies = image_size(prepared)
+        size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
+    return size, dynamic
+
+
+def _write_region_head(
+    cut: Cut, name: str, inputs: Mapping[str, Tensor], path: str | os.PathLike[str], opset: int
+) -> dict[str, Any]:
+    """Write the graph of a head of the second stage beside ``path``; return its entry in the description."""
+    head = RegionGraph(cut.model.get_submodule(name))
+    head(*inputs.values())  # finds the names
+    file = Path(path).with_suffix(f".{name}.onnx")
+    counts = (tuple({0: Dim.DYNAMIC} for _ in inputs),)
+    names = flat_names(head.outputs)
+    _save(trace(head, inputs, names, opset=opset, dynamic_shapes=counts), file)
+    return {
+        "file": file.name,
+        "sha256": sha256_file(file),
+        "inputs": {key: list(value.shape[1:]) for key, value in inputs.items()},
+        "outputs": head.outputs,
+        "most_regions": cut.most_regions(name),
+    }
 
 
 def _save(graph: "onnx_ir.Model", path: str | os.PathLike[str]) -> None:
