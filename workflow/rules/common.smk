@@ -1,4 +1,4 @@
-"""Everything that the rules share: the checked config and the plan of it, resources, and params."""
+"""What the rules share: the checked config, its plan, resources and params."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-# The library beside this workflow, not one that happens to be installed.
+# The library of this clone takes precedence over an installed one.
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import read_file, resolve
@@ -33,15 +33,15 @@ from qwt_mmdet.staleness import (
 
 share_with_scripts()
 
-# Jobs record the command. They read the workflow again, with a command line of their own, so the first
-# one stays.
+# Steps record the command of the user. Jobs read the workflow again with another command line, so an existing
+# value is kept.
 os.environ.setdefault(COMMAND, shlex.join(["snakemake", *sys.argv[1:]]))
 
 STARTED = time.time()
 
 
 def in_plain_words(check, *arguments):
-    """Return what ``check`` returns; end with a plain message if it finds something wrong."""
+    """Return ``check(*arguments)``; if it raises a QwtError, exit with its message."""
     try:
         return check(*arguments)
     except QwtError as error:
@@ -51,17 +51,16 @@ def in_plain_words(check, *arguments):
 
 if set(str(workflow.basedir)) & set("{}"):
     sys.exit(
-        f"The workflow lies in {workflow.basedir}, whose braces Snakemake reads as its own signs; move or "
-        "rename the folder."
+        f"The workflow is in {workflow.basedir}. Snakemake reads the braces as wildcards; move or rename the folder."
     )
 
-# Snakemake has no plain words for a broken file, so it is read here first, as far as possible: those
-# named on the command line Snakemake has read by now.
+# Snakemake shows a traceback for a broken config file, so the file is read here first. This is too late only for
+# files on the command line that Snakemake cannot read at all.
 for path in workflow.overwrite_configfiles or ["config/config.yaml"]:
     in_plain_words(read_file, path)
 
-# A config file named on the command line replaces the default one. Snakemake would merge the two, and models and
-# targets of the default would be computed as well.
+# A config file named on the command line replaces the default one. Otherwise Snakemake would merge both, and also
+# compute the models and targets of the default.
 if not workflow.overwrite_configfiles:
 
     configfile: "config/config.yaml"
@@ -70,8 +69,8 @@ if not workflow.overwrite_configfiles:
 GIVEN_CONFIG = copy.deepcopy(config)
 config = in_plain_words(resolve, config)
 MEASURED = in_plain_words(read_estimate, ESTIMATE)
-# The run that summarizes what a failed one has finished has this variable, and other rows than a run that
-# succeeds, so that the next one makes the summary again.
+# Environment variable of the run that summarizes the finished results of a failed run. Its rows differ from those
+# of a successful run, so the next run makes the summary again.
 SUMMARIZING = "QWT_MMDET_UNFINISHED"
 PLAN = Plan(config, Stopped.read(UNFINISHED) if SUMMARIZING in os.environ else None)
 SETTINGS = Settings(PLAN)
@@ -82,8 +81,8 @@ def any_of(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-# A quantization that is calibrated anew has the number of the repeat in its name, as have its images:
-# `w4a4@2` comes of `calibration@2`.
+# From the second repeat on, names of quantizations and of their images have its number: `w4a4@2` is calibrated on
+# `calibration@2`.
 REPEAT = r"(@[1-9]\d*)?"
 
 
@@ -102,14 +101,14 @@ wildcard_constraints:
 
 
 def runs_here():
-    """Whether jobs run on this machine, not on a cluster's."""
+    """Whether jobs run on this machine, not on a cluster."""
     return workflow.local_exec and not workflow.remote_exec
 
 
 def detector_gpu(wildcards):
-    """Resources function: the GPU that a step wants, 0 where it runs here and there is none.
+    """Resources function: number of GPUs of a step that runs a detector, 1 or 0.
 
-    Asking for one all the same would let `--resources gpu=1` run one step at a time on a CPU.
+    It is 0 on a machine without a GPU: else `--resources gpu=1` would allow only one step at a time on its CPU.
     """
     if config["device"] != "auto":
         return int(config["device"] != "cpu")
@@ -117,21 +116,21 @@ def detector_gpu(wildcards):
 
 
 def all_cores(wildcards):
-    """Threads function: all cores of this machine; one on a cluster, whose nodes nobody knows here."""
+    """Threads function: all cores of this machine; 1 on a cluster, whose nodes are unknown."""
     if not runs_here():
         return 1
     return min(workflow.resource_settings.cores or 1, os.cpu_count())
 
 
 def summary_threads(wildcards):
-    """Threads function: as many as the bootstrap has use for."""
+    """Threads function: up to 8, for the bootstrap."""
     return min(8, all_cores(wildcards))
 
 
 def detector_threads(wildcards):
-    """Threads function: cores for one run of a detector, of which several run side by side.
+    """Threads function: cores of a job that runs a detector, while several such jobs run in parallel.
 
-    One thread each keeps the cores busiest; only cores that would be idle give a job more.
+    Jobs with one thread each use the cores best. A job gets more threads only if cores would be idle.
     """
     at_once = (
         len(PLAN.combinations) * config["repeats"] * int(wildcards.get("shards", 1))
@@ -140,9 +139,9 @@ def detector_threads(wildcards):
 
 
 def detector_jobs():
-    """Return how many runs of a detector this machine or the cluster computes side by side.
+    """Return the number of parallel jobs that run a detector, on this machine or the cluster.
 
-    Jobs read the workflow again, on nodes with other numbers of cores, so the first reading's number stays.
+    Jobs read the workflow again, perhaps on nodes with other numbers of cores, so an existing number is kept.
     """
     if JOBS in os.environ:
         return int(os.environ[JOBS])
@@ -156,7 +155,7 @@ def detector_jobs():
 
 
 def calibrated(wildcards):
-    """Return the name of a quantization or of a measurement, which may have the number of a repeat; None without."""
+    """Return the name of a quantization or measurement, perhaps with the number of a repeat; None without."""
     return wildcards.get("quantization") or wildcards.get("measurement")
 
 
@@ -178,7 +177,7 @@ def step_resources(step, gpu=detector_gpu):
 
 
 def table_mb(wildcards, input, threads, attempt):
-    """Resources function: megabytes of a job each of whose processes reads one file of predictions at a time."""
+    """Resources function: megabytes of a job in which each process reads one predictions file at a time."""
     largest = max(input.size_files_mb, default=0)
     return math.ceil((1000 + 10 * largest * threads) * 2 ** (attempt - 1))
 
@@ -189,7 +188,7 @@ def report_mb(wildcards, input, attempt):
 
 
 def of(function, *names, **fixed):
-    """Return an input or params function: what a function says of the wildcards of these names, None for missing ones."""
+    """Return an input or params function that calls ``function`` with these wildcards; missing ones are None."""
 
     def ask(wildcards):
         named = {name: wildcards.get(name) for name in names}
@@ -199,7 +198,7 @@ def of(function, *names, **fixed):
 
 
 def noted(pattern):
-    """Params function: where jobs note which files they read, or left beside their output, and what tells changes."""
+    """Params function: the file in which jobs note files that they read or wrote, and a text that changes with those."""
 
     def note(wildcards):
         path = pattern.format(**wildcards)
@@ -218,7 +217,7 @@ def detector_input(part):
 
 
 def detector_params(step):
-    """Return the params that all steps have which run a model."""
+    """Return the params that all steps that run a model share."""
     return {
         "config": of(SETTINGS.entry, "model", section="models", key="config"),
         "config_options": of(
@@ -234,7 +233,7 @@ def detector_params(step):
 
 
 def kept(path, keep):
-    """Return an output file that stays, or that goes once nothing needs it any more."""
+    """Return an output file; unless ``keep``, Snakemake deletes it once nothing needs it."""
     return path if keep else temp(path)
 
 

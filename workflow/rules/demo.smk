@@ -2,7 +2,7 @@
 
 
 rule train_demo:
-    """Train the demo's detector from nothing: `snakemake train_demo`; about an hour on two cores."""
+    """Train the demo's detector from random weights: `snakemake train_demo`; about an hour on two cores."""
     input:
         config="workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py",
     output:

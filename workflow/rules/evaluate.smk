@@ -1,5 +1,5 @@
-# Kernels add up in another order for another number of images. Snakemake compares params without
-# their names, hence the mapping.
+# A param, since kernels add in another order for another batch size. Snakemake compares params without their names,
+# hence the mapping.
 BATCHES = {"batch_size": config["evaluation"]["batch_size"]}
 
 SHARDS = of(
@@ -19,7 +19,7 @@ rule evaluate_baseline:
         "logs/evaluate_baseline/{model}.log",
     benchmark:
         "benchmarks/evaluate_baseline/{model}.tsv"
-    # first, since classes that do not fit show here before anything is quantized
+    # runs first, so that classes that do not fit are reported before anything is quantized
     priority: 1
     conda:
         "../../envs/qwt.yaml"

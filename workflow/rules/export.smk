@@ -1,4 +1,4 @@
-"""Detectors as ONNX files, which runtimes evaluate and time, as far as the config's `export` names them."""
+"""Export of detectors as ONNX files, and their evaluation and latency in runtimes, by the config's `export`."""
 
 
 rule export_model:
@@ -20,14 +20,14 @@ rule export_model:
     params:
         **detector_params("export_model"),
         settings=of(SETTINGS.export, "model"),
-        # heads of a second stage are graphs beside it, as many as there are
+        # notes the graphs of second-stage heads, whose number is unknown before
         graphs=noted("results/{model}/{variant}/graphs.json"),
     script:
         "../../scripts/export_model.py"
 
 
 rule evaluate_exported:
-    """Evaluate an exported detector, whose graph a runtime computes."""
+    """Evaluate an exported detector in a runtime."""
     input:
         **detector_input("evaluation"),
         graph="results/{model}/{variant}/model.onnx",
@@ -50,7 +50,7 @@ rule evaluate_exported:
 
 
 rule benchmark_exported:
-    """Time an exported detector beside the same model's file in full precision."""
+    """Measure the latency of an exported detector and of the same model's file in full precision."""
     input:
         graph="results/{model}/{variant}/model.onnx",
         description="results/{model}/{variant}/model.json",
@@ -64,7 +64,7 @@ rule benchmark_exported:
         "benchmarks/benchmark_exported/{model}/{variant}/{runtime}.tsv"
     conda:
         "../../envs/qwt.yaml"
-    # of these the runtime uses one; no other job may disturb it
+    # the runtime uses one core; the others stay idle, so that no other job disturbs it
     threads: all_cores
     resources:
         mem_mb=step_resources("benchmark_exported")["mem_mb"],

@@ -1,9 +1,9 @@
-"""What a run that failed leaves: a note of what failed, and a summary of what is finished."""
+"""After a failed run: a note of the failed jobs, and a summary of the finished results."""
 
 import atexit
 import subprocess
 
-# absolute, as Snakemake is back in its first folder at the exit
+# absolute, since Snakemake returns to its first folder at exit
 WRITTEN = [
     os.path.abspath(name) for name in ("results", "logs", "benchmarks", ".snakemake")
 ]
@@ -18,17 +18,17 @@ def begin():
 
 
 def tell_unusable():
-    """Say which folder cannot be written to, if one cannot: Snakemake ends with a traceback then."""
+    """Report a folder that cannot be written; Snakemake itself ends with a traceback."""
     if said := unusable(WRITTEN):
         print(said, file=sys.stderr)
 
 
 def summarize_finished():
-    """Note what failed in this run and why; let a run of the last two rules summarize what is finished.
+    """Note the failures of this run, and run the last two rules on the finished results.
 
-    A run of its own, as both want the environments that the user chose. Only Snakemake's scheduler and DAG know
-    which jobs failed and which are left: a job that was killed leaves no word, and a file of an earlier run may
-    be one that has to be made again.
+    They run in a new Snakemake process, so that they get the environments that the user chose. The failed and
+    pending jobs come from Snakemake's scheduler and DAG: a killed job leaves no message, and an existing file may
+    be outdated.
     """
     atexit.unregister(tell_unusable)
     entries = workflow.scheduler.failed
@@ -62,5 +62,5 @@ def summarize_finished():
         command += ["--nolock", "--notemp", "--no-hooks", "--quiet", "all"]
         command += ["--sdm", *methods] if methods else []
         if subprocess.run(command, env={**os.environ, SUMMARIZING: "1"}).returncode:
-            print("What is finished could not be summarized; the message stands above.")
+            print("The finished results could not be summarized; see the message above.")
     print(f"\n{run_summary()}")

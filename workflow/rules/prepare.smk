@@ -1,4 +1,4 @@
-# Where jobs are sent to a cluster, these stay on the machine that has a network.
+# On a cluster, these run on the machine of Snakemake, which has a network.
 localrules:
     fetch_checkpoint,
     prepare_dataset,
@@ -6,7 +6,7 @@ localrules:
 
 
 rule fetch_checkpoint:
-    """Copy or download a model's weights, verify them, and keep the weights alone."""
+    """Copy or download a model's checkpoint, verify it, and keep its weights alone."""
     output:
         checkpoint="results/{model}/checkpoint.pth",
     log:
@@ -47,7 +47,7 @@ FILES_NOTE = "results/datasets/{dataset}/{part}_files.json"
 
 
 rule select_images:
-    """Choose a part's images, of which the other part has none, and fetch them if remote."""
+    """Choose the images of a part, none of which the other part has, and fetch remote ones."""
     input:
         source=of(SETTINGS.source_file, "dataset", "part"),
     output:
@@ -60,7 +60,7 @@ rule select_images:
         "../../envs/qwt.yaml"
     params:
         settings=of(SETTINGS.part, "dataset", "part", chosen=True),
-        # no output: Snakemake would remove it before the job could tell what had changed
+        # not an output: Snakemake would delete it before the job compares it
         files=FILES_NOTE,
         images=lambda wildcards: changed_files(FILES_NOTE.format(**wildcards)),
         read=noted("results/datasets/{dataset}/source_files.json"),

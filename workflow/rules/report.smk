@@ -20,7 +20,7 @@ rule summarize_results:
             DOCUMENT,
             caption="../report/summary_json.rst",
             category="Results",
-            labels={"result": "all numbers, with classes and layers, for machines"},
+            labels={"result": "all numbers, with classes and layers, for programs"},
         ),
     log:
         "logs/summarize_results.log",
@@ -43,7 +43,7 @@ rule summarize_results:
 
 
 rule render_report:
-    """Render the report that people read: one HTML file without external parts."""
+    """Render the report: one HTML file without external parts."""
     input:
         document=DOCUMENT,
         metrics=PLAN.result_files("metrics.json"),

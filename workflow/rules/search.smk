@@ -2,7 +2,7 @@
 
 
 rule measure_candidates:
-    """Measure the error of each layer at the heads, at each number of bits, for all searches that ask for the same."""
+    """Measure the error of each layer at the heads, at each number of bits; searches share it."""
     input:
         **detector_input("calibration"),
     output:
