@@ -1,13 +1,10 @@
 """``shapes``: an instance-segmentation dataset in COCO format that is drawn from a seed.
 
-Textured, rotated, overlapping figures of ten classes on cluttered backgrounds. As with things in
-photographs, a class has its outline, and colours and a pattern that are usual for it but not sure:
-neighbouring hues overlap, the light has a colour of its own, and one figure in ten has any colour.
-Every image has its
-own random generator, seeded with (seed, split, index), so an image does not depend on how many
-others are drawn, in which order, or by how many threads. To give the same pixels on every machine,
-all image arithmetic is in whole numbers; floating point is used for the corners of the figures
-alone, which are rounded to 1/16 pixel before anything is filled.
+Textured, rotated, overlapping figures of ten classes on cluttered backgrounds. Each class has its outline. Its hue
+and pattern are typical but not certain: hues of neighbouring classes overlap, the light has a colour cast, and one
+figure in ten has any hue. Every image has its own random generator, seeded with (seed, split, index), so it does not
+depend on the number of images, their order, or threads. Image arithmetic is in integers, so that the pixels are the
+same on every machine. Only the corners of the figures are in floating point; they are rounded to 1/16 pixel.
 """
 
 import colorsys
@@ -232,7 +229,7 @@ def _add_distractors(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def _colours(rng: np.random.Generator, category: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours of a figure, int32 BGR; a class has a usual hue, ``None`` and one in ten have any."""
+    """Two colours of a figure, int32 BGR, near the typical hue of its class; any for ``None`` or one in ten."""
     if category is None or rng.random() < 0.1:
         hue = rng.random()
     else:
@@ -386,7 +383,7 @@ def _generate_split(folder: Path, split: str, *, seed: int, count: int, workers:
         logger.info("shapes: %s has its %d images already", split, count)
         return
     annotation_file = folder / "annotations" / f"instances_{split}.json"
-    # The annotation file comes last and goes first, so one that is there has all of its images.
+    # The annotation file is removed first and written last, so an existing one has all of its images.
     annotation_file.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder, prefix=f".{split}."))
@@ -438,10 +435,10 @@ def generate_shapes(
     images: Mapping[str, int],
     workers: int | None = None,
 ) -> None:
-    """Draw splits of ``shapes`` in COCO's layout; a split that is already whole is left alone.
+    """Draw splits of ``shapes`` in COCO's layout; complete splits are kept.
 
     Writes ``folder/{split}/*.png`` and then ``folder/annotations/instances_{split}.json``. The first
-    n images of a split are the same whatever their number is.
+    n images of a split do not depend on the number of images.
 
     Args:
         seed: 0 or more.

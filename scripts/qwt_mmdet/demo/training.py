@@ -1,9 +1,8 @@
 """The training of the demo's detector on ``shapes``.
 
-The images are drawn first, where they are not there already. Then backbone and neck learn to label
-the pixels of small images, which takes minutes and spares the detector the slow start from random
-features; then the detector is trained as its mmdet configuration says. The checkpoint holds weights
-and plain values only, so torch loads it without executing anything.
+First, missing images are drawn. Then backbone and neck are pre-trained to label the pixels of small images. This
+takes minutes and replaces a slow start from random features. Then the detector is trained by its mmdet
+configuration. The checkpoint holds only weights and plain values, so torch loads it without executing code.
 """
 
 import logging
@@ -19,7 +18,7 @@ from .shapes import generate_shapes
 VALIDATION_IMAGES = 300
 LABELLING_BATCH_SIZE = 8
 LABELLING_RATE = 1e-3
-LABELLING_STRIDE = 4  # of the pixels that are labelled, that of the neck's finest level
+LABELLING_STRIDE = 4  # between labelled pixels: the stride of the neck's finest level
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +69,8 @@ def _pixel_classes(sample: Any, shape: tuple[int, int]) -> Any:
 def _learn_to_label_pixels(settings: Any, *, epochs: int, seed: int, output: Path) -> None:
     """Train backbone and neck on a dense task; write their weights with the detector's names.
 
-    Each level of the neck has to label the pixels by itself (deep supervision: Lee et al.,
-    arXiv 1409.5185). Without that the fine levels do all the work and the deep stages, of which
-    nothing is asked, decay to constants.
+    Each level of the neck has its own loss (deep supervision: Lee et al., arXiv 1409.5185). Without it, the fine
+    levels solve the task alone, and the deep stages decay to constants.
     """
     import torch
     from mmdet.registry import MODELS
@@ -148,7 +146,7 @@ def train(
         work_dir: drawn images and the training's own log.
         config: mmdet configuration.
         images: number of training images.
-        labelling_epochs: passes over the images before that, to label their pixels.
+        labelling_epochs: epochs of pixel labelling before the training of the detector.
         seed: of images, weights and order.
     """
     data_root = work_dir / "data"
