@@ -1,4 +1,4 @@
-"""Figures of the report: SVG for a page that may be light or dark, wide or narrow.
+"""Figures of the report: SVG for light and dark pages of any width.
 
 Text and axes take the page's colours. The colours of the data are Okabe and Ito's, which can be told apart with
 any colour vision, on white and on black. Each series also has its own marker.

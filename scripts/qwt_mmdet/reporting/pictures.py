@@ -252,8 +252,8 @@ def choose_pictures(
         for name, found in variants.items()
     }
     chosen = choose_images(matches, seed=seed)
-    # sorted so that also a smaller number has pictures of each rule
-    chosen = dict(sorted(chosen.items(), key=lambda item: _turn(chosen, item[0]))[:most])
+    # ordered so that also a smaller number has pictures of each rule
+    chosen = dict(sorted(chosen.items(), key=lambda item: _rank_in_rule(chosen, item[0]))[:most])
     return [
         Picture(
             truth.imgs[identifier]["file_name"],
@@ -304,7 +304,7 @@ def _panels(
     return panels
 
 
-def _turn(chosen: Mapping[int, str], image: int) -> int:
+def _rank_in_rule(chosen: Mapping[int, str], image: int) -> int:
     """Position of an image among those of its rule."""
     return [other for other, rule in chosen.items() if rule == chosen[image]].index(image)
 

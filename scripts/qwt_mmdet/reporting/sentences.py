@@ -32,7 +32,7 @@ def answer(rows: Sequence[Row]) -> str:
     ap_type, loss = text.AP_TYPES[row.metrics], row.ap["AP"].quantized_minus_baseline
     quantized, baseline = value_of(row.ap["AP"].quantized), value_of(row.ap["AP"].baseline)
     if row.collapsed_quantized:
-        start = f"{row.quantization} collapsed, it finds not one object ({ap_type} AP)"
+        start = f"{row.quantization} collapsed: it finds no object ({ap_type} AP)"
         if row.worst_layers:
             start += f"; layers with the lowest SQNR: {row.worst_layers}"
     elif quantized is None and row.failed:
@@ -72,7 +72,7 @@ def effect_sentence(row: Row) -> str:
     name, ap = row.compensation, row.ap["AP"]
     gain = ap.compensated_minus_quantized
     if row.collapsed_compensated:
-        return f"with {name} it finds not one object"
+        return f"with {name} it finds no object"
     if gain is None or gain.value is None:
         return f"with {name} it is {_share_of_baseline(row, ap.compensated)}"
     change, ends = text.signed(gain.value), text.interval(gain)

@@ -37,14 +37,14 @@ class ClassResult:
 class Row:
     """One model × quantization × compensation × type of AP.
 
-    The fields before ``seconds`` are columns of summary.csv, with those of ``ap`` by metric;
+    The fields before ``seconds`` are the columns of summary.csv; ``ap`` gives several columns per metric.
     ``reporting.tables`` describes them.
 
     Args:
         quantized_dominated_by, compensated_dominated_by: the best variant of the same model that is at most as
             large and at least as good; None without one, or if size or AP is unknown.
         limit: of a search with a limit for the loss of AP.
-        seconds: duration of the steps behind the row, by rule; without supplied warmup files.
+        seconds: duration of the steps that the row depends on, by rule; none for supplied warmup files.
         classes: those that have objects.
         lost_most, regained_most: names of the classes with the largest loss by quantization, and gain by
             compensation, the largest first.

@@ -20,7 +20,7 @@ objects of that size, no loss to recover, no compensation, or a variant that was
 ``{M}_baseline``, ``{M}_quantized``, ``{M}_compensated``
     AP between 0 and 1; M is one of AP, AP50, AP75, APs, APm, APl.
 ``collapsed_quantized``, ``collapsed_compensated``
-    whether the variant finds not one object (box AP 0).
+    whether the variant finds no object (box AP 0).
 ``not_finite_quantized``, ``not_finite_compensated``
     number of detections with a NaN or an infinity, which are ignored.
 ``worst_layers``
@@ -34,7 +34,7 @@ objects of that size, no loss to recover, no compensation, or a variant that was
     end. With repeats, each resample also draws the repeats. On few images the interval covers the true value in
     about 90 % of cases rather than 95 % (measured; see ``evaluation.bootstrap``).
 ``baseline_bytes``, ``quantized_bytes``
-    size of all weights before and after quantization, as docs/report.md says what sizes count.
+    size of all weights before and after quantization; docs/report.md says what it counts.
 ``layers``, ``not_quantized``
     layers that were quantized, and modules with weights that were not.
 ``compensation_bytes``, ``compensation_parameters``, ``compensation_multiply_adds``

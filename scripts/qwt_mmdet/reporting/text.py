@@ -114,7 +114,7 @@ def collapses(rows: Iterable[Row]) -> list[str]:
             collapsed.setdefault(key, []).extend(names)
             worst[key] = row.worst_layers
     return [
-        f"{key[0]}: {', '.join(dict.fromkeys(names))} collapsed (not one object is found). "
+        f"{key[0]}: {', '.join(dict.fromkeys(names))} collapsed (no object is found). "
         + (f"Layers with the lowest SQNR: {worst[key]}. " if worst[key] else "")
         + "Give such layers 8 bits with overrides, or raise the bits."
         for key, names in collapsed.items()

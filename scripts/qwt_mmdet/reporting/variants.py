@@ -81,7 +81,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _faults(collapsed: bool | None, not_finite: int | None) -> list[str]:
     """Faults of a variant's detections."""
-    faults = ["collapsed: finds not one object"] if collapsed else []
+    faults = ["collapsed: finds no object"] if collapsed else []
     if not_finite:
         faults.append(f"{not_finite} detections are NaN or infinite and are ignored")
     return faults

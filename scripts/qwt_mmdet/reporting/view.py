@@ -134,7 +134,7 @@ def block_section(row: ResultRow, name: str) -> dict[str, Any]:
 
 
 def spare(layer: Mapping[str, Any]) -> str | None:
-    """Entry of ``overrides`` that gives a layer 8 bits; None where it has 8 bits already.
+    """Entry of ``overrides`` that gives a layer 8 bits; None if it has them already.
 
     An operand of attention, ``backbone.attn (query)``, has no weights; its pattern is the module's name.
     """
