@@ -10,7 +10,7 @@ DOCUMENT = "results/summary.json"
 REPORT = "results/report.html"
 EXPORTS_TABLE = "results/exports.csv"
 UNFINISHED = "results/unfinished.json"
-"""The file of a failed run about what it did not finish; see :class:`.rows.Stopped`."""
+"""The failed jobs and missing files of a failed run; see :class:`.rows.Stopped`."""
 BASELINE, QUANTIZED = "baseline", "quantized"
 """Names of folders; they cannot be names of quantizations or compensations."""
 
@@ -69,7 +69,7 @@ class Variant:
 
     @classmethod
     def named(cls, model: str, name: str) -> "Variant":
-        """The variant whose folder below that of its model has this name.
+        """The variant of a model by its :attr:`name`, or by the name of the folder with its results.
 
         Args:
             name: ``baseline``, ``w4a4``, ``w4a4/quantized`` or ``w4a4/qwt``.
@@ -102,7 +102,7 @@ class Variant:
         return f"{self.exported}/{QUANTIZED}" if self.kind == QUANTIZED else self.exported
 
     def calibrated(self, name: str) -> str:
-        """A file of its quantization, which its compensations share."""
+        """Path of a file of its quantization; its compensations share the file."""
         return f"results/{self.model}/{self.quantization}/{name}"
 
     def parts(self) -> dict[str, str]:

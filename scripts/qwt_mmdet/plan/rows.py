@@ -21,7 +21,7 @@ class ResultRow:
     Args:
         dataset: name of the model's data set.
         failed: in a run that failed, sentences about why something is missing.
-        settings: of the quantization; of a search, the plain ones in which it replaces the bits.
+        settings: of the quantization; for a search, those of the entry named by ``like``.
         recipe: file with the result of a search.
         limit: of a search: ``max_drop`` and ``metric``, if it has such a limit.
         annotations: file of the evaluation images.

@@ -64,7 +64,7 @@ class Job:
 
     Args:
         step: name of its rule.
-        variant: of a measurement for searches, its name is in the place of the quantization's.
+        variant: for ``measure_candidates``, its quantization is the name of the measurement.
         runtime: the runtime of an exported file.
         after: the jobs whose files it reads.
     """

@@ -51,7 +51,7 @@ class Settings:
         return None if searched else self.searched(quantization)
 
     def searched(self, quantization: str) -> Mapping[str, Any]:
-        """Settings of a quantization; of a search or a measurement, the plain ones whose bits are replaced."""
+        """Settings of a quantization; for a search or a measurement, those of the entry named by ``like``."""
         name = without_repeat(quantization)
         name = self._plan.measurements.get(name, name)
         return searched_settings(self._config["quantization"], name)
