@@ -46,8 +46,8 @@ from .steps.export import IMAGES as EXPORT_IMAGES
 FEW = 2
 """Images of the first run of a pilot."""
 LEAST, MOST, SECONDS = 6, 100, 10.0
-"""Additional images of the second run: as many as take 10 s on the CPU, from 6 to 100; 100 on a GPU. The times of
-the two starts differ by about a second; many images make this error of the cost of an image small."""
+"""Additional images of the second run: as many as take 10 s on the CPU, from 6 to 100; 100 on a GPU. Start
+times vary by about a second; with many images, the resulting error of the cost of an image is small."""
 SIZE = (480, 640)
 """Height and width of the generated images, as of most images of COCO; for `shapes`, the size of its images."""
 DETECTIONS = 10
@@ -55,7 +55,7 @@ DETECTIONS = 10
 
 
 def image_counts(config: Mapping[str, Any], part: Part, more: int) -> tuple[int, int]:
-    """Numbers of images of both runs; the second has at least ``more`` in addition. Evaluations have whole batches."""
+    """Numbers of images of both runs, for evaluations whole batches; the second run has at least ``more`` more."""
     batch = config["evaluation"]["batch_size"] if part == "evaluation" else 1
     return max(FEW, batch), max(FEW, batch) + max(more, batch)
 
@@ -71,7 +71,7 @@ def _score_thresholds(settings: Any, place: str) -> Iterator[str]:
 def write_images(
     folder: Path, part: Part, count: int, classes: Sequence[str], size: tuple[int, int]
 ) -> Path:
-    """Write generated images with an object each, and their annotation file PART-COUNT.json, which is returned."""
+    """Write generated images with one object each; return their annotation file, PART-COUNT.json."""
     images = []
     for number in range(1, count + 1):
         noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -296,7 +296,7 @@ def check_readme(folder: Path, names: dict, said: dict[str, str]) -> None:
     applied = read(folder / "qwt_apply" / "predictions.json")
     assert found(applied) == found(read(theirs / "w4a8/quantized/predictions.json"))
     assert len(list((folder / "qwt_apply" / "pictures").iterdir())) == standin.SPLITS["val"][1]
-    assert "my.yaml is sound: 2 combinations" in said["validate"]
+    assert "my.yaml is valid: 2 combinations" in said["validate"]
     check_estimate(folder, names, said)
     check_second_run(folder)
 

@@ -29,7 +29,7 @@ CoresOption = Annotated[int | None, typer.Option(min=1, help="CPU cores; default
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Inside: an error that is not our bug ends the command with a sentence and status 1, Ctrl-C with 130."""
+    """Inside: an expected error ends the command with a sentence and status 1, Ctrl-C with status 130."""
     from ..runtime import known_cause, termination_interrupts
 
     let_threads_sleep()

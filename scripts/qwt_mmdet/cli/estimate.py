@@ -22,7 +22,7 @@ def estimate(
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Jobs at a time, as of a cluster; default: one for each core or GPU."
+            min=1, help="Parallel jobs, as on a cluster; default: one for each core or GPU."
         ),
     ] = None,
     gpus: Annotated[
@@ -30,7 +30,7 @@ def estimate(
     ] = None,
     save: Annotated[
         Path | None,
-        typer.Option(help=f"File for the costs; the rules ask a cluster for what {ESTIMATE} says."),
+        typer.Option(help=f"File for the costs; the requests to a cluster follow {ESTIMATE}."),
     ] = None,
 ) -> None:
     """Estimate time and memory of a run of a config on this machine; needs neither weights nor images.

@@ -64,8 +64,8 @@ def export(
 ) -> None:
     """Write a detector, quantized and compensated or not, as an ONNX file.
 
-    With the calibration images of a run, it is the same file as the workflow's, byte for byte; its description has
-    no provenance and no AP.
+    With the calibration images of a run, the file equals the workflow's, byte for byte. Its description has no
+    provenance and no AP.
     """
     with plain_errors(), tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
         if values[Coco]["root"] is not None:
@@ -95,7 +95,7 @@ def export(
 
 def warn_of_other_images(warmup: Path, calibration: Path) -> None:
     """Warn if a warmup file was calibrated on other images than the given ones."""
-    read_json(calibration, what="annotation file", remedy="give another one")  # it is there
+    read_json(calibration, what="annotation file", remedy="give another one")  # it must exist
     made = load_archive(warmup, WARMUP_FORMAT, "warmup")["provenance"].get("annotations_sha256")
     if made not in (None, sha256_file(calibration)):
         typer.secho(

@@ -36,7 +36,7 @@ Values = dict[type, dict[str, Any]]
 
 
 def _option_type(types: list[Any]) -> tuple[Any, str | None]:
-    """The type of an option, for typer, whose key has one of ``types``; and its metavar if that is text."""
+    """For typer: the type of an option whose key accepts ``types``, and its metavar if the type is text."""
     types = [one for one in types if one is not type(None)]
     if len(types) == 1 and (types[0] is bool or typing.get_origin(types[0]) is Literal):
         return types[0], None
@@ -55,16 +55,12 @@ def choices(*types: Any) -> str:
 
 @functools.cache
 def _schema(section: type) -> Mapping[str, Any]:
+    """The JSON Schemas of a section's keys: their meanings and limits."""
     return TypeAdapter(section).json_schema()["properties"]
 
 
-def _described(section: type, key: Key) -> Mapping[str, Any]:
-    """The JSON Schema of a key: its meaning and limits."""
-    return _schema(section)[key.name]
-
-
 def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
-    """The parameter from which typer makes the option of these keys, which has the type of the first one."""
+    """The parameter that typer makes an option from: it sets all keys; type and default are the first one's."""
     section, key = keys[0]
     annotation = typing.get_type_hints(section, include_extras=True)[key.name]
     option_type, metavar = _option_type(alternatives(annotation))
@@ -73,10 +69,10 @@ def _parameter(option: str, keys: list[tuple[type, Key]]) -> inspect.Parameter:
         default = []
     elif isinstance(default, list):
         option_type = GenericAlias(list, (option_type,))
-    meanings = [" ".join(_described(*pair)["description"].split()) for pair in keys]
+    meanings = [" ".join(_schema(s)[k.name]["description"].split()) for s, k in keys]
     repeatable = " Repeatable." if isinstance(default, list) else ""
     info = typer.Option(
-        help=" ".join(meanings) + limits(_described(section, key)) + repeatable,
+        help=" ".join(meanings) + limits(_schema(section)[key.name]) + repeatable,
         metavar=metavar,
         rich_help_panel=(section.__doc__ or "").partition("\n")[0].rstrip("."),
     )
@@ -119,7 +115,7 @@ def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., 
 
 @contextlib.contextmanager
 def options_named(table: Table, **further: str) -> Iterator[None]:
-    """Inside: messages about the value of a key name the options that set it.
+    """Inside: error messages name the options that set a key instead of the key.
 
     Args:
         further: options that are in no table, by key.

@@ -15,7 +15,7 @@ from .options import Key, Table, Values, choices, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
 
 LIKE = "w8a8"
-"""Name of the plain quantization in which the search replaces the bits."""
+"""Name of the quantization whose bits the search replaces."""
 
 SHRINK_OPTIONS: Table = {
     **OPTIONS,

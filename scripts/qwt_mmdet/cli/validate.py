@@ -51,4 +51,4 @@ def validate(
                 raise QwtError(f"models.{name}: {error}") from error
         rows = configuration(resolved).combinations()
         typer.echo(tabulate(rows, ("model", "quantization", "compensation")))
-        typer.echo(f"\n{config} is sound: {len(rows)} combinations.")
+        typer.echo(f"\n{config} is valid: {len(rows)} combinations.")
