@@ -1,1 +1,1 @@
-"""What a detector is worth: COCO metrics and how sure they are."""
+"""COCO metrics of detectors, with confidence intervals."""

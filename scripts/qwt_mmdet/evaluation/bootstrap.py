@@ -1,8 +1,9 @@
 """Confidence intervals of COCO AP: paired bootstrap over images.
 
-A resample of N images draws N images with replacement. It is represented by integer weights: how often each
-image was drawn, under which :mod:`.weighted_ap` computes AP without new matching. All variants (baseline, quantized, compensated) share the weights, so that the variance
-of the draw cancels in differences (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+A resample of N images draws N images with replacement. It is represented by integer weights: how often each image was
+drawn. :mod:`.weighted_ap` computes AP under these weights without new matching. All variants (baseline, quantized,
+compensated) share the weights, so that the variance of the draw cancels in differences (Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 13).
 
 AP tends to be larger on fewer distinct images, since fewer false positives of other images rank above an
 image's hits. A resample holds only 63 % of the images, so its AP is biased upwards: on 160 COCO images by about
@@ -235,24 +236,16 @@ class Bootstrap:
         )
 
 
-def _ap_under_weights(
-    ground_truth: COCO,
-    variant: Records,
-    iou_type: str,
-    weights: NDArray[np.int64],
+def _ap_of_variant(
+    name: str, ground_truth: COCO, records: Records, iou_type: str, weights: NDArray[np.int64]
 ) -> dict[str | int, NDArray[np.float64]]:
-    records = variant
-    if isinstance(records, str | os.PathLike):
-        records = read_json(records, what="predictions file")
-    metrics, classes = ApTable.build(ground_truth, records, iou_type).ap(weights)
-    return dict([*metrics.items(), *classes.items()])
-
-
-def _ap_of_variant(name: str, *arguments: Any) -> dict[str | int, NDArray[np.float64]]:
     try:
-        return _ap_under_weights(*arguments)
+        if isinstance(records, str | os.PathLike):
+            records = read_json(records, what="predictions file")
+        metrics, classes = ApTable.build(ground_truth, records, iou_type).ap(weights)
     except QwtError as error:
         raise QwtError(f"Variant {name}: {error}") from error
+    return dict([*metrics.items(), *classes.items()])
 
 
 def bootstrap(
