@@ -155,9 +155,6 @@ def _check_unique(entries: Sequence[Mapping[str, Any]], what: str, key: str) -> 
         seen.add(entry[key])
 
 
-# --- Entries -----------------------------------------------------------------------------------
-
-
 def _image(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
     name = _text(entry.get("file_name"), f"image {number}", "file_name", LONGEST_PATH)
     name = str(PurePosixPath(name.replace("\\", "/")))
@@ -268,9 +265,9 @@ def _run_length_mask(value: Mapping[str, Any], image: Mapping[str, Any], here: s
 def _decompressed(text: str) -> list[int] | None:
     """Run lengths of a compressed RLE mask, or None if it is none.
 
-    pycocotools writes each length as digits of 5 bits, lowest first, from ``0`` on; the sixth bit says
-    that more follow. From the fourth on it is the difference to the length two before. pycocotools
-    itself reads on behind the end of a text that is cut.
+    pycocotools writes a length as digits of 5 bits, the lowest first, each a character from ``0`` on. The sixth bit
+    says that another digit follows. From the fourth length on, the difference to the length two before is written.
+    pycocotools itself reads beyond the end of a truncated text.
     """
     lengths: list[int] = []
     value = bits = 0
@@ -285,9 +282,6 @@ def _decompressed(text: str) -> list[int] | None:
             lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
             value = bits = 0
     return None if bits else lengths
-
-
-# --- Values ------------------------------------------------------------------------------------
 
 
 def _quoted(value: Any) -> str:

@@ -38,7 +38,7 @@ class Download(Source):
         )
 
     def prepare(self, part: Part, most_bytes: int) -> None:
-        """Download the archive, and extract what is not there of both parts."""
+        """Download the archive, and extract the missing annotation files of both parts."""
         from .download import download
 
         names = {getattr(self.settings, key).annotations for key in PARTS}
@@ -61,7 +61,7 @@ class Download(Source):
                 archive.unlink()
 
     def _claim(self) -> None:
-        """Note which address the files in the folder are from; never mix two."""
+        """Record the address of the files in the folder; refuse files from another one."""
         origin = self.folder / "origin.json"
         if origin.is_file():
             noted = read_json(origin, what="note of a download's origin").get("url")
@@ -79,7 +79,7 @@ class Download(Source):
     def fetch(
         self, part: Part, images: Sequence[Mapping[str, Any]], *, name: str, workers: int
     ) -> list[int]:
-        """Download the images that are not there and whole; see :meth:`Source.fetch`."""
+        """Download images that are missing or damaged; see :meth:`Source.fetch`."""
         from .download import download_many
 
         place = self.place(part)

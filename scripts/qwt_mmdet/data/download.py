@@ -1,4 +1,4 @@
-"""Downloads that survive broken connections and never leave half a file under its final name."""
+"""Downloads that survive broken connections and never leave a partial file under its final name."""
 
 import functools
 import json
@@ -28,16 +28,16 @@ ATTEMPTS_WITHOUT_PROGRESS = 6
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 120.0
 TIMEOUT_SECONDS = (15.0, 60.0)  # to connect, and between two pieces of data
-GRACE_SECONDS = 60.0  # content that is slower than the lowest rate for so long is given up
+GRACE_SECONDS = 60.0  # a transfer below the lowest rate for so long fails
 LOWEST_BYTES_PER_SECOND = 1000
-LARGEST_BYTES = 20 * 10**9  # of a file whose size nobody told
+LARGEST_BYTES = 20 * 10**9  # of a file, unless the caller says otherwise
 CHUNK_BYTES = 1 << 14  # at most so much is lost when a connection breaks
 _BROKEN = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
 PASSING_STATUS = (408, 425, 429)  # worth another attempt, as is every 5xx
 
 
 class _PassingError(Exception):
-    """A failure that another attempt may not meet, and the seconds that the server wishes to wait for it."""
+    """A transient failure, and the seconds that the server asks to wait before another attempt."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -45,7 +45,7 @@ class _PassingError(Exception):
 
 
 def _session() -> requests.Session:
-    """A session that does not read what a redirect says, however long that is."""
+    """A session that does not read the body of a redirect, which may be of any length."""
     session = requests.Session()
     session.max_redirects = 10
     session.hooks["response"].append(lambda r, *_, **__: r.close() if r.is_redirect else None)
@@ -157,7 +157,7 @@ def download_many(
 
 @dataclass
 class _Transfer:
-    """One file on its way: what has arrived, and how often nothing did."""
+    """The download of one file: bytes that arrived, and attempts in a row without progress."""
 
     url: str
     path: Path
@@ -252,7 +252,7 @@ class _Transfer:
             self._receive(response, offset, total)
 
     def _receive(self, response: requests.Response, arrived: int, total: int | None) -> None:
-        """Append what comes to the ``arrived`` bytes that are there."""
+        """Append the content to the ``arrived`` bytes that are stored."""
         since, seen = time.monotonic(), arrived
         self._check_size(total or 0)
         with open(self.part, "ab" if arrived else "wb") as stream:
@@ -282,7 +282,7 @@ class _Transfer:
             )
 
     def _known_validator(self) -> str | None:
-        """What identified the remote file that the bytes so far are of."""
+        """The validator of the remote file from which the stored bytes come."""
         try:
             note = json.loads(self.note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -311,7 +311,7 @@ class _Transfer:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong at the bottom; the outer layers repeat the address, with its query."""
+    """The innermost cause; messages of outer exceptions repeat the address with its query."""
     cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
     cause = getattr(cause, "reason", cause)
     text = next((part for part in cause.args if isinstance(part, str)), str(cause))
@@ -319,7 +319,7 @@ def _reason(error: Exception) -> str:
 
 
 def _validator(response: requests.Response) -> str | None:
-    """What If-Range may hold to mean this very file: a strong ETag, else the modification time."""
+    """The value of If-Range for this version of the file: a strong ETag, else the modification time."""
     etag = response.headers.get("ETag", "W/")
     return response.headers.get("Last-Modified") if etag.startswith("W/") else etag
 

@@ -17,9 +17,9 @@ PROBLEMS_IN_MESSAGES = 5
 def outside_of(
     images: Sequence[Mapping[str, Any]], image_root: str, root: str | os.PathLike[str]
 ) -> list[str]:
-    """Names of images that the annotation file or a link looks for outside of the dataset's root.
+    """Names of images whose path, with links resolved, is outside of the dataset's root.
 
-    An image folder that the config itself names outside of the root is a root of its own.
+    If the config names an image folder outside of the root, that folder is the root of its images.
     """
     named = Path(os.path.abspath(image_root)).is_relative_to(os.path.abspath(root))
     allowed = os.path.realpath(root if named else image_root)
@@ -34,7 +34,7 @@ def outside_of(
 def check_images(
     images: Sequence[Mapping[str, Any]], image_root: str, exif: Exif, name: str, workers: int
 ) -> list[int]:
-    """Check images that should be there; return their EXIF orientations."""
+    """Check that images exist and fit their entries; return their EXIF orientations."""
 
     def path(image: Mapping[str, Any]) -> str:
         return os.path.join(image_root, image["file_name"])

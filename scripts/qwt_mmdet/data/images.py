@@ -20,7 +20,7 @@ FLAGS = {
     "apply": cv2.IMREAD_COLOR,
     "ignore": cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
 }
-# Choices of ``exif`` that OpenCV supports, by format; it never applies orientations of others (AVIF, JPEG 2000).
+# Choices of ``exif`` that OpenCV supports, by format. It ignores orientations in other formats (AVIF, JPEG 2000).
 CHOICES = {
     **dict.fromkeys(("JPEG", "MPO", "PNG", "WEBP"), ("apply", "ignore")),
     "TIFF": ("apply",),
@@ -83,7 +83,7 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
     choices = CHOICES.get(file_format or "", ("ignore",))
     if orientation != UPRIGHT and len(choices) == 2:
         other = read_image(path, exif="ignore" if exif == "apply" else "apply")
-        if np.array_equal(pixels, other):  # a note that Pillow alone reads (XMP), or no difference
+        if np.array_equal(pixels, other):  # XMP, which only Pillow reads, or a symmetric image
             orientation = UPRIGHT
     if orientation != UPRIGHT and exif not in choices:
         does = "always" if file_format == "TIFF" else "never"

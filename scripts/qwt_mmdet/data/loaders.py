@@ -22,7 +22,7 @@ from .images import check_image
 
 AUGMENTATION = ("TestTimeAug", "MultiScaleFlipAug")
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
-"""Numbers of errors that an image file causes, not the machine."""
+"""Numbers of errors with the image file as their cause, not the machine."""
 NARROW = 100
 """Ratio of an image's sides above which the pipeline may fail on it."""
 NEVER_TURN = ("turbojpeg", "tifffile")  # decoders that ignore EXIF orientations
@@ -49,7 +49,7 @@ def transform_name(transform: Mapping[str, Any]) -> str:
 
 
 def far_backends(transform: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a transform that make it read images from elsewhere than this machine's files.
+    """The arguments of a transform that make it read images from remote storage.
 
     They name a file backend of mmengine, or one that is not registered.
     """
@@ -187,7 +187,7 @@ class ImageDataset(Dataset):
         self._try_narrow_images()
 
     def _try_narrow_images(self) -> None:
-        """Prepare each image that a resize may leave no row or column of, so that it is told at the start.
+        """Prepare each narrow image now: a resize may leave no row or column of it, which would fail late in a run.
 
         Raises:
             QwtError: the pipeline fails on one.
@@ -220,8 +220,8 @@ class ImageDataset(Dataset):
                 check_image(path, width, height, exif=self.exif)
             except QwtError as damage:
                 raise QwtError(
-                    f"{str(damage).rstrip('.')}; it was another when the images were chosen. Put it back, or take "
-                    "it out of the annotation file, and run again."
+                    f"{str(damage).rstrip('.')}; it has changed since the images were chosen. Put it "
+                    "back, or take it out of the annotation file, and run again."
                 ) from error
             raise unprepared(path, width, height, error) from error
 
@@ -265,8 +265,8 @@ def make_loader(
         "data_samples": [DetDataSample]}.
 
     Raises:
-        QwtError: the annotation file is unreadable or wrong, or the config has no test pipeline; while it is
-            gone through: an image cannot be read or prepared.
+        QwtError: the annotation file is unreadable or wrong, or the config has no test pipeline; during
+            iteration: an image cannot be read or prepared.
     """
     return ImageLoader(
         ImageDataset(config, annotations, images),

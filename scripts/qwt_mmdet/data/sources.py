@@ -39,7 +39,7 @@ class Source(ABC):
         self.settings = settings
         self.folder = folder
         self.root: str | None = None
-        """The user's folder that all is in, if it is there already."""
+        """The user's folder with annotations and images; None if they are generated or downloaded."""
 
     @abstractmethod
     def place(self, part: Part) -> Place:
@@ -80,7 +80,7 @@ class Source(ABC):
         return self.settings.exif
 
     def identity(self, part: Part, file_name: str) -> str:
-        """An identity of an image file: two files have the same one only if they are the same image."""
+        """An identifier of an image file; equal only for the same image."""
         return os.path.realpath(os.path.join(self.place(part).image_root, file_name))
 
     def local_annotations(self, part: Part) -> str | None:
@@ -169,7 +169,7 @@ class Generated(Source):
         return self.folder / f"draw-{draw}" if part == "calibration" and draw > 1 else self.folder
 
     def prepare(self, part: Part, most_bytes: int) -> None:
-        """Draw the images of a part; those that are there stay."""
+        """Draw the images of a part; complete splits are kept."""
         import numpy as np
 
         from ..demo.shapes import generate_shapes
@@ -185,14 +185,14 @@ class Generated(Source):
             generate_shapes(folder, seed=seed, images={place.split: count})
 
     def draw(self, part: Part) -> int:
-        return 1  # a further one has an annotation file of its own
+        return 1  # each draw has an annotation file of its own
 
     @property
     def exif(self) -> Exif:
         return "apply"  # drawn images have no orientation
 
     def annotation_settings(self, part: Part) -> dict[str, Any]:
-        """All that decides what is drawn, which is the numbers of images too."""
+        """The settings that decide what is drawn, with the numbers of images."""
         plain = as_plain(self.settings)
         if not self.shared:
             del plain[_other(part)]
@@ -256,7 +256,7 @@ class LocalFolder(Source):
 
     @property
     def shared(self) -> bool:
-        """Also of a copy of the annotation file."""
+        """Also true if one annotation file is a copy of the other."""
         first, second = (self.place(part).annotations for part in PARTS)
         there = os.path.exists(first) and os.path.exists(second)
         return super().shared or (there and filecmp.cmp(first, second, shallow=False))

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SIZE = (480, 640)
 """Height and width of the generated image, those of most images of COCO."""
 OBJECTS = ((64, 400), (64, 496))  # whole blocks of JPEG
-"""Top and left, in pixels, of an object in one image, and where it is in another one."""
+"""Top and left, in pixels, of the object in the first and in the second image."""
 SIDE = 80
 """Of that object."""
 RUNS = 4
@@ -62,11 +62,11 @@ class _Step(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What a step leaves of an image.
+    """The state of an image after a step.
 
     Attributes:
         pixels: [height, width], [height, width, channels], or [channels, height, width] when it is packed.
-        meta: of ``NEEDED`` and ``border`` what is known.
+        meta: the known values of ``NEEDED`` and ``border``.
         drew: whether the step drew random numbers.
     """
 
@@ -80,7 +80,7 @@ class _Seen(NamedTuple):
 
 
 class _UncertainError(Exception):
-    """A step fails on a generated image, but may not do so on images as it expects them."""
+    """A step fails on a generated image, but may work on real ones."""
 
 
 def try_pipeline(config: Config) -> None:
@@ -133,7 +133,7 @@ def _build(place: str, transform: Mapping[str, Any]) -> _Step:
 
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Leave the generators of random numbers as they are."""
+    """Inside: random numbers may be drawn; afterwards the generators have their former states."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -150,7 +150,7 @@ def _generators() -> tuple[Any, ...]:
 
 
 def _images(steps: Sequence[_Step], folder: Path) -> tuple[Path, Path, Path]:
-    """Write an image of noise, and two of an object that is elsewhere in one than in the other."""
+    """Write an image of noise, and two images with an object at different places."""
     tiff = any(step.settings.get("imdecode_backend") == "tifffile" for step in steps)
     paths = [folder / f"{name}.{'tif' if tiff else 'jpg'}" for name in ("noise", "here", "there")]
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -163,7 +163,7 @@ def _images(steps: Sequence[_Step], folder: Path) -> tuple[Path, Path, Path]:
 
 
 def _run(steps: Sequence[_Step], image: Path, seed: int = 0) -> tuple[list[_Seen], dict[str, Any]]:
-    """What each step leaves of an image, and all that the last one does."""
+    """The state of an image after each step, and the results of the last step."""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
@@ -192,7 +192,7 @@ def _try(steps: Sequence[_Step], noise: Path, here: Path, there: Path) -> None:
     first, results = _run(steps, noise)
     _check_result(steps, first, results)
     for step, seen in zip(steps, first, strict=True):
-        if seen.drew and _is_now_and_then(step.settings):
+        if seen.drew and _is_sometimes_skipped(step.settings):
             raise _by_chance(step)
     for seed in range(1, RUNS_BY_CHANCE if any(seen.drew for seen in first) else RUNS):
         for step, one, other in zip(steps, first, _run(steps, noise, seed)[0], strict=True):
@@ -234,15 +234,15 @@ def _check_result(steps: Sequence[_Step], seen: Sequence[_Seen], results: dict[s
         )
 
 
-def _is_now_and_then(settings: Any) -> bool:
+def _is_sometimes_skipped(settings: Any) -> bool:
     """Whether a transform, or one inside of it, has a probability that is neither 0 nor 1."""
     if isinstance(settings, Mapping):
         given = [settings[key] for key in ("prob", "p") if key in settings]
         numbers = np.ravel([one for one in given if isinstance(one, int | float | list | tuple)])
         return any(0 < number < 1 for number in numbers) or any(
-            map(_is_now_and_then, settings.values())
+            map(_is_sometimes_skipped, settings.values())
         )
-    return isinstance(settings, list | tuple) and any(map(_is_now_and_then, settings))
+    return isinstance(settings, list | tuple) and any(map(_is_sometimes_skipped, settings))
 
 
 def _by_chance(step: _Step) -> QwtError:
