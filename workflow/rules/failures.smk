@@ -62,5 +62,5 @@ def summarize_finished():
         command += ["--nolock", "--notemp", "--no-hooks", "--quiet", "all"]
         command += ["--sdm", *methods] if methods else []
         if subprocess.run(command, env={**os.environ, SUMMARIZING: "1"}).returncode:
-            print("The finished results could not be summarized; see the message above.")
+            print("No summary of the finished results; see the message above.")
     print(f"\n{run_summary()}")
