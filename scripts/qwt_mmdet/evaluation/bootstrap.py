@@ -237,9 +237,10 @@ class Bootstrap:
 
 
 def _ap_of_variant(
-    name: str, ground_truth: COCO, records: Records, iou_type: str, weights: NDArray[np.int64]
+    name: str, ground_truth: COCO, given: Records, iou_type: str, weights: NDArray[np.int64]
 ) -> dict[str | int, NDArray[np.float64]]:
     try:
+        records = given
         if isinstance(records, str | os.PathLike):
             records = read_json(records, what="predictions file")
         metrics, classes = ApTable.build(ground_truth, records, iou_type).ap(weights)
