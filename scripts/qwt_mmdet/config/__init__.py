@@ -7,7 +7,7 @@ from .compensation import PRESETS, CompensationSettings, MaxCost
 from .datasets import of_repeat
 from .quantization import Override, QuantizationSettings
 from .reading import read_file
-from .search import Best, Search, Smallest, is_search, searched_settings
+from .search import Best, Search, Smallest, searched_settings
 from .section import as_entry, as_plain
 from .workflow import Combination, Configuration, configuration, resolve
 
@@ -25,7 +25,6 @@ __all__ = [
     "as_entry",
     "as_plain",
     "configuration",
-    "is_search",
     "of_repeat",
     "read_file",
     "resolve",

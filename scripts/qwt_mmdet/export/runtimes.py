@@ -229,11 +229,11 @@ def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) 
     Raises:
         QwtError: there is no such runtime, it is not installed, or it cannot read the file.
     """
-    runtime_by_name(runtime)
+    found = runtime_by_name(runtime)
     import onnx_ir
 
     try:
-        return open_model(onnx_ir.load(path), runtime, threads=threads)
+        return found.open(prepared(onnx_ir.load(path), found), threads)
     except Exception as error:
         raise QwtError(
             f"{runtime} cannot open {path} ({type(error).__name__}); it is "

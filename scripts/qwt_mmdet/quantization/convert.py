@@ -180,6 +180,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
+def calibrated_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers whose inputs have a range, by name."""
+    return {name: layer for name, layer in quantized_layers(module).items() if layer.is_calibrated}
+
+
 def quantized_units(model: nn.Module) -> dict[str, Unit]:
     """The quantized layers and attention modules by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Unit)}

@@ -5,12 +5,11 @@ scale and a zero point. All other parameters are float32, as are biases that qua
 bits and settings alone, not on calibration images, so that the size of a recipe is known before its calibration.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .convert import quantized_layers
-from .layers import QuantizedLayer
+from .convert import calibrated_layers, quantized_layers
 
 FLOAT = 4
 """Bytes of a number in single precision."""
@@ -28,10 +27,6 @@ def code_bytes(weights: int, bits: float) -> float:
     return weights * bits / 8
 
 
-def _calibrated_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    return (item for item in quantized_layers(module).items() if item[1].is_calibrated)
-
-
 def full_precision_bytes(model: nn.Module) -> int:
     """Bytes of a detector's parameters in full precision, also of a quantized detector's."""
     layers = quantized_layers(model).values()
@@ -46,7 +41,7 @@ def weight_bytes(module: nn.Module, bits: Mapping[str, int] | None = None) -> fl
         bits: of weights by the layer's name, where they are to differ from the layer's own.
     """
     total: float = tensor_bytes(module.parameters())
-    for name, layer in _calibrated_layers(module):
+    for name, layer in calibrated_layers(module).items():
         own = (bits or {}).get(name, layer.weight_bits)
         total += code_bytes(layer.weight.numel(), own) - tensor_bytes([layer.weight])
     return total
@@ -55,7 +50,7 @@ def weight_bytes(module: nn.Module, bits: Mapping[str, int] | None = None) -> fl
 def detector_bytes(model: nn.Module, bits: Mapping[str, int] | None = None) -> float:
     """Bytes of a quantized detector: those of :func:`weight_bytes`, and all that quantization adds to the parameters."""
     total = weight_bytes(model, bits)
-    for _, layer in _calibrated_layers(model):
+    for layer in calibrated_layers(model).values():
         total += GRID * (len(layer.weight) + layer.most_input_scales)
         if layer.bias is None and layer.bias_correction is not None:
             total += FLOAT * len(layer.weight)

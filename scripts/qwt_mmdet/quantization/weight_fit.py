@@ -18,7 +18,7 @@ from ..errors import Registry
 from ..progress import progress
 from ..record import Quantization, quantization_of
 from ..replay.cache import ActivationCache
-from .convert import full_precision, quantized_layers
+from .convert import calibrated_layers, full_precision
 from .layers import QuantizedLayer
 from .moments import InputMoments, measure_inputs
 from .quantizer import ActivationQuantizer, Watch
@@ -74,8 +74,7 @@ class Calibration:
     @property
     def layers(self) -> dict[str, QuantizedLayer]:
         """The layers whose inputs have a range, by name."""
-        layers = quantized_layers(self.model).items()
-        return {name: layer for name, layer in layers if layer.is_calibrated}
+        return calibrated_layers(self.model)
 
     @property
     def expected_images(self) -> int:
