@@ -9,10 +9,9 @@ with step(snakemake) as job:
     export(
         Inputs.of(snakemake, job, "calibration"),
         output=snakemake.output.graph,
-        opset=snakemake.params.settings["opset"],
-        input_size=snakemake.params.settings["input"],
         warmup=snakemake.input.get("warmup"),
         compensation=snakemake.input.get("compensation"),
         metrics=snakemake.input.get("metrics"),
         graphs=snakemake.params.graphs,
+        **snakemake.params.settings,
     )

@@ -38,10 +38,9 @@ from .evaluation.predict import predict
 from .files import read_json, write_json
 from .plan import Job, Plan, Stopped, Variant
 from .plan.files import UNFINISHED, snakefile
-from .plan.run import part_of
+from .plan.run import part_of, rankings
 from .resources import JOBS, Cost, MeasuredStep
 from .staleness import share_with_scripts
-from .steps.export import IMAGES as EXPORT_IMAGES
 
 FEW = 2
 """Images of the first run of a pilot."""
@@ -100,14 +99,7 @@ class Inputs(NamedTuple):
 
 
 def write_inputs(config: Mapping[str, Any], name: str, folder: Path, *, gpu: bool) -> Inputs:
-    """Write random weights and generated images for a model.
-
-    Args:
-        config: resolved. name: of the model. gpu: whether the pilot runs on one.
-
-    Raises:
-        QwtError: the model's config cannot be built.
-    """
+    """Write random weights and generated images for the model ``name`` of a resolved config."""
     folder.mkdir(parents=True)
     model = config["models"][name]
     own = config["datasets"][model["dataset"]]["type"] == "shapes"
@@ -182,11 +174,7 @@ def pilot_config(plan: Plan, inputs: Mapping[str, Inputs], run: int) -> dict[str
 
 
 def run_pilot(pilot: Plan, folder: Path, *, threads: int, gpu: bool) -> None:
-    """Run the workflow's detector jobs in a folder, one at a time.
-
-    Raises:
-        QwtError: a step failed; includes its message.
-    """
+    """Run the workflow's detector jobs in a folder, one at a time."""
     folder.mkdir()
     write_json(folder / "config.yaml", pilot.config)  # JSON is YAML
     share_with_scripts()
@@ -219,7 +207,7 @@ def job_cost(job: Job, folder: Path) -> Cost:
     return Cost(float(row["s"]), 0.0, memory * 2**20 / 1e9, known.get("device_gigabytes"))
 
 
-def line(few: Sequence[Cost], many: Sequence[Cost], counts: tuple[int, int]) -> Cost:
+def cost_by_images(few: Sequence[Cost], many: Sequence[Cost], counts: tuple[int, int]) -> Cost:
     """The cost of a start and of an image, from a step's jobs with few and with many images."""
     start, end = (fmean(cost.seconds for cost in costs) for costs in (few, many))
     per_image = max(0.0, (end - start) / (counts[1] - counts[0]))
@@ -232,14 +220,7 @@ def line(few: Sequence[Cost], many: Sequence[Cost], counts: tuple[int, int]) -> 
 
 
 def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cost]:
-    """Run the pilot of a plan; return the cost of each step, by model and step.
-
-    Args:
-        threads: of each job. gpu: whether detectors run on a GPU.
-
-    Raises:
-        QwtError: see :func:`write_inputs` and :func:`run_pilot`.
-    """
+    """Run the pilot of a plan; return the cost of each step, by model and step."""
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as name:
         inputs = {
             model: write_inputs(plan.config, model, Path(name, "inputs", model), gpu=gpu)
@@ -254,26 +235,15 @@ def measure(plan: Plan, *, threads: int, gpu: bool) -> dict[tuple[str, str], Cos
                 found[-1][job.model, job.step].append(job_cost(job, folder))
         few, many = found
         costs = {
-            key: line(few[key], many[key], inputs[key[0]].counts[part_of(key[1])]) for key in few
+            key: cost_by_images(few[key], many[key], inputs[key[0]].counts[part_of(key[1])])
+            for key in few
         }
         for row in pilot.rows:
-            if search := costliest_search(plan, row.model):
+            if search := plan.costliest_search(row.model):
                 warmup = folder / Variant(row.model, row.quantization).calibrated("warmup.json")
                 layers = read_json(warmup)["summary"]["layers"]
                 costs |= search_costs(search, row.model, layers, costs)
     return costs
-
-
-def costliest_search(plan: Plan, model: str) -> Search | None:
-    """The search of a model with the most numbers of bits to measure; None without a search."""
-    names = [row.quantization for row in plan.combinations if row.model == model]
-    searches = (plan.searches[name] for name in names if name in plan.searches)
-    return max(searches, key=rankings, default=None)
-
-
-def rankings(search: Search) -> int:
-    """Number of times that a search quantizes each layer alone."""
-    return len(search.weight_candidates()) + len(search.activation_candidates()) - 1
 
 
 def search_costs(
@@ -307,11 +277,7 @@ def search_costs(
 
 
 def images_of(dataset: Mapping[str, Any], part: Part) -> int:
-    """Number of images of the ``calibration`` or ``evaluation`` part of a resolved data set.
-
-    Raises:
-        QwtError: it is all images of an annotation file that is not available.
-    """
+    """Number of images of a part of a resolved data set."""
     count = number_of_images(dataset, part)
     if count is None:
         raise QwtError(
@@ -330,7 +296,7 @@ def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[Mea
         threads: of each job. gpu: whether detectors run on a GPU.
 
     Raises:
-        QwtError: see :func:`images_of` and :func:`measure`.
+        QwtError: the number of images is not known, a model cannot be built, or a step of the pilot fails.
     """
     counted = Counter((job.model, job.step) for job in plan.jobs)
     datasets = {model: plan.config["datasets"][plan.dataset(model)] for model, _ in counted}
@@ -339,11 +305,8 @@ def estimate_run(plan: Plan, *, threads: int = 1, gpu: bool = False) -> list[Mea
     found = []
     models = list(datasets)
     for (model, step), jobs in sorted(counted.items(), key=lambda item: models.index(item[0][0])):
-        search = costliest_search(plan, model)
-        # steps that do not run on all images of their part
-        most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
-        most |= {"measure_candidates": search.images} if search else {}
-        count = min(images[model, step], most.get(step, images[model, step]))
+        count, most = images[model, step], plan.most_images(step, model)
+        count = count if most is None else min(count, most)
         cost = dataclasses.asdict(costs[model, step])
         found.append(MeasuredStep(**cost, model=model, step=step, images=count, jobs=jobs))
     return found

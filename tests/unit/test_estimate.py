@@ -11,7 +11,6 @@ from qwt_mmdet.errors import QwtError
 from qwt_mmdet.estimate import (
     Cost,
     Inputs,
-    costliest_search,
     estimate_run,
     image_counts,
     images_of,
@@ -100,7 +99,7 @@ def test_a_search_is_two_more_steps_before_its_quantization(measured, config):
         "measure_candidates": (2, 4),
         "choose_recipe": (2, 512),
     }
-    assert costliest_search(plan, "yolox").best, "of two the one that takes longer"
+    assert plan.costliest_search("yolox").best, "of two the one that takes longer"
     wall, _ = estimate.run_seconds(plan, list(found.values()), 99)
     chain = (*steps, "quantize_model", "fit_compensation", "evaluate_compensated")
     assert wall == pytest.approx(sum(found[step].total(found[step].images) for step in chain))

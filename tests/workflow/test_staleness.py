@@ -181,6 +181,22 @@ def test_an_export_runs_only_what_is_new_and_a_graph_that_is_gone(finished, expo
     assert finished.jobs() == {"export_model": 1, **new}
 
 
+def test_an_edited_runtime_runs_its_evaluation_and_its_latency_again(finished, exported):
+    for path in exported:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("made")
+    module = finished.folder / "mylab.py"
+    module.write_text("1")
+    note = exported[-2].with_name("files.json")
+    content = file_note([module.name], root=str(finished.folder), how="content")
+    note.write_text(json.dumps(content))
+    assert finished.run("--touch", "--forceall", "--cores", "1").returncode == 0
+    assert finished.jobs() == {}
+    module.write_text("2")
+    assert finished.jobs() == {"evaluate_exported": 1, "benchmark_exported": 1, **TABLES}
+    note.unlink()
+
+
 def test_a_changed_compensation_runs_again_alone(finished, config):
     config["compensation"]["paper"]["ridge"] = 0.5
     finished.configure(config)

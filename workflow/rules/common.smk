@@ -187,7 +187,7 @@ def report_mb(wildcards, input, attempt):
     return math.ceil((1000 + 10 * input.size_mb) * 2 ** (attempt - 1))
 
 
-def of(function, *names, **fixed):
+def from_wildcards(function, *names, **fixed):
     """Return an input or params function that calls ``function`` with these wildcards; missing ones are None."""
 
     def ask(wildcards):
@@ -219,8 +219,10 @@ def detector_input(part):
 def detector_params(step):
     """Return the params that all steps that run a model share."""
     return {
-        "config": of(SETTINGS.entry, "model", section="models", key="config"),
-        "config_options": of(
+        "config": from_wildcards(
+            SETTINGS.entry, "model", section="models", key="config"
+        ),
+        "config_options": from_wildcards(
             SETTINGS.entry, "model", section="models", key="config_options"
         ),
         "config_state": lambda wildcards: file_state(

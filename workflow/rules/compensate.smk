@@ -27,6 +27,6 @@ rule fit_compensation:
         **step_resources("fit_compensation"),
     params:
         **detector_params("fit_compensation"),
-        settings=of(SETTINGS.entry, "compensation", section="compensation"),
+        settings=from_wildcards(SETTINGS.entry, "compensation", section="compensation"),
     script:
         "../../scripts/fit_compensation.py"

@@ -2,7 +2,7 @@
 # hence the mapping.
 BATCHES = {"batch_size": config["evaluation"]["batch_size"]}
 
-SHARDS = of(
+SHARDS = from_wildcards(
     SETTINGS.shards, "model", "quantization", "compensation", jobs=detector_jobs()
 )
 
@@ -78,7 +78,7 @@ use rule evaluate_quantized as evaluate_compensated with:
 rule evaluate_shard:
     """Run a detector on some of the evaluation images."""
     input:
-        unpack(of(SETTINGS.parts, "model", "evaluated")),
+        unpack(from_wildcards(SETTINGS.parts, "model", "evaluated")),
         **detector_input("evaluation"),
     output:
         predictions=temp("results/{model}/{evaluated}/shards/{shard}-of-{shards}.json"),

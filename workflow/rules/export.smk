@@ -1,10 +1,13 @@
 """Export of detectors as ONNX files, and their evaluation and latency in runtimes, by the config's `export`."""
 
+# notes the modules of a runtime of the user's own
+RUNTIME_FILES = noted("results/{model}/{variant}/{runtime}/files.json")
+
 
 rule export_model:
     """Write a detector, in full precision or quantized, as an ONNX file with its description."""
     input:
-        unpack(of(SETTINGS.exported, "model", "variant")),
+        unpack(from_wildcards(SETTINGS.exported, "model", "variant")),
         **detector_input("calibration"),
     output:
         graph="results/{model}/{variant}/model.onnx",
@@ -19,7 +22,7 @@ rule export_model:
         **step_resources("export_model", gpu=0),
     params:
         **detector_params("export_model"),
-        settings=of(SETTINGS.export, "model"),
+        settings=from_wildcards(SETTINGS.export, "model"),
         # notes the graphs of second-stage heads, whose number is unknown before
         graphs=noted("results/{model}/{variant}/graphs.json"),
     script:
@@ -44,7 +47,7 @@ rule evaluate_exported:
     resources:
         **step_resources("evaluate_exported", gpu=0),
     params:
-        **detector_params("evaluate_exported"),
+        **{**detector_params("evaluate_exported"), "read": RUNTIME_FILES},
     script:
         "../../scripts/evaluate_exported.py"
 
@@ -70,6 +73,7 @@ rule benchmark_exported:
         mem_mb=step_resources("benchmark_exported")["mem_mb"],
         runtime=step_resources("benchmark_exported")["runtime"],
     params:
+        read=RUNTIME_FILES,
         code=source_hash("benchmark_exported"),
     script:
         "../../scripts/benchmark_exported.py"

@@ -16,9 +16,11 @@ rule fetch_checkpoint:
     conda:
         "../../envs/qwt.yaml"
     params:
-        source=of(SETTINGS.entry, "model", section="models", key="checkpoint"),
-        state=of(SETTINGS.local_checkpoint, "model"),
-        sha256=of(SETTINGS.entry, "model", section="models", key="sha256"),
+        source=from_wildcards(
+            SETTINGS.entry, "model", section="models", key="checkpoint"
+        ),
+        state=from_wildcards(SETTINGS.local_checkpoint, "model"),
+        sha256=from_wildcards(SETTINGS.entry, "model", section="models", key="sha256"),
         code=source_hash("fetch_checkpoint"),
     script:
         "../../scripts/fetch_checkpoint.py"
@@ -35,8 +37,8 @@ rule prepare_dataset:
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=of(SETTINGS.part, "dataset", "part", chosen=False),
-        state=of(SETTINGS.local_annotations, "dataset", "part"),
+        settings=from_wildcards(SETTINGS.part, "dataset", "part", chosen=False),
+        state=from_wildcards(SETTINGS.local_annotations, "dataset", "part"),
         read=noted("results/datasets/{dataset}/source_files.json"),
         code=source_hash("prepare_dataset"),
     script:
@@ -49,7 +51,7 @@ FILES_NOTE = "results/datasets/{dataset}/{part}_files.json"
 rule select_images:
     """Choose the images of a part, none of which the other part has, and fetch remote ones."""
     input:
-        source=of(SETTINGS.source_file, "dataset", "part"),
+        source=from_wildcards(SETTINGS.source_file, "dataset", "part"),
     output:
         annotations="results/datasets/{dataset}/{part}.json",
     log:
@@ -59,7 +61,7 @@ rule select_images:
     conda:
         "../../envs/qwt.yaml"
     params:
-        settings=of(SETTINGS.part, "dataset", "part", chosen=True),
+        settings=from_wildcards(SETTINGS.part, "dataset", "part", chosen=True),
         # not an output: Snakemake would delete it before the job compares it
         files=FILES_NOTE,
         images=lambda wildcards: changed_files(FILES_NOTE.format(**wildcards)),

@@ -2,7 +2,7 @@ rule quantize_model:
     """Calibrate a detector's quantizers, or take the warmup file that the config supplies."""
     input:
         **detector_input("calibration"),
-        recipe=of(SETTINGS.recipe, "model", "quantization"),
+        recipe=from_wildcards(SETTINGS.recipe, "model", "quantization"),
     output:
         warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
         summary="results/{model}/{quantization}/warmup.json",
@@ -17,7 +17,7 @@ rule quantize_model:
         **step_resources("quantize_model"),
     params:
         **detector_params("quantize_model"),
-        settings=of(SETTINGS.plain, "quantization"),
-        supplied=of(SETTINGS.supplied_warmup, "model", "quantization"),
+        settings=from_wildcards(SETTINGS.plain, "quantization"),
+        supplied=from_wildcards(SETTINGS.supplied_warmup, "model", "quantization"),
     script:
         "../../scripts/quantize_model.py"

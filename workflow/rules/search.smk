@@ -18,7 +18,7 @@ rule measure_candidates:
         **step_resources("measure_candidates"),
     params:
         **detector_params("measure_candidates"),
-        candidates=of(SETTINGS.candidates, "measurement"),
+        candidates=from_wildcards(SETTINGS.candidates, "measurement"),
     script:
         "../../scripts/measure_candidates.py"
 
@@ -27,7 +27,7 @@ rule choose_recipe:
     """Choose the bits of each layer; for a limit of AP loss, calibrate and evaluate a few recipes."""
     input:
         **detector_input("calibration"),
-        candidates=of(SETTINGS.measured, "model", "quantization"),
+        candidates=from_wildcards(SETTINGS.measured, "model", "quantization"),
     output:
         recipe="results/{model}/{quantization}/recipe.yaml",
         summary="results/{model}/{quantization}/recipe.json",
@@ -42,7 +42,7 @@ rule choose_recipe:
         **step_resources("choose_recipe"),
     params:
         **detector_params("choose_recipe"),
-        settings=of(SETTINGS.searched, "quantization"),
-        search=of(SETTINGS.entry, "quantization", section="quantization"),
+        settings=from_wildcards(SETTINGS.searched, "quantization"),
+        search=from_wildcards(SETTINGS.entry, "quantization", section="quantization"),
     script:
         "../../scripts/choose_recipe.py"

@@ -1,8 +1,9 @@
 """`qwt-mmdet export`: write a detector as an ONNX file with integer weights."""
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
 from ..config.export import Export
 from ..errors import QwtError
 from ..files import read_json, sha256_file
+from ..plan.run import EXPORT_IMAGES
 from .common import (
     MODEL,
     CheckpointOption,
@@ -75,11 +77,13 @@ def export(
         elif calibration is not None and warmup is not None:
             warn_of_other_images(warmup, calibration)
         model = load_model(values, checkpoint, warmup, compensation)
+        from ..data.loaders import make_loader
         from ..export.description import exported_bytes, read_description
         from ..export.onnx_file import export_onnx
-        from ..steps.export import calibration_images
 
-        images = () if calibration is None else calibration_images(model, calibration)
+        images: Iterable[dict[str, Any]] = ()
+        if calibration is not None:
+            images = make_loader(model.cfg, calibration, images=slice(EXPORT_IMAGES))
         export_onnx(
             model,
             output,
@@ -107,14 +111,7 @@ def warn_of_other_images(warmup: Path, calibration: Path) -> None:
 
 
 def choose_images(values: Values, folder: Path) -> Path:
-    """Choose the calibration images that `qwt-mmdet run` chooses with the same options.
-
-    Returns:
-        Their annotation file, in ``folder``.
-
-    Raises:
-        QwtError: there are too few of them, or one cannot be read.
-    """
+    """Choose the calibration images that `qwt-mmdet run` chooses; return their annotation file in ``folder``."""
     from ..steps.prepare import prepare_dataset
     from ..steps.select import select_images
 

@@ -16,11 +16,7 @@ BASELINE, QUANTIZED = "baseline", "quantized"
 
 
 def snakefile() -> Path:
-    """The Snakefile of the clone that the library is used from.
-
-    Raises:
-        QwtError: it is used without one.
-    """
+    """The Snakefile of the clone that the library is used from."""
     path = Path(__file__).resolve().parents[3] / "Snakefile"
     if not path.is_file():
         raise QwtError(

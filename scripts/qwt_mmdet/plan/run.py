@@ -27,6 +27,14 @@ from .files import (
 )
 from .rows import KINDS, ExportRow, ResultRow, Stopped
 
+EXPORT_IMAGES = 16
+"""Calibration images for the ranges of convolution outputs that only integer kernels quantize."""
+
+
+def rankings(search: Search) -> int:
+    """Number of times that a search quantizes each layer alone."""
+    return len(search.weight_candidates()) + len(search.activation_candidates()) - 1
+
 
 def part_of(step: str) -> Part:
     """Which images a step reads."""
@@ -182,6 +190,18 @@ class Plan:
                 add("evaluate_exported", exported.variant, runtime, (exported,))
                 add("benchmark_exported", exported.variant, runtime, (exported, full))
         return list(found)
+
+    def costliest_search(self, model: str) -> Search | None:
+        """The search of a model with the most numbers of bits to measure; None without a search."""
+        names = {row.quantization for row in self.combinations if row.model == model}
+        searches = [search for name, search in self.searches.items() if name in names]
+        return max(searches, key=rankings, default=None)
+
+    def most_images(self, step: str, model: str) -> int | None:
+        """Most images of its part that a step runs a model on; None for all of them."""
+        search = self.costliest_search(model)
+        most = {"export_model": EXPORT_IMAGES, "benchmark_exported": 0}
+        return most.get(step, search.images if search and step == "measure_candidates" else None)
 
     def measurement(self, quantization: str) -> str | None:
         """Name of the measurement that a search chooses from; None for a plain quantization.

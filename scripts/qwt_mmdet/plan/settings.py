@@ -15,18 +15,11 @@ from ..files import is_url
 from ..runtime import REFITS
 from ..staleness import file_state
 from .files import Variant, chosen_images, dataset_folder, measured, without_repeat
-from .run import Plan, part_of
-
-OWN_IMAGES = ("measure_candidates", "export_model", "benchmark_exported")
-"""Steps that run a model on their own number of images."""
+from .run import EXPORT_IMAGES, Plan, part_of
 
 
 def existing(path: str, key: str) -> str:
-    """Return a path that a key of the config names.
-
-    Raises:
-        QwtError: there is no such file.
-    """
+    """Return a path that a key of the config names; a QwtError if there is no such file."""
     if not os.path.isfile(path):
         raise QwtError(f"{key} is {str(path)!r}, but there is no such file; check the path.")
     return path
@@ -85,7 +78,8 @@ class Settings:
     def images_of(self, step: str, model: str) -> int | None:
         """Number of images that a step runs a model on; None where the config does not tell."""
         count = self._config["datasets"][self._plan.dataset(model)][part_of(step)]["images"]
-        return None if count == "all" or step in OWN_IMAGES else count
+        limited = self._plan.most_images(step, model) is not None
+        return None if count == "all" or limited else count
 
     def cache_gb(self, step: str, quantization: str | None) -> float:
         """Gigabytes of memory that a step's activation cache may take."""
@@ -110,7 +104,7 @@ class Settings:
     def export(self, model: str) -> dict[str, Any]:
         """Export settings of a model."""
         entry = next(e for row, e in self._plan.exports.items() if row.model == model)
-        return {"opset": entry.opset, "input": entry.input}
+        return {"opset": entry.opset, "input_size": entry.input, "images": EXPORT_IMAGES}
 
     def _source(self, dataset: str, part: str) -> tuple[Source, Part]:
         """Source of a data set, and the part (without the number of a repeat)."""

@@ -22,11 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_ground_truth(model: BaseDetector, annotations: Pathlike) -> None:
-    """Check annotations, and that they fit the detector, before hours of work.
-
-    Raises:
-        QwtError: the classes differ, or :func:`.coco.load_ground_truth` finds a fault.
-    """
+    """Check annotations, and that they fit the detector, before hours of work."""
     classes = model.dataset_meta["classes"]
     category_ids(classes, read_json(annotations, what="annotation file"))
     load_ground_truth(annotations, masks=model.with_mask, classes=classes)
@@ -50,7 +46,7 @@ def evaluate_detector(
     Returns:
         COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results. The
         metrics also hold ``not_finite``, the number of detections with a NaN or an infinity, which are
-        ignored; and ``collapsed``: whether a quantized detector finds not one object (box AP 0).
+        ignored; and ``collapsed``: whether a quantized detector finds no object (box AP 0).
 
     Raises:
         QwtError: the classes of model and annotations differ, the model is not in float32, or a detector in
@@ -87,11 +83,7 @@ def evaluate_shard(
     warmup: Pathlike | None = None,
     compensation: Pathlike | None = None,
 ) -> None:
-    """Run a detector on a shard of the images and write its detections, for :func:`evaluate`.
-
-    Args:
-        shard: its number, from 1, and the number of shards.
-    """
+    """Run a detector on ``shard`` (number, from 1, of so many) of the images; write detections for :func:`evaluate`."""
     model = inputs.load(warmup=warmup, compensation=compensation)
     check_ground_truth(model, inputs.annotations)
     count = len(read_json(inputs.annotations, what="annotation file")["images"])
@@ -182,6 +174,6 @@ def write_evaluation(
         logger.warning("%d detections are NaN or infinite and are ignored.", result["not_finite"])
     if result["collapsed"]:
         logger.warning(
-            "The quantized detector collapsed: it finds not one object. Layers with the lowest SQNR: %s.",
+            "The quantized detector collapsed: it finds no object. Layers with the lowest SQNR: %s.",
             worst_layers(quantization_of(model).sqnr_db) or "not measured",
         )

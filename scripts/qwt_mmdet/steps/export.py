@@ -3,9 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mmdet.models import BaseDetector
-from torch.utils.data import DataLoader
-
 from ..data.loaders import make_loader
 from ..export.description import graph_files, read_description
 from ..export.onnx_file import export_onnx
@@ -13,26 +10,13 @@ from ..files import read_json, sha256_file, write_json
 from ..staleness import file_note
 from .inputs import Inputs, Pathlike
 
-IMAGES = 16
-"""Calibration images for the ranges of convolution outputs that only integer kernels quantize."""
-
-
-def calibration_images(
-    model: BaseDetector, annotations: Pathlike, *, workers: int = 0
-) -> DataLoader:
-    """The first images of a calibration, one by one, as :func:`..export.onnx_file.export_onnx` takes them.
-
-    Args:
-        annotations: COCO annotation file that the step select_images wrote.
-    """
-    return make_loader(model.cfg, annotations, workers=workers, images=slice(IMAGES))
-
 
 def export(
     inputs: Inputs,
     *,
     output: Pathlike,
     opset: int,
+    images: int,
     input_size: str | None = None,
     warmup: Pathlike | None = None,
     compensation: Pathlike | None = None,
@@ -42,6 +26,7 @@ def export(
     """Write a detector as ``output`` (.onnx) with its description beside it (.json).
 
     Args:
+        images: number of calibration images that :func:`..export.onnx_file.export_onnx` gets.
         input_size: ``fixed`` or ``dynamic``; None: as of the model's test pipeline.
         metrics: of an evaluation of the same detector, for the AP in the description.
         graphs: ``note``: the file to write about further graphs beside ``output``, which no rule can name
@@ -67,7 +52,9 @@ def export(
             },
         }
     dynamic = None if input_size is None else input_size == "dynamic"
-    images = calibration_images(model, inputs.annotations, workers=inputs.workers)
-    export_onnx(model, output, dynamic=dynamic, opset=opset, calibration=images, details=details)
+    loader = make_loader(
+        model.cfg, inputs.annotations, workers=inputs.workers, images=slice(images)
+    )
+    export_onnx(model, output, dynamic=dynamic, opset=opset, calibration=loader, details=details)
     _, *heads = map(str, graph_files(output, read_description(output)))
     write_json(graphs["note"], file_note(heads, seen=graphs["seen"], how="size"))
