@@ -33,8 +33,8 @@ POINTS = [
 ]
 
 BLOCKS = [
-    {"name": "backbone.a", "kept": True, "holdout": {"error_before": 0.5, "error_after": 0.2}},
-    {"name": "backbone.b", "kept": False, "holdout": {"error_before": 0.1, "error_after": 0.2}},
+    {"name": "backbone.a", "kept": True, "holdout_error_before": 0.5, "holdout_error_after": 0.2},
+    {"name": "backbone.b", "kept": False, "holdout_error_before": 0.1, "holdout_error_after": 0.2},
 ]
 
 
@@ -107,10 +107,10 @@ def test_variants_that_do_not_differ_can_be_drawn(draw):
 
 def test_blocks_whose_error_no_logarithm_has_are_left_out():
     spoiled = [
-        {"name": str(error), "kept": True, "fit": {"error_before": 1.0, "error_after": error}}
+        {"name": str(error), "kept": True, "fit_error_before": 1.0, "fit_error_after": error}
         for error in (0.0, -1.0, NAN, INF, None)
     ]
-    good = {"name": "good", "kept": True, "fit": {"error_before": 1.0, "error_after": 1.0}}
+    good = {"name": "good", "kept": True, "fit_error_before": 1.0, "fit_error_after": 1.0}
     shown = texts(block_errors([*spoiled, good], "fit", "a"))
     assert "good" in shown
     assert not {"0.0", "nan", "inf", "None"} & set(shown)

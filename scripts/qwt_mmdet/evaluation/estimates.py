@@ -6,7 +6,7 @@ Imports nothing heavy: Snakemake's own process prints such numbers.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 from pydantic import computed_field
 
@@ -23,10 +23,6 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     spread: float | None = None
-
-    def without_interval(self) -> Self:
-        """The number alone."""
-        return dataclasses.replace(self, low=None, high=None)
 
 
 def value_of(estimate: Estimate | None) -> float | None:
@@ -53,19 +49,21 @@ class Comparison:
         recovered: (compensated - quantized) / (baseline - quantized), where the loss is significant.
     """
 
-    baseline: Estimate | None
-    quantized: Estimate | None
-    compensated: Estimate | None
-    quantized_minus_baseline: Difference | None
-    compensated_minus_baseline: Difference | None
-    compensated_minus_quantized: Difference | None
-    recovered: Estimate | None
+    baseline: Estimate | None = None
+    quantized: Estimate | None = None
+    compensated: Estimate | None = None
+    quantized_minus_baseline: Difference | None = None
+    compensated_minus_baseline: Difference | None = None
+    compensated_minus_quantized: Difference | None = None
+    recovered: Estimate | None = None
 
     def without_intervals(self) -> "Comparison":
         """The numbers alone; no difference is significant then."""
-        return Comparison(
-            **{name: entry and entry.without_interval() for name, entry in vars(self).items()}
-        )
+        alone: dict[str, Any] = {
+            name: entry and dataclasses.replace(entry, low=None, high=None)
+            for name, entry in vars(self).items()
+        }
+        return Comparison(**alone)
 
 
 @dataclass(frozen=True)

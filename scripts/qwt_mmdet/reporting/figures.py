@@ -5,9 +5,10 @@ any colour vision, on white and on black. Each series also has its own marker.
 """
 
 import io
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -62,13 +63,11 @@ class Point(NamedTuple):
     megabytes: float
 
 
-def series_styles(series: Sequence[str]) -> dict[str, tuple[str, str]]:
+def series_styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each series."""
-    styles = {BASELINE: (INK, "D"), QUANTIZED: (VERMILLION, "o")}
-    others = [name for name in series if name not in styles]
-    for index, name in enumerate(others):
-        styles[name] = COMPENSATION_STYLES[index % len(COMPENSATION_STYLES)]
-    return {name: styles[name] for name in series}
+    compensations = dict.fromkeys(name for name in series if name not in (BASELINE, QUANTIZED))
+    styles = dict(zip(compensations, itertools.cycle(COMPENSATION_STYLES), strict=False))
+    return {BASELINE: (INK, "D"), QUANTIZED: (VERMILLION, "o"), **styles}
 
 
 def _svg(figure: Figure, name: str) -> Markup:
@@ -79,8 +78,7 @@ def _svg(figure: Figure, name: str) -> Markup:
         figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (?:width|height)="[^"]*"', "", svg, count=2)  # of the whole figure
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for colour, variable in PAGE_COLOURS.items():
         svg = svg.replace(colour, variable)
@@ -104,11 +102,7 @@ def _finite(value: float | None) -> bool:
 
 
 def _drawable(points: Sequence[Point]) -> list[Point]:
-    """Points with finite numbers; intervals that are not finite are left out.
-
-    Raises:
-        QwtError: there are no such points.
-    """
+    """Points with finite numbers; intervals that are not finite are left out."""
     drawable = [
         point if _finite(point.low) and _finite(point.high) else point._replace(low=None, high=None)
         for point in points
@@ -126,15 +120,13 @@ def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
         ap_type: ``box`` or ``mask``. name: of the figure, for the ids within it.
 
     Raises:
-        QwtError: there is no point that can be drawn.
+        QwtError: no point has finite numbers.
     """
     points = _drawable(points)
-    series = list(dict.fromkeys(point.series for point in points))
-    styles = series_styles(series)
-    shown = [entry for entry in series if entry != BASELINE]
-    lines = sorted(
-        {(point.bits, point.quantization) for point in points if point.series != BASELINE}
-    )
+    styles = series_styles(point.series for point in points)
+    variants = [point for point in points if point.series != BASELINE]
+    shown = list(dict.fromkeys(point.series for point in variants))
+    lines = sorted({(point.bits, point.quantization) for point in variants})
     height = 1.5 + 0.3 * len(lines) * max(len(shown), 1.5)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(height)
@@ -197,13 +189,9 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def ap_by_size(points: Sequence[Point], ap_type: str, name: str) -> Markup:
-    """AP against the size of weights and compensation, with the Pareto front.
-
-    Raises:
-        QwtError: there is no point that can be drawn.
-    """
+    """AP against the size of weights and compensation, with the Pareto front; see :func:`ap_by_bits`."""
     points = _drawable(points)
-    styles = series_styles(list(dict.fromkeys(point.series for point in points)))
+    styles = series_styles(point.series for point in points)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(4.2)
         front = pareto_front(points)
@@ -231,7 +219,7 @@ def ap_by_size(points: Sequence[Point], ap_type: str, name: str) -> Markup:
 
 def has_errors(block: Mapping[str, Any], images: str) -> bool:
     """Whether a logarithmic axis can show the errors of a block, a row of blocks.csv."""
-    errors = [block[images][key] for key in ("error_before", "error_after")]
+    errors = [block[f"{images}_error_{when}"] for when in ("before", "after")]
     return all(_finite(error) and error > 0 for error in errors)
 
 
@@ -251,7 +239,7 @@ def block_errors(blocks: Sequence[Mapping[str, Any]], images: str, name: str) ->
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(1.5 + 0.24 * len(blocks))
         for position, block in enumerate(blocks):
-            before, after = block[images]["error_before"], block[images]["error_after"]
+            before, after = (block[f"{images}_error_{when}"] for when in ("before", "after"))
             colour, marker = COMPENSATION_STYLES[0]
             axes.plot([before, after], [position, position], color=LINE, linewidth=2, zorder=1)
             axes.plot(before, position, "o", color=VERMILLION, label="quantized")

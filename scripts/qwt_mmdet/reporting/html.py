@@ -11,11 +11,11 @@ from markupsafe import Markup
 from ..evaluation.coco import AP_METRICS
 from ..files import write_atomically
 from ..plan.rows import ResultRow
+from ..plan.run import unique
 from ..runtime import explain
 from . import text
 from .pictures import RULES, SCORE
 from .summary import read_summary
-from .variants import unique
 from .view import Model
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -89,8 +90,8 @@ def match_images(
 
 def choose_images(
     matches: Mapping[str, Mapping[int, ImageMatches]], *, seed: int
-) -> dict[int, str]:
-    """Choose images by ``RULES``: the rule of each chosen image, by id.
+) -> dict[str, list[int]]:
+    """Choose images by ``RULES``: the ids of the chosen images, by rule.
 
     Images with equal differences of F1 are ordered by the number of hits, most first.
 
@@ -115,10 +116,10 @@ def choose_images(
         "largest recovery": ranked("compensated", "quantized"),
         "drawn at random": shuffled,
     }
-    chosen: dict[int, str] = {}
+    chosen: dict[str, list[int]] = {}
     for rule, count in RULES.items():
-        fresh = [image for image in by_rule[rule] if image not in chosen]
-        chosen |= dict.fromkeys(fresh[:count], rule)
+        taken = [image for images in chosen.values() for image in images]
+        chosen[rule] = [image for image in by_rule[rule] if image not in taken][:count]
     return chosen
 
 
@@ -216,13 +217,6 @@ def draw_records(
     return picture
 
 
-def data_uri(picture: Image.Image) -> str:
-    """The picture as WebP in a ``data:`` address."""
-    stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=QUALITY, method=6)
-    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
-
-
 def choose_pictures(
     annotations: str | os.PathLike[str],
     variants: Mapping[str, Sequence[dict[str, Any]]],
@@ -251,27 +245,24 @@ def choose_pictures(
         name: match_images(truth, list(filter(_finite, found)), masks=masks)
         for name, found in variants.items()
     }
-    chosen = choose_images(matches, seed=seed)
-    # ordered so that also a smaller number has pictures of each rule
-    chosen = dict(sorted(chosen.items(), key=lambda item: _rank_in_rule(chosen, item[0]))[:most])
+    by_rule = choose_images(matches, seed=seed)
+    # one of each rule after the other, so that also a smaller number has pictures of each rule
+    in_turn = [image for images in zip_longest(*by_rule.values()) for image in images]
+    kept = [image for image in in_turn if image is not None][:most]
     return [
         Picture(
             truth.imgs[identifier]["file_name"],
             rule,
             partial(_panels, identifier, truth, matches, titles, masks),
         )
-        for rule in RULES
-        for identifier in chosen
-        if chosen[identifier] == rule
+        for rule, images in by_rule.items()
+        for identifier in images
+        if identifier in kept
     ]
 
 
 def _read(truth: COCO, identifier: int) -> Image.Image:
-    """Read an image as the detector saw it.
-
-    Raises:
-        QwtError: it is missing, not readable, or has another size than annotated.
-    """
+    """Read an image as the detector saw it."""
     about, info = truth.imgs[identifier], truth.dataset["info"]
     path = Path(info["image_root"]) / about["file_name"]
     pixels = read_image(path, exif=info["exif"])
@@ -304,11 +295,6 @@ def _panels(
     return panels
 
 
-def _rank_in_rule(chosen: Mapping[int, str], image: int) -> int:
-    """Position of an image among those of its rule."""
-    return [other for other, rule in chosen.items() if rule == chosen[image]].index(image)
-
-
 def _panel(
     image: Image.Image,
     title: str,
@@ -317,10 +303,11 @@ def _panel(
     truth: COCO,
     masks: bool,
 ) -> dict[str, Any]:
-    picture = draw_records(image, records, truth, masks=masks)
+    picture, stream = draw_records(image, records, truth, masks=masks), io.BytesIO()
+    picture.save(stream, "WEBP", quality=QUALITY, method=6)
     return {
         "title": title,
-        "data": data_uri(picture),
+        "data": f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}",
         "width": picture.width,
         "height": picture.height,
         "found": found,

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from ..evaluation.estimates import Estimate, value_of
+from ..plan.run import unique
 from . import figures, text
 from .summary import Row
-from .variants import featured, unique, variant_lines
+from .variants import featured, variant_lines
 
 
 def answers(rows: Sequence[Row]) -> list[str]:

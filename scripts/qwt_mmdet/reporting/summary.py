@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import QwtError
-from ..evaluation.estimates import Comparison, Difference, Estimate, Limit
+from ..evaluation.estimates import Comparison, Difference, Estimate, Limit, value_of
 from ..files import MADE_BY_US, read_json, write_json
 from ..plan.rows import Failure
 
@@ -110,16 +110,10 @@ class Row:
         for name, value in vars(self).items():
             if name == "seconds":
                 break
-            columns |= self._ap_columns() if name == "ap" else {name: value}
-        return columns
-
-    def _ap_columns(self) -> dict[str, Any]:
-        columns: dict[str, Any] = {}
-        for metric, comparison in self.ap.items():
-            for about in dataclasses.fields(Comparison):
-                name = f"{metric}_{about.name}"
-                estimate = getattr(comparison, about.name)
-                columns |= _estimate_columns(name, estimate, repeats=self.repeats)
+            columns[name] = value
+            for metric, comparison in columns.pop("ap", {}).items():
+                for variant, estimate in vars(comparison).items():
+                    columns |= _estimate_columns(f"{metric}_{variant}", estimate, self.repeats)
         return columns
 
 
@@ -134,8 +128,8 @@ def with_dominance(rows: Sequence[Row]) -> list[Row]:
             (row.quantization, row.quantized_bytes, row.ap["AP"].quantized),
             (row.compensated_name, row.compensated_bytes, row.ap["AP"].compensated),
         ):
-            if size is not None and estimate is not None and estimate.value is not None:
-                known[row.metrics, name] = size, estimate.value
+            if size is not None and (value := value_of(estimate)) is not None:
+                known[row.metrics, name] = size, value
 
     def dominator(metrics: str, name: str) -> str | None:
         if (metrics, name) not in known:
@@ -223,11 +217,12 @@ class ExportedRow:
         return columns
 
 
-def _estimate_columns(name: str, estimate: Estimate | None, *, repeats: int = 1) -> dict[str, Any]:
+def _estimate_columns(name: str, estimate: Estimate | None, repeats: int = 1) -> dict[str, Any]:
     """Columns of an estimate: value, interval, spread between repeats, and significance of a difference."""
     known = estimate or Estimate()
-    columns: dict[str, Any] = {name: known.value, f"{name}_low": known.low}
-    columns[f"{name}_high"] = known.high
+    columns: dict[str, Any] = {
+        name: known.value, f"{name}_low": known.low, f"{name}_high": known.high,
+    }  # fmt: skip
     if repeats > 1:
         columns[f"{name}_spread"] = known.spread
     if "_minus_" in name:

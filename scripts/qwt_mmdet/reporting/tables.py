@@ -53,18 +53,19 @@ summary.json holds the same rows, in which ``ap`` has these numbers by metric, e
 (differences also ``significant``). For its further fields see ``reporting.summary``.
 """
 
-import csv
 import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from ..archives import COMPENSATION_FORMAT, WARMUP_FORMAT, read_summary, worst_layers
 from ..errors import QwtError
 from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS, iou_types
-from ..evaluation.estimates import Comparison, Limit
+from ..evaluation.estimates import Comparison, Limit, value_of
 from ..files import read_json, write_atomically
 from ..plan.rows import ExportRow, Failure, ResultRow
 from .summary import ClassResult, ExportedRow, Row, Summary, with_dominance
@@ -75,17 +76,12 @@ IMAGES_OF_CLASS = 5
 """Fewest images with objects of a class for an interval of its AP."""
 
 
-def _folders(rows: Sequence[ResultRow]) -> dict[str, Sequence[str]]:
-    """Result folders of all repeats of the evaluated variants, by the folder of the first repeat."""
-    return {folder: row.repeats[kind] for row in rows for kind, folder in row.evaluated().items()}
-
-
 def _compare(
     statistics: Bootstrap | None, row: ResultRow, iou_type: str, metric: str | int
 ) -> Comparison:
     """Compare the variants of a row, whose names in ``statistics`` are their result folders."""
     if statistics is None:
-        return Comparison(*[None] * 7)
+        return Comparison()
     return statistics.compare(row.baseline, row.quantized, row.compensated, iou_type, metric)
 
 
@@ -174,9 +170,9 @@ def _class_results(
 ) -> list[ClassResult]:
     """AP of each class that has objects; ``categories`` as from ``_categories``."""
     results = []
-    folders = list(_folders([row]))
+    folder = next(iter(row.evaluated().values()), None)
     for category, about in categories.items():
-        if statistics and folders and category in statistics.values[folders[0]][iou_type]:
+        if statistics and folder and category in statistics.values[folder][iou_type]:
             ap = _compare(statistics, row, iou_type, category)
             few = about["images"] < IMAGES_OF_CLASS
             results.append(ClassResult(**about, ap=ap.without_intervals() if few else ap))
@@ -189,13 +185,11 @@ def _most_changed(classes: Sequence[ClassResult], difference: str, sign: int) ->
     Args:
         difference: a field of Comparison.
     """
-    changes = [
-        (sign * (change.value or 0), entry.name)
-        for entry in classes
-        if (change := getattr(entry.ap, difference)) is not None
-    ]
-    changes.sort(key=lambda change: -change[0])
-    return [name for change, name in changes[:RANKED_CLASSES] if change > 0]
+    changes = {
+        entry.name: sign * (value_of(getattr(entry.ap, difference)) or 0) for entry in classes
+    }
+    ranked = sorted(changes, key=lambda name: -changes[name])[:RANKED_CLASSES]
+    return [name for name in ranked if changes[name] > 0]
 
 
 def _categories(
@@ -245,19 +239,10 @@ def _exported_rows(
             if row.quantization == export.quantization
             and export.compensation in (None, row.compensation)
         ]
-        timed: dict[str, Any] = (
-            read_json(export.benchmark, what="benchmark") if export.benchmark else {}
-        )
-        ap: dict[str, Any] = dict.fromkeys(("ap", "simulated", "exported_minus_simulated"))
+        timed = read_json(export.benchmark, what="benchmark") if export.benchmark else {}
+        ap = Comparison()
         if statistics is not None:
-            of = (iou_type, "AP")
-            ap = {
-                "ap": exported and statistics.estimate(exported, *of),
-                "simulated": simulated and statistics.estimate(simulated, *of),
-                "exported_minus_simulated": exported
-                and simulated
-                and statistics.difference(exported, simulated, *of),
-            }
+            ap = statistics.compare(simulated, exported, None, iou_type, "AP")
         found.append(
             ExportedRow(
                 export.model,
@@ -266,9 +251,11 @@ def _exported_rows(
                 export.runtime,
                 metrics=iou_type,
                 failed="; ".join(export.failed) or None,
-                **ap,
+                ap=ap.quantized,
+                simulated=ap.baseline,
+                exported_minus_simulated=ap.quantized_minus_baseline,
                 computed_bytes=sizes[0],
-                **dict[str, Any]((key, timed.get(key)) for key in BENCHMARK_FIELDS),
+                **{key: timed.get(key) for key in BENCHMARK_FIELDS},
             )
         )
     return found
@@ -283,7 +270,10 @@ def _model_summary(
     processes: int,
 ) -> tuple[list[Row], list[dict[str, Any]], list[ExportedRow]]:
     """Rows, quantizations and exports of one model; all its variants share the resamples."""
-    repeats = _folders(rows)
+    # of the evaluated variants, by the folder of the first repeat
+    repeats = {
+        folder: row.repeats[kind] for row in rows for kind, folder in row.evaluated().items()
+    }
     folders = list(dict.fromkeys(folder for named in repeats.values() for folder in named))
     folders += [row.exported for row in exports if row.exported is not None]
     metrics = {
@@ -409,17 +399,13 @@ def summarize(
         found += of_model[0]
         quantizations += of_model[1]
         exported += of_model[2]
-    _write_csv(table, [row.columns() for row in found])
+    _write_csv(table, found)
     if exports_table is not None:
-        _write_csv(exports_table, [row.columns() for row in exported])
+        _write_csv(exports_table, exported)
     Summary(CONFIDENCE, seed, list(failed), found, quantizations, exported).write(document)
 
 
-def _write_csv(path: str | os.PathLike[str], lines: Sequence[Mapping[str, Any]]) -> None:
-    with (
-        write_atomically(path) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+def _write_csv(path: str | os.PathLike[str], rows: Sequence[Row] | Sequence[ExportedRow]) -> None:
+    columns = [row.columns() for row in rows]
+    with write_atomically(path) as partial:
+        pandas.DataFrame(columns, dtype=object).to_csv(partial, index=False)

@@ -3,7 +3,6 @@
 Imports nothing heavy: Snakemake's own process prints the table.
 """
 
-import csv
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,34 +21,6 @@ from .summary import ExportedRow, Row, Summary, read_summary
 
 AP_TYPES = {"bbox": "box", "segm": "mask"}
 NOTHING = "–"
-
-
-def parse(cell: str) -> float | bool | str | None:
-    """The value of a cell of a CSV file: number, boolean, text or None."""
-    if cell == "":
-        return None
-    if cell in ("True", "False"):
-        return cell == "True"
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
-
-
-def read_blocks(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read blocks.csv; empty cells are None, numbers are floats, ``fit`` and ``holdout`` hold their columns."""
-    blocks: list[dict[str, Any]] = []
-    with open(path, newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            block: dict[str, Any] = {"fit": {}, "holdout": {}}
-            for column, cell in row.items():
-                images, _, key = column.partition("_")
-                if images in ("fit", "holdout"):
-                    block[images][key] = parse(cell)
-                else:
-                    block[column] = cell if column == "name" else parse(cell)
-            blocks.append(block)
-    return blocks
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -1,15 +1,12 @@
 """The variants of a model, as lines of its table and points of its figures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.estimates import value_of
+from ..plan.run import unique
 from . import figures
 from .summary import Row
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
 
 
 def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:

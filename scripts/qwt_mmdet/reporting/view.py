@@ -1,46 +1,46 @@
 """What the templates of the report show of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas
 
 from ..errors import QwtError
 from ..evaluation.coco import has_masks
 from ..files import read_json
 from ..plan.rows import ResultRow
+from ..plan.run import unique
 from . import figures, text
 from .pictures import Picture, choose_pictures
 from .sentences import answers
 from .summary import Row, Summary
-from .variants import featured, points, unique, variant_lines
+from .variants import featured, points, variant_lines
 
 
 class Model:
     """The content of the templates for one model. Pieces are made on demand, since each may fail."""
 
     def __init__(
-        self,
-        index: int,
-        combinations: Sequence[ResultRow],
-        summary: Summary,
-        most_images: int,
+        self, index: int, combinations: Sequence[ResultRow], summary: Summary, most_images: int
     ) -> None:
         self.name: str = combinations[0].model
         self._id = f"m{index}"  # prefix of the ids of its figures
-        self._summary = summary
-        self._most_images = most_images
+        self._seed, self._most_images = summary.seed, most_images
         self._rows = [row for row in summary.rows if row.model == self.name]
+        self._quantizations = [q for q in summary.quantizations if q["model"] == self.name]
         self.exported = [row for row in summary.exports if row.model == self.name]
-        self._first = featured(self._rows)
-        first = (self._first.quantization, self._first.compensation)
-        self._combinations = sorted(
-            combinations, key=lambda row: (row.quantization, row.compensation) != first
-        )
+        self._combinations = self._featured_first(combinations)
         self.compensated = [row for row in self._combinations if row.compensated is not None]
 
+    def _featured_first(self, rows: Iterable[Any]) -> list[Any]:
+        """Rows (of the plan or the summary), of the featured combination first."""
+        first = featured(self._rows)
+        names = (first.quantization, first.compensation)
+        return sorted(rows, key=lambda row: (row.quantization, row.compensation) != names)
+
     def answers(self) -> list[str]:
-        own = [entry for entry in self._summary.quantizations if entry["model"] == self.name]
-        return [*answers(self._rows), *text.overfitted_ranges_of(own)]
+        return [*answers(self._rows), *text.overfitted_ranges_of(self._quantizations)]
 
     def results(self) -> list[dict[str, Any]]:
         """Rows and lines of each type of AP that the model has."""
@@ -79,20 +79,33 @@ class Model:
 
     def layers(self) -> list[dict[str, Any]]:
         """Quantizations with measured layers or modules that are not quantized."""
-        quantizations = sorted(
-            (entry for entry in self._summary.quantizations if entry["model"] == self.name),
-            key=lambda entry: entry["quantization"] != self._first.quantization,
-        )
+        first = featured(self._rows).quantization
+        quantizations = sorted(self._quantizations, key=lambda q: q["quantization"] != first)
         sections = map(_layer_section, quantizations)
         return [section for section in sections if section["layers"] or section["not_quantized"]]
 
     def pictures(self) -> list[Picture]:
-        return _pictures(self._combinations[0], self._summary.seed, self._most_images)
+        row = self._combinations[0]
+        folders = row.evaluated()
+        if not folders or row.annotations is None:
+            raise QwtError("None of its variants was evaluated.")
+        found = {
+            kind: read_json(Path(folder) / "predictions.json", what="file of predictions")
+            for kind, folder in folders.items()
+        }
+        first = Path(next(iter(folders.values())))
+        return choose_pictures(
+            row.annotations,
+            found,
+            _titles(row),
+            masks=any(map(has_masks, found.values())),
+            classes=read_json(first / "metrics.json", what="metrics file")["per_class"],
+            seed=self._seed,
+            most=self._most_images,
+        )
 
     def classes(self) -> list[dict[str, Any]]:
-        first = (self._first.quantization, self._first.compensation)
-        rows = sorted(self._rows, key=lambda row: (row.quantization, row.compensation) != first)
-        return [_class_section(row) for row in rows]
+        return list(map(_class_section, self._featured_first(self._rows)))
 
     def timed_on(self) -> list[str]:
         """Sentences about the conditions of the latency measurements."""
@@ -103,7 +116,57 @@ class Model:
         )
 
     def provenance(self) -> dict[str, Any]:
-        return _provenance(self._combinations)
+        """Settings, versions, seeds, hashes, hardware and image lists."""
+        rows = self._combinations
+        by_variant = {
+            _titles(row)[kind]: read_json(Path(folder) / "metrics.json")["provenance"]
+            for row in rows
+            for kind, folder in row.evaluated().items()
+        }
+        if not by_variant or rows[0].annotations is None:
+            raise QwtError("None of its variants was evaluated.")
+        annotations = Path(rows[0].annotations)
+        parts = {
+            part: _images(annotations.with_name(f"{part}.json"))
+            for part in ("calibration", "evaluation")
+        }
+        jobs = {"evaluated on": unique(map(_computed_on, by_variant.values()))}
+        for key in ("hardware", "command"):
+            jobs[key] = unique(filter(None, (found.get(key) for found in by_variant.values())))
+        return {
+            "first": next(iter(by_variant.values())),
+            "hashes": {
+                title: {
+                    key: value
+                    for key in ("warmup", "compensation")
+                    if (value := provenance.get("settings", {}).get(key))
+                }
+                for title, provenance in by_variant.items()
+            },
+            "jobs": {key: found for key, found in jobs.items() if found},
+            "settings": {
+                "quantization": {row.quantization: row.settings for row in rows},
+                "compensation": {
+                    row.compensation: row.compensation_settings for row in rows if row.compensation
+                },
+            },
+            "images": {part: content for part, content in parts.items() if content is not None},
+        }
+
+
+def read_blocks(path: Path) -> list[dict[str, Any]]:
+    """The rows of blocks.csv; empty cells are None.
+
+    Raises:
+        QwtError: it has no blocks.
+    """
+    try:
+        table = pandas.read_csv(path, dtype={"name": str}, keep_default_na=False, na_values=[""])
+    except pandas.errors.EmptyDataError:
+        table = pandas.DataFrame()
+    if table.empty:
+        raise QwtError(f"{path} has no blocks; delete it and let the workflow make it again.")
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 def block_section(row: ResultRow, name: str) -> dict[str, Any]:
@@ -111,15 +174,9 @@ def block_section(row: ResultRow, name: str) -> dict[str, Any]:
 
     Args:
         name: of the figure.
-
-    Raises:
-        QwtError: blocks.csv has no blocks.
     """
-    path = Path(row.compensated or "", "blocks.csv")
-    blocks = text.read_blocks(path)
-    if not blocks:
-        raise QwtError(f"{path} has no blocks; delete it and let the workflow make it again.")
-    held_out = all(block["holdout"]["error_after"] is not None for block in blocks)
+    blocks = read_blocks(Path(row.compensated or "", "blocks.csv"))
+    held_out = all(block["holdout_error_after"] is not None for block in blocks)
     images = "holdout" if held_out else "fit"
     undrawn = [b["name"] for b in blocks if not figures.has_errors(b, images)]
     return {
@@ -177,22 +234,6 @@ def _titles(row: ResultRow) -> dict[str, str]:
     return {kind: titles[kind] for kind in row.evaluated()}
 
 
-def _pictures(row: ResultRow, seed: int, most: int) -> list[Picture]:
-    folders = row.evaluated()
-    if not folders or row.annotations is None:
-        raise QwtError("None of its variants was evaluated.")
-    found = {
-        kind: read_json(Path(folder) / "predictions.json", what="file of predictions")
-        for kind, folder in folders.items()
-    }
-    masks = any(map(has_masks, found.values()))
-    metrics = read_json(Path(next(iter(folders.values()))) / "metrics.json", what="metrics file")
-    return choose_pictures(
-        row.annotations, found, _titles(row),
-        masks=masks, classes=metrics["per_class"], seed=seed, most=most,
-    )  # fmt: skip
-
-
 def _class_section(row: Row) -> dict[str, Any]:
     """AP by class of a row, and the classes with the largest loss and gain."""
     classes = {entry.name: entry for entry in row.classes}
@@ -238,47 +279,3 @@ def _computed_on(provenance: Mapping[str, Any]) -> str:
     return ", ".join(
         [provenance["device"], *(t.format(shown[k]) for k, t in known.items() if k in provenance)]
     )
-
-
-def _provenance(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Settings, versions, seeds, hashes, hardware and image lists of one model."""
-    by_variant = {
-        _titles(row)[kind]: read_json(Path(folder) / "metrics.json")["provenance"]
-        for row in rows
-        for kind, folder in row.evaluated().items()
-    }
-    if not by_variant or rows[0].annotations is None:
-        raise QwtError("None of its variants was evaluated.")
-    annotations = Path(rows[0].annotations)
-    parts = {
-        part: _images(annotations.with_name(f"{part}.json"))
-        for part in ("calibration", "evaluation")
-    }
-    return {
-        "first": next(iter(by_variant.values())),
-        "hashes": {
-            title: {
-                key: value
-                for key in ("warmup", "compensation")
-                if (value := provenance.get("settings", {}).get(key))
-            }
-            for title, provenance in by_variant.items()
-        },
-        "jobs": {
-            "evaluated on": unique(map(_computed_on, by_variant.values())),
-            **{
-                key: found
-                for key in ("hardware", "command")
-                if (found := unique(filter(None, (p.get(key) for p in by_variant.values()))))
-            },
-        },
-        "settings": {
-            "quantization": {row.quantization: row.settings for row in rows},
-            "compensation": {
-                row.compensation: row.compensation_settings
-                for row in rows
-                if row.compensation is not None
-            },
-        },
-        "images": {part: content for part, content in parts.items() if content is not None},
-    }
