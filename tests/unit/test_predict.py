@@ -15,7 +15,6 @@ from qwt_mmdet.errors import QwtError
 from qwt_mmdet.evaluation.predict import Predictions, detections, predict
 from qwt_mmdet.files import write_json
 from qwt_mmdet.record import Quantization, Record
-from qwt_mmdet.steps import evaluate as steps_evaluate
 from qwt_mmdet.steps.evaluate import evaluate_detector, gathered
 from random_detections import detection, one_object, write
 
@@ -26,8 +25,20 @@ DETECTOR = {
     "cfg": {},
     "with_mask": False,
     "dataset_meta": {"classes": ("cat",)},
-    "parameters": list,
 }
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(CATEGORIES))
+    return path
+
+
+def predicted(found, annotations):
+    """What ``predict`` makes of a detector's detections in one image."""
+    sample = DetDataSample(pred_instances=found, metainfo={"img_id": 42})
+    return predict(Model([sample]), [{"inputs": [torch.zeros(3, 4, 4)]}], annotations)
 
 
 def instances(**extra):
@@ -83,28 +94,17 @@ def test_what_shards_find_is_put_together_in_their_order(tmp_path):
 def test_a_detection_that_is_left_out_for_its_class_is_finite(tmp_path):
     cats = {"categories": CATEGORIES["categories"][:1]}
     (tmp_path / "a.json").write_text(json.dumps(cats))
-    sample = DetDataSample(pred_instances=instances(), metainfo={"img_id": 42})
-    found = predict(Model([sample]), [{"inputs": [torch.zeros(3, 4, 4)]}], tmp_path / "a.json")
+    found = predicted(instances(), tmp_path / "a.json")
     assert ([record["category_id"] for record in found.records], found.not_finite) == ([7], 0)
-
-
-def test_no_detection_gives_no_record():
-    empty = InstanceData(
-        bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64),
-        masks=torch.zeros(0, 10, 6, dtype=torch.bool),
-    )  # fmt: skip
-    assert detections(empty, 1, [3, 7]) == []
 
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("key", ["bboxes", "scores"])
-def test_detections_that_are_not_finite_are_left_out_and_counted(tmp_path, key, value):
+def test_detections_that_are_not_finite_are_left_out_and_counted(annotations, key, value):
     bad = instances(masks=torch.zeros(2, 10, 6, dtype=torch.bool))
     getattr(bad, key).view(-1)[0] = value
-    sample = DetDataSample(pred_instances=bad, metainfo={"img_id": 42})
-    (tmp_path / "a.json").write_text(json.dumps(CATEGORIES))
-    found = predict(Model([sample]), [{"inputs": [torch.zeros(3, 4, 4)]}], tmp_path / "a.json")
+    found = predicted(bad, annotations)
     (record,) = found.records
     assert record["score"] == 0.25
     assert "segmentation" in record
@@ -120,50 +120,29 @@ class Model:
         self.test_step = lambda batch: samples
 
 
-def test_a_detector_without_a_detection_shows_its_masks(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(CATEGORIES))
+def test_a_detector_without_a_detection_shows_its_masks(annotations):
     for extra in ({}, {"masks": torch.zeros(2, 10, 6, dtype=torch.bool)}):
-        nothing = instances(**extra)[:0]
-        sample = DetDataSample(pred_instances=nothing, metainfo={"img_id": 42})
-        found = predict(Model([sample]), [{"inputs": [torch.zeros(3, 4, 4)]}], tmp_path / "a.json")
-        assert found == ([], 0, bool(extra))
+        assert predicted(instances(**extra)[:0], annotations) == ([], 0, bool(extra))
+
+
+BOX = [20.0, 30.0, 60.0, 50.0]
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
-    [
-        (Predictions([], 0, False), "makes no detection"),
-        (Predictions([{}], 3, False), "^3 det"),
-    ],
+    ("records", "not_finite", "refused"),
+    [([], 0, "makes no detection"), ([], 3, "^3 det"), ([detection(BOX, 0.5)], 7, "^7 det")],
 )
-def test_only_the_full_precision_detector_must_detect(tmp_path, monkeypatch, found, message):
-    path = write(tmp_path, one_object([20.0, 30.0, 60.0, 50.0]))
-    loader = SimpleNamespace(dataset=[0])
-    monkeypatch.setattr(steps_evaluate, "make_loader", lambda *args, **kwargs: loader)
-    monkeypatch.setattr(steps_evaluate, "predict", lambda *args, **kwargs: found)
-    with pytest.raises(QwtError, match=message):
-        evaluate_detector(SimpleNamespace(**DETECTOR), path)
-    found = found._replace(records=[], masks=True)
+def test_only_the_full_precision_detector_must_detect(tmp_path, records, not_finite, refused):
+    path = write(tmp_path, one_object(BOX))
+    found = Predictions(records, not_finite, True)
+    with pytest.raises(QwtError, match=refused):
+        evaluate_detector(SimpleNamespace(**DETECTOR), path, found=found)
     quantized = SimpleNamespace(**DETECTOR, qwt_record=QUANTIZED)
-    metrics, records = evaluate_detector(quantized, path)
-    assert records == []
-    assert metrics["collapsed"] is True
-    assert metrics["not_finite"] == found.not_finite
-    assert (
-        metrics["bbox"]["AP"] == metrics["segm"]["AP"] == metrics["per_class"]["cat"]["segm"] == 0
-    )
-
-
-def test_a_quantized_detector_that_finds_something_has_not_collapsed(tmp_path, monkeypatch):
-    box = [20.0, 30.0, 60.0, 50.0]
-    path = write(tmp_path, one_object(box))
-    found = Predictions([detection(box, 0.5)], 7, True)
-    loader = SimpleNamespace(dataset=[0])
-    monkeypatch.setattr(steps_evaluate, "make_loader", lambda *args, **kwargs: loader)
-    monkeypatch.setattr(steps_evaluate, "predict", lambda *args, **kwargs: found)
-    metrics, _ = evaluate_detector(SimpleNamespace(**DETECTOR, qwt_record=QUANTIZED), path)
-    assert metrics["bbox"]["AP"] == pytest.approx(1)
-    assert (metrics["collapsed"], metrics["not_finite"]) == (False, 7)
+    metrics, kept = evaluate_detector(quantized, path, found=found)
+    assert kept == records
+    assert (metrics["collapsed"], metrics["not_finite"]) == (not records, not_finite)
+    for ap in (metrics["bbox"]["AP"], metrics["segm"]["AP"], metrics["per_class"]["cat"]["segm"]):
+        assert ap == pytest.approx(1.0 if records else 0.0)
 
 
 class PaddingDetector:
@@ -187,15 +166,13 @@ class PaddingDetector:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_each_image_of_a_batch_is_seen_as_it_would_be_alone(tmp_path, size):
-    path = tmp_path / "annotations.json"
-    path.write_text(json.dumps(CATEGORIES))
+def test_each_image_of_a_batch_is_seen_as_it_would_be_alone(annotations, size):
     images = [torch.zeros(3, *shape) for shape in [(4, 6), (8, 6), (4, 6), (6, 4), (8, 6)]]
     loader = [
         {"inputs": images[i : i + size], "data_samples": list(range(i, min(5, i + size)))}
         for i in range(0, 5, size)
     ]
-    found = predict(PaddingDetector(), loader, path).records
+    found = predict(PaddingDetector(), loader, annotations).records
     assert [record["image_id"] for record in found] == [0, 1, 2, 3, 4]
     for record, image in zip(found, images, strict=True):
         assert record["bbox"] == [0, 0, image.shape[2], image.shape[1]]

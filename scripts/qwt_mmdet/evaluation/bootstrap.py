@@ -108,7 +108,8 @@ class Bootstrap:
             repeats: the variants that are repeats, by the variant that becomes their mean. A single repeat
                 does not change.
         """
-        values, samples, repeated = dict(self.values), dict(self.samples), {}
+        repeated: dict[str, Any] = {}
+        values, samples = (dict[str, Any](found) for found in (self.values, self.samples))
         for variant, names in repeats.items():
             count = len(names)
             if count < 2:
@@ -116,30 +117,18 @@ class Bootstrap:
             tail = (1 + CONFIDENCE) / 2
             stretch = stats.t.ppf(tail, count - 1) / stats.norm.ppf(tail)
             stretch *= math.sqrt(count / (count - 1))
+            for results in (values, samples, repeated):
+                results[variant] = {iou_type: {} for iou_type in self.values[variant]}
             weights = draw_weights(count, self.resamples, (self.seed, count)) / count
             weights = 1 / count + stretch * (weights - 1 / count)
-            repeated[variant] = {
-                iou_type: {
-                    metric: np.array([self.values[name][iou_type][metric] for name in names])
-                    for metric in by_metric
-                }
-                for iou_type, by_metric in self.values[variant].items()
-            }
-            values[variant] = {
-                iou_type: {metric: float(of.mean()) for metric, of in by_metric.items()}
-                for iou_type, by_metric in repeated[variant].items()
-            }
-            samples[variant] = {
-                iou_type: {
-                    metric: np.einsum(
-                        "rk,kr->r",
-                        weights,
-                        np.array([self.samples[name][iou_type][metric] for name in names]),
-                    )
-                    for metric in by_metric
-                }
-                for iou_type, by_metric in repeated[variant].items()
-            }
+            for iou_type, by_metric in self.values[variant].items():
+                for metric in by_metric:
+                    of_all = [self._get(name, iou_type, metric) for name in names]
+                    each = np.array([value for value, _ in of_all])
+                    drawn = np.einsum("rk,kr->r", weights, np.array([s for _, s in of_all]))
+                    repeated[variant][iou_type][metric] = each
+                    values[variant][iou_type][metric] = float(each.mean())
+                    samples[variant][iou_type][metric] = drawn
         return dataclasses.replace(self, values=values, samples=samples, repeated=repeated)
 
     def _spread(self, iou_type: str, metric: str | int, *variants: str) -> float | None:
@@ -243,7 +232,7 @@ def _ap_of_variant(
         records = given
         if isinstance(records, str | os.PathLike):
             records = read_json(records, what="predictions file")
-        metrics, classes = ApTable.build(ground_truth, records, iou_type).ap(weights)
+        metrics, classes = ApTable(ground_truth, records, iou_type).ap(weights)
     except QwtError as error:
         raise QwtError(f"Variant {name}: {error}") from error
     return dict([*metrics.items(), *classes.items()])

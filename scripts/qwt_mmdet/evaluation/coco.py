@@ -61,13 +61,6 @@ def has_masks(predictions: Iterable[dict[str, Any]]) -> bool:
     return any("segmentation" in record for record in predictions)
 
 
-@contextlib.contextmanager
-def _without_printing() -> Iterator[None]:
-    """Keep pycocotools' progress reports off standard output."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
 def load_ground_truth(
     annotations: str | os.PathLike[str], *, masks: bool, classes: Collection[str] | None = None
 ) -> COCO:
@@ -100,7 +93,7 @@ def load_ground_truth(
             annotation["id"] = number
     ground_truth = COCO()
     ground_truth.dataset = content
-    with _without_printing():
+    with contextlib.redirect_stdout(io.StringIO()):
         ground_truth.createIndex()
     return ground_truth
 
@@ -174,7 +167,7 @@ def match_detections(
         The evaluator with its ``evalImgs``, not yet accumulated. ``predictions`` do not change.
     """
     keys = ("image_id", "category_id", "score", MATCHED_KEYS[iou_type])
-    with _without_printing():
+    with contextlib.redirect_stdout(io.StringIO()):
         if predictions:
             detections = ground_truth.loadRes(
                 [{key: record[key] for key in keys} for record in predictions]
@@ -205,16 +198,6 @@ def match_in_chunks(
         chunk = images[start : start + IMAGES_AT_ONCE]
         records = [record for image in chunk for record in by_image.get(image, ())]
         yield match_detections(ground_truth, records, iou_type, images=chunk)
-
-
-def _class_average_precisions(evaluator: COCOeval) -> dict[int, float | None]:
-    """AP of each category id: mean over IoU and recall thresholds, all areas, 100 detections."""
-    precision = evaluator.eval["precision"]  # [IoU, recall, category, area, detections]
-    averages = {}
-    for index, category in enumerate(evaluator.params.catIds):
-        values = precision[:, :, index, 0, -1]
-        averages[int(category)] = float(values.mean()) if np.all(values > -1) else None
-    return averages
 
 
 def _average_precision(evaluator: COCOeval, iou: float | None, area: str) -> float | None:
@@ -266,7 +249,7 @@ def coco_metrics(
     result: dict[str, Any] = {}
     for iou_type in iou_types(masks):
         evaluator = match_detections(ground_truth, predictions, iou_type)
-        with _without_printing():
+        with contextlib.redirect_stdout(io.StringIO()):
             evaluator.accumulate()
             evaluator.summarize()
         recalls = zip(AR_METRICS, evaluator.stats[-len(AR_METRICS) :], strict=True)
@@ -274,6 +257,9 @@ def coco_metrics(
             **{name: _average_precision(evaluator, *over) for name, over in AP_METRICS.items()},
             **{name: None if value == -1 else float(value) for name, value in recalls},
         }
-        for identifier, average in _class_average_precisions(evaluator).items():
+        precision = evaluator.eval["precision"]  # [IoU, recall, category, area, detections]
+        for index, identifier in enumerate(evaluator.params.catIds):
+            values = precision[:, :, index, 0, -1]
+            average = float(values.mean()) if np.all(values > -1) else None
             per_class[ground_truth.cats[identifier]["name"]][iou_type] = average
     return {**result, "per_class": per_class, "images": len(ground_truth.imgs)}

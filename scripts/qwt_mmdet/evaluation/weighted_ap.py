@@ -6,13 +6,12 @@ of equal score by image id. Here second copies have larger ids than all first co
 ones, and so on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from scipy import sparse
 
 from .coco import AP_METRICS, check_predictions, match_in_chunks
@@ -74,14 +73,6 @@ def _expand_ties(
     copy = np.where(apart[detection], np.arange(len(detection)) - first + 1, 0)
     order = np.lexsort((detection, copy, ranking.ties[detection]))
     return detection[order], copy[order]
-
-
-def _column_weights(
-    images: NDArray[np.int64], copies: NDArray[np.int64], drawn: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """Weight of columns (image, copy) in each resample: [C], [C], [N, R] -> [C, R]."""
-    times = drawn[images]
-    return np.where(copies[:, None] == 0, times, times >= copies[:, None]).astype(np.int32)
 
 
 def _thresholds_reached(
@@ -159,17 +150,24 @@ def _collect(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) ->
 class ApTable:
     """Matches of one variant and IoU type, for AP under any weights of the images.
 
-    Build it with ``ApTable.build``. ``images`` are the ids of the columns of the weights.
+    Args:
+        predictions: COCO results records. iou_type: ``bbox`` or ``segm``.
+
+    Attributes:
+        images: ids of the columns of the weights.
+
+    Raises:
+        QwtError: see ``coco.check_predictions``.
     """
 
-    def __init__(self, evaluators: Iterable[COCOeval]) -> None:
-        """Collect and rank the matches of evaluators of consecutive images.
-
-        Of each evaluator only small arrays are kept, so that many images can be matched in chunks.
-        """
+    def __init__(
+        self, ground_truth: COCO, predictions: Sequence[dict[str, Any]], iou_type: str
+    ) -> None:
+        check_predictions(ground_truth, predictions, masks=iou_type == "segm")
         self.images: list[int] = []
         chunks: dict[int, list[_Chunk]] = {}
-        for evaluator in evaluators:
+        # of each evaluator only small arrays are kept
+        for evaluator in match_in_chunks(ground_truth, predictions, iou_type):
             parameters = evaluator.params
             self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
             self.recall_thresholds: NDArray[np.float64] = parameters.recThrs
@@ -214,18 +212,6 @@ class ApTable:
             outcomes.append(Outcome(hit, counted, objects))
         return Ranking(images, ties[: len(images)]), outcomes
 
-    @classmethod
-    def build(
-        cls, ground_truth: COCO, predictions: Sequence[dict[str, Any]], iou_type: str
-    ) -> "ApTable":
-        """Match predictions (COCO results records) to annotations, for bbox or segm.
-
-        Raises:
-            QwtError: see ``coco.check_predictions``.
-        """
-        check_predictions(ground_truth, predictions, masks=iou_type == "segm")
-        return cls(match_in_chunks(ground_truth, predictions, iou_type))
-
     def ap(
         self, weights: NDArray[np.integer]
     ) -> tuple[dict[str, NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
@@ -239,13 +225,6 @@ class ApTable:
             objects in a resample are left out of its mean. And AP of each category id with objects, [R], NaN
             in resamples without them.
         """
-        weights = np.asarray(weights)
-        if weights.ndim != 2 or weights.shape[1] != len(self.images):
-            raise ValueError(
-                f"weights have shape {weights.shape}, expected [R, {len(self.images)}]"
-            )
-        if not np.issubdtype(weights.dtype, np.integer) or (weights < 0).any():
-            raise ValueError("weights must be whole numbers that are not negative")
         drawn = np.ascontiguousarray(weights.T, dtype=np.int32)
         most = drawn.max(axis=1, initial=0)
         # [area, IoU threshold, R]: sum over the categories that have objects, and their number.
@@ -293,7 +272,7 @@ class ApTable:
             copy * len(self.images) + ranking.images[detection], return_inverse=True
         )
         copies, images = np.divmod(columns, len(self.images))
-        # The matrix row of a hit holds the counted detections after the previous hit, up to this hit.
+        # A column is a copy of an image. The matrix row of a hit holds the counted detections after the previous hit, up to this hit.
         # Detections after the last hit do not matter.
         intervals, hit_columns = [], []
         for hit_t, counted_t in zip(hit, counted, strict=True):
@@ -309,7 +288,8 @@ class ApTable:
         size = max(CHUNK_ELEMENTS // max(len(columns), *map(len, hit_columns), 1), 1)
         for start in range(0, len(objects), size):
             chunk = slice(start, start + size)
-            weights = _column_weights(images, copies, drawn[:, chunk])
+            times, copy = drawn[images, chunk], copies[:, None]
+            weights = np.where(copy == 0, times, times >= copy).astype(np.int32)  # [C, R]
             for threshold, interval_sums in enumerate(intervals):
                 result[threshold, chunk] = _interpolated_precision(
                     np.cumsum(weights[hit_columns[threshold]], axis=0),
