@@ -55,30 +55,26 @@ EVERYTHING = {
 }
 
 
-def test_each_model_has_each_job_once():
-    assert steps(plan()) == steps(plan(), "second") == EVERYTHING
-    targets = [{"model": ["first"], "quantization": ["w4"]}]
-    assert steps(plan(targets=targets)) == dict.fromkeys(EVERYTHING, 1)
-    assert steps(plan(targets=targets), "second") == {}
+W4 = [{"model": ["first"], "quantization": ["w4"]}]
+SKIP = ["evaluate_baseline", "evaluate_quantized"]
 
 
-def test_repeats_do_all_but_the_baseline_anew():
-    assert steps(plan(repeats=3)) == {
-        step: jobs if step == "evaluate_baseline" else 3 * jobs for step, jobs in EVERYTHING.items()
-    }
-
-
-def test_what_is_skipped_has_no_job_but_is_made_for_what_needs_it():
-    skip = ["evaluate_baseline", "evaluate_quantized"]
-    assert steps(plan(skip=skip)) == {
-        step: jobs for step, jobs in EVERYTHING.items() if step not in skip
-    }
+@pytest.mark.parametrize(
+    ("changes", "first", "second"),
+    [
+        ({}, EVERYTHING, EVERYTHING),
+        ({"targets": W4}, dict.fromkeys(EVERYTHING, 1), {}),
+        ({"targets": W4, "repeats": 3}, {**dict.fromkeys(EVERYTHING, 3), "evaluate_baseline": 1}, {}),
+        ({"targets": W4, "skip": SKIP}, dict.fromkeys([s for s in EVERYTHING if s not in SKIP], 1), {}),
+    ],
+)  # fmt: skip
+def test_each_model_has_each_wanted_job_once(changes, first, second):
+    made = plan(**changes)
+    assert (steps(made), steps(made, "second")) == (first, second)
 
 
 def test_jobs_wait_for_what_they_read():
-    (quantization,) = CONFIG["quantization"].keys() - {"w8"}
-    targets = [{"model": ["first"], "quantization": [quantization]}]
-    found = {job.step: job for job in plan(targets=targets).jobs}
+    found = {job.step: job for job in plan(targets=W4).jobs}
     assert found["evaluate_quantized"].after == (found["quantize_model"],)
     assert found["fit_compensation"].after == (found["quantize_model"],)
     assert found["evaluate_compensated"].after == (found["fit_compensation"],)
@@ -256,11 +252,6 @@ def test_what_failed_in_a_repeat_is_told_and_the_others_count():
     assert not any(other.failed for other in others)
 
 
-def test_what_was_not_begun_says_so():
-    row, *_ = plan(Stopped([], ["results/first/w4/quantized/metrics.json"])).rows
-    assert row.failed == ["the run stopped before it"]
-
-
 def test_what_a_run_left_is_read_as_it_was_written():
     stopped = Stopped([Failure("s", {"model": "m"}, "s.log", "No.")], ["results/summary.csv"])
     stopped.write("note.json")
@@ -272,16 +263,10 @@ def test_what_a_run_left_is_read_as_it_was_written():
     [
         ("baseline", {}, "results/m/baseline"),
         ("w4@2/quantized", {"warmup": "results/m/w4@2/warmup.pth"}, "results/m/w4@2/quantized"),
-        (
-            "w4/qwt",
-            {
-                "warmup": "results/m/w4/warmup.pth",
-                "compensation": "results/m/w4/qwt/compensation.pth",
-            },
-            "results/m/w4/qwt",
-        ),
+        ("w4/qwt", {"warmup": "results/m/w4/warmup.pth", "compensation": "results/m/w4/qwt/compensation.pth"},
+         "results/m/w4/qwt"),
     ],
-)
+)  # fmt: skip
 def test_a_folder_tells_its_variant(name, parts, evaluated):
     variant = Variant.named("m", name)
     assert variant.parts() == parts
@@ -289,8 +274,7 @@ def test_a_folder_tells_its_variant(name, parts, evaluated):
 
 
 def test_evaluations_are_split_for_idle_jobs_and_stay_as_they_were_done():
-    targets = [{"model": ["first"], "quantization": ["w4"]}]
-    made = plan(targets=targets, compensation={})
+    made = plan(targets=W4, compensation={})
     variant = Variant("first", "w4")
     folder = "results/first/w4/quantized/shards"
     assert made.shards(variant, 3) == []
@@ -298,7 +282,7 @@ def test_evaluations_are_split_for_idle_jobs_and_stay_as_they_were_done():
     path, of = shards_note(made.config, variant)
     Path(path).parent.mkdir(parents=True)
     Path(path).write_text(json.dumps({"shards": 1, "of": of}))
-    asked = plan(targets=targets, compensation={}, evaluation={"shards": 3})
+    asked = plan(targets=W4, compensation={}, evaluation={"shards": 3})
     assert asked.shards(variant, 3) == [], "it was done by one job"
     assert len(asked.shards(Variant("first"), 3)) == 3
 
