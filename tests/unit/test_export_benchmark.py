@@ -3,15 +3,13 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.export import benchmark, profile
 from qwt_mmdet.export.description import EXPORT_FORMAT
 from qwt_mmdet.export.runtimes import Graph, runtime_by_name
 from qwt_mmdet.files import sha256_file
-
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 
 
 def test_multiply_adds_are_those_of_the_formula():
@@ -24,9 +22,9 @@ def test_multiply_adds_are_those_of_the_formula():
     assert profile.product([2, 3, 5], [2, 3, 7]) == 2 * 3 * 5 * 7
 
 
-def network(*, integer: bool) -> "onnx.ModelProto":
+def network(*, integer: bool) -> onnx.ModelProto:
     """A product with a weight [48, 16] (integers, if asked for) and one with a weight [16, 16], of one image."""
-    helper, random = onnx.helper, np.random.default_rng(0)
+    random = np.random.default_rng(0)
     weights = {
         "first": random.integers(-9, 9, (48, 16)).astype(np.int8 if integer else np.float32),
         "second": random.normal(size=(16, 16)).astype(np.float32),
@@ -42,57 +40,45 @@ def network(*, integer: bool) -> "onnx.ModelProto":
     else:
         nodes += [("MatMul", ["x", "first"], ["y"])]
     nodes += [("Relu", ["y"], ["positive"]), ("MatMul", ["positive", "second"], ["output"])]
-    made = [
-        helper.make_node(*node, **({"to": onnx.TensorProto.FLOAT} if node[0] == "Cast" else {}))
-        for node in nodes
-    ]
-    kind = onnx.TensorProto.FLOAT
+    return model_of(nodes, weights, [4, 16])
+
+
+def model_of(nodes: list[tuple], constants: dict, output: list[int]) -> onnx.ModelProto:
+    """A model of an image [1, 3, 8, 8] from nodes (operator, inputs, outputs)."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     graph = helper.make_graph(
-        made,
+        [helper.make_node(*node, **({"to": kind} if node[0] == "Cast" else {})) for node in nodes],
         "network",
         [helper.make_tensor_value_info("image", kind, [1, 3, 8, 8])],
-        [helper.make_tensor_value_info("output", kind, [4, 16])],
-        [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()],
+        [helper.make_tensor_value_info("output", kind, output)],
+        [onnx.numpy_helper.from_array(np.asarray(x), name) for name, x in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def test_the_integer_share_is_that_of_the_kernels_which_onnx_runtime_ran():
+def kernels(model: onnx.ModelProto) -> list[profile.Kernel]:
+    """The kernels that ONNX Runtime ran."""
     image = {"image": np.ones((1, 3, 8, 8), np.float32)}
-    shares = [
-        profile.integer_share(
-            runtime_by_name("onnxruntime").kernels(
-                Graph(network(integer=integer).SerializeToString(), False), image
-            )
-        )
-        for integer in (False, True)
-    ]
-    assert shares == [0, 48 / (48 + 16)]
+    graph = Graph(model.SerializeToString(), False)
+    return list(runtime_by_name("onnxruntime").kernels(graph, image))
+
+
+def test_the_integer_share_is_that_of_the_kernels_which_onnx_runtime_ran():
+    found = [profile.integer_share(kernels(network(integer=integer))) for integer in (False, True)]
+    assert found == [0, 48 / (48 + 16)]
 
 
 def test_a_convolution_whose_weight_the_runtime_packs_is_counted():
-    helper, array = onnx.helper, onnx.numpy_helper.from_array
     scale, zero = np.float32(0.1), np.uint8(128)
     weight = np.random.default_rng(0).integers(-127, 127, (16, 3, 3, 3)).astype(np.int8)
     constants = {"scale": scale, "zero": zero, "weight": weight, "middle": np.int8(0)}
     names = ["scale", "zero", "weight", "scale", "middle", "scale", "zero"]
     nodes = [
-        helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["codes"]),
-        helper.make_node("QLinearConv", ["codes", *names], ["sums"]),
-        helper.make_node("DequantizeLinear", ["sums", "scale", "zero"], ["output"]),
+        ("QuantizeLinear", ["image", "scale", "zero"], ["codes"]),
+        ("QLinearConv", ["codes", *names], ["sums"]),
+        ("DequantizeLinear", ["sums", "scale", "zero"], ["output"]),
     ]
-    kind = onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "convolution",
-        [helper.make_tensor_value_info("image", kind, [1, 3, 8, 8])],
-        [helper.make_tensor_value_info("output", kind, [1, 16, 6, 6])],
-        [array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    image = {"image": np.ones((1, 3, 8, 8), np.float32)}
-    graph = Graph(model.SerializeToString(), False)
-    (kernel,) = runtime_by_name("onnxruntime").kernels(graph, image)
+    (kernel,) = kernels(model_of(nodes, constants, [1, 16, 6, 6]))
     assert kernel == (True, 16 * 6 * 6 * 3 * 3 * 3)
 
 

@@ -18,9 +18,6 @@ from qwt_mmdet import export_onnx, load_exported
 from qwt_mmdet.detectors.build import random_detector
 from qwt_mmdet.errors import QwtError
 
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "run_exported.py"
 SIZE = 128
 

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir
 import pytest
+import test_export
 import tiny
 import torch
 from mmdet.structures import DetDataSample
@@ -14,16 +17,11 @@ from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.build import random_detector, resolve_config
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
+from qwt_mmdet.export import cut, loading, onnx_file, runtimes
 from qwt_mmdet.quantization import weight_fit
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.record import quantization_of
-
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-onnx_ir = pytest.importorskip("onnx_ir", reason="onnxscript is not installed")
-
-import test_export  # noqa: E402
-from qwt_mmdet.export import cut, loading, onnx_file, runtimes  # noqa: E402
 
 PAGES = Path(__file__).parents[2] / "docs" / "extending"
 

@@ -41,18 +41,13 @@ def feeds_of(description: dict[str, Any]) -> Feeds:
 
 def open_detector(
     files: Iterable[str | os.PathLike[str]], runtime: str, threads: int
-) -> Callable[[Feeds], None]:
+) -> Callable[[Feeds], object]:
     """A function that runs all graphs of an exported detector, one after the other."""
     runs = [open_graph(file, runtime, threads=threads) for file in files]
-
-    def run(feeds: Feeds) -> None:
-        for graph, feed in zip(runs, feeds, strict=True):
-            graph(feed)
-
-    return run
+    return lambda feeds: [run(feed) for run, feed in zip(runs, feeds, strict=True)]
 
 
-def interleaved(runs: list[Callable[[Feeds], None]], feeds: Feeds) -> list[list[float]]:
+def interleaved(runs: list[Callable[[Feeds], object]], feeds: Feeds) -> list[list[float]]:
     """Seconds of each run in each round, [rounds][runs]; every second round runs in reversed order."""
     for run in runs * WARM_UP:
         run(feeds)
@@ -81,10 +76,9 @@ def benchmark(
     """Compare a quantized file with the file of the same model in full precision, in this process.
 
     Returns:
-        ``file_bytes`` and ``full_precision_file_bytes``; ``milliseconds`` and ``full_precision_milliseconds``
-        for an image with the most regions, medians over the rounds; ``latency_ratio``, the median of the
-        rounds' ratios; ``integer_share``, the part of the multiply-adds that the runtime computes with
-        integers; and the conditions of the measurement.
+        Bytes of both files; medians over the rounds of their ``milliseconds`` for an image with the most regions;
+        ``latency_ratio``, the median of the rounds' ratios; ``integer_share``, the part of the multiply-adds that the
+        runtime computes with integers; and the conditions of the measurement.
 
     Raises:
         QwtError: a file is missing or damaged, they are of different models, or the runtime fails.

@@ -25,7 +25,7 @@ from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstance
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import QwtError, Registry
 from ..quantization.convert import activation_quantizers
@@ -42,9 +42,6 @@ REGION_HEADS = ("shared_head", "bbox_head", "mask_head", "mask_iou_head")
 
 class Cut(nn.Module):
     """How the detectors of a family are cut into graphs, and put together again. It computes the first graph.
-
-    Args:
-        model: one that :meth:`matches`.
 
     Attributes:
         head: the module whose ``predict_by_feat`` takes the outputs of the first graph.
@@ -79,7 +76,7 @@ class Cut(nn.Module):
         outputs, maps = self.first(image)
         self.outputs = _output_names(self.head, outputs)
         self.features = [f"feature_{level}" for level in range(len(maps))]
-        return *_tensors(outputs), *maps
+        return *flat(outputs), *maps
 
     def regions(self, image: Tensor) -> dict[str, dict[str, Tensor]]:
         """Examples of inputs of each head that takes regions, [regions, …], by the name of its module."""
@@ -100,11 +97,7 @@ register_cut = CUTS.register
 
 
 def cut_of(model: BaseDetector) -> Cut:
-    """The cut of a detector.
-
-    Raises:
-        QwtError: it cannot be exported.
-    """
+    """The cut of a detector; a QwtError if it cannot be exported."""
     for cut in reversed(CUTS.values()):
         if cut.matches(model):
             return cut(model)
@@ -122,11 +115,9 @@ class _Features(tuple):
 
 @register_cut("single_stage")
 class SingleStage(Cut):
-    """A graph of backbone, neck and dense head.
+    """A graph of backbone, neck and dense head, whose submodule is ``name``.
 
-    Attributes:
-        detector: class that defines ``predict``.
-        name: of the dense head. base: class that defines its ``predict``.
+    ``detector`` and ``base`` are the classes that define ``predict`` of the detector and of the head.
     """
 
     detector: type[BaseDetector] = SingleStageDetector
@@ -231,11 +222,7 @@ class TwoStage(SingleStage):
 
 
 class RegionGraph(nn.Module):
-    """A head of the second stage.
-
-    Attributes:
-        outputs: names of its outputs, after the arguments of ``predict_by_feat``; set by a call.
-    """
+    """A head of the second stage; a call sets ``outputs``, as of :class:`Cut`."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -247,7 +234,7 @@ class RegionGraph(nn.Module):
         """Maps of regions, [regions, channels, height, width] -> the outputs in the order of their names."""
         outputs = self.head(*regions)
         self.outputs = _output_names(self.head, outputs)
-        return _tensors(outputs)
+        return tuple(flat(outputs))
 
 
 def one_size_only(model: nn.Module) -> str | None:
@@ -280,22 +267,15 @@ def _named(name: str, value: Any, head: nn.Module) -> Names:
     )
 
 
-def _tensors(outputs: Any) -> tuple[Tensor, ...]:
-    return tuple(leaf for leaf in tree_leaves(outputs) if leaf is not None)
-
-
-def flat_names(names: Names) -> list[str]:
-    """All names, in the order of the outputs."""
-    return [name for name in tree_leaves(names) if name is not None]
+def flat(nested: Any) -> list[Any]:
+    """The names, or the tensors, of nested outputs in their order."""
+    return [leaf for leaf in tree_leaves(nested) if leaf is not None]
 
 
 def with_tensors(names: Names, tensors: Mapping[str, Tensor]) -> Any:
     """The nested outputs of a graph, from tensors by name."""
-    if isinstance(names, str):
-        return tensors[names]
-    if isinstance(names, dict):
-        return tuple(with_tensors(entry, tensors) for entry in names.values())
-    return None if names is None else [with_tensors(entry, tensors) for entry in names]
+    found = tree_map(lambda name: None if name is None else tensors[name], names)
+    return tuple(found.values()) if isinstance(found, dict) else found
 
 
 def _deforms(module_class: type[nn.Module]) -> bool:
@@ -305,11 +285,7 @@ def _deforms(module_class: type[nn.Module]) -> bool:
 
 
 def check_exportable(model: BaseDetector) -> None:
-    """Check that a detector can be exported, as far as possible without running it.
-
-    Raises:
-        QwtError: it cannot; the message names the module.
-    """
+    """Check that a detector can be exported, as far as possible without running it."""
     modules = cut_of(model).parts
     for name, module in model.named_modules():
         module_class = type(module)

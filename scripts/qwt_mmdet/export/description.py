@@ -13,10 +13,7 @@ EXPORT_FORMAT = "qwt-mmdet export 1"
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the description of an exported detector, and check that it is of these files.
-
-    Args:
-        path: of the .onnx file; its .json lies beside it.
+    """Read the description (.json) of an exported detector, and check that it is of this .onnx file.
 
     Raises:
         QwtError: a file is missing, truncated or does not belong to the others.

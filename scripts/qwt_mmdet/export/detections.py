@@ -1,10 +1,11 @@
 """A graph that returns boxes, scores and labels: mmdet's own decoding, then NonMaxSuppression."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from mmdet.models import BaseDetector
 from mmdet.models.dense_heads import YOLOXHead
@@ -14,18 +15,11 @@ from torch import Tensor, nn
 from ..errors import QwtError
 from .cut import Names
 
-if TYPE_CHECKING:
-    import onnx_ir
-
 OUTPUTS = ("boxes", "scores", "labels")
 
 
 class CandidateBoxes(nn.Module):
-    """A one-stage detector up to non-maximum suppression: an image to all candidate boxes and their scores.
-
-    Attributes:
-        outputs, features: names, as of :class:`.cut.Cut`.
-    """
+    """A one-stage detector up to non-maximum suppression; ``outputs`` and ``features`` as of :class:`.cut.Cut`."""
 
     def __init__(self, model: BaseDetector) -> None:
         super().__init__()
@@ -65,9 +59,8 @@ def _keep_all(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Replacement of mmdet's ``filter_scores_and_topk`` with output shapes that do not depend on the scores.
 
-    Returns:
-        The scores of all classes [N, classes], 0 up to the threshold; meaningless labels; indices [N, 1], so
-        that factors of scores are [N, 1] too; the results.
+    Scores of all classes [N, classes] are 0 up to the threshold, and labels meaningless. Indices are [N, 1], so that
+    factors of scores are, too.
     """
     positions = torch.arange(len(scores), device=scores.device)
     return scores * (scores > threshold), positions, positions[:, None], results
@@ -90,10 +83,7 @@ def _yolox_candidates(
 
 
 def check_suppression(model: BaseDetector) -> dict[str, Any]:
-    """Settings of a detector's non-maximum suppression, for its graph.
-
-    Returns:
-        IoU threshold, and the most detections of an image; −1: all.
+    """The IoU threshold of a detector's non-maximum suppression, and the most detections (−1: all), for its graph.
 
     Raises:
         QwtError: the graph cannot hold it; the message names the module.
@@ -122,20 +112,11 @@ def check_suppression(model: BaseDetector) -> dict[str, Any]:
     }
 
 
-def append_suppression(graph: "onnx_ir.Model", settings: Mapping[str, Any]) -> Names:
-    """Append non-maximum suppression to a graph that returns candidate boxes, in place.
+def append_suppression(graph: ir.Model, settings: Mapping[str, Any]) -> Names:
+    """Append non-maximum suppression to a graph of :class:`CandidateBoxes`, in place; return the outputs' names.
 
     The graph then returns detections with scores above 0, the highest first.
-
-    Args:
-        graph: of :class:`CandidateBoxes`.
-        settings: of :func:`check_suppression`.
-
-    Returns:
-        The names of the outputs.
     """
-    import onnx_ir as ir
-
     boxes, scores = graph.graph.outputs
     tape = ir.tape.Tape(graph.graph)
 

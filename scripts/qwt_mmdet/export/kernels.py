@@ -21,8 +21,7 @@ WIDE = {ir.DataType.INT4: np.int8, ir.DataType.UINT4: np.uint8}
 def widen_weights(model: ir.Model) -> None:
     """Make 4-bit weights INT8 or UINT8, which the kernels of runtimes take, in place.
 
-    Afterwards no nodes share codes or zero points. On some processors ONNX Runtime makes both unsigned, and
-    fails if they are shared or missing.
+    On some processors ONNX Runtime makes both unsigned, and fails if codes or zero points are shared or missing.
     """
     for node in list(weight_nodes(model)):
         stored = input_of(node, 0).dtype

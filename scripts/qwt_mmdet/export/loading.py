@@ -25,11 +25,7 @@ from .runtimes import Run, open_graph
 def first_graph(
     run: Run, description: dict[str, Any], image: Tensor
 ) -> tuple[Any, tuple[Tensor, ...]]:
-    """[batch, 3, height, width] -> the head's outputs and the neck's maps; images run one by one.
-
-    Raises:
-        QwtError: images have another size than the graph was exported for.
-    """
+    """[batch, 3, height, width] -> the head's outputs and the neck's maps; images run one by one."""
     expected = description["input"]
     if not expected["dynamic"] and list(image.shape[2:]) != expected["size"]:
         height, width = expected["size"]
@@ -56,12 +52,9 @@ def region_graph(run: Run, description: dict[str, Any], *regions: Tensor) -> Any
 
 
 class ExportedDetector:
-    """An exported detector.
+    """An exported detector: the content ``description`` of the JSON file, and an mmdet detector ``model``.
 
-    Attributes:
-        model: an mmdet detector whose networks are the graph; `inference_detector`, test loops and
-            `evaluate_detector` take it.
-        description: the content of the JSON file.
+    The model's networks are the graph; `inference_detector`, test loops and `evaluate_detector` take it.
     """
 
     def __init__(self, model: BaseDetector, description: dict[str, Any]) -> None:
@@ -75,10 +68,9 @@ class ExportedDetector:
 def load_exported(
     path: str | os.PathLike[str], runtime: str = "onnxruntime", *, threads: int = 1
 ) -> ExportedDetector:
-    """Open an exported detector.
+    """Open an exported detector, an .onnx file with its .json beside it.
 
     Args:
-        path: of the .onnx file; its .json lies beside it.
         runtime: ``onnxruntime``, ``openvino`` or the name of one that a module registers.
 
     Raises:

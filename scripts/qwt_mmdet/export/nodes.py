@@ -73,8 +73,7 @@ class ActivationNodes:
 def integer_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None]:
     """Codes of a layer's weights, [out, …], and their zero points, [out].
 
-    Returns:
-        Signed codes (int8) and None if all zero points are in the middle of the codes; else both as uint8.
+    They are int8 and None if all zero points are in the middle of the codes; else both are uint8.
     """
     middle = 2 ** (layer.weight_bits - 1)
     codes, zero_point = layer.weight_codes, layer.weight_zero_point

@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx_ir as ir
 import torch
 from mmdet.models import BaseDetector
 from torch import Tensor, nn
@@ -22,29 +23,23 @@ from ..archives import summary_path
 from ..config import as_plain
 from ..config.export import LEAST_OPSET, MOST_OPSET
 from ..detectors.forward import check_precision
-from ..errors import QwtError, check_installed, reason
+from ..errors import QwtError, reason
 from ..files import sha256_file, write_atomically, write_json
 from ..quantization.state import check_grids
 from ..record import record_of
-from .cut import Cut, RegionGraph, check_exportable, cut_of, flat_names, one_size_only
+from . import packing, placing, scales
+from .cut import Cut, RegionGraph, check_exportable, cut_of, flat, one_size_only
 from .description import EXPORT_FORMAT, as_json, exported_bytes
 from .detections import CandidateBoxes, append_suppression, check_suppression
 from .nodes import onnx_nodes
+from .outputs import quantize_outputs
 from .processing import postprocessing, preprocessing
-
-if TYPE_CHECKING:
-    import onnx_ir
 
 logger = logging.getLogger(__name__)
 
 CONFIG_KEYS = (
-    "custom_imports",
-    "model",
-    "test_dataloader",
-    "test_pipeline",
-    "test_cfg",
-    "default_scope",
-)
+    "custom_imports", "model", "test_dataloader", "test_pipeline", "test_cfg", "default_scope",
+)  # fmt: skip
 """Keys of a detector's config that :func:`.loading.load_exported` needs."""
 
 
@@ -80,20 +75,22 @@ def export_onnx(
 
     Raises:
         QwtError: the detector cannot be exported (the message names the module) or is not calibrated, the
-            opset is not supported, a package is missing, or ``path`` ends with .json.
+            opset is not supported, or ``path`` ends with .json.
     """
     if summary_path(path) == Path(path):
         raise QwtError(
             f"The file to write is {path}, but .json is for its description; end the name with .onnx."
         )
-    check_opset(opset)
+    if not LEAST_OPSET <= opset <= MOST_OPSET:
+        raise QwtError(
+            f"There is no opset {opset} to export with; give one from {LEAST_OPSET} to {MOST_OPSET}."
+        )
     check_precision(model)
     if record_of(model).quantization is not None:
         check_grids(model)
     check_exportable(model)
     suppression = check_suppression(model) if nms else None
     prepared = preprocessing(model)
-    check_installed("onnxscript")
     size, dynamic = _choose_size(model, prepared, size, dynamic)
     copied = copy.deepcopy(model).cpu().eval()
     cut, image = cut_of(copied).eval(), torch.zeros(1, 3, *size)
@@ -101,13 +98,13 @@ def export_onnx(
     with _failures_name_the_module(copied):
         first(image)  # finds the names
         inputs_of_heads = cut.regions(image)
-    names = [*flat_names(first.outputs), *flat_names(first.features)]
+    names = [*flat(first.outputs), *flat(first.features)]
     sizes = ({2: Dim.AUTO, 3: Dim.AUTO},) if dynamic else None
     images = (copied.data_preprocessor(batch, False)["inputs"] for batch in calibration)
     try:
         graph = trace(
             first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images,
-            maps=flat_names(first.features),
+            maps=flat(first.features),
         )  # fmt: skip
     except QwtError as error:
         if dynamic:
@@ -148,11 +145,7 @@ def _choose_size(
     size: tuple[int, int] | None,
     dynamic: bool | None,
 ) -> tuple[tuple[int, int], bool]:
-    """Height and width of the image, and whether others are possible; from the test pipeline where they are None.
-
-    Raises:
-        QwtError: the graph is for one size only, or the pipeline sets no size.
-    """
+    """Height and width of the image, and whether others are possible; from the test pipeline where they are None."""
     fixed = one_size_only(model)
     if dynamic and fixed:
         raise QwtError(
@@ -173,7 +166,7 @@ def _write_region_head(
     head(*inputs.values())  # finds the names
     file = Path(path).with_suffix(f".{name}.onnx")
     counts = (tuple({0: Dim.DYNAMIC} for _ in inputs),)
-    names = flat_names(head.outputs)
+    names = flat(head.outputs)
     _save(trace(head, inputs, names, opset=opset, dynamic_shapes=counts), file)
     return {
         "file": file.name,
@@ -184,23 +177,15 @@ def _write_region_head(
     }
 
 
-def _save(graph: "onnx_ir.Model", path: str | os.PathLike[str]) -> None:
-    import onnx_ir
-
+def _save(graph: ir.Model, path: str | os.PathLike[str]) -> None:
     with write_atomically(path) as partial:
-        onnx_ir.save(graph, partial)
+        ir.save(graph, partial)
 
 
 def image_size(preprocessing: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
-    """Height and width of images after a detector's test pipeline, and whether sizes vary.
+    """Height and width of images after a detector's :func:`.processing.preprocessing`, and whether sizes vary.
 
     If the pipeline keeps proportions and does not pad, it is the size of the widest image.
-
-    Args:
-        preprocessing: of :func:`.processing.preprocessing`.
-
-    Raises:
-        QwtError: the pipeline sets no size.
     """
     resize, pad = preprocessing["resize"], preprocessing["pad"] or {}
     if pad.get("size"):
@@ -219,18 +204,6 @@ def image_size(preprocessing: Mapping[str, Any]) -> tuple[tuple[int, int], bool]
     return (height, width), varies
 
 
-def check_opset(opset: int) -> None:
-    """Check that graphs of an opset can be written.
-
-    Raises:
-        QwtError: the opset is not supported.
-    """
-    if not LEAST_OPSET <= opset <= MOST_OPSET:
-        raise QwtError(
-            f"There is no opset {opset} to export with; give one from {LEAST_OPSET} to {MOST_OPSET}."
-        )
-
-
 def trace(
     network: nn.Module,
     inputs: Mapping[str, Tensor],
@@ -240,23 +213,17 @@ def trace(
     dynamic_shapes: Any = None,
     images: Iterable[Tensor] = (),
     maps: Collection[str] = (),
-) -> "onnx_ir.Model":
-    """The optimized graph of a network, quantized or not.
+) -> ir.Model:
+    """The optimized graph of a network (quantized or not) that returns a tuple of tensors.
 
     Args:
-        network: takes the inputs and returns a tuple of tensors.
-        inputs: examples, by their names in the graph.
-        outputs: names of the tensors.
+        inputs: examples, by their names in the graph. outputs: names of the tensors.
         dynamic_shapes: axes of the inputs whose size may vary, as torch.export takes them.
-        images: calibration images for :func:`.outputs.quantize_outputs`.
-        maps: names of outputs that may be quantized to 8 bits, too.
+        images, maps: for :func:`.outputs.quantize_outputs`.
 
     Raises:
         QwtError: torch cannot export it.
     """
-    from . import packing, placing, scales
-    from .outputs import quantize_outputs
-
     with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
         warnings.simplefilter("ignore")  # of torch's exporter about mmdet's code
         program = torch.onnx.export(

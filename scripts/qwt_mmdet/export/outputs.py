@@ -22,10 +22,9 @@ BITS = 8
 
 
 def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection[str]) -> None:
-    """Quantize the outputs of convolutions that nothing else quantizes, in place.
+    """Quantize the outputs of convolutions that nothing else quantizes in a quantized network's graph, in place.
 
     Args:
-        model: the graph of a quantized network.
         images: inputs of the graph, [batch, 3, height, width], to estimate ranges on. Without any, the graph
             does not change, and a warning is logged.
         maps: names of the graph's outputs for a second stage.

@@ -1,4 +1,7 @@
-"""Passes that place quantizers where runtimes need them for integer kernels."""
+"""Passes that place quantizers where runtimes need them for integer kernels.
+
+``maps`` are the names of the graph's outputs for a second stage.
+"""
 
 from collections.abc import Collection
 
@@ -41,11 +44,7 @@ def _grid_of(node: ir.Node) -> tuple[float, int] | None:
 
 
 def outputs_without_grid(model: ir.Model, maps: Collection[str]) -> list[ir.Value]:
-    """Outputs of integer convolutions that are not quantized but may be, to 8 bits.
-
-    Args:
-        maps: names of the graph's outputs for a second stage.
-    """
+    """Outputs of integer convolutions that are not quantized but may be, to 8 bits."""
     return [
         node.outputs[0]
         for node in model.graph
@@ -60,9 +59,6 @@ def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
     """Let all readers of a convolution's output share one of its 8-bit quantizers, in place.
 
     So the output itself is quantized, as integer kernels require. The other readers get values on this grid.
-
-    Args:
-        maps: names of the graph's outputs for a second stage.
     """
     for node in [n for n in model.graph if n.op_type == "Conv" and takes_integers(n)]:
         value = node.outputs[0]

@@ -99,10 +99,6 @@ def _add_padding(found: Found, step: Any, value: Any, rule: dict[str, Any], wher
     found["pad"] = {**rule, "value": value, "where": where}
 
 
-def _normalize(found: Found, step: Any) -> None:
-    _add_normalization(found, step.to_rgb, step.mean, step.std)
-
-
 def _add_normalization(found: Found, swaps: bool, mean: Any, std: Any) -> None:
     """Add a normalisation after earlier ones; its means and deviations are in the order of swapped colours."""
     mean, std = (np.asarray(values, np.float64).flatten() for values in (mean, std))
@@ -122,10 +118,6 @@ def _flip(found: Found, step: Any) -> None:
         raise _refusal(step, f" with the probability {step.prob}")
 
 
-def _nothing(found: Found, step: Any) -> None:
-    """For transforms that change no pixel."""
-
-
 STEPS: dict[type, Callable[[Found, Any], None]] = {
     mmcv.transforms.LoadImageFromFile: _load,
     mmcv.transforms.Resize: _resize,
@@ -133,12 +125,15 @@ STEPS: dict[type, Callable[[Found, Any], None]] = {
     mmcv.transforms.Pad: _pad,
     transforms.Pad: _pad,
     transforms.RandomCenterCropPad: _pad_around,
-    mmcv.transforms.Normalize: _normalize,
+    mmcv.transforms.Normalize: lambda found, step: _add_normalization(
+        found, step.to_rgb, step.mean, step.std
+    ),
     mmcv.transforms.RandomFlip: _flip,
     transforms.RandomFlip: _flip,
-    transforms.PackDetInputs: _nothing,
-    transforms.FilterAnnotations: _nothing,
-    transforms.LoadEmptyAnnotations: _nothing,
+    # these change no pixel
+    transforms.PackDetInputs: lambda found, step: None,
+    transforms.FilterAnnotations: lambda found, step: None,
+    transforms.LoadEmptyAnnotations: lambda found, step: None,
 }
 """Functions that add a transform to the description; all others are refused."""
 

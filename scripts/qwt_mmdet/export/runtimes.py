@@ -7,15 +7,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 
 from ..errors import QwtError, Registry, check_installed, reason
+from . import kernels
 from .profile import CONVOLUTIONS, PRODUCTS, Kernel, convolution, product
-
-if TYPE_CHECKING:
-    import onnx_ir
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +29,14 @@ LARGEST_SAFE_WEIGHT = 64
 
 
 class Graph(NamedTuple):
-    """A graph for a runtime.
-
-    Attributes:
-        content: bytes of an ONNX file.
-        overflow: whether 16-bit sums of products would overflow on this processor.
-    """
+    """A graph for a runtime: an ONNX file, and whether 16-bit sums of its products would overflow on this processor."""
 
     content: bytes
     overflow: bool
 
 
 class Runtime:
-    """What computes a graph.
-
-    Attributes:
-        title: its name in table and report.
-        package: what must be installed; results note its version.
-    """
+    """What computes a graph: its title in table and report, and the package that must be installed."""
 
     title: str
     package: str
@@ -56,7 +46,7 @@ class Runtime:
         """Of the package."""
         return version(self.package)
 
-    def prepare(self, model: "onnx_ir.Model") -> None:
+    def prepare(self, model: ir.Model) -> None:
         """Change a graph, whose weights have 8 bits by now, to what the runtime computes fastest, in place."""
 
     def open(self, graph: Graph, threads: int) -> Run:
@@ -74,11 +64,7 @@ register_runtime = RUNTIMES.register
 
 
 def runtime_by_name(name: str) -> Runtime:
-    """The registered runtime.
-
-    Raises:
-        QwtError: there is no such runtime, or it is not installed.
-    """
+    """The registered runtime; a QwtError if there is none of this name, or it is not installed."""
     runtime = RUNTIMES.find(name)()
     check_installed(runtime.package)
     return runtime
@@ -90,10 +76,8 @@ class OnnxRuntime(Runtime):
 
     title, package = "ONNX Runtime", "onnxruntime"
 
-    def prepare(self, model: "onnx_ir.Model") -> None:
+    def prepare(self, model: ir.Model) -> None:
         """Store weights in floating point where there is no integer kernel."""
-        from . import kernels
-
         kernels.float_weights(model)
 
     def open(self, graph: Graph, threads: int) -> Run:
@@ -125,8 +109,6 @@ class OnnxRuntime(Runtime):
 
     def _session(self, graph: Graph, threads: int, profile: str | None = None) -> Any:
         """A session, which writes a profile to a file whose name starts with ``profile``."""
-        import onnxruntime
-
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -203,37 +185,29 @@ def _adds_in_16_bits() -> bool:
     return "avx2" in flags and "vnni" not in flags
 
 
-def prepared(model: "onnx_ir.Model", runtime: Runtime) -> Graph:
+def prepared(model: ir.Model, runtime: Runtime) -> Graph:
     """Change a graph to what a runtime computes fastest, in place, and serialize it."""
-    import onnx_ir
-
-    from . import kernels
-
     kernels.widen_weights(model)
     runtime.prepare(model)
     overflow = _adds_in_16_bits() and kernels.largest_weight(model) > LARGEST_SAFE_WEIGHT
-    return Graph(onnx_ir.to_proto(model).SerializeToString(), overflow)
+    return Graph(ir.to_proto(model).SerializeToString(), overflow)
 
 
-def open_model(model: "onnx_ir.Model", runtime: str, *, threads: int = 1) -> Run:
+def open_model(model: ir.Model, runtime: str, *, threads: int = 1) -> Run:
     """Open a graph with a runtime; see :func:`prepared`."""
     found = runtime_by_name(runtime)
     return found.open(prepared(model, found), threads)
 
 
 def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) -> Run:
-    """Open an ONNX file with a runtime.
-
-    Weights of 4 bits are widened to 8 bits in memory, which runtimes have kernels for.
+    """Open an ONNX file with a runtime; 4-bit weights are widened to 8 bits in memory.
 
     Raises:
         QwtError: there is no such runtime, it is not installed, or it cannot read the file.
     """
     found = runtime_by_name(runtime)
-    import onnx_ir
-
     try:
-        return found.open(prepared(onnx_ir.load(path), found), threads)
+        return found.open(prepared(ir.load(path), found), threads)
     except Exception as error:
         raise QwtError(
             f"{runtime} cannot open {path} ({type(error).__name__}); it is "
