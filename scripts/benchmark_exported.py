@@ -3,12 +3,10 @@
 from qwt_mmdet.runtime import step
 
 with step(snakemake) as job:
-    from qwt_mmdet.steps.benchmark import benchmark_exported
+    from qwt_mmdet.export.benchmark import benchmark
+    from qwt_mmdet.files import write_json
 
-    benchmark_exported(
-        job,
-        quantized=snakemake.input.graph,
-        full_precision=snakemake.input.full_precision,
-        runtime=snakemake.wildcards.runtime,
-        output=snakemake.output.benchmark,
+    measured = benchmark(
+        snakemake.input.graph, snakemake.input.full_precision, snakemake.wildcards.runtime
     )
+    write_json(snakemake.output.benchmark, measured | job.account(), indent=1)

@@ -44,9 +44,9 @@ def evaluate_detector(
         found: the detections on the images, if they were run already.
 
     Returns:
-        COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results. The
-        metrics also hold ``not_finite``, the number of detections with a NaN or an infinity, which are
-        ignored; and ``collapsed``: whether a quantized detector finds no object (box AP 0).
+        COCO's metrics (see ``evaluation.coco.coco_metrics``), and the detections as COCO results. The metrics also
+        hold ``not_finite``, the number of detections with a NaN or an infinity, which are ignored; and
+        ``collapsed``: whether a quantized detector finds no object (box AP 0).
 
     Raises:
         QwtError: the classes of model and annotations differ, the model is not in float32, or a detector in
@@ -118,9 +118,7 @@ def evaluate(
     shards: Sequence[Pathlike] = (),
     note: tuple[Pathlike, str] | None = None,
 ) -> None:
-    """Evaluate a detector (baseline, quantized or compensated) on the images of an annotation file.
-
-    Writes ``metrics`` and ``predictions``, both or neither.
+    """Evaluate a detector (baseline, quantized or compensated); writes ``metrics`` and ``predictions``, both or neither.
 
     Args:
         shards: files of :func:`evaluate_shard`, if the images were run in shards.
@@ -151,7 +149,6 @@ def write_evaluation(
     """Evaluate a detector and write ``metrics`` and ``predictions``, both or neither.
 
     Args:
-        found: see :func:`evaluate_detector`.
         settings: further settings that the result depends on, for its provenance.
     """
     result, records = evaluate_detector(
