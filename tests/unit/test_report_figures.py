@@ -73,12 +73,6 @@ def test_a_figure_fits_page_and_phone_and_names_what_it_shows(name, said):
     assert said <= set(texts(svg))
 
 
-def test_without_intervals_and_without_compensation_there_is_a_figure_too():
-    plain = [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)]
-    for draw in (ap_by_bits, ap_by_size):
-        assert ElementTree.fromstring(draw(plain, "box", "a")) is not None
-
-
 NAN, INF = float("nan"), float("inf")
 
 
@@ -99,10 +93,13 @@ def test_numbers_that_no_axis_holds_are_left_out(draw):
 
 
 @pytest.mark.parametrize("draw", [ap_by_bits, ap_by_size])
-def test_variants_that_do_not_differ_can_be_drawn(draw):
-    same = [p._replace(value=0.0, low=0.0, high=0.0, megabytes=0.0) for p in POINTS]
-    assert "quantized" in texts(draw(same, "box", "a"))
-    assert "quantized" in texts(draw([POINTS[1]._replace(quantization="$w_4")], "box", "a"))
+def test_odd_variants_can_be_drawn(draw):
+    for odd in (
+        [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)],
+        [p._replace(value=0.0, low=0.0, high=0.0, megabytes=0.0) for p in POINTS],
+        [POINTS[1]._replace(quantization="$w_4")],
+    ):
+        assert "quantized" in texts(draw(odd, "box", "a"))
 
 
 def test_blocks_whose_error_no_logarithm_has_are_left_out():

@@ -161,8 +161,7 @@ def summarize(rows: list[ResultRow], resamples: int = 100) -> None:
 
 def without(row: ResultRow, *kinds: str) -> ResultRow:
     """The row as it is where some variants were not evaluated."""
-    repeats = {**row.repeats, **{kind: [] for kind in kinds}}
-    return replace(row, **dict.fromkeys(kinds), repeats=repeats)
+    return replace(row, repeats={**row.repeats, **{kind: [] for kind in kinds}})
 
 
 def with_second_model(rows: list[ResultRow]) -> list[ResultRow]:
@@ -333,8 +332,7 @@ def test_a_class_on_few_images_has_no_interval(results):
         a for a in content["annotations"] if a["category_id"] != 3 or a["image_id"] == 1
     ]
     Path("evaluation.json").write_text(json.dumps(content))
-    for variant in ("baseline", "quantized", "compensated"):
-        folder = Path(getattr(results[0], variant))
+    for folder in map(Path, results[0].evaluated().values()):
         found = json.loads((folder / "predictions.json").read_text())
         metrics = coco_metrics("evaluation.json", found, masks=False)
         (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -621,7 +619,8 @@ def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(html, "PICTURED_IMAGES", 1)
     (row,) = make_results(masks=True, compensated=True, layer_sqnr=SQNR)
-    for folder, collapsed, lost in ((row.quantized, True, 0), (row.compensated, False, 5)):
+    _, quantized, compensated = row.evaluated().values()
+    for folder, collapsed, lost in ((quantized, True, 0), (compensated, False, 5)):
         path = Path(folder, "metrics.json")
         metrics = json.loads(path.read_text())
         if collapsed:

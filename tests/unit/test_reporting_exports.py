@@ -86,9 +86,7 @@ def test_sizes_are_those_of_the_files_and_of_what_was_computed(rows):
     assert rows[0]["latency_ratio"] == "1.2"
     assert rows[0]["integer_share"] == "0.75"
     assert "title" not in rows[0]
-
-
-def test_a_file_that_was_not_made_has_its_reason_and_no_numbers(rows):
+    # that was not made
     assert rows[2]["failed"] == "export_model m w4/qwt: no operator."
     assert rows[2]["ap"] == rows[2]["exported_minus_simulated"] == ""
 

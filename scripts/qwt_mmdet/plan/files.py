@@ -53,11 +53,7 @@ def measured(model: str, measurement: str) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of a detector: in full precision, quantized, or quantized and compensated.
-
-    Args:
-        quantization: perhaps with the number of a repeat; None in full precision.
-    """
+    """A detector in full precision, quantized (perhaps with the number of a repeat), or compensated, too."""
 
     model: str
     quantization: str | None = None
@@ -65,11 +61,7 @@ class Variant:
 
     @classmethod
     def named(cls, model: str, name: str) -> "Variant":
-        """The variant of a model by its :attr:`name`, or by the name of the folder with its results.
-
-        Args:
-            name: ``baseline``, ``w4a4``, ``w4a4/quantized`` or ``w4a4/qwt``.
-        """
+        """The variant of a name or a folder: ``baseline``, ``w4a4``, ``w4a4/quantized`` or ``w4a4/qwt``."""
         quantization, _, compensation = name.partition("/")
         if quantization == BASELINE:
             return cls(model)

@@ -19,16 +19,12 @@ class ResultRow:
     """A combination: its names, its settings and its results.
 
     Args:
-        dataset: name of the model's data set.
         failed: in a run that failed, sentences about why something is missing.
         settings: of the quantization; for a search, those of the entry named by ``like``.
-        recipe: file with the result of a search.
-        limit: of a search: ``max_drop`` and ``metric``, if it has such a limit.
-        annotations: file of the evaluation images.
-        baseline, quantized, compensated: folders with metrics.json and predictions.json of the first repeat;
-            None where it was not evaluated.
-        repeats: folders of all repeats of each of these three.
-        warmup: file of the first repeat.
+        recipe: file with the result of a search. limit: ``max_drop`` and ``metric``, if it has such a limit.
+        annotations: file of the evaluation images. warmup: file of the first repeat.
+        repeats: folders with metrics.json and predictions.json, one for each repeat, by kind (``KINDS``); none
+            where it was not evaluated.
     """
 
     model: str
@@ -41,25 +37,21 @@ class ResultRow:
     limit: Mapping[str, Any] | None
     compensation_settings: Mapping[str, Any] | None
     annotations: str | None
-    baseline: str | None
-    quantized: str | None
-    compensated: str | None
     repeats: Mapping[str, Sequence[str]]
     warmup: str | None
 
     def evaluated(self) -> dict[str, str]:
         """Result folders of the evaluated variants of the first repeat, by kind."""
-        return {kind: folder for kind in KINDS if (folder := getattr(self, kind)) is not None}
+        return {kind: self.repeats[kind][0] for kind in KINDS if self.repeats[kind]}
 
 
 @dataclass(frozen=True)
 class ExportRow:
-    """An exported detector in a runtime.
+    """An exported detector in a runtime; what is missing is None, for the reasons in ``failed``.
 
     Args:
         exported: folder with metrics.json and predictions.json of the file. benchmark: file of its latency.
-        simulated: folder of the same detector in PyTorch. Each is None if missing.
-        failed: as in :class:`ResultRow`.
+        simulated: folder of the same detector in PyTorch.
     """
 
     model: str
@@ -103,11 +95,10 @@ class Stopped:
         return None if (f"{path}/{name}" if name else path) in self.pending else path
 
     def causes(self, names: Mapping[str, str | None]) -> list[str]:
-        """Sentences about the failed jobs that a result with these names needs.
+        """Sentences about the failed jobs that a result needs.
 
         Args:
-            names: values of wildcards, a quantization without the number of a repeat. A job may have other
-                wildcards.
+            names: values of its wildcards, a quantization without the number of a repeat. A job may have others.
         """
         return [
             f"{job.step}: {job.sentence}"

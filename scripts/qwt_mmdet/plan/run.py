@@ -71,10 +71,8 @@ class Job:
     """A job of the workflow that runs a detector. An evaluation is one job, even if it is split into shards.
 
     Args:
-        step: name of its rule.
+        step: name of its rule. runtime: of an exported file. after: the jobs whose files it reads.
         variant: for ``measure_candidates``, its quantization is the name of the measurement.
-        runtime: the runtime of an exported file.
-        after: the jobs whose files it reads.
     """
 
     step: str
@@ -114,10 +112,7 @@ class Job:
 
 
 class Plan:
-    """What a config asks for.
-
-    Args:
-        config: resolved. stopped: the state of a failed run.
+    """What a resolved config asks for; ``stopped`` is the state of a failed run.
 
     Attributes:
         searches: the searches of the config, by name.
@@ -204,11 +199,7 @@ class Plan:
         return most.get(step, search.images if search and step == "measure_candidates" else None)
 
     def measurement(self, quantization: str) -> str | None:
-        """Name of the measurement that a search chooses from; None for a plain quantization.
-
-        Args:
-            quantization: perhaps with the number of a repeat, which the measurement has, too.
-        """
+        """Name of the measurement that a search (perhaps of a repeat) chooses from; None without a search."""
         name, *repeat = quantization.partition("@")
         return (
             "".join([self.searches[name].measurement, *repeat]) if name in self.searches else None
@@ -228,10 +219,7 @@ class Plan:
         return {**combination._asdict(), **names, **more}
 
     def split(self, model: str, jobs: int) -> int:
-        """Number of shards of a new evaluation, so that ``jobs`` jobs at a time are busy.
-
-        It is 1 as long as the number of images is unknown.
-        """
+        """Number of shards of a new evaluation, so that ``jobs`` jobs at a time are busy; 1 if images are not counted."""
         chosen, each = self.config["evaluation"]["shards"], jobs // len(self.evaluations)
         if chosen != "auto":
             return int(chosen)
@@ -277,9 +265,6 @@ class Plan:
             limit=self.config["quantization"][quantization].get("smallest"),
             compensation_settings=self.config["compensation"].get(compensation),
             annotations=finished(chosen_images(self.dataset(model), "evaluation")),
-            baseline=next(iter(found["baseline"]), None),
-            quantized=next(iter(found["quantized"]), None),
-            compensated=next(iter(found["compensated"]), None),
             repeats=found,
             warmup=finished(first.calibrated("warmup.pth")),
         )

@@ -45,12 +45,7 @@ def render(
     document: str | os.PathLike[str],
     output: str | os.PathLike[str],
 ) -> None:
-    """Write the report.
-
-    Args:
-        rows: as for ``tables.summarize``.
-        document: the JSON file that ``tables.summarize`` wrote.
-        output: the HTML file.
+    """Write the report of the rows of a plan and the JSON file of ``tables.summarize``.
 
     Raises:
         QwtError: the summary is missing or unreadable. Other failures are shown as sentences in the report.

@@ -94,9 +94,6 @@ def choose_images(
     """Choose images by ``RULES``: the ids of the chosen images, by rule.
 
     Images with equal differences of F1 are ordered by the number of hits, most first.
-
-    Args:
-        matches: by evaluated variant: baseline, quantized, compensated.
     """
 
     def ranked(a: str, b: str) -> list[int]:
@@ -152,12 +149,9 @@ def _finite(record: Mapping[str, Any]) -> bool:
 def visible_box(
     box: Sequence[float] | NDArray[np.float64], size: tuple[int, int]
 ) -> NDArray[np.float64]:
-    """The drawn part of a box: clipped to the picture, at least ``LEAST`` pixels long and wide.
+    """The drawn part of a box [left, top, right, bottom]: clipped to the picture, at least ``LEAST`` pixels a side.
 
     A box outside of the picture is drawn as a mark at its edge.
-
-    Args:
-        box: left, top, right and bottom in pixels. size: width and height of the picture.
     """
     limit = np.asarray(size, dtype=float) - 1
     corners = np.clip(np.reshape(box, (2, 2)), 0, limit)
@@ -169,15 +163,11 @@ def visible_box(
 def draw_records(
     image: Image.Image, records: Mapping[str, Sequence[dict[str, Any]]], truth: COCO, *, masks: bool
 ) -> Image.Image:
-    """Draw COCO records onto a picture.
+    """Draw COCO records onto an RGB image in its original size; the picture's longer side has ``SIDE`` pixels.
 
     Args:
-        image: in its original size, RGB.
         records: by a key of ``COLOURS``; those that are not finite are left out.
         truth: for names of categories and decoding of masks.
-
-    Returns:
-        A picture whose longer side has ``SIDE`` pixels.
 
     Raises:
         QwtError: a mask has another size than the image.
@@ -227,14 +217,12 @@ def choose_pictures(
     seed: int,
     most: int,
 ) -> list[Picture]:
-    """Choose images by rule.
+    """Choose at most ``most`` images by rule.
 
     Args:
         annotations: COCO annotation file with ``info.image_root``.
-        variants: detections of baseline, quantized and compensated, if evaluated.
-        titles: name of each of these variants in the report.
+        variants: detections of baseline, quantized and compensated, if evaluated; ``titles``: their names in the report.
         classes: names of the categories that were evaluated; None: all.
-        most: largest number of images.
 
     Returns:
         Pictures, whose ``panels`` are dictionaries of title, data URI, width, height and found objects; the

@@ -24,11 +24,7 @@ def answers(rows: Sequence[Row]) -> list[str]:
 
 
 def answer(rows: Sequence[Row]) -> str:
-    """A sentence about the loss of one quantization and the gain of each compensation.
-
-    Args:
-        rows: of one model, quantization and type of AP.
-    """
+    """A sentence about the loss of one quantization (in one type of AP) and the gain of each compensation."""
     row = rows[0]
     ap_type, loss = text.AP_TYPES[row.metrics], row.ap["AP"].quantized_minus_baseline
     quantized, baseline = value_of(row.ap["AP"].quantized), value_of(row.ap["AP"].baseline)
@@ -89,14 +85,7 @@ def effect_sentence(row: Row) -> str:
 
 
 def recommendation(rows: Sequence[Row]) -> str | None:
-    """A sentence about the Pareto front of box AP against size, and about dominated compensated variants.
-
-    Args:
-        rows: of one model.
-
-    Returns:
-        None where no variant has both a size and an AP.
-    """
+    """A sentence about a model's Pareto front of box AP against size; None where nothing has both."""
     lines = [
         line
         for line in variant_lines([row for row in rows if row.metrics == "bbox"])

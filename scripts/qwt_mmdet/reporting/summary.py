@@ -20,12 +20,7 @@ from ..plan.rows import Failure
 
 @dataclass(frozen=True)
 class ClassResult:
-    """AP of a class that has objects.
-
-    Args:
-        annotations: number of its objects. images: number of images with such objects.
-        ap: without intervals if there are few such images.
-    """
+    """AP of a class that has ``annotations`` objects in ``images`` images; without intervals if these are few."""
 
     name: str
     annotations: int
@@ -41,8 +36,6 @@ class Row:
     ``reporting.tables`` describes them.
 
     Args:
-        quantized_dominated_by, compensated_dominated_by: the best variant of the same model that is at most as
-            large and at least as good; None without one, or if size or AP is unknown.
         limit: of a search with a limit for the loss of AP.
         seconds: duration of the steps that the row depends on, by rule; none for supplied warmup files.
         classes: those that have objects.
@@ -263,11 +256,7 @@ def _adapter() -> TypeAdapter[Summary]:
 
 
 def read_summary(path: str | os.PathLike[str]) -> Summary:
-    """Read summary.json.
-
-    Raises:
-        QwtError: it is missing, unreadable or of another version.
-    """
+    """Read summary.json; a QwtError if it is missing, unreadable or of another version."""
     content = read_json(path, what="summary")
     try:
         return _adapter().validate_python(content)

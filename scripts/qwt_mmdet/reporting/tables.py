@@ -67,7 +67,7 @@ from ..evaluation.bootstrap import CONFIDENCE, Bootstrap, bootstrap
 from ..evaluation.coco import AP_METRICS, iou_types
 from ..evaluation.estimates import Comparison, Limit, value_of
 from ..files import read_json, write_atomically
-from ..plan.rows import ExportRow, Failure, ResultRow
+from ..plan.rows import KINDS, ExportRow, Failure, ResultRow
 from .summary import ClassResult, ExportedRow, Row, Summary, with_dominance
 
 RANKED_CLASSES = 10
@@ -82,7 +82,7 @@ def _compare(
     """Compare the variants of a row, whose names in ``statistics`` are their result folders."""
     if statistics is None:
         return Comparison()
-    return statistics.compare(row.baseline, row.quantized, row.compensated, iou_type, metric)
+    return statistics.compare(*map(row.evaluated().get, KINDS), iou_type, metric)
 
 
 def _bit_fields(row: ResultRow, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -100,9 +100,10 @@ def _limit(statistics: Bootstrap | None, row: ResultRow, iou_type: str) -> Limit
     limit = row.limit
     if statistics is None or limit is None or limit["metric"] != iou_type:
         return None
-    if row.baseline is None or row.quantized is None:
+    folders = row.evaluated()
+    if not {"baseline", "quantized"} <= folders.keys():
         return None
-    return statistics.limit(row.baseline, row.quantized, iou_type, limit["max_drop"])
+    return statistics.limit(folders["baseline"], folders["quantized"], iou_type, limit["max_drop"])
 
 
 def _cost_fields(
@@ -180,11 +181,7 @@ def _class_results(
 
 
 def _most_changed(classes: Sequence[ClassResult], difference: str, sign: int) -> list[str]:
-    """Names of the classes whose AP rose most, or fell most with ``sign`` -1, the most first.
-
-    Args:
-        difference: a field of Comparison.
-    """
+    """Names of the classes whose difference (a field of Comparison) rose most, or fell most with ``sign`` -1."""
     changes = {
         entry.name: sign * (value_of(getattr(entry.ap, difference)) or 0) for entry in classes
     }
@@ -224,12 +221,7 @@ def _exported_rows(
     statistics: Bootstrap | None,
     masks: bool,
 ) -> list[ExportedRow]:
-    """Rows of the exported detectors of one model.
-
-    Args:
-        statistics: of single repeats, since the first one is exported.
-        rows: of the same model, for sizes.
-    """
+    """Rows of the exported detectors of a model, with statistics of the first repeat, which is exported."""
     found = []
     for export, iou_type in itertools.product(exports, iou_types(masks)):
         exported, simulated = export.exported, export.simulated
@@ -289,7 +281,7 @@ def _model_summary(
     compensations = {
         folder: read_summary(Path(folder) / "compensation.pth", COMPENSATION_FORMAT, "compensation")
         for row in rows
-        if (folder := row.compensated) is not None
+        if (folder := row.evaluated().get("compensated"))
     }
     recipes = {
         row.quantization: read_json(row.recipe, what="recipe")
@@ -316,7 +308,7 @@ def _model_summary(
     found = []
     for row in rows:
         warmup = warmups.get(row.quantization, {})
-        compensation = compensations.get(row.compensated or "", {})
+        compensation = compensations.get(row.evaluated().get("compensated", ""), {})
         quantized = warmup.get("summary", {})
         fields = {
             **{key: getattr(row, key) for key in ("model", "quantization", "compensation")},
@@ -375,12 +367,9 @@ def summarize(
 
     Args:
         rows: of the plan. Rows of one model share an annotation file.
-        table: the CSV file.
-        document: the JSON file.
+        table: the CSV file. document: the JSON file. exports_table: the CSV file of the exports, if there are any.
         resamples, seed, processes: of the bootstrap.
         failed: the steps of the run that failed.
-        exports: of the plan.
-        exports_table: the CSV file of the exports, if there are any.
 
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.

@@ -75,20 +75,17 @@ def interval(estimate: Estimate | None, form: Callable[[float | None], str] = si
 
 def collapses(rows: Iterable[Row]) -> list[str]:
     """A sentence about each collapsed quantization, with the layers of the lowest SQNR."""
-    collapsed: dict[tuple[str, str], list[str]] = {}
-    worst = {}
+    collapsed: dict[tuple[str, str, str | None], list[str]] = {}
     for row in rows:
-        key = (row.model, row.quantization)
-        names = [row.quantization] if row.collapsed_quantized else []
-        names += [f"{row.quantization} + {row.compensation}"] if row.collapsed_compensated else []
-        if names:
-            collapsed.setdefault(key, []).extend(names)
-            worst[key] = row.worst_layers
+        names = collapsed.setdefault((row.model, row.quantization, row.worst_layers), [])
+        names += [row.quantization] * bool(row.collapsed_quantized)
+        names += [row.compensated_name] * bool(row.collapsed_compensated)
     return [
-        f"{key[0]}: {', '.join(dict.fromkeys(names))} collapsed (no object is found). "
-        + (f"Layers with the lowest SQNR: {worst[key]}. " if worst[key] else "")
+        f"{model}: {', '.join(dict.fromkeys(names))} collapsed (no object is found). "
+        + (f"Layers with the lowest SQNR: {worst}. " if worst else "")
         + "Give such layers 8 bits with overrides, or raise the bits."
-        for key, names in collapsed.items()
+        for (model, _, worst), names in collapsed.items()
+        if names
     ]
 
 
@@ -244,11 +241,7 @@ def last_error(
 
 
 def run_summary(folder: str | os.PathLike[str] = ".") -> str:
-    """The text at the end of a run: the table, failed steps, and paths of the results.
-
-    Args:
-        folder: in which the workflow ran.
-    """
+    """The text at the end of a run in a folder: the table, failed steps, and paths of the results."""
     results = {name: Path(folder, file) for name, file in (("Table", TABLE), ("Report", REPORT))}
     paragraphs = []
     document = Path(folder, DOCUMENT)

@@ -10,11 +10,7 @@ from .summary import Row
 
 
 def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line for the baseline, each quantization and each compensation.
-
-    Args:
-        rows: of one model and type of AP.
-    """
+    """A line for the baseline, each quantization and each compensation of a model, in one type of AP."""
     first = rows[0]
     lines: list[dict[str, Any]] = [
         {

@@ -31,7 +31,7 @@ class Model:
         self._quantizations = [q for q in summary.quantizations if q["model"] == self.name]
         self.exported = [row for row in summary.exports if row.model == self.name]
         self._combinations = self._featured_first(combinations)
-        self.compensated = [row for row in self._combinations if row.compensated is not None]
+        self.compensated = [row for row in self._combinations if row.repeats["compensated"]]
 
     def _featured_first(self, rows: Iterable[Any]) -> list[Any]:
         """Rows (of the plan or the summary), of the featured combination first."""
@@ -155,11 +155,7 @@ class Model:
 
 
 def read_blocks(path: Path) -> list[dict[str, Any]]:
-    """The rows of blocks.csv; empty cells are None.
-
-    Raises:
-        QwtError: it has no blocks.
-    """
+    """The rows of blocks.csv; empty cells are None. A QwtError if there are none."""
     try:
         table = pandas.read_csv(path, dtype={"name": str}, keep_default_na=False, na_values=[""])
     except pandas.errors.EmptyDataError:
@@ -170,12 +166,8 @@ def read_blocks(path: Path) -> list[dict[str, Any]]:
 
 
 def block_section(row: ResultRow, name: str) -> dict[str, Any]:
-    """Errors of the blocks of one compensation, on held-out images if there are any.
-
-    Args:
-        name: of the figure.
-    """
-    blocks = read_blocks(Path(row.compensated or "", "blocks.csv"))
+    """Errors of the blocks of one compensation, on held-out images if there are any; ``name`` is the figure's."""
+    blocks = read_blocks(Path(row.evaluated()["compensated"], "blocks.csv"))
     held_out = all(block["holdout_error_after"] is not None for block in blocks)
     images = "holdout" if held_out else "fit"
     undrawn = [b["name"] for b in blocks if not figures.has_errors(b, images)]
