@@ -74,16 +74,14 @@ def test_a_range_and_a_rounding_from_outside_of_the_package():
         codes = (weight / scale[..., None]).floor() + zero_point[..., None]
         return codes.clamp(0, 2**bits - 1).to(torch.uint8)
 
-    settings = QuantizationSettings(
-        4, 8, weight_range="minmax", activation_range="mylab.half", rounding="mylab.down",
-        migrate_scales=False, bias_correction=False,
-    )  # fmt: skip
-    model = calibrate(quantize_model(tiny.detector("resnet"), settings), tiny.batches(2))
-    plain = QuantizationSettings(
-        4, 8, weight_range="minmax", activation_range="minmax", rounding="nearest",
-        migrate_scales=False, bias_correction=False,
-    )  # fmt: skip
-    usual = calibrate(quantize_model(tiny.detector("resnet"), plain), tiny.batches(2))
+    def calibrated(activation_range, rounding):
+        settings = QuantizationSettings(
+            4, 8, weight_range="minmax", activation_range=activation_range, rounding=rounding,
+            migrate_scales=False, bias_correction=False,
+        )  # fmt: skip
+        return calibrate(quantize_model(tiny.detector("resnet"), settings), tiny.batches(2))
+
+    model, usual = calibrated("mylab.half", "mylab.down"), calibrated("minmax", "nearest")
     for name, layer in quantized_layers(model).items():
         other = quantized_layers(usual)[name]
         torch.testing.assert_close(
@@ -100,13 +98,7 @@ from qwt_mmdet.compensation.blocks import register_blocks
 from qwt_mmdet.compensation.kinds import Kind
 from qwt_mmdet.compensation.solve import Solution, register_solver
 from qwt_mmdet.quantization.attention import QuantizedAttention, register_attention
-from qwt_mmdet.quantization.ranges import register_range
 from torch import Tensor, nn
-
-
-@register_range("mylab.half")
-def half(seen, bits, percentile):
-    return seen.low / 2, seen.high / 2
 
 
 class OneHead(nn.Module):
@@ -176,7 +168,7 @@ def solve_shift(sums, ridge, settings):
 
 
 @pytest.mark.usefixtures("restored")
-def test_a_module_of_the_users_own_brings_range_attention_blocks_and_kind(tmp_path, monkeypatch):
+def test_a_module_of_the_users_own_brings_attention_blocks_and_kind(tmp_path, monkeypatch):
     (tmp_path / "mylab.py").write_text(MYLAB)
     monkeypatch.syspath_prepend(tmp_path)
     config = tmp_path / "own.py"
@@ -190,7 +182,7 @@ def test_a_module_of_the_users_own_brings_range_attention_blocks_and_kind(tmp_pa
     record_of(full).fingerprint = {"model": "own", "weights": "random"}
     batches = [{**batch, "data_samples": [DetDataSample()]} for batch in tiny.batches(2)]
     settings = QuantizationSettings(
-        4, 4, weight_range="minmax", activation_range="mylab.half", migrate_scales=False
+        4, 4, weight_range="minmax", activation_range="minmax", migrate_scales=False
     )
     model = calibrate(quantize_model(copy.deepcopy(full), settings), batches)
     assert type(model.backbone.attention).__name__ == "QuantizedOneHead"

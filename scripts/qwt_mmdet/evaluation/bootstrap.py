@@ -54,10 +54,9 @@ def draw_weights(images: int, resamples: int, seed: int | tuple[int, ...]) -> ND
 def interval(
     samples: NDArray[np.float64], *, beyond: int = 0
 ) -> tuple[float, float] | tuple[None, None]:
-    """95 % percentile interval of bootstrap samples [R].
+    """95 % percentile interval of bootstrap samples [R], of which NaN are left out.
 
     Args:
-        samples: those that are NaN are left out.
         beyond: number of further resamples, counted as beyond both ends.
 
     Returns:
@@ -74,15 +73,12 @@ def interval(
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """AP of each variant on all images and in each resample.
+    """AP of each variant on all images and in each of R resamples, which ``seed`` drew.
 
     Args:
-        images: number of images.
-        resamples: number of resamples R.
-        seed: of the drawing.
-        values: {variant: {IoU type: {metric: AP of all images, NaN where it is undefined}}}. A
-            metric is one of ``AP_METRICS``, or the id of a category that has objects, for its AP.
-        samples: the same, with AP of each resample, [R], NaN where it is undefined.
+        values: {variant: {IoU type: {metric: AP of all images}}}. A metric is one of ``AP_METRICS``, or the id of a
+            category that has objects. NaN is undefined.
+        samples: the same, with AP of each resample, [R].
         repeated: the same, with AP of each repeat, [K], of the variants that are means of repeats.
     """
 
@@ -98,15 +94,13 @@ class Bootstrap:
     def with_repeats(self, repeats: Mapping[str, Sequence[str]]) -> "Bootstrap":
         """Return the same with variants replaced by means over repeats, in a two-level bootstrap.
 
-        Each resample also draws the K repeats with replacement, the same ones for all variants. So an interval
-        includes the variance of both draws. Two corrections are needed: the variance of K drawn repeats is too
-        small by (K - 1) / K, and it is estimated with K - 1 degrees of freedom only. So deviations are
-        multiplied by sqrt(K / (K - 1)) and by the ratio of Student's quantile to the normal one (Davison and
-        Hinkley, Bootstrap Methods and Their Application, 1997, chapter 3).
+        Each resample also draws the K repeats with replacement, the same ones for all variants. Two corrections are
+        needed: the variance of K drawn repeats is too small by (K - 1) / K, and it is estimated with K - 1 degrees of
+        freedom only. So deviations are multiplied by sqrt(K / (K - 1)) and by the ratio of Student's quantile to the
+        normal one (Davison and Hinkley, Bootstrap Methods and Their Application, 1997, chapter 3).
 
         Args:
-            repeats: the variants that are repeats, by the variant that becomes their mean. A single repeat
-                does not change.
+            repeats: the variants that are repeats, by the variant that becomes their mean; a single one does not change.
         """
         repeated: dict[str, Any] = {}
         values, samples = (dict[str, Any](found) for found in (self.values, self.samples))
@@ -185,9 +179,8 @@ class Bootstrap:
     ) -> Estimate:
         """Fraction of the AP lost by quantization that compensation recovers.
 
-        It is (compensated - quantized) / (baseline - quantized). A resample without a loss counts as beyond
-        both ends of the interval. If the loss is not significantly above 0, the fraction is meaningless, and
-        all values are None.
+        It is (compensated - quantized) / (baseline - quantized), and None if the loss is not significantly above 0. A
+        resample without a loss counts as beyond both ends of the interval.
         """
         value_b, samples_b = self._get(baseline, iou_type, metric)
         value_q, samples_q = self._get(quantized, iou_type, metric)
@@ -252,12 +245,9 @@ def bootstrap(
 
     Args:
         annotations: path of the COCO annotation file that all variants were evaluated on.
-        variants: COCO results records (see ``coco.coco_metrics``) of each variant by name, or a file of them. Of
-            files, each process holds one at a time in memory.
-        masks: masks besides boxes.
+        variants: COCO results records of each variant by name, or a file of them, which saves memory.
         classes: names of the categories that are evaluated; None: all.
         resamples: number of resamples; a single image gets none, so its values have no intervals.
-        seed: of the drawing.
         processes: number of processes; the result does not depend on it.
 
     Raises:

@@ -20,12 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Averaged(NamedTuple):
-    """The IoU thresholds and the size class that an AP averages over.
-
-    Attributes:
-        iou: the only IoU threshold; None for all ten.
-        area: size class of the objects, as COCOeval names it.
-    """
+    """The only IoU threshold (None: all ten) and the size class, as COCOeval names it, that an AP averages over."""
 
     iou: float | None = None
     area: str = "all"
@@ -69,13 +64,11 @@ def load_ground_truth(
     COCOeval marks a missing match by id 0. So a file with an annotation 0 is numbered again from 1.
 
     Args:
-        annotations: path of the file.
         masks: whether the masks will be needed.
         classes: names of the categories that are evaluated; None: all. Objects of others are left out.
 
     Raises:
-        QwtError: the file is missing, malformed or inconsistent, has no objects (crowd regions do not count),
-            or lacks a mask that is needed.
+        QwtError: the file is missing, malformed or inconsistent, or has no objects (crowd regions do not count).
     """
     content = read_annotations(annotations, masks=masks)
     if classes is not None:
@@ -154,13 +147,12 @@ def match_detections(
     *,
     images: Sequence[int] | None = None,
 ) -> COCOeval:
-    """Match checked predictions to the ground truth (COCOeval.evaluate).
+    """Match checked predictions to the ground truth (COCOeval.evaluate), for ``bbox`` or ``segm``.
 
-    Only the compared shape is passed on: COCO would take the area of a mask from the detection's box, if it has
-    one, but the official size classes of masks use mask areas.
+    Only the compared shape is passed on: COCO would take the area of a mask from the detection's box, but the official
+    size classes of masks use mask areas.
 
     Args:
-        iou_type: ``bbox`` or ``segm``.
         images: ids of the images to match; None: all.
 
     Returns:
@@ -217,20 +209,18 @@ def coco_metrics(
     masks: bool,
     classes: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Return COCO's metrics of a detector's predictions.
+    """Return COCO's metrics of a detector's predictions on all images of an annotation file.
 
     Args:
-        annotations: path of a COCO annotation file; all its images are evaluated.
         predictions: COCO results records: image_id, category_id, bbox [x, y, width, height] in
             pixels, score and, with ``masks``, segmentation (compressed RLE).
         masks: evaluate masks besides boxes.
         classes: names of the categories that are evaluated; None: all.
 
     Returns:
-        ``{"bbox": {metric: value}, "segm": the same with masks, "per_class": {name: {"bbox": AP,
-        "segm": AP with masks, "annotations": number of objects that are not crowd regions}},
-        "images": number of images}``. The metrics are ``AP_METRICS`` and ``AR_METRICS``, between 0 and 1, and
-        None where there is no object for them.
+        ``{"bbox": {metric: value}, "segm": the same with masks, "per_class": {name: {"bbox": AP, "segm": AP with masks,
+        "annotations": number of objects that are not crowd regions}}, "images": number of images}``. The metrics are
+        ``AP_METRICS`` and ``AR_METRICS``, between 0 and 1, and None where there is no object for them.
 
     Raises:
         QwtError: see ``load_ground_truth`` and ``check_predictions``.

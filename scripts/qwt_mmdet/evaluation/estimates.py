@@ -68,14 +68,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limit:
-    """A drop of AP, compared with its limit.
+    """A drop of AP (below 0: a gain) on a number of images, compared with its limit ``max_drop``.
 
     Args:
-        max_drop: the limit.
-        drop: AP of the baseline minus AP of the variant, on all images; below 0 is a gain.
-        worst_drop, least_drop: 95 % of the resamples have a smaller, and a larger, drop; None where AP is
-            undefined in all of them.
-        images: number of images.
+        worst_drop, least_drop: 95 % of the resamples have a smaller, and a larger, drop; None where AP is undefined.
     """
 
     max_drop: float

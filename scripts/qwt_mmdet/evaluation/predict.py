@@ -20,8 +20,8 @@ class Predictions(NamedTuple):
     """Detections of a detector on some images.
 
     Attributes:
-        records: COCO results, a dictionary per detection: image_id, category_id, bbox (x, y, width,
-            height in pixels), score, and segmentation (compressed run lengths) with masks.
+        records: COCO results: image_id, category_id, bbox (x, y, width, height in pixels), score, and segmentation
+            (compressed run lengths) with masks.
         not_finite: number of detections with a NaN or an infinity, which are not in ``records``.
         masks: whether the detector predicts masks.
     """
@@ -88,7 +88,6 @@ def predict(
         loader: batches as mmdet's test step takes them. Only images of one shape run together, so that the
             padding of an image does not depend on its batch.
         annotations: COCO annotation file that defines the category ids.
-        total: number of images, for the progress bar.
 
     Raises:
         QwtError: the classes do not fit.

@@ -45,17 +45,14 @@ class Outcome(NamedTuple):
 def _expand_ties(
     ranking: Ranking, outcome: Outcome, most: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Order of the detections of a resample.
+    """Order of the detections of a resample: detection and copy of each entry.
 
     If a group of equal scores has only hits or only misses, its order does not matter. Then the copies of a
-    detection form one entry with its weight. In a mixed group the copies of the images interleave, so each
-    copy is an entry.
+    detection form one entry with its weight (copy 0). In a mixed group the copies of the images interleave, so each
+    copy (1, 2, …) is an entry.
 
     Args:
         most: largest weight of each image in any resample, [N].
-
-    Returns:
-        Detection and copy of each entry in order; copy 0 means all copies together, c > 0 the c-th copy.
     """
     detections = np.arange(len(ranking.images))
     groups = ranking.ties[-1] + 1 if len(detections) else 0
@@ -94,7 +91,7 @@ def _interpolated_precision(
     objects: NDArray[np.int64],
     recall_thresholds: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """COCO's interpolated AP of precision-recall curves, which are given at their hits.
+    """COCO's interpolated AP of precision-recall curves, which are given at their hits, [R].
 
     Precision at a recall threshold is the largest precision at that recall or a higher one. It changes only at
     hits. So each hit contributes this precision times the number of thresholds that its recall reaches first.
@@ -102,9 +99,6 @@ def _interpolated_precision(
     Args:
         hits, counted: weight of the hits, and of hits and false positives, up to each hit, [H, R].
         objects: weight of the objects, [R].
-
-    Returns:
-        AP of each resample, [R]; 0 where there are no objects.
     """
     # COCOeval's expression, so that rounding is the same.
     precision = hits / (counted + np.spacing(1))
@@ -117,9 +111,8 @@ def _interpolated_precision(
 class _Chunk(NamedTuple):
     """Detections of one category in some images.
 
-    ``present`` [N] indices of the images with objects or detections of the category, ``images`` [D] index of
-    each detection's image, ``scores`` [D]; for each size class ``hit`` [T, D], ``counted`` [T, D] and
-    ``objects`` [N] as in :class:`Outcome`.
+    ``present`` [N] indices of the images with objects or detections, ``images`` [D] and ``scores`` [D] of the
+    detections; for each size class ``hit``, ``counted`` and ``objects`` as in :class:`Outcome`.
     """
 
     present: NDArray[np.int64]
@@ -215,15 +208,11 @@ class ApTable:
     def ap(
         self, weights: NDArray[np.integer]
     ) -> tuple[dict[str, NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
-        """Return AP under integer weights of the images.
-
-        Args:
-            weights: how often each image counts, [R, N], not negative, in the order of ``images``.
+        """Return AP under whole weights of the images, [R, N], in the order of ``images``.
 
         Returns:
             For each of ``AP_METRICS`` the values [R], NaN where there is no object; categories without
-            objects in a resample are left out of its mean. And AP of each category id with objects, [R], NaN
-            in resamples without them.
+            objects in a resample are left out of its mean. And AP of each category id with objects, [R].
         """
         drawn = np.ascontiguousarray(weights.T, dtype=np.int32)
         most = drawn.max(axis=1, initial=0)
