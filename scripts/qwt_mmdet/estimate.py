@@ -252,11 +252,8 @@ def search_costs(
     """Costs of the two steps of a search, from those of the steps that it repeats.
 
     The search is not part of the pilot: it would take longer than all other steps. Each ranking calibrates the
-    detector, and runs it once in full precision and once per layer. Each round calibrates a recipe on half of
-    the images and scores it on the others.
-
-    Args:
-        layers: number of quantized layers.
+    detector, and runs it once in full precision and once per quantized layer. Each round calibrates a recipe on
+    half of the images and scores it on the others.
     """
     steps = ("evaluate_baseline", "quantize_model", "evaluate_quantized")
     full, calibration, quantized = (costs[model, step] for step in steps)
@@ -318,7 +315,6 @@ def run_seconds(
     """Seconds from start to end of a run with parallel jobs, and the sum over its jobs.
 
     Args:
-        found: of :func:`estimate_run` for the plan.
         slots: number of parallel jobs. gpus: number of parallel jobs that use a GPU; None for any number.
     """
     costs = {(one.model, one.step): one for one in found}
@@ -337,8 +333,7 @@ def wall_seconds(
     """Seconds from start to end of parallel jobs that start in their order as soon as they can.
 
     Args:
-        seconds: of each job, for each of its shards.
-        slots: number of parallel jobs. gpus: number of parallel jobs that use a GPU; None for any number.
+        seconds: of each job, for each of its shards. slots, gpus: see :func:`run_seconds`.
     """
     waiting = [(job, cost) for job, costs in seconds.items() for cost in costs]
     left = {job: len(costs) for job, costs in seconds.items()}

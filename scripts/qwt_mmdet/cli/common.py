@@ -24,6 +24,10 @@ WarmupOption = Annotated[Path | None, typer.Option(help="warmup.pth; none: full 
 CompensationOption = Annotated[Path | None, typer.Option(help="compensation.pth.")]
 MODEL: Table = {Model: {"config": Key("config"), "cfg_options": Key("config_options")}}
 """The options that :func:`load_model` reads."""
+OutputOption = Annotated[
+    Path, typer.Option(help="Where results, logs and the workflow's config go.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")]
 CoresOption = Annotated[int | None, typer.Option(min=1, help="CPU cores; default: all.")]
 
 
@@ -45,11 +49,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def config_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["a.b=0.5"]`` as ``{"a.b": 0.5}``; values are YAML.
-
-    Raises:
-        QwtError: a pair is not key=value, or its value is not YAML.
-    """
+    """``["a.b=0.5"]`` as ``{"a.b": 0.5}``; values are YAML."""
     values = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
@@ -70,11 +70,7 @@ def count_or_all(text: str) -> int | str:
 
 
 def check_files(content: Mapping[str, Any]) -> None:
-    """Check that the local files of a config exist.
-
-    Raises:
-        QwtError: a checkpoint, a data set or a warmup file does not.
-    """
+    """Check that the local checkpoints, warmup files and data sets of a config exist."""
     for name, model in content["models"].items():
         files = [("checkpoint", model["checkpoint"])]
         files += [(f"warmup.{key}", path) for key, path in model.get("warmup", {}).items()]
@@ -88,24 +84,15 @@ def check_files(content: Mapping[str, Any]) -> None:
 
 
 def check_cuda() -> None:
-    """Check that a GPU can be used, for ``--device cuda``.
-
-    Raises:
-        QwtError: it cannot; says why.
-    """
+    """Check that a GPU can be used, for ``--device cuda``."""
     from ..devices import gpu_fault
 
-    fault = gpu_fault()
-    if fault is not None:
+    if fault := gpu_fault():
         raise QwtError(f"--device is cuda, but {fault}; or use --device cpu.")
 
 
 def chosen_device(wanted: Device) -> str:
-    """Return the device to compute on, ``"cuda:1"`` or ``"cpu"``; see ``devices.choose_device``.
-
-    Raises:
-        QwtError: cuda is wanted and cannot be used.
-    """
+    """Return the device to compute on, ``"cuda:1"`` or ``"cpu"``; see ``devices.choose_device``."""
     from ..devices import choose_device
 
     if wanted == "cuda":
@@ -120,14 +107,7 @@ def load_model(
     compensation: Path | None,
     device: str = "cpu",
 ) -> Any:
-    """Load the detector that the options of a command name.
-
-    Args:
-        values: with the keys of :data:`MODEL`.
-
-    Raises:
-        QwtError: a compensation without a warmup file, or files that cannot be read or do not fit.
-    """
+    """Load the detector that the options of a command name (in ``values``, those of :data:`MODEL`)."""
     if compensation is not None and warmup is None:
         raise QwtError("--compensation needs the --warmup that it was fitted for.")
     from ..steps.inputs import load_quantized

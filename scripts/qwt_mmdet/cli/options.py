@@ -115,14 +115,7 @@ def with_options(table: Table) -> Callable[[Callable[..., None]], Callable[..., 
 
 @contextlib.contextmanager
 def options_named(table: Table, **further: str) -> Iterator[None]:
-    """Inside: error messages name the options that set a key instead of the key.
-
-    Args:
-        further: options that are in no table, by key.
-
-    Raises:
-        QwtError: raised inside, with another message.
-    """
+    """Inside: error messages name the options (of a table, and ``further`` ones by key) instead of the key."""
     options: dict[str, list[str]] = {}
     for keys in table.values():
         for option, key in keys.items():
@@ -130,9 +123,7 @@ def options_named(table: Table, **further: str) -> Iterator[None]:
     try:
         yield
     except QwtError as error:
-        names = {
-            key: " or ".join(dict.fromkeys(theirs)) for key, theirs in options.items()
-        } | further
+        names = {k: " or ".join(dict.fromkeys(theirs)) for k, theirs in options.items()} | further
 
         def named(found: re.Match[str]) -> str:
             """The option of the innermost key of a path: ``models.yolox.checkpoint``, ``runtime[0]``."""

@@ -29,6 +29,8 @@ from .common import (
     CoresOption,
     Device,
     DeviceOption,
+    DryRunOption,
+    OutputOption,
     check_cuda,
     check_files,
     config_options,
@@ -94,9 +96,7 @@ FURTHER = {
 @with_options(OPTIONS)
 def run(
     values: Values,
-    output_dir: Annotated[
-        Path, typer.Option(help="Where results, logs and the workflow's config go.")
-    ] = Path("qwt_output"),
+    output_dir: OutputOption = Path("qwt_output"),
     compensation: Annotated[
         list[str],
         typer.Option(metavar="|".join([*PRESETS, NO_COMPENSATION]), help="Preset; repeatable."),
@@ -120,7 +120,7 @@ def run(
     skip_quantized_eval: Annotated[
         bool, typer.Option("--skip-quantized-eval", help="Do not evaluate without compensation.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Quantize one model, compensate it, and evaluate both.
 
@@ -164,17 +164,10 @@ def make_configuration(
 
     Args:
         values: of the options in ``OPTIONS``; those of the quantization are not used.
-        quantization: settings by name.
-        presets: names of compensations.
-        runtimes: of exported files; empty: no export.
+        quantization: settings by name. presets: names of compensations. runtimes: of exported files.
         warmup: file to use instead of calibrating; for a single quantization.
-        skip: evaluations to leave out.
-        targets: combinations to compute; None: every quantization with every compensation.
-
-    Raises:
-        QwtError: a value is outside of what is allowed, or two do not agree.
     """
-    general, model, data = values[Configuration], values[Model], values[Coco]
+    model, data = values[Model], values[Coco]
     if warmup and len(quantization) > 1:
         raise QwtError("--warmup-checkpoint is for one bit width; give --w-bit and --a-bit once.")
     known = [*PRESETS, NO_COMPENSATION]
@@ -217,7 +210,7 @@ def make_configuration(
         skip=skip,
         calibration=loading,
         evaluation=loading,
-        **general,
+        **values[Configuration],
     )
 
 
@@ -254,11 +247,7 @@ def run_workflow(
     cores: int | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Write a configuration into a folder, run the workflow there and print the table of results.
-
-    Raises:
-        QwtError: the configuration is wrong, or a step failed; says why.
-    """
+    """Write a configuration into a folder, run the workflow there and print the table of results."""
     workflow = snakefile()
     content = as_entry(configuration)
     check_files(resolve(content))

@@ -10,7 +10,7 @@ from ..config.export import OwnRuntime
 from ..config.workflow import Targets
 from ..errors import QwtError
 from ..plan import Variant
-from .common import CoresOption, DeviceOption, plain_errors
+from .common import CoresOption, DeviceOption, DryRunOption, OutputOption, plain_errors
 from .options import Key, Table, Values, choices, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
 
@@ -60,12 +60,10 @@ def shrink(
             help="Runtime that evaluates and times the ONNX file; repeatable.",
         ),
     ] = ["onnxruntime"],  # noqa: B006
-    output_dir: Annotated[
-        Path, typer.Option(help="Where results, logs and the workflow's config go.")
-    ] = Path("qwt_output"),
+    output_dir: OutputOption = Path("qwt_output"),
     device: DeviceOption = "auto",
     cores: CoresOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps only.")] = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Search the bits of each layer for a small detector, and export it.
 
