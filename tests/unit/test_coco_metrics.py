@@ -130,17 +130,6 @@ def test_a_prediction_that_is_no_result_is_refused(tmp_path, record, message):
         coco_metrics(write(tmp_path, one_object(BOX)), [detection(BOX, 0.5), record], masks=True)
 
 
-def test_a_detector_that_finds_nothing_has_ap_0(tmp_path):
-    content = one_object(BOX)
-    content["categories"].append({"id": 2, "name": "dog"})
-    metrics = coco_metrics(write(tmp_path, content), [], masks=True)
-    for kind in ("bbox", "segm"):
-        assert metrics[kind]["AP"] == metrics[kind]["AR100"] == metrics[kind]["APm"] == 0
-        assert metrics[kind]["APs"] is None  # there are no small objects
-        assert metrics["per_class"]["cat"][kind] == 0
-        assert metrics["per_class"]["dog"][kind] is None
-
-
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [

@@ -10,7 +10,7 @@ from mmdet.models import BaseDetector
 from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 
-from ..data.batches import same_shapes
+from ..data.batches import count_images, same_shapes
 from ..detectors.classes import category_ids, log_left_out
 from ..files import read_json
 from ..progress import progress
@@ -77,9 +77,6 @@ def predict(
     model: BaseDetector,
     loader: Iterable[dict[str, Any]],
     annotations: str | os.PathLike[str],
-    *,
-    total: int | None = None,
-    description: str = "Evaluating",
 ) -> Predictions:
     """Detections of all images that the loader yields.
 
@@ -108,7 +105,7 @@ def predict(
                     found[index] = sample
             yield from found
 
-    for sample in progress(samples(), description, total=total):
+    for sample in progress(samples(), "Evaluating", total=count_images(loader)):
         records += detections(sample.pred_instances, sample.img_id, label_to_category)
         not_finite += len(sample.pred_instances) - len(finite(sample.pred_instances))
         masks |= "masks" in sample.pred_instances

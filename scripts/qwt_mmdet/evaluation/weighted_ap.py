@@ -109,35 +109,37 @@ def _interpolated_precision(
 
 
 class _Chunk(NamedTuple):
-    """Detections of one category in some images.
+    """Matches of one category in some images.
 
-    ``present`` [N] indices of the images with objects or detections, ``images`` [D] and ``scores`` [D] of the
-    detections; for each size class ``hit``, ``counted`` and ``objects`` as in :class:`Outcome`.
+    ``present`` [P] indices of the images with objects or detections, ``objects`` [areas, P] their numbers of objects;
+    ``images`` [D] and ``scores`` [D] of the detections; ``hit`` and ``counted`` [areas, T, D] as in :class:`Outcome`.
     """
 
     present: NDArray[np.int64]
+    objects: NDArray[np.int64]
     images: NDArray[np.int64]
     scores: NDArray[np.float64]
-    hit: list[NDArray[np.bool_]]
-    counted: list[NDArray[np.bool_]]
-    objects: list[NDArray[np.int64]]
+    hit: NDArray[np.bool_]
+    counted: NDArray[np.bool_]
 
 
-def _collect(present: NDArray[np.int64], by_area: list[list[dict[str, Any]]]) -> _Chunk:
-    """COCOeval's matches of one category in the images ``present``."""
-    first = by_area[0]
-    scores = np.concatenate([np.asarray(entry["dtScores"], dtype=float) for entry in first])
-    images = np.repeat(present, [len(entry["dtScores"]) for entry in first])
-    chunk = _Chunk(present, images, scores, [], [], [])
-    for entries in by_area:
-        matched = np.concatenate([entry["dtMatches"] for entry in entries], axis=1) != 0
-        ignored = np.concatenate([entry["dtIgnore"] for entry in entries], axis=1).astype(bool)
-        chunk.hit.append(matched & ~ignored)
-        chunk.counted.append(~ignored)
-        chunk.objects.append(
-            np.array([np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries])
-        )
-    return chunk
+def _collect(present: NDArray[np.int64], by_area: NDArray[np.object_]) -> _Chunk:
+    """COCOeval's matches of one category, [areas, P], in the images ``present``."""
+
+    def joined(key: str) -> NDArray[Any]:
+        return np.array([np.concatenate([one[key] for one in area], axis=1) for area in by_area])
+
+    scores = [np.asarray(entry["dtScores"], dtype=float) for entry in by_area[0]]
+    objects = [[np.count_nonzero(entry["gtIgnore"] == 0) for entry in area] for area in by_area]
+    matched, counted = joined("dtMatches") != 0, ~joined("dtIgnore").astype(bool)
+    return _Chunk(
+        present,
+        np.array(objects),
+        np.repeat(present, list(map(len, scores))),
+        np.concatenate(scores),
+        matched & counted,
+        counted,
+    )
 
 
 class ApTable:
@@ -165,22 +167,14 @@ class ApTable:
             self.iou_thresholds: NDArray[np.float64] = parameters.iouThrs
             self.recall_thresholds: NDArray[np.float64] = parameters.recThrs
             self.areas: list[str] = parameters.areaRngLbl
-            # evalImgs is a flat list [category, area, image]; None (for all areas) where an image has neither
-            # objects nor detections of the category.
-            count = len(parameters.imgIds)
-            size = len(self.areas) * count
-            for category, start in zip(
-                parameters.catIds, range(0, len(evaluator.evalImgs), size), strict=True
-            ):
-                by_area = [
-                    evaluator.evalImgs[begin : begin + count]
-                    for begin in range(start, start + size, count)
-                ]
-                present = [index for index, entry in enumerate(by_area[0]) if entry is not None]
-                if present:
-                    entries = [[area[index] for index in present] for area in by_area]
-                    indices = np.array(present) + len(self.images)
-                    chunks.setdefault(int(category), []).append(_collect(indices, entries))
+            # None (for all areas) where an image has neither objects nor detections of the category
+            shape = len(parameters.catIds), len(self.areas), len(parameters.imgIds)
+            found = np.array(evaluator.evalImgs, dtype=object).reshape(shape)
+            for category, by_area in zip(parameters.catIds, found, strict=True):
+                present = np.flatnonzero(by_area[0])
+                if len(present):
+                    chunk = _collect(present + len(self.images), by_area[:, present])
+                    chunks.setdefault(int(category), []).append(chunk)
             self.images += map(int, parameters.imgIds)
         self.categories = {
             category: self._category(chunks[category])
@@ -195,14 +189,12 @@ class ApTable:
         scores = scores[order]
         images = np.concatenate([chunk.images for chunk in chunks])[order]
         ties = np.concatenate([np.zeros(1, dtype=int), np.cumsum(scores[1:] != scores[:-1])])
-        outcomes = []
-        for area in range(len(self.areas)):
-            hit = np.concatenate([chunk.hit[area] for chunk in chunks], axis=1)[:, order]
-            counted = np.concatenate([chunk.counted[area] for chunk in chunks], axis=1)[:, order]
-            objects = np.zeros(len(self.images), dtype=np.int64)
-            for chunk in chunks:
-                objects[chunk.present] = chunk.objects[area]
-            outcomes.append(Outcome(hit, counted, objects))
+        hit = np.concatenate([chunk.hit for chunk in chunks], axis=2)[:, :, order]
+        counted = np.concatenate([chunk.counted for chunk in chunks], axis=2)[:, :, order]
+        objects = np.zeros((len(self.areas), len(self.images)), dtype=np.int64)
+        for chunk in chunks:
+            objects[:, chunk.present] = chunk.objects
+        outcomes = [Outcome(*of_area) for of_area in zip(hit, counted, objects, strict=True)]
         return Ranking(images, ties[: len(images)]), outcomes
 
     def ap(

@@ -7,7 +7,7 @@ from typing import Any
 from mmdet.models import BaseDetector
 
 from ..archives import worst_layers
-from ..data.batches import count_images, shard_of
+from ..data.batches import shard_of
 from ..data.loaders import make_loader
 from ..detectors.classes import category_ids
 from ..detectors.forward import check_precision
@@ -57,7 +57,7 @@ def evaluate_detector(
     if found is None:
         check_precision(model)
         loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
-        found = predict(model, loader, annotations, total=count_images(loader))
+        found = predict(model, loader, annotations)
     quantized = record_of(model).quantization is not None
     if not quantized and found.not_finite:
         raise QwtError(
@@ -94,7 +94,7 @@ def evaluate_shard(
         workers=inputs.workers,
         images=shard_of(count, inputs.batch_size, shard),
     )
-    found = predict(model, loader, inputs.annotations, total=count_images(loader))
+    found = predict(model, loader, inputs.annotations)
     write_json(output, found._asdict())
 
 
