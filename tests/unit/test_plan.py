@@ -251,12 +251,6 @@ def test_what_failed_in_a_repeat_is_told_and_the_others_count():
     assert not any(other.failed for other in others)
 
 
-def test_what_a_run_left_is_read_as_it_was_written():
-    stopped = Stopped([Failure("s", {"model": "m"}, "s.log", "No.")], ["results/summary.csv"])
-    stopped.write("note.json")
-    assert Stopped.read("note.json") == stopped
-
-
 @pytest.mark.parametrize(
     ("name", "parts", "evaluated"),
     [

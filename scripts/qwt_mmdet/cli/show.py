@@ -36,21 +36,18 @@ def show(
         typer.echo(tabulate(lines, tablefmt="plain", disable_numparse=True))
         if content_type == "compensation":
             rows = [
-                (
-                    block["name"],
-                    block["kind"],
-                    block["decision"],
-                    number(block["fit"]["r2"]),
-                    number(block["holdout"]["r2"]),
-                    megabytes(block["bytes"]),
-                    percent(block["multiply_adds_percent"] / 100),
-                )
+                {
+                    "block": block["name"],
+                    "kind": block["kind"],
+                    "decision": block["decision"],
+                    "r² fit": number(block["fit"]["r2"]),
+                    "r² held out": number(block["holdout"]["r2"]),
+                    "size": megabytes(block["bytes"]),
+                    "multiply-adds": percent(block["multiply_adds_percent"] / 100),
+                }
                 for block in content["blocks"]
             ]
-            headers = (
-                "block", "kind", "decision", "r² fit", "r² held out", "size", "multiply-adds",
-            )  # fmt: skip
-            typer.echo("\n" + tabulate(rows, headers, disable_numparse=True))
+            typer.echo("\n" + tabulate(rows, headers="keys", disable_numparse=True))
         else:
             skipped = content["summary"]["not_quantized"]
             typer.echo(f"\n{len(skipped)} modules in full precision")

@@ -19,13 +19,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..errors import QwtError
+from ..plan.files import BASELINE, QUANTIZED
 
 WIDTH = 5.6  # inches of 72 units; text of 11 units is readable on a phone that is 390 pixels wide
 
 INK, LINE = "#010203", "#010204"
 PAGE_COLOURS = {INK: "var(--ink)", LINE: "var(--line)"}
 
-BASELINE, QUANTIZED = "baseline", "quantized"
 VERMILLION = "#D55E00"
 COMPENSATION_STYLES = (
     ("#0072B2", "s"),

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from ..evaluation.estimates import Estimate, value_of
+from ..plan.files import QUANTIZED
 from ..plan.run import unique
-from . import figures, text
+from . import text
 from .summary import Row
 from .variants import featured, variant_lines
 
@@ -102,6 +103,6 @@ def recommendation(rows: Sequence[Row]) -> str | None:
     dominated = [
         f"{line['title']} is dominated by {line['dominated_by']}"
         for line in lines
-        if line["dominated_by"] and line["series"] != figures.QUANTIZED
+        if line["dominated_by"] and line["series"] != QUANTIZED
     ]
     return "; ".join([sentence, *dominated]) + "."

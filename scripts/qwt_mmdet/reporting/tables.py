@@ -82,7 +82,8 @@ def _compare(
     """Compare the variants of a row, whose names in ``statistics`` are their result folders."""
     if statistics is None:
         return Comparison()
-    return statistics.compare(*map(row.evaluated().get, KINDS), iou_type, metric)
+    baseline, quantized, compensated = map(row.evaluated().get, KINDS)
+    return statistics.compare(baseline, quantized, compensated, iou_type, metric)
 
 
 def _bit_fields(row: ResultRow, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -374,20 +375,19 @@ def summarize(
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.
     """
-    found: list[Row] = []
-    quantizations: list[dict[str, Any]] = []
-    exported: list[ExportedRow] = []
-    for model in dict.fromkeys(row.model for row in rows):
-        of_model = _model_summary(
+    by_model = [
+        _model_summary(
             [row for row in rows if row.model == model],
             [row for row in exports if row.model == model],
             resamples=resamples,
             seed=seed,
             processes=processes,
         )
-        found += of_model[0]
-        quantizations += of_model[1]
-        exported += of_model[2]
+        for model in dict.fromkeys(row.model for row in rows)
+    ]
+    found = [row for of_model, _, _ in by_model for row in of_model]
+    quantizations = [entry for _, of_model, _ in by_model for entry in of_model]
+    exported = [row for _, _, of_model in by_model for row in of_model]
     _write_csv(table, found)
     if exports_table is not None:
         _write_csv(exports_table, exported)

@@ -178,28 +178,22 @@ def summary_table(summary: Summary) -> str:
     """Return the results of a run as a table for the terminal."""
     lines = []
     for row in summary.rows:
-        ap = row.ap["AP"]
-        gain = ap.compensated_minus_quantized
-        ends = interval(gain)
+        ap, gain = row.ap["AP"], row.ap["AP"].compensated_minus_quantized
+        mark, ends = "*" if gain and gain.significant else " ", interval(gain)
         lines.append(
-            [
-                row.model,
-                row.quantization,
-                row.compensation or NOTHING,
-                AP_TYPES[row.metrics],
-                _cell(ap.baseline),
-                _cell(ap.quantized, row.collapsed_quantized),
-                _cell(ap.compensated, row.collapsed_compensated),
-                f"{signed(value_of(gain))}{'*' if gain and gain.significant else ' '} "
-                + (f"({ends})" if ends else ""),
-                percent(value_of(ap.recovered)),
-            ]
+            {
+                "model": row.model,
+                "quantization": row.quantization,
+                "compensation": row.compensation or NOTHING,
+                "AP": AP_TYPES[row.metrics],
+                "baseline": _cell(ap.baseline),
+                "quantized": _cell(ap.quantized, row.collapsed_quantized),
+                "compensated": _cell(ap.compensated, row.collapsed_compensated),
+                "gain (interval)": f"{signed(value_of(gain))}{mark} {ends and f'({ends})'}",
+                "recovered": percent(value_of(ap.recovered)),
+            }
         )
-    headers = [
-        "model", "quantization", "compensation", "AP", "baseline", "quantized", "compensated",
-        "gain (interval)", "recovered",
-    ]  # fmt: skip
-    table = tabulate(lines, headers, disable_numparse=True)
+    table = tabulate(lines, headers="keys", disable_numparse=True)
     images = ", ".join(sorted({str(row.images) for row in summary.rows if row.images}))
     repeats = max(row.repeats for row in summary.rows)
     over = f"{images} images and {repeats} calibrations" if repeats > 1 else f"{images} images"

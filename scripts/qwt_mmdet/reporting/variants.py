@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.estimates import value_of
+from ..plan.files import BASELINE, QUANTIZED
 from ..plan.run import unique
 from . import figures
 from .summary import Row
@@ -15,7 +16,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = [
         {
             "variant": "baseline",
-            "series": figures.BASELINE,
+            "series": BASELINE,
             "note": "full precision",
             "dominated_by": None,
             "faults": [],
@@ -34,7 +35,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 **about,
                 "variant": name,
                 "title": name,
-                "series": figures.QUANTIZED,
+                "series": QUANTIZED,
                 "note": f"W{row.weight_bits} A{row.activation_bits}, {row.scope}",
                 "ap": row.ap["AP"].quantized,
                 "loss": row.ap["AP"].quantized_minus_baseline,
