@@ -234,11 +234,6 @@ def detector_params(step):
     }
 
 
-def kept(path, keep):
-    """Return an output file; unless ``keep``, Snakemake deletes it once nothing needs it."""
-    return path if keep else temp(path)
-
-
 def plain(rows):
     """Return rows of the plan as params."""
     return [dataclasses.asdict(row) for row in rows]

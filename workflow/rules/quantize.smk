@@ -1,10 +1,13 @@
+WARMUP = "results/{model}/{quantization}/warmup.pth"
+
+
 rule quantize_model:
     """Calibrate a detector's quantizers, or take the warmup file that the config supplies."""
     input:
         **detector_input("calibration"),
         recipe=from_wildcards(SETTINGS.recipe, "model", "quantization"),
     output:
-        warmup=kept("results/{model}/{quantization}/warmup.pth", config["keep_warmup"]),
+        warmup=WARMUP if config["keep_warmup"] else temp(WARMUP),
         summary="results/{model}/{quantization}/warmup.json",
     log:
         "logs/quantize_model/{model}/{quantization}.log",
