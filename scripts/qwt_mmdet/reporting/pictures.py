@@ -10,12 +10,11 @@ import io
 import math
 import os
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +37,6 @@ FONT = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=18))  # with a s
 COLOURS = {"object": "#009E73", "hit": "#56B4E9", "false": "#D55E00", "missed": "#F0E442"}
 
 
-class Picture(NamedTuple):
-    """An image of the report; ``panels`` draws it, and raises if the image file is missing."""
-
-    name: str
-    rule: str
-    panels: Callable[[], list[dict[str, Any]]]
-
-
 @dataclass
 class ImageMatches:
     """Matches of a variant on one image: COCO records of hits, false alarms and missed objects."""
@@ -59,6 +50,50 @@ class ImageMatches:
         """F1; 1 where there are neither objects nor detections."""
         errors = len(self.false) + len(self.missed)
         return 2 * len(self.hit) / (2 * len(self.hit) + errors) if self.hit or errors else 1.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the report: its id, the rule that chose it, and the matches of each variant by title."""
+
+    image: int
+    rule: str
+    truth: COCO
+    matches: Mapping[str, ImageMatches]
+    masks: bool
+
+    @property
+    def name(self) -> str:
+        return self.truth.imgs[self.image]["file_name"]
+
+    def panels(self) -> list[dict[str, Any]]:
+        """Ground truth and each variant: title, data URI, width, height and found objects.
+
+        Raises:
+            QwtError: the image is missing, not readable, or has another size than annotated.
+        """
+        image = _read(self.truth, self.image)
+        objects = [a for a in self.truth.imgToAnns[self.image] if not a["iscrowd"]]
+        count = f"{len(objects)} object{'s' if len(objects) != 1 else ''}"
+        panels = [self._panel(image, "ground truth", {"object": objects}, count)]
+        for title, matched in self.matches.items():
+            found = f"{len(matched.hit)} of {len(matched.hit) + len(matched.missed)} found"
+            found = f"{found}, {len(matched.false)} false"
+            panels.append(self._panel(image, title, vars(matched), found))
+        return panels
+
+    def _panel(
+        self, image: Image.Image, title: str, records: Mapping[str, Any], found: str
+    ) -> dict[str, Any]:
+        picture, stream = draw_records(image, records, self.truth, masks=self.masks), io.BytesIO()
+        picture.save(stream, "WEBP", quality=QUALITY, method=6)
+        return {
+            "title": title,
+            "data": f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}",
+            "width": picture.width,
+            "height": picture.height,
+            "found": found,
+        }
 
 
 def match_images(
@@ -223,10 +258,6 @@ def choose_pictures(
         annotations: COCO annotation file with ``info.image_root``.
         variants: detections of baseline, quantized and compensated, if evaluated; ``titles``: their names in the report.
         classes: names of the categories that were evaluated; None: all.
-
-    Returns:
-        Pictures, whose ``panels`` are dictionaries of title, data URI, width, height and found objects; the
-        first one shows the ground truth.
     """
     truth = load_ground_truth(annotations, masks=masks, classes=classes)
     matches = {
@@ -239,13 +270,15 @@ def choose_pictures(
     kept = [image for image in in_turn if image is not None][:most]
     return [
         Picture(
-            truth.imgs[identifier]["file_name"],
+            image,
             rule,
-            partial(_panels, identifier, truth, matches, titles, masks),
+            truth,
+            {titles[name]: found[image] for name, found in matches.items()},
+            masks,
         )
         for rule, images in by_rule.items()
-        for identifier in images
-        if identifier in kept
+        for image in images
+        if image in kept
     ]
 
 
@@ -261,42 +294,3 @@ def _read(truth: COCO, identifier: int) -> Image.Image:
             f"{path} has {image.size} pixels, but {size} in the annotations (width, height)."
         )
     return image
-
-
-def _panels(
-    identifier: int,
-    truth: COCO,
-    matches: Mapping[str, Mapping[int, ImageMatches]],
-    titles: Mapping[str, str],
-    masks: bool,
-) -> list[dict[str, Any]]:
-    """Ground truth and each variant on one image."""
-    image = _read(truth, identifier)
-    objects = [a for a in truth.imgToAnns[identifier] if not a["iscrowd"]]
-    count = f"{len(objects)} object{'s' if len(objects) != 1 else ''}"
-    panels = [_panel(image, "ground truth", {"object": objects}, count, truth, masks)]
-    for name, by_image in matches.items():
-        matched = by_image[identifier]
-        found = f"{len(matched.hit)} of {len(matched.hit) + len(matched.missed)} found"
-        found = f"{found}, {len(matched.false)} false"
-        panels.append(_panel(image, titles[name], vars(matched), found, truth, masks))
-    return panels
-
-
-def _panel(
-    image: Image.Image,
-    title: str,
-    records: Mapping[str, Sequence[dict[str, Any]]],
-    found: str,
-    truth: COCO,
-    masks: bool,
-) -> dict[str, Any]:
-    picture, stream = draw_records(image, records, truth, masks=masks), io.BytesIO()
-    picture.save(stream, "WEBP", quality=QUALITY, method=6)
-    return {
-        "title": title,
-        "data": f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}",
-        "width": picture.width,
-        "height": picture.height,
-        "found": found,
-    }

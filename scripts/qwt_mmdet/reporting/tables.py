@@ -76,16 +76,6 @@ IMAGES_OF_CLASS = 5
 """Fewest images with objects of a class for an interval of its AP."""
 
 
-def _compare(
-    statistics: Bootstrap | None, row: ResultRow, iou_type: str, metric: str | int
-) -> Comparison:
-    """Compare the variants of a row, whose names in ``statistics`` are their result folders."""
-    if statistics is None:
-        return Comparison()
-    baseline, quantized, compensated = map(row.evaluated().get, KINDS)
-    return statistics.compare(baseline, quantized, compensated, iou_type, metric)
-
-
 def _bit_fields(row: ResultRow, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
     """Bits and scope of a row; of a search, the mean bits of its recipe."""
     fields = {key: row.settings[key] for key in ("weight_bits", "activation_bits", "scope")}
@@ -94,17 +84,6 @@ def _bit_fields(row: ResultRow, recipe: Mapping[str, Any] | None) -> dict[str, A
             mean = round(recipe[f"average_{key}"], 2)
             fields[key] = int(mean) if mean.is_integer() else mean
     return fields
-
-
-def _limit(statistics: Bootstrap | None, row: ResultRow, iou_type: str) -> Limit | None:
-    """The loss of a searched quantization, compared with its limit."""
-    limit = row.limit
-    if statistics is None or limit is None or limit["metric"] != iou_type:
-        return None
-    folders = row.evaluated()
-    if not {"baseline", "quantized"} <= folders.keys():
-        return None
-    return statistics.limit(folders["baseline"], folders["quantized"], iou_type, limit["max_drop"])
 
 
 def _cost_fields(
@@ -125,33 +104,6 @@ def _cost_fields(
     }
 
 
-def _fault_fields(
-    row: ResultRow, metrics: Mapping[str, Mapping[str, Any]], warmup: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Columns of faults of detections (in any repeat), and the layers with the lowest SQNR."""
-    fields: dict[str, Any] = {}
-    for key in ("collapsed", "not_finite"):
-        for variant in ("quantized", "compensated"):
-            folders = row.repeats[variant]
-            known = [value for folder in folders if (value := metrics[folder].get(key)) is not None]
-            fields[f"{key}_{variant}"] = max(known, default=None)
-    ratios = {layer["name"]: layer["sqnr_db"] for layer in warmup.get("layer_sqnr", [])}
-    return {**fields, "worst_layers": worst_layers(ratios) or None}
-
-
-def _seconds(
-    row: ResultRow,
-    metrics: Mapping[str, Mapping[str, Any]],
-    warmup: Mapping[str, Any],
-    compensation: Mapping[str, Any],
-) -> dict[str, float]:
-    """Seconds of the steps behind a row, by rule, if recorded."""
-    steps = {f"evaluate_{kind}": metrics[folder] for kind, folder in row.evaluated().items()}
-    steps |= {"quantize_model": warmup, "fit_compensation": compensation}
-    found = {step: about.get("provenance", {}).get("seconds") for step, about in steps.items()}
-    return {step: seconds for step, seconds in found.items() if seconds is not None}
-
-
 def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootstrap) -> None:
     """Check that the bootstrap's AP on all images equals the recorded AP, so that the files belong together."""
     for iou_type, by_metric in statistics.values[folder].items():
@@ -162,23 +114,6 @@ def _check_agreement(folder: str, metrics: Mapping[str, Any], statistics: Bootst
                 f"{folder}: metrics.json says {iou_type} AP {recorded:.6f}, but predictions.json gives "
                 f"{by_metric['AP']:.6f}; delete the folder and run again."
             )
-
-
-def _class_results(
-    statistics: Bootstrap | None,
-    row: ResultRow,
-    iou_type: str,
-    categories: Mapping[int, Any],
-) -> list[ClassResult]:
-    """AP of each class that has objects; ``categories`` as from ``_categories``."""
-    results = []
-    folder = next(iter(row.evaluated().values()), None)
-    for category, about in categories.items():
-        if statistics and folder and category in statistics.values[folder][iou_type]:
-            ap = _compare(statistics, row, iou_type, category)
-            few = about["images"] < IMAGES_OF_CLASS
-            results.append(ClassResult(**about, ap=ap.without_intervals() if few else ap))
-    return results
 
 
 def _most_changed(classes: Sequence[ClassResult], difference: str, sign: int) -> list[str]:
@@ -216,140 +151,192 @@ BENCHMARK_FIELDS = (
 )  # fmt: skip
 
 
-def _exported_rows(
-    exports: Sequence[ExportRow],
-    rows: Sequence[Row],
-    statistics: Bootstrap | None,
-    masks: bool,
-) -> list[ExportedRow]:
-    """Rows of the exported detectors of a model, with statistics of the first repeat, which is exported."""
-    found = []
-    for export, iou_type in itertools.product(exports, iou_types(masks)):
-        exported, simulated = export.exported, export.simulated
-        sizes = [
-            row.compensated_bytes if export.compensation else row.quantized_bytes
+class _Model:
+    """The results of one model; all its variants share the resamples, drawn ``as_asked``."""
+
+    def __init__(
+        self, rows: Sequence[ResultRow], exports: Sequence[ExportRow], **as_asked: int
+    ) -> None:
+        self._rows, self._exports = rows, exports
+        # of the evaluated variants, by the folder of the first repeat
+        repeats = {
+            folder: row.repeats[kind] for row in rows for kind, folder in row.evaluated().items()
+        }
+        folders = list(dict.fromkeys(folder for named in repeats.values() for folder in named))
+        folders += [row.exported for row in exports if row.exported is not None]
+        self._metrics = {
+            folder: read_json(Path(folder) / "metrics.json", what="metrics file")
+            for folder in folders
+        }
+        masks = any("segm" in content for content in self._metrics.values())
+        self._iou_types = iou_types(masks)
+        # before the long bootstrap, so that unreadable files are noticed at once
+        self._warmups = {
+            row.quantization: read_summary(row.warmup, WARMUP_FORMAT, "warmup")
             for row in rows
-            if row.quantization == export.quantization
-            and export.compensation in (None, row.compensation)
-        ]
-        timed = read_json(export.benchmark, what="benchmark") if export.benchmark else {}
-        ap = Comparison()
-        if statistics is not None:
-            ap = statistics.compare(simulated, exported, None, iou_type, "AP")
-        found.append(
-            ExportedRow(
-                export.model,
-                export.quantization,
-                export.compensation,
-                export.runtime,
-                metrics=iou_type,
-                failed="; ".join(export.failed) or None,
-                ap=ap.quantized,
-                simulated=ap.baseline,
-                exported_minus_simulated=ap.quantized_minus_baseline,
-                computed_bytes=sizes[0],
-                **{key: timed.get(key) for key in BENCHMARK_FIELDS},
+            if row.warmup is not None
+        }
+        self._compensations = {
+            folder: read_summary(
+                Path(folder) / "compensation.pth", COMPENSATION_FORMAT, "compensation"
             )
-        )
-    return found
+            for row in rows
+            if (folder := row.evaluated().get("compensated"))
+        }
+        self._recipes = {
+            row.quantization: read_json(row.recipe, what="recipe")
+            for row in rows
+            if row.recipe is not None
+        }
+        self._single: Bootstrap | None = None  # of single repeats, since the first one is exported
+        self._statistics: Bootstrap | None = None
+        self._categories: dict[int, dict[str, Any]] = {}
+        annotations = rows[0].annotations
+        if folders and annotations is not None:
+            self._single = bootstrap(
+                annotations,
+                {folder: Path(folder) / "predictions.json" for folder in folders},
+                masks=masks,
+                classes=self._metrics[folders[0]]["per_class"],
+                **as_asked,
+            )
+            for folder in folders:
+                _check_agreement(folder, self._metrics[folder], self._single)
+            self._statistics = self._single.with_repeats(repeats)
+            self._categories = _categories(annotations, self._metrics[folders[0]])
 
+    def rows(self) -> list[Row]:
+        """A row for each combination and type of AP."""
+        found = []
+        for row in self._rows:
+            fields = self._fields(row)
+            for iou_type in self._iou_types:
+                classes = self._classes(row, iou_type)
+                found.append(
+                    Row(
+                        **fields,
+                        metrics=iou_type,
+                        ap={metric: self._compare(row, iou_type, metric) for metric in AP_METRICS},
+                        limit=self._limit(row, iou_type),
+                        classes=classes,
+                        lost_most=_most_changed(classes, "quantized_minus_baseline", -1),
+                        regained_most=_most_changed(classes, "compensated_minus_quantized", 1),
+                    )
+                )
+        return with_dominance(found)
 
-def _model_summary(
-    rows: Sequence[ResultRow],
-    exports: Sequence[ExportRow],
-    *,
-    resamples: int,
-    seed: int,
-    processes: int,
-) -> tuple[list[Row], list[dict[str, Any]], list[ExportedRow]]:
-    """Rows, quantizations and exports of one model; all its variants share the resamples."""
-    # of the evaluated variants, by the folder of the first repeat
-    repeats = {
-        folder: row.repeats[kind] for row in rows for kind, folder in row.evaluated().items()
-    }
-    folders = list(dict.fromkeys(folder for named in repeats.values() for folder in named))
-    folders += [row.exported for row in exports if row.exported is not None]
-    metrics = {
-        folder: read_json(Path(folder) / "metrics.json", what="metrics file") for folder in folders
-    }
-    masks = any("segm" in content for content in metrics.values())
-    # before the long bootstrap, so that unreadable files are noticed at once
-    warmups = {
-        row.quantization: read_summary(row.warmup, WARMUP_FORMAT, "warmup")
-        for row in rows
-        if row.warmup is not None
-    }
-    compensations = {
-        folder: read_summary(Path(folder) / "compensation.pth", COMPENSATION_FORMAT, "compensation")
-        for row in rows
-        if (folder := row.evaluated().get("compensated"))
-    }
-    recipes = {
-        row.quantization: read_json(row.recipe, what="recipe")
-        for row in rows
-        if row.recipe is not None
-    }
-    statistics = single = None
-    categories: dict[int, dict[str, Any]] = {}
-    annotations = rows[0].annotations
-    if folders and annotations is not None:
-        single = bootstrap(
-            annotations,
-            {folder: Path(folder) / "predictions.json" for folder in folders},
-            masks=masks,
-            classes=metrics[folders[0]]["per_class"],
-            resamples=resamples,
-            seed=seed,
-            processes=processes,
-        )
-        for folder in folders:
-            _check_agreement(folder, metrics[folder], single)
-        statistics = single.with_repeats(repeats)
-        categories = _categories(annotations, metrics[folders[0]])
-    found = []
-    for row in rows:
-        warmup = warmups.get(row.quantization, {})
-        compensation = compensations.get(row.evaluated().get("compensated", ""), {})
+    def _fields(self, row: ResultRow) -> dict[str, Any]:
+        """The fields of a row that do not depend on the type of AP."""
+        warmup = self._warmups.get(row.quantization, {})
+        compensation = self._compensations.get(row.evaluated().get("compensated", ""), {})
         quantized = warmup.get("summary", {})
-        fields = {
+        steps = {f"evaluate_{k}": self._metrics[folder] for k, folder in row.evaluated().items()}
+        steps |= {"quantize_model": warmup, "fit_compensation": compensation}
+        seconds = {
+            step: about.get("provenance", {}).get("seconds") for step, about in steps.items()
+        }
+        return {
             **{key: getattr(row, key) for key in ("model", "quantization", "compensation")},
-            **_bit_fields(row, recipes.get(row.quantization)),
+            **_bit_fields(row, self._recipes.get(row.quantization)),
             "failed": "; ".join(row.failed) or None,
-            "images": statistics.images if statistics else None,
-            "resamples": statistics.resamples if statistics else None,
-            **_fault_fields(row, metrics, quantized),
+            "images": self._statistics.images if self._statistics else None,
+            "resamples": self._statistics.resamples if self._statistics else None,
+            **self._faults(row),
+            "worst_layers": worst_layers(
+                {layer["name"]: layer["sqnr_db"] for layer in quantized.get("layer_sqnr", [])}
+            )
+            or None,
             **_cost_fields(quantized, compensation.get("summary", {})),
             "repeats": max(1, *map(len, row.repeats.values())),
-            "seconds": _seconds(row, metrics, warmup, compensation),
+            "seconds": {step: value for step, value in seconds.items() if value is not None},
         }
-        for iou_type in iou_types(masks):
-            classes = _class_results(statistics, row, iou_type, categories)
+
+    def _faults(self, row: ResultRow) -> dict[str, Any]:
+        """Columns of faults of detections, in any repeat."""
+        faults: dict[str, Any] = {}
+        for key in ("collapsed", "not_finite"):
+            for variant in ("quantized", "compensated"):
+                found = [self._metrics[folder].get(key) for folder in row.repeats[variant]]
+                known = [value for value in found if value is not None]
+                faults[f"{key}_{variant}"] = max(known, default=None)
+        return faults
+
+    def _compare(self, row: ResultRow, iou_type: str, metric: str | int) -> Comparison:
+        """Compare the variants of a row, whose names in the statistics are their result folders."""
+        if self._statistics is None:
+            return Comparison()
+        baseline, quantized, compensated = map(row.evaluated().get, KINDS)
+        return self._statistics.compare(baseline, quantized, compensated, iou_type, metric)
+
+    def _limit(self, row: ResultRow, iou_type: str) -> Limit | None:
+        """The loss of a searched quantization, compared with its limit."""
+        limit, (baseline, quantized, _) = row.limit, map(row.evaluated().get, KINDS)
+        if limit is None or limit["metric"] != iou_type:
+            return None
+        if self._statistics is None or baseline is None or quantized is None:
+            return None
+        return self._statistics.limit(baseline, quantized, iou_type, limit["max_drop"])
+
+    def _classes(self, row: ResultRow, iou_type: str) -> list[ClassResult]:
+        """AP of each class that has objects."""
+        results = []
+        folder = next(iter(row.evaluated().values()), None)
+        for category, about in self._categories.items():
+            if (
+                self._statistics
+                and folder
+                and category in self._statistics.values[folder][iou_type]
+            ):
+                ap = self._compare(row, iou_type, category)
+                few = about["images"] < IMAGES_OF_CLASS
+                results.append(ClassResult(**about, ap=ap.without_intervals() if few else ap))
+        return results
+
+    def quantizations(self) -> list[dict[str, Any]]:
+        """What the summary says of each quantization; see :class:`.summary.Summary`."""
+        return [
+            {
+                "model": self._rows[0].model,
+                "quantization": name,
+                "not_quantized": warmup["summary"]["not_quantized"],
+                "layer_sqnr": warmup["summary"].get("layer_sqnr", []),
+                "range_check": warmup["summary"].get("range_check"),
+                "recipe": self._recipes.get(name),
+            }
+            for name, warmup in self._warmups.items()
+        ]
+
+    def exports(self, rows: Sequence[Row]) -> list[ExportedRow]:
+        """Rows of the exported detectors, whose sizes are in the model's ``rows``."""
+        found = []
+        for export, iou_type in itertools.product(self._exports, self._iou_types):
+            sizes = [
+                row.compensated_bytes if export.compensation else row.quantized_bytes
+                for row in rows
+                if row.quantization == export.quantization
+                and export.compensation in (None, row.compensation)
+            ]
+            timed = read_json(export.benchmark, what="benchmark") if export.benchmark else {}
+            ap = Comparison()
+            if self._single is not None:
+                variants = (export.simulated, export.exported, None)
+                ap = self._single.compare(*variants, iou_type, "AP")
             found.append(
-                Row(
-                    **fields,
+                ExportedRow(
+                    export.model,
+                    export.quantization,
+                    export.compensation,
+                    export.runtime,
                     metrics=iou_type,
-                    ap={
-                        metric: _compare(statistics, row, iou_type, metric) for metric in AP_METRICS
-                    },
-                    limit=_limit(statistics, row, iou_type),
-                    classes=classes,
-                    lost_most=_most_changed(classes, "quantized_minus_baseline", -1),
-                    regained_most=_most_changed(classes, "compensated_minus_quantized", 1),
+                    failed="; ".join(export.failed) or None,
+                    ap=ap.quantized,
+                    simulated=ap.baseline,
+                    exported_minus_simulated=ap.quantized_minus_baseline,
+                    computed_bytes=sizes[0],
+                    **{key: timed.get(key) for key in BENCHMARK_FIELDS},
                 )
             )
-    quantizations = [
-        {
-            "model": rows[0].model,
-            "quantization": name,
-            "not_quantized": warmup["summary"]["not_quantized"],
-            "layer_sqnr": warmup["summary"].get("layer_sqnr", []),
-            "range_check": warmup["summary"].get("range_check"),
-            "recipe": recipes.get(name),
-        }
-        for name, warmup in warmups.items()
-    ]
-    found = with_dominance(found)
-    return found, quantizations, _exported_rows(exports, found, single, masks)
+        return found
 
 
 def summarize(
@@ -375,19 +362,20 @@ def summarize(
     Raises:
         QwtError: a file is missing or unreadable, or metrics and predictions disagree.
     """
-    by_model = [
-        _model_summary(
-            [row for row in rows if row.model == model],
-            [row for row in exports if row.model == model],
+    found: list[Row] = []
+    quantizations: list[dict[str, Any]] = []
+    exported: list[ExportedRow] = []
+    for name in dict.fromkeys(row.model for row in rows):
+        model = _Model(
+            [row for row in rows if row.model == name],
+            [row for row in exports if row.model == name],
             resamples=resamples,
             seed=seed,
             processes=processes,
         )
-        for model in dict.fromkeys(row.model for row in rows)
-    ]
-    found = [row for of_model, _, _ in by_model for row in of_model]
-    quantizations = [entry for _, of_model, _ in by_model for entry in of_model]
-    exported = [row for _, _, of_model in by_model for row in of_model]
+        found += (own := model.rows())
+        quantizations += model.quantizations()
+        exported += model.exports(own)
     _write_csv(table, found)
     if exports_table is not None:
         _write_csv(exports_table, exported)
