@@ -3,6 +3,7 @@
 Tables and report read only the summaries, without torch and mmdet.
 """
 
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 from .errors import QwtError
 from .files import read_json, write_atomically, write_json
 
+logger = logging.getLogger(__name__)
+
 WARMUP_FORMAT = "qwt-mmdet warmup 2"
 COMPENSATION_FORMAT = "qwt-mmdet compensation 4"
+UNFINISHED_FORMAT = "qwt-mmdet unfinished step 1"
 
 OURS = "qwt-mmdet "
 """Start of the format name of all our files."""
@@ -135,6 +139,40 @@ def add_account(path: str | os.PathLike[str], account: Mapping[str, Any]) -> Non
     content = read_json(summary_path(path), what="summary")
     content["provenance"] |= account
     write_json(summary_path(path), content, indent=1)
+
+
+class Finished:
+    """Results of the finished parts of a step by name, as tensors and plain values; saved after each part.
+
+    Args:
+        path: the file; None keeps nothing.
+        inputs: everything that the results depend on. A file with other inputs is ignored and overwritten.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, inputs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.inputs = path, dict(inputs or {})
+        self.results: dict[str, Any] = {}
+        if path is None or not os.path.exists(path):
+            return
+        try:
+            content = load_archive(path, UNFINISHED_FORMAT, "unfinished")
+        except QwtError as error:
+            logger.warning("%s Starting anew.", error)
+            return
+        if content["inputs"] != self.inputs:
+            logger.info("What is finished in %s had other inputs; starting anew.", path)
+            return
+        self.results = content["results"]
+        logger.info("Going on after what is finished: %s", ", ".join(self.results))
+
+    def add(self, name: str, result: Any) -> None:
+        """Record the result of a part."""
+        self.results[name] = result
+        if self.path is not None:
+            content = {"inputs": self.inputs, "results": self.results}
+            save_archive({"format": UNFINISHED_FORMAT, **content}, self.path)
 
 
 def worst_layers(sqnr_db: Mapping[str, float | None], most: int = 3) -> str:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from qwt_mmdet.archives import Finished
 from qwt_mmdet.config import Best, Override, QuantizationSettings, Search, Smallest, as_entry
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
@@ -21,7 +22,6 @@ from qwt_mmdet.search.mixed import (
     measure_candidates,
     recipe_settings,
 )
-from qwt_mmdet.search.resume import Finished
 from qwt_mmdet.search.sensitivity import rank_layers
 from qwt_mmdet.steps import search as steps
 
@@ -395,7 +395,7 @@ def test_a_metric_that_the_detector_lacks_is_an_error(annotations):
 
 def test_a_recipe_is_calibrated_within_the_activation_cache(annotations, monkeypatch):
     limits, seen = {"device_gb": 1.0, "memory_gb": 0.5}, []
-    monkeypatch.setattr(steps, "check_scoring", lambda *_: None)
+    monkeypatch.setattr(steps, "check_scoring", lambda *_: 10)
     monkeypatch.setattr(steps.Scorer, "_ap", lambda *_: 0.5)
     monkeypatch.setattr(steps.Inputs, "loader", lambda *_: [])
     monkeypatch.setattr(steps, "quantize_model", lambda model, settings: model)

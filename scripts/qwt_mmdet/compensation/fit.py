@@ -4,7 +4,6 @@ Activation replay (:mod:`..replay.walk`) runs the detector from block to block. 
 quantized block each run once per image.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..archives import Finished
 from ..config import CompensationSettings, as_plain
 from ..data.batches import single_images
 from ..detectors.forward import check_precision
 from ..errors import QwtError
+from ..fingerprint import weights_fingerprint
 from ..progress import progress
 from ..quantization.size import weight_bytes
 from ..record import record_of
@@ -30,7 +31,6 @@ from .cost import backbone_multiply_adds, within_budget
 from .heads import check_at_heads
 from .modules import compensated
 from .result import BlockFit, Compensation
-from .resume import Resume
 from .state import quantized_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -69,29 +69,12 @@ def fit_compensation(
     for detector in (model, reference):
         check_precision(detector)
     with ActivationCache(device_gb, memory_gb) as cache:
-        digest = hashlib.sha256()
-        images = 0
-        for images, image in enumerate(single_images(loader), start=1):
-            if images == 1:
-                first = image
-            if resume is not None:
-                for tensor in image["inputs"]:
-                    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-                    digest.update(tensor.cpu().contiguous().numpy().data)
-            cache["image", images - 1] = image
-        if images == 0:
-            raise QwtError("There are no calibration images; choose at least one.")
-        inputs = {
-            **quantized_fingerprint(model),
-            "settings": as_plain(settings),
-            "images": digest.hexdigest(),
-            **(resume_inputs or {}),
-        }
-        folds = count_folds(images, settings.holdout_fraction)
+        hashes = _keep_images(cache, loader)
+        folds = count_folds(len(hashes), settings.holdout_fraction)
         quantization = record_of(model).quantization
         names = find_blocks(
             reference,
-            first,
+            cache["image", 0],
             settings.blocks,
             scope=quantization.settings.scope if quantization else "backbone",
             downsampling=settings.downsampling,
@@ -105,13 +88,19 @@ def fit_compensation(
             positions,
             recorder.uses,
             cache,
-            images,
+            len(hashes),
             folds,
             weight_bytes(model.get_submodule("backbone")),
-            backbone_multiply_adds(reference, first),
+            backbone_multiply_adds(reference, cache["image", 0]),
         )
-        record = Resume(resume, inputs)
-        blocks = _fit_pass(fit, model, reference, record, "all")
+        inputs = {
+            **quantized_fingerprint(model),
+            "settings": as_plain(settings),
+            "images": hashes,
+            **(resume_inputs or {}),
+        }
+        finished = Finished(resume, inputs)
+        blocks = _fit_pass(fit, model, reference, finished, "all")
         if settings.budget is not None:
             chosen = within_budget(blocks, settings.budget)
             if chosen != {block.name: block.option for block in blocks if block.kept}:
@@ -120,11 +109,26 @@ def fit_compensation(
                     len(chosen),
                     len(blocks),
                 )
-                blocks = _fit_pass(fit, model, reference, record, "max_cost", chosen)
+                blocks = _fit_pass(fit, model, reference, finished, "max_cost", chosen)
         heads = None
         if settings.gate == "holdout" and any(block.kept for block in blocks):
             blocks, heads = check_at_heads(fit, model, reference, blocks)
     return Compensation(settings, tuple(blocks), fit.backbone_multiply_adds, heads)
+
+
+def _keep_images(cache: ActivationCache, loader: Iterable[dict[str, Any]]) -> list[str]:
+    """Put the images into the cache, under ("image", number); return a hash of each.
+
+    Raises:
+        QwtError: there are none.
+    """
+    hashes: list[str] = []
+    for image in single_images(loader):
+        cache["image", len(hashes)] = image
+        hashes.append(weights_fingerprint({"image": image["inputs"][0]}))
+    if not hashes:
+        raise QwtError("There are no calibration images; choose at least one.")
+    return hashes
 
 
 def count_folds(images: int, fraction: float) -> int:
@@ -146,7 +150,7 @@ def _fit_pass(
     fit: Fit,
     model: nn.Module,
     reference: nn.Module,
-    record: Resume,
+    finished: Finished,
     name: str,
     chosen: Mapping[str, int] | None = None,
 ) -> list[BlockFit]:
@@ -157,14 +161,19 @@ def _fit_pass(
         chosen: index of the form of each block; others stay without compensation. None: each block takes the
             form with the smallest error.
     """
-    fits = record.finished(name)
-    if fits:
-        logger.info("Going on after %d finished blocks", len(fits))
+    fits = [BlockFit.from_plain(block) for block in finished.results.get(name, ())]
+    settings = fit.settings
+    spent = set(range(fit.images))
+    if settings.gate == "holdout":  # the check at the heads reads the first fold
+        spent -= set(range(0, fit.images, fit.folds))
+    if settings.budget is not None and chosen is None:  # there may be another pass
+        spent.clear()
+    has_full = settings.target == "reference"
     with ExitStack() as stack:
-        quantized = stack.enter_context(_walking(fit, model, f"{name} quantized"))
-        full = None
-        if fit.settings.target == "reference":
-            full = stack.enter_context(_walking(fit, reference, f"{name} full"))
+        walk = _walking(fit, model, f"{name} quantized", set() if has_full else spent)
+        quantized, full = stack.enter_context(walk), None
+        if has_full:
+            full = stack.enter_context(_walking(fit, reference, f"{name} full", spent))
             full.pending.clear()
         for block in fits:
             _finish(quantized, model, block)
@@ -172,15 +181,15 @@ def _fit_pass(
             block = fit_block(fit, block_name, quantized, full, reference, chosen)
             _finish(quantized, model, block)
             fits.append(block)
-            record.add(name, block)
+            finished.add(name, [block.unfinished() for block in fits])
     return fits
 
 
 @contextmanager
-def _walking(fit: Fit, model: nn.Module, tag: str) -> Iterator[Walk]:
+def _walking(fit: Fit, model: nn.Module, tag: str, spent: set[int]) -> Iterator[Walk]:
     """Inside: an active walk over the blocks."""
     scope = replay_scope(fit.positions)
-    walk = Walk(model, fit.positions, fit.cache, scope, tag=tag, uses=fit.uses)
+    walk = Walk(model, fit.positions, fit.cache, scope, tag=tag, uses=fit.uses, spent=spent)
     with walk.active():
         yield walk
 

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -38,10 +37,6 @@ class _OnDisk:
     path: Path
     device: torch.device
 
-    def load(self) -> Tensor:
-        # Mapped into memory, so that only the parts in use are read.
-        return torch.load(self.path, mmap=True, weights_only=True)
-
 
 @dataclass(frozen=True)
 class _InMemory:
@@ -71,12 +66,7 @@ class ActivationCache:
     def __enter__(self) -> "ActivationCache":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._entries.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder)
@@ -103,19 +93,17 @@ class ActivationCache:
                 leaf.path.unlink()
 
     def pop(self, key: Hashable) -> Any:
-        """Remove an entry and return it, without copying tensors that are on their device."""
-        leaves, spec = self._entries[key]
-        values = [
-            leaf.tensor.to(leaf.device) if isinstance(leaf, _InMemory) else self._copy(leaf)
-            for leaf in leaves
-        ]
+        """Remove an entry and return it."""
+        value = self[key]
         del self[key]
-        return tree_unflatten(values, spec)
+        return value
 
     @staticmethod
     def _copy(leaf: Any) -> Any:
         if isinstance(leaf, _OnDisk):
-            return leaf.load().to(leaf.device, copy=True)
+            # Mapped into memory, so that only the parts in use are read.
+            mapped = torch.load(leaf.path, mmap=True, weights_only=True)
+            return mapped.to(leaf.device, copy=True)
         if isinstance(leaf, _InMemory):
             return leaf.tensor.to(leaf.device, copy=True)
         return leaf

@@ -8,7 +8,7 @@ the cached outputs of its submodules are deleted. So a pass recalls few outputs,
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,8 +49,7 @@ class _Frame:
     """A running call.
 
     Attributes:
-        key: path of calls: ``/backbone:0/stem:1`` is the second call of the stem in the first call of the
-            backbone.
+        key: path of calls: ``/backbone:0/stem:1`` is the second call of the stem in the backbone's first call.
         calls: number of calls of each module inside of it so far.
         kept: keys of the calls inside of it whose outputs are cached.
     """
@@ -92,11 +91,7 @@ class Uses:
             self.last[key] = max(self.last[key], time)
 
     def called(self, stop: str | None, arguments: Any) -> None:
-        """Record a call of a module.
-
-        Args:
-            stop: its name if it is a stop.
-        """
+        """Record a call of a module; ``stop`` is its name if it is one."""
         self.time += 1
         if stop is not None:
             self.stops.setdefault(stop, self.time)
@@ -135,6 +130,8 @@ class Walk:
         ignored: modules of this class are treated as code of their parent module.
         tag: distinguishes walks that share a cache.
         uses: when outputs are read, as another walk over the same stops has recorded it.
+        spent: numbers of the images that nobody reads after this walk. They leave the cache once their
+            preprocessed form is cached.
 
     Attributes:
         pending: stops whose function will still change. Outputs that depend on one of them are not cached.
@@ -151,6 +148,7 @@ class Walk:
         ignored: type[nn.Module] | tuple[()] = (),
         tag: str = "",
         uses: Uses | None = None,
+        spent: Container[int] = (),
     ) -> None:
         self.pending = set(stops)
         self.completions: dict[str, Completion] = {}
@@ -167,6 +165,7 @@ class Walk:
         self._cache = cache
         self._tag = tag
         self.uses = uses or Uses()
+        self._spent = spent if "data_preprocessor" in self._modules else ()
         self._is_recording = False
         self._frames: list[_Frame] = []
         self._image = 0
@@ -198,12 +197,7 @@ class Walk:
             self._is_recording = False
 
     def run(self, image: int, stop: str) -> bool:
-        """Run a forward pass of an image; return whether :class:`ReachedError` has ended it.
-
-        Args:
-            image: its number.
-            stop: name of the stop at which a callback of the caller raises the error.
-        """
+        """Run a forward pass of an image; return whether a callback at the stop has raised :class:`ReachedError`."""
         has_preprocessor = "data_preprocessor" in self._modules
         is_read = image in self._reached and has_preprocessor  # its output is cached
         self._image = image
@@ -211,7 +205,12 @@ class Walk:
         self._is_final = True
         reached = self._reached.setdefault(image, 0)
         try:
-            inputs = None if is_read else self._cache["image", image]
+            if is_read:
+                inputs = None
+            elif image in self._spent:
+                inputs = self._cache.pop(("image", image))
+            else:
+                inputs = self._cache["image", image]
             forward_scope(self._model, inputs, self._scope)
         except ReachedError:
             self._reached[image] = max(self.uses.stops.get(stop, 0), reached)

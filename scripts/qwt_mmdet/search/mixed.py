@@ -16,14 +16,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from ..archives import Finished
 from ..config import Override, QuantizationSettings
 from ..detectors.forward import head_tensors
 from ..errors import QwtError
-from ..quantization.convert import matching_override, own_bits, quantized_layers, quantized_units
-from ..quantization.layers import QuantizedLayer
+from ..quantization.convert import matching_override, own_bits, quantized_layers
 from ..quantization.size import code_bytes, detector_bytes
 from ..quantization.sqnr import count_multiply_adds
-from .resume import Finished
 from .sensitivity import Sensitivity, leave_one_out_gains, rank_layers
 
 logger = logging.getLogger(__name__)
@@ -62,14 +61,12 @@ class SearchedLayer:
         if weight_bits is not None:
             most = max(self.activation_errors, default=activation_bits)
             both = self.weight_errors[weight_bits] + both - self.activation_errors.get(most, 0.0)
-        return max(both, 0.0) * self._context()
-
-    def _context(self) -> float:
         if self.weight_errors:
             alone = self.weight_errors[min(self.weight_errors)]
         else:
             alone = self.activation_errors[max(self.activation_errors)]
-        return (1 + max(self.leave_one_out_gain, 0.0) / alone) / 2 if alone else 1.0
+        context = (1 + max(self.leave_one_out_gain, 0.0) / alone) / 2 if alone else 1.0
+        return max(both, 0.0) * context
 
 
 @dataclass(frozen=True)
@@ -164,31 +161,27 @@ def measure_candidates(
     by_activations, by_weights = measured[: len(activations)], measured[len(activations) - 1 :]
     found = measured[-1]
     gains = leave_one_out_gains(model, images)
-    units = quantized_units(model)
     names = [
         name
         for name, entry in found.items()
         if entry.relative_error and matching_override(name, settings.overrides) is None
     ]
-    if not any(isinstance(units[name], QuantizedLayer) for name in names):
+    if not any(found[name].weights for name in names):
         raise QwtError(
             "There is no layer whose bits could be searched: overrides name all layers, or the heads depend on none; "
             "change overrides or scope of the entry that `like` names."
         )
-    layers = []
-    for name, share in _own_multiply_adds(model, names, images[0]).items():
-        unit = units[name]
-        layer = unit if isinstance(unit, QuantizedLayer) else None
-        layers.append(
-            SearchedLayer(
-                name,
-                layer.weight.numel() if layer else 0,
-                share,
-                _errors_by("weight_bits", name, by_weights) if layer else {},
-                _errors_by("activation_bits", name, by_activations),
-                gains[name],
-            )
+    layers = [
+        SearchedLayer(
+            name,
+            found[name].weights,
+            share,
+            _errors_by("weight_bits", name, by_weights) if found[name].weights else {},
+            _errors_by("activation_bits", name, by_activations),
+            gains[name],
         )
+        for name, share in _own_multiply_adds(model, names, images[0]).items()
+    ]
     own = {name: own_bits(name, settings)[0] for name in quantized_layers(model)}
     return Measurement(layers, detector_bytes(model, own | dict.fromkeys(names, 0)))
 
@@ -246,15 +239,7 @@ class ParetoFront:
             hull = _lower_hull(_choices(layer), objective)
             self._cheapest[layer.name] = hull[0]
             for number, (before, after) in enumerate(itertools.pairwise(hull)):
-                extra = getattr(after, objective) - getattr(before, objective)
-                steps.append(
-                    (
-                        (after.relative_error - before.relative_error) / extra,
-                        number,
-                        layer.name,
-                        after,
-                    )
-                )
+                steps.append((_slope(before, after, objective), number, layer.name, after))
         self._steps = sorted(steps, key=lambda step: step[:3])
 
     def __len__(self) -> int:

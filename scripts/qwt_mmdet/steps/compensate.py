@@ -24,8 +24,7 @@ def compensate(
 ) -> None:
     """Fit the compensation of a quantized detector; writes ``output`` (.pth) and ``blocks`` (.csv).
 
-    An interrupted fit goes on after its last finished block. Finished blocks are kept in
-    ``{output}.unfinished`` until the fit ends.
+    An interrupted fit goes on after the blocks in ``{output}.unfinished``.
 
     Args:
         activation_cache: limits {device_gb, memory_gb} of cached activations.

@@ -15,9 +15,11 @@ import yaml
 from mmdet.models import BaseDetector
 from pydantic import TypeAdapter
 
+from ..archives import Finished
 from ..config import QuantizationSettings, Search, as_entry, as_plain
 from ..errors import QwtError
 from ..files import read_json, sha256_file, write_atomically, write_json
+from ..fingerprint import weights_fingerprint
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import quantize_model
 from ..quantization.size import code_bytes
@@ -30,7 +32,6 @@ from ..search.mixed import (
     measure_candidates,
     recipe_settings,
 )
-from ..search.resume import Finished
 from ..staleness import source_hash
 from .evaluate import check_ground_truth, evaluate_detector
 from .inputs import Inputs, Pathlike
@@ -56,10 +57,8 @@ def split_images(annotations: Pathlike) -> Iterator[tuple[Path, Path]]:
         paths = (Path(folder, "calibration.json"), Path(folder, "scoring.json"))
         for path, wanted in zip(paths, (False, True), strict=True):
             part = {
-                "images": [i for i in content["images"] if (i["id"] in scored) == wanted],
-                "annotations": [
-                    a for a in content["annotations"] if (a["image_id"] in scored) == wanted
-                ],
+                key: [entry for entry in content[key] if (entry[image] in scored) == wanted]
+                for key, image in (("images", "id"), ("annotations", "image_id"))
             }
             write_json(path, content | part)
         yield paths
@@ -78,8 +77,7 @@ def measure(
 ) -> None:
     """Measure the error of each layer at each number of bits; write ``output`` (.json).
 
-    An interrupted measurement goes on after the last number of bits that is finished. What is finished is kept in
-    ``{output}.unfinished`` until the measurement ends.
+    An interrupted measurement goes on after the numbers of bits in ``{output}.unfinished``.
 
     Args:
         settings: of a plain quantization, whose bits are replaced.
@@ -97,22 +95,17 @@ def measure(
 
     def calibrated(settings: QuantizationSettings) -> BaseDetector:
         model = quantize_model(inputs.load(), settings)
-        return calibrate(
-            model, batches, noise_images=0, keep_weights=True, **(activation_cache or {})
-        )
+        options = {"noise_images": 0, "keep_weights": True, **(activation_cache or {})}
+        return calibrate(model, batches, **options)
 
     plain = QuantizationSettings.from_mapping(settings)
-    digest = hashlib.sha256()
-    for image in (image for batch in batches for image in batch["inputs"]):
-        digest.update(image.contiguous().numpy())
+    hashes = [weights_fingerprint({"image": batch["inputs"][0]}) for batch in batches]
     unfinished = Path(f"{output}.unfinished")
-    finished = Finished(
-        unfinished,
-        _depends_on(
-            inputs, "measure_candidates", record_of(model).fingerprint,
-            settings=as_plain(plain), images=digest.hexdigest(),
-        ),
-    )  # fmt: skip
+    fingerprint = record_of(model).fingerprint
+    depends_on = _depends_on(
+        inputs, "measure_candidates", fingerprint, settings=as_plain(plain), images=hashes
+    )
+    finished = Finished(unfinished, depends_on)
     found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches, finished)
     write_json(output, _MEASUREMENT.dump_python(found, mode="json", by_alias=True), indent=1)
     unfinished.unlink(missing_ok=True)
@@ -121,11 +114,7 @@ def measure(
 def _depends_on(
     inputs: Inputs, step: str, fingerprint: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """Everything that the parts of a search depend on, as plain values.
-
-    Args:
-        fingerprint: of the detector.
-    """
+    """Everything that the parts of a search depend on, as plain values."""
     return {
         **more,
         "detector": fingerprint,
@@ -230,18 +219,10 @@ class Chooser:
                 index = min(index, high - 1)
                 recipe = front[index]
                 if str(index) not in finished.results:
-                    drop = scorer.drop(recipe_settings(self.settings, recipe))
-                    finished.add(str(index), drop)
+                    finished.add(str(index), scorer.drop(recipe_settings(self.settings, recipe)))
                 drop = finished.results[str(index)]
-                rounds.append(
-                    Round(
-                        index,
-                        self.average_weight_bits(recipe),
-                        self.weight_bytes(recipe),
-                        recipe.relative_error,
-                        drop,
-                    )
-                )
+                average, size = self.average_weight_bits(recipe), self.weight_bytes(recipe)
+                rounds.append(Round(index, average, size, recipe.relative_error, drop))
                 low, high = (low, index) if drop <= limit.max_drop else (index + 1, high)
                 self._log(rounds, scorer)
         best = best_round(rounds, limit.max_drop)
@@ -258,19 +239,13 @@ class Chooser:
         digest = hashlib.sha256(_MEASUREMENT.dump_json(self.measurement))
         content = read_json(inputs.annotations, what="annotation file")
         root = Path(content["info"]["image_root"])
-        for file in (
-            inputs.annotations,
-            *(root / image["file_name"] for image in content["images"]),
-        ):
+        images = [root / image["file_name"] for image in content["images"]]
+        for file in (inputs.annotations, *images):
             digest.update(sha256_file(file).encode())
         depends_on = _depends_on(
-            inputs,
-            "choose_recipe",
-            scorer.fingerprint,
-            search=as_plain(self.search),
-            settings=as_plain(self.settings),
-            candidates_and_images=digest.hexdigest(),
-        )
+            inputs, "choose_recipe", scorer.fingerprint, search=as_plain(self.search),
+            settings=as_plain(self.settings), candidates_and_images=digest.hexdigest(),
+        )  # fmt: skip
         return Finished(path, depends_on)
 
     def _log(self, rounds: Sequence[Round], scorer: "Scorer") -> None:
@@ -289,8 +264,8 @@ def best_round(rounds: Sequence[Round], max_drop: float) -> Round | None:
     return min((r for r in rounds if r.drop <= max_drop), key=lambda r: r.index, default=None)
 
 
-def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> None:
-    """Check that recipes can be scored on an annotation file.
+def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> int:
+    """Check that recipes can be scored on an annotation file; return its number of images.
 
     Raises:
         QwtError: too few images have annotations, these do not fit the detector, or it lacks the metric.
@@ -305,6 +280,7 @@ def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> None:
     if metric == "segm" and not model.with_mask:
         raise QwtError("smallest.metric is segm, but this detector has no masks; use bbox.")
     check_ground_truth(model, scoring)
+    return images
 
 
 class Scorer:
@@ -330,9 +306,8 @@ class Scorer:
         self._calibration = dataclasses.replace(inputs, annotations=calibration)
         self._scoring = dataclasses.replace(inputs, annotations=scoring)
         self._metric, self._cache = metric, activation_cache or {}
-        self.images = len(read_json(scoring)["images"])
         model = inputs.load()
-        check_scoring(model, scoring, metric)
+        self.images = check_scoring(model, scoring, metric)
         self.fingerprint = record_of(model).fingerprint
         self.baseline = self._ap(model)
         if not self.baseline:
@@ -344,16 +319,13 @@ class Scorer:
     def _ap(self, model: BaseDetector) -> float:
         scoring = self._scoring
         metrics, _ = evaluate_detector(model, scoring.annotations, workers=scoring.workers)
-        return metrics.get(self._metric, {}).get("AP") or 0.0
+        return float(metrics.get(self._metric, {}).get("AP") or 0.0)
 
     def drop(self, settings: QuantizationSettings) -> float:
         """Loss of AP of the detector with these settings."""
-        model = self._calibration.load()
-        loader = self._calibration.loader(model)
-        quantized = calibrate(
-            quantize_model(model, settings), loader, noise_images=0, **self._cache
-        )
-        return self.baseline - self._ap(quantized)
+        model = quantize_model(self._calibration.load(), settings)
+        calibrate(model, self._calibration.loader(model), noise_images=0, **self._cache)
+        return self.baseline - self._ap(model)
 
 
 def _as_json(item: Choice | Round) -> dict[str, Any]:
@@ -375,8 +347,7 @@ def choose(
 ) -> None:
     """Choose a recipe; write it as a config entry (``recipe``, .yaml) and its details (``summary``, .json).
 
-    An interrupted search goes on after its last finished round. Finished rounds are kept in
-    ``{summary}.unfinished`` until the search ends.
+    An interrupted search goes on after the rounds in ``{summary}.unfinished``.
 
     Args:
         name: of the quantization.
@@ -400,12 +371,12 @@ def choose(
     average, size = chooser.average_weight_bits(chosen), chooser.weight_bytes(chosen)
     note = f"# {average:.2f} bits per weight on average, {size / 1e6:.2f} MB. It can stand under `quantization:`.\n"
     entry = {f"{name}-recipe": as_entry(recipe_settings(chooser.settings, chosen))}
-    weights = {c.name: c.weights for c in chooser.measurement.layers}
-    shares = {c.name: c.multiply_adds_percent for c in chooser.measurement.layers}
+    layers = {layer.name: layer for layer in chooser.measurement.layers}
     about = {
         "average_weight_bits": average,
         "average_activation_bits": sum(
-            c.activation_bits * shares[n] / 100 for n, c in chosen.choices.items()
+            c.activation_bits * layers[name].multiply_adds_percent / 100
+            for name, c in chosen.choices.items()
         ),
         "weight_bytes": size,
         "bit_operations_percent": chosen.bit_operations,
@@ -413,12 +384,12 @@ def choose(
         "rounds": [_as_json(r) for r in rounds],
         "layers": [
             {
-                "name": layer,
-                "weights": weights[layer],
-                "multiply_adds_percent": shares[layer],
+                "name": name,
+                "weights": layers[name].weights,
+                "multiply_adds_percent": layers[name].multiply_adds_percent,
                 **_as_json(choice),
             }
-            for layer, choice in chosen.choices.items()
+            for name, choice in chosen.choices.items()
         ],
         **inputs.job.account(),
     }
