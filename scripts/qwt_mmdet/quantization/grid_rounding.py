@@ -1,6 +1,6 @@
 """Rounding of a tensor to a grid, in place or compiled, with the same result.
 
-Fake quantization is bound by memory: rounding in place passes over a tensor four times, the function that
+Fake quantization is bound by memory: rounding in place passes over a tensor five times, the function that
 torch.compile has fused once. Compiling takes seconds to minutes, once per process. So it starts after
 rounding in place has taken longer than that. The environment variable ``QWT_COMPILE`` can be ``always`` or
 ``never`` (default: ``auto``).
@@ -57,9 +57,8 @@ def round_to_grid(
                 return compiled(*flat).view_as(x)
         _rounded_in_place += x.numel()
     y = torch.mul(x, inverse_scale, out=x if overwrite else None)
-    y.round_()
-    torch.clamp(y, low, high, out=y)
-    return y.mul_(scale)
+    # One limit at a time: torch does not vectorize a clamp between two tensors that broadcast.
+    return y.round_().clamp_(min=low).clamp_(max=high).mul_(scale)
 
 
 def _fused(x: Tensor, inverse_scale: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ multiples of it. When a larger value arrives, neighbouring bins are merged. This
 all images does not depend on their order or batches.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QwtError, Registry
-from .primitives import fake_quantize_log_sqrt2, quantization_parameters
+from .primitives import fake_quantize, fake_quantize_log_sqrt2, quantization_parameters
 
 BINS = 8192
 CHANNEL_BINS = 2048
@@ -86,7 +87,7 @@ class RangeObserver:
 
     @property
     def is_empty(self) -> bool:
-        """True until a tensor with at least one element was seen."""
+        """Whether no tensor with an element was seen."""
         return len(self.counts) == 0
 
     def update(self, x: Tensor) -> None:
@@ -146,25 +147,20 @@ class RangeObserver:
                 setattr(self, key, getattr(other, key).clone())
             return
         exponent = torch.maximum(self.exponent, other.exponent)
-        copy = RangeObserver(other.name, other.channel_axis)
-        copy.merge(other)
-        copy._coarsen(exponent)
-        self._coarsen(exponent)
-        self.counts += copy.counts
+        other = copy.deepcopy(other)
+        for observer in (self, other):
+            observer._coarsen(exponent)
+        self.counts += other.counts
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
 
     def pooled(self) -> "RangeObserver":
         """The histogram of all channels together, with bins as wide as the widest of a channel."""
-        copy = RangeObserver(self.name, self.channel_axis)
-        copy.merge(self)
-        copy._coarsen(self.exponent.max().expand_as(self.exponent))
-        whole = RangeObserver(self.name)
-        whole.bins = self.bins
-        whole.counts = copy.counts.sum(0, keepdim=True)
-        whole.exponent, whole.low, whole.high = (
-            copy.exponent[:1], copy.low.min().view(1), copy.high.max().view(1),
-        )  # fmt: skip
+        whole = copy.deepcopy(self)
+        whole._coarsen(self.exponent.max().expand_as(self.exponent))
+        whole.channel_axis = None
+        whole.counts, whole.exponent = whole.counts.sum(0, keepdim=True), whole.exponent[:1]
+        whole.low, whole.high = whole.low.min().view(1), whole.high.max().view(1)
         return whole
 
     def mean_square(self, *, centred: bool) -> Tensor:
@@ -192,18 +188,14 @@ class RangeObserver:
         self.exponent = exponent
 
     def estimate(self, method: str, bits: int, percentile: float) -> tuple[Tensor, Tensor]:
-        """Return the clipping range (low, high), each of shape [channels] (or [1] per tensor).
+        """Return the clipping range (low, high) by a method of ``RANGES``, [channels] each (or [1] per tensor).
 
         Args:
-            method: name of a range method (see ``RANGES``).
-            bits: of the grid.
             percentile: in percent; 99.99 cuts off 0.01 % on both sides.
 
         Raises:
             QwtError: there is no such method.
         """
-        if self.is_empty:
-            raise AssertionError(f"{self.name} has seen no data")
         return RANGES.find(method)(self, bits, percentile)
 
     def weighted_values(self) -> tuple[Tensor, Tensor]:
@@ -220,12 +212,7 @@ class RangeObserver:
         )
 
     def estimate_log_scale(self, bits: int) -> Tensor:
-        """Return the scale, shape [1], of a log-√2 grid with the smallest mean squared error.
-
-        Fractions of the largest value are tried.
-        """
-        if self.is_empty:
-            raise AssertionError(f"{self.name} has seen no data")
+        """The scale, [1], of a log-√2 grid with the smallest mean squared error, a fraction of the largest value."""
         values, counts = self.weighted_values()
         values = values.clamp(min=0)
         largest = self.high.clamp(min=torch.finfo(torch.float32).tiny)
@@ -243,7 +230,6 @@ class RangeObserver:
         return torch.maximum(torch.minimum(centers, self.high[:, None]), self.low[:, None])
 
     def percentiles(self, percentile: float) -> tuple[Tensor, Tensor]:
-        """The (100 − percentile)-th and the ``percentile``-th percentile, [channels] each."""
         width = _power_of_two(self.exponent, torch.float64)
         edges = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
         cumulative = self.counts.cumsum(1).double()
@@ -324,13 +310,12 @@ def range_errors(
     scale, zero_point = quantization_parameters(low, high, bits, symmetric=symmetric)
     at_once = TRIED.get(values.device.type, TRIED["cuda"])
     count = 1 + at_once // (1 + values.shape[1] * scale.shape[1])
-    parts = [values[:, None], *(p[..., None] for p in (scale.reciprocal(), zero_point, scale))]
+    parts = [values[:, None], scale[..., None], zero_point[..., None]]
     if weights is not None:
         parts.append(weights[:, None])
     sums = []
-    for x, inverse, zero, step, *counts in zip(*(p.split(count) for p in parts), strict=True):
-        codes = (x * inverse).round_().add_(zero).clamp_(0, 2**bits - 1)
-        error = codes.sub_(zero).mul_(step).sub_(x).square_()
+    for x, step, zero, *counts in zip(*(p.split(count) for p in parts), strict=True):
+        error = fake_quantize(x, step, zero, bits).sub_(x).square_()
         if counts:
             sums.append(torch.linalg.vecdot(error.double(), *counts))
         else:
@@ -358,9 +343,8 @@ class WeightDistribution:
 
     def percentiles(self, percentile: float) -> tuple[Tensor, Tensor]:
         tail = 1 - percentile / 100
-        return torch.quantile(self.values, tail, dim=1), torch.quantile(
-            self.values, 1 - tail, dim=1
-        )
+        low, high = (torch.quantile(self.values, q, dim=1) for q in (tail, 1 - tail))
+        return low, high
 
 
 @register_range("minmax")
