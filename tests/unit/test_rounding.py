@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from qwt_mmdet.quantization.layers import QuantizedConv2d, exchange_class
 from qwt_mmdet.quantization.moments import InputMoments, measure_inputs
 from qwt_mmdet.quantization.primitives import dequantize, quantization_parameters, quantize
+from qwt_mmdet.quantization.regression import RegressionSums
 from qwt_mmdet.quantization.rounding import DAMPING, gptq_codes
 from torch import nn
 
@@ -86,12 +87,12 @@ def test_inputs_without_data_and_constant_inputs_give_codes_of_the_grid(device):
 def test_moments_of_inputs_far_from_zero_keep_their_deviations(device):
     generator = torch.Generator().manual_seed(0)
     rows = 1e3 + torch.randn(1, 4000, 30, generator=generator).to(device) * 1e-2
-    moments = InputMoments()
+    sums = RegressionSums([30], 30)
     for part in rows.split(700, dim=1):
-        moments.update_second(part)
+        sums.update(part)
     exact = rows[0].double()
     expected = torch.cov(exact.T, correction=0)
-    (centred,), (raw,) = moments.second(centred=True), moments.second(centred=False)
+    (centred,), (raw,) = (sums.moments(centred=centred)[0] for centred in (True, False))
     assert (centred[0] - expected).abs().max() <= 1e-3 * expected.abs().max()
     torch.testing.assert_close(raw[0], exact.T @ exact / 4000, rtol=1e-8, atol=0)
 
@@ -123,7 +124,7 @@ def test_moments_of_a_convolution_are_those_of_its_unfolded_input(device, option
     layer._attach("layer", 8, 8)
     layer.input_quantizer.channel_axis = None
     layer.input_quantizer.set_range(torch.tensor([-2.0], device=device), x.max().view(1))
-    moments = InputMoments()
+    moments = InputMoments(layer.weight[0].numel())
     measure_inputs(layer, x, moments, limit=10**6)
     expected = []
     for seen in (x, layer.input_quantizer.quantized(x)):
@@ -135,7 +136,7 @@ def test_moments_of_a_convolution_are_those_of_its_unfolded_input(device, option
         expected.append(columns.transpose(1, 2).flatten(0, 1).double())
     for mean, rows in zip(moments.means(), expected, strict=True):
         torch.testing.assert_close(mean.flatten(), rows.mean(0), rtol=0, atol=1e-12)
-    (second,) = moments.second(centred=False)
+    (second,), _ = moments.second.moments(centred=False)
     groups = expected[1].unflatten(1, (layer.groups, -1)).transpose(0, 1)
     torch.testing.assert_close(
         second, groups.transpose(1, 2) @ groups / groups.shape[1], rtol=1e-5, atol=1e-5
@@ -151,13 +152,13 @@ def test_so_many_positions_of_a_call_count_towards_second_moments(device):
     )
     means, square = [], x.square().mean().item()
     for limit in (20, 100, 0):
-        moments = InputMoments()
+        moments = InputMoments(1)
         for _ in range(3):
             measure_inputs(layer, x, moments, limit)
         assert moments.positions == 300, "means are those of all positions"
         assert moments.means()[0].item() == pytest.approx(49.5)
         if limit:
-            assert moments._count + sum(w.shape[1] for w in moments._waiting) == 3 * limit
-            means.append(moments.second(centred=False)[0].item())
+            means.append(moments.second.moments(centred=False)[0][0].item())
+            assert moments.second.count == 3 * limit
     assert means[0] == pytest.approx(square, rel=0.03), "one position of each stretch"
     assert means[0] != means[1] == pytest.approx(square)

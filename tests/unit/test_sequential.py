@@ -44,7 +44,7 @@ def rows(groups=2, count=500, inputs=5, outputs=3, mean=0.0, seed=0):
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 def test_sums_are_weighted_moments_whatever_the_pieces(mean):
     x, y, weight = rows(mean=mean)
-    sums = RegressionSums([5])
+    sums = RegressionSums([5], 5)
     for piece in torch.arange(500).split([3, 40, 457]):
         sums.update(x[:, piece], y[:, piece], weight[piece])
     x, y, p = x.double(), y.double(), (weight / weight.sum(dtype=torch.float64)).double()[:, None]
@@ -61,7 +61,7 @@ def test_sums_are_weighted_moments_whatever_the_pieces(mean):
 
 def test_columns_in_parts_have_their_own_moments_and_none_with_the_outputs():
     x, y, _ = rows()
-    whole, parts = RegressionSums([5]), RegressionSums([3, 2])
+    whole, parts = RegressionSums([5], 5), RegressionSums([3, 2], 3)
     whole.update(x, y)
     parts.update(x, y)
     (squares,), _ = whole.moments(centred=True)
@@ -261,11 +261,6 @@ def test_a_layer_whose_positions_do_not_correspond_aims_at_its_own_output():
             fit.see(image, 0, x)
         fit.finish(settings(8, bias_correction=False))
     assert (quantized.rounded_weight() - layer.weight).abs().max() < 0.02
-
-
-def test_no_image_is_an_error():
-    with pytest.raises(QwtError, match="no calibration images"):
-        calibrated({}, [])
 
 
 def test_a_network_that_is_not_finite_is_refused():

@@ -28,7 +28,7 @@ from .convert import (
     running_order,
 )
 from .folding import apply_fold, factors, folded_range
-from .layers import QuantizedConv2d, layer_by_name
+from .layers import layer_by_name
 from .quantizer import Watch
 from .sqnr import count_multiply_adds, measure_sqnr
 from .validation import FoldedObserver
@@ -81,16 +81,10 @@ def set_input_bits(run: Calibration) -> None:
 
 def choose_ranges(run: Calibration) -> None:
     """Choose activation grids from the histograms; scale migration also considers the weights' grids."""
-    settings = run.about.settings
-    migrating = {
-        layer.input_quantizer: layer
-        for layer in quantized_layers(run.model).values()
-        if isinstance(layer, QuantizedConv2d) and layer.migrates
-    }
-    for quantizer in progress(run.observers, "Choosing ranges", unit="quantizer"):
-        run.validation.choose_grid(
-            quantizer, run.observers[quantizer], migrating.get(quantizer), settings
-        )
+    settings, layers = run.about.settings, quantized_layers(run.model).values()
+    readers = {layer.input_quantizer: layer for layer in layers}
+    for quantizer, seen in progress(run.observers.items(), "Choosing ranges", unit="quantizer"):
+        run.validation.choose_grid(quantizer, seen, readers.get(quantizer), settings)
     run.observers = {}
 
 
@@ -185,8 +179,8 @@ def calibrate(
     Args:
         model: from :func:`.convert.quantize_model`.
         loader: batches as mmdet's test step takes them, of any size: each image runs alone. It is iterated
-            once for the ranges. Where rounding or bias correction need moments of the inputs, it is iterated
-            once more (``refit: sequential`` keeps the images instead).
+            once for the ranges, and once more where rounding or bias correction need moments of the inputs
+            (``refit: sequential`` keeps the images instead).
         noise_images: number of images, the first ones, on which the SQNR of every layer is measured.
         device_gb, memory_gb: with ``refit: sequential``, limits of kept activations (see
             :class:`..replay.cache.ActivationCache`).
@@ -212,10 +206,5 @@ def calibrate(
 
 @torch.no_grad()
 def quantize_weights_alone(model: nn.Module, loader: Iterable[dict[str, Any]]) -> None:
-    """Choose codes and bias corrections again, each layer by itself, as ``refit: none`` does.
-
-    Args:
-        model: calibrated; its weights are not rounded.
-        loader: as for :func:`calibrate`.
-    """
+    """Choose codes and bias corrections of a calibrated model again, each layer by itself, as ``refit: none`` does."""
     Calibration(model, loader).weights.fit()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import QuantizationSettings
-from .layers import QuantizedConv2d
+from .layers import QuantizedConv2d, QuantizedLayer
 from .primitives import fake_quantize, quantization_parameters
 from .quantizer import ActivationQuantizer
 from .ranges import RangeObserver
@@ -25,20 +25,19 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """From one scale for all input channels to one for each."""
 
 
-@torch.no_grad()
 def choose_grid(
     quantizer: ActivationQuantizer,
     observer: RangeObserver,
-    migrating: QuantizedConv2d | None,
+    layer: QuantizedLayer | None,
     settings: QuantizationSettings,
 ) -> None:
     """Choose the grid of an activation from its histogram.
 
     Args:
-        migrating: the convolution whose weights the scales are folded into; None: no scale migration.
+        layer: that reads the activation; None for attention.
     """
-    if migrating is not None:
-        migrate_scales(migrating, observer, settings)
+    if isinstance(layer, QuantizedConv2d) and layer.migrates:
+        migrate_scales(layer, observer, settings)
     elif quantizer.logarithmic:
         scale = observer.estimate_log_scale(quantizer.bits)
         quantizer.set_parameters(scale, torch.zeros_like(scale))

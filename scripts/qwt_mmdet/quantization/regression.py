@@ -13,10 +13,12 @@ class RegressionSums:
     Args:
         widths: numbers of columns of x in each chunk. Columns of different chunks count as not correlated.
             With more than one chunk there are no moments of x with y.
+        batch: number of vectors that are multiplied together, since adding up [in, in] costs more than
+            multiplying a few vectors.
     """
 
-    def __init__(self, widths: list[int]) -> None:
-        self.widths = widths
+    def __init__(self, widths: list[int], batch: int) -> None:
+        self.widths, self.batch = widths, batch
         self.count = 0.0
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._origin: tuple[Tensor, Tensor]
@@ -27,20 +29,23 @@ class RegressionSums:
         """True until vectors were added."""
         return not self._sums and not self._waiting
 
-    def update(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add vectors with weights [n], or with ones."""
+    def update(self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """Add vectors with weights [n], or with ones; without y, for the moments of x alone."""
+        if y is None:
+            y = x.new_empty(*x.shape[:2], 0)
         if weight is None:
             weight = x.new_ones(x.shape[1])
         self._waiting.append((x, y, weight))
-        # Adding up [in, in] costs more than multiplying a few vectors.
-        if sum(len(w) for *_, w in self._waiting) >= max(self.widths):
+        if sum(len(w) for *_, w in self._waiting) >= self.batch:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
         if not self._waiting:
             return
-        xs, ys, ws = zip(*self._waiting, strict=True)
-        x, y, weight = torch.cat(xs, 1), torch.cat(ys, 1), torch.cat(ws)
+        x, y, weight = (
+            torch.cat(parts, axis) if len(parts) > 1 else parts[0]
+            for parts, axis in zip(zip(*self._waiting, strict=True), (1, 1, 0), strict=True)
+        )
         self._waiting.clear()
         if not self._sums:
             self._origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)

@@ -27,13 +27,13 @@ from ..progress import progress
 from ..replay.cache import RELEASE_INTERVAL, release_free_memory
 from ..replay.walk import ReachedError, Walk
 from .convert import activation_quantizers, full_precision, quantized_layers
-from .layers import QuantizedConv2d, QuantizedLayer
+from .layers import QuantizedLayer
 from .moments import MAX_COLUMNS
 from .quantizer import ActivationQuantizer, Watch
 from .regression import RegressionSums, ridge_towards
 from .rounding import ROUNDINGS
 from .scores import score_map, scores_at
-from .validation import FoldedObserver, RangeValidation
+from .validation import FoldedObserver
 from .vectors import (
     POSITIONS,
     input_vectors,
@@ -115,27 +115,22 @@ class Sequential(WeightFit):
         return sampled_positions(math.prod(size), limit, 1009 * image + call, device)
 
     def outputs(self, image: int, name: str, call: int, size: tuple[int, ...]) -> Tensor | None:
-        """Remove and return the outputs [positions, out] of a call; None if its output had another shape.
-
-        Args:
-            size: shape of the output without its channels.
-        """
+        """Remove and return the outputs [positions, out] of a call; None if it had another size."""
         key = ("output", image, name, call)
         found, vectors = self.cache.pop(key) if key in self.cache else (None, None)
         return vectors if found == size else None
 
     def fit(self) -> None:
-        """Choose ranges, codes and biases of all layers, in the order in which they run.
-
-        Inputs that have a range keep it.
-        """
+        """Choose codes and biases of all layers in running order, and ranges of inputs that have none yet."""
         model, settings = self.run.model, self.run.about.settings
         if settings.refit_weighting:
             self._weigh_positions()
-        walk = Walk(model, self.order, self.cache, settings.scope, ignored=ActivationQuantizer)
-        layers = quantized_layers(model).values()
-        weights = {layer: layer.weight.data for layer in layers}
-        inputs = {layer.input_quantizer for layer in layers}
+        walk = Walk(
+            model, self.order, self.cache, settings.scope,
+            ignored=ActivationQuantizer, spent=range(self.images),
+        )  # fmt: skip
+        weights = {layer: layer.weight.data for layer in quantized_layers(model).values()}
+        inputs = {layer.input_quantizer for layer in weights}
         with full_precision(model, {}), walk.active():
             walk.record("backbone+neck" if settings.scope == "detector" else settings.scope)
             for quantizer in activation_quantizers(model).values():  # those of attention
@@ -145,7 +140,9 @@ class Sequential(WeightFit):
                     visit = partial(self._visit, walk, name)
                     quantizer = layer.input_quantizer
                     if not quantizer.is_calibrated:
-                        choose_range(layer, visit, settings, self.run.validation)
+                        seen = FoldedObserver(name, quantizer.channel_axis)
+                        visit(_observing(seen))
+                        self.run.validation.choose_grid(quantizer, seen, layer, settings)
                     if not quantizer.is_calibrated:  # all its inputs were empty
                         continue
                     fit = LayerFit(name, layer, self, settings.refit_weighting)
@@ -196,6 +193,10 @@ class Sequential(WeightFit):
         return self.cache["fitted", name]
 
 
+def _observing(seen: FoldedObserver) -> See:
+    return lambda image, call, x: seen.update(image, x)
+
+
 def corresponds(full: Tensor, own: Tensor) -> bool:
     """Tell whether outputs of a layer in two networks, [positions, out], belong to the same positions.
 
@@ -207,12 +208,7 @@ def corresponds(full: Tensor, own: Tensor) -> bool:
 
 
 class LayerFit:
-    """The regression of one layer.
-
-    Args:
-        name: of the layer.
-        weighting: weight of the scores of positions, 0 to 1.
-    """
+    """The regression of one layer; ``weighting``: weight of the scores of positions, 0 to 1."""
 
     def __init__(
         self, name: str, layer: QuantizedLayer, full: Sequential, weighting: float
@@ -223,7 +219,7 @@ class LayerFit:
         widths = [columns]
         if columns > MAX_REFIT_COLUMNS:
             widths = [len(chunk) for chunk in torch.arange(columns).split(MAX_COLUMNS)]
-        self.sums = RegressionSums(widths)
+        self.sums = RegressionSums(widths, max(widths))
 
     def see(self, image: int, call: int, x: Tensor) -> None:
         """Add one call of the layer in the quantized network.
@@ -244,8 +240,8 @@ class LayerFit:
         y = own if expected is None or not corresponds(expected, own) else expected
         groups = len(self.weight)
         self.sums.update(
-            quantized_vectors(layer, vectors),
-            y.unflatten(1, (groups, -1)).transpose(0, 1),
+            quantized_vectors(layer, vectors).contiguous(),
+            y.unflatten(1, (groups, -1)).transpose(0, 1).contiguous(),
             self._weights(image, size, chosen),
         )
 
@@ -274,12 +270,8 @@ class LayerFit:
                 cross = cross - mean_x[:, :, None] * bias[:, None]
             weight = ridge_towards(weight, squares[0], cross, RIDGE)
         fitted = weight.float().view_as(layer.weight)
-        choose_codes(
-            layer,
-            fitted,
-            settings,
-            squares if ROUNDINGS.find(settings.rounding).needs_moments else None,
-        )
+        needs_moments = ROUNDINGS.find(settings.rounding).needs_moments
+        choose_codes(layer, fitted, settings, squares if needs_moments else None)
         if not centred:
             return fitted, layer.bias
         rounded = layer.rounded_weight().double().view_as(weight)
@@ -287,17 +279,3 @@ class LayerFit:
         layer.bias_correction = shift.flatten().float()
         exact = mean_y - torch.einsum("goi,gi->go", weight, mean_x)
         return fitted, exact.flatten().float()
-
-
-def choose_range(
-    layer: QuantizedLayer,
-    visit: Callable[[See], None],
-    settings: QuantizationSettings,
-    validation: RangeValidation,
-) -> None:
-    """Choose the grid of a layer's input from all inputs that ``visit`` passes on."""
-    quantizer = layer.input_quantizer
-    folds = FoldedObserver(quantizer.name.removeprefix("Layer "), quantizer.channel_axis)
-    visit(lambda image, call, x: folds.update(image, x))
-    migrating = layer if isinstance(layer, QuantizedConv2d) and layer.migrates else None
-    validation.choose_grid(quantizer, folds, migrating, settings)

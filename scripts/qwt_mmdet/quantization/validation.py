@@ -18,7 +18,7 @@ from ..config import QuantizationSettings
 from ..detectors.forward import scope_tensors
 from ..record import RangeCheck
 from .convert import activation_quantizers, full_precision
-from .layers import QuantizedConv2d
+from .layers import QuantizedLayer
 from .migration import choose_grid
 from .quantizer import ActivationQuantizer
 from .ranges import RangeObserver
@@ -28,17 +28,13 @@ PERCENTILE = 99.99
 
 
 class FoldedObserver:
-    """Histograms of a quantizer's input, one for each half of the images.
-
-    Args:
-        name, channel_axis: as of :class:`.ranges.RangeObserver`.
-    """
+    """A :class:`.ranges.RangeObserver` for each half of the images."""
 
     def __init__(self, name: str, channel_axis: int | None = None) -> None:
         self.folds = tuple(RangeObserver(name, channel_axis) for _ in range(2))
 
     def update(self, image: int, x: Tensor) -> None:
-        """Add a tensor, of any shape, of the image of this number."""
+        """Add a tensor, of any shape, of an image."""
         self.folds[image % 2].update(x)
 
     def merged(self) -> RangeObserver:
@@ -65,7 +61,7 @@ class RangeValidation:
         self,
         quantizer: ActivationQuantizer,
         observer: FoldedObserver,
-        migrating: QuantizedConv2d | None,
+        layer: QuantizedLayer | None,
         settings: QuantizationSettings,
     ) -> None:
         """Choose a quantizer's grid from all images (:func:`.migration.choose_grid`); keep the scale of the half.
@@ -75,7 +71,7 @@ class RangeValidation:
         first, whole = observer.folds[0], observer.merged()
         if whole.is_empty:
             return
-        choose_grid(quantizer, whole, migrating, settings)
+        choose_grid(quantizer, whole, layer, settings)
         if not quantizer.logarithmic and not first.is_empty:
             scale, _ = quantizer.grid
             own, all_images = (widths(seen, scale.numel() == 1) for seen in (first, whole))

@@ -45,7 +45,6 @@ class Calibration:
     Attributes:
         first: name of the layer that runs first.
         observers: histograms of the input of each activation quantizer.
-        validation: of the ranges, on half of the images.
         shares: percentage of the multiply-adds of each module that is not quantized, by name.
         images_seen: number of calibration images that have run.
         weights: finds the codes and biases.
@@ -146,7 +145,8 @@ class Separate(WeightFit):
         if not settings.bias_correction and not second:
             return {}
         limit = math.ceil(POSITIONS / max(1, run.expected_images)) if second else 0
-        moments = {layer: InputMoments() for layer in run.layers.values()}
+        layers = run.layers.values()
+        moments = {layer: InputMoments(layer.weight[0].numel()) for layer in layers}
 
         def measure(layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
             measure_inputs(layer, x, moments[layer], limit)

@@ -20,14 +20,13 @@ def quantize_weight(
 ) -> None:
     """Choose grids and codes of a layer's weights, per output channel, and correct its bias.
 
-    A bias correction removes the mean error. So a rounding with second moments then takes those about the mean.
-
     Args:
-        moments: of the inputs; None where neither rounding nor bias correction needs them.
+        moments: of the inputs; None where neither rounding nor bias correction needs them. Second moments are
+            taken about the mean where the bias is corrected, since that removes the mean error.
     """
     second = None
     if ROUNDINGS.find(settings.rounding).needs_moments and moments is not None:
-        second = moments.second(centred=settings.bias_correction)
+        second, _ = moments.second.moments(centred=settings.bias_correction)
     choose_codes(layer, layer.weight, settings, second)
     if moments is not None and settings.bias_correction:
         layer.bias_correction = bias_shift(layer, moments)
