@@ -46,65 +46,45 @@ def register_blocks(
     return decorate
 
 
-def _children(module: nn.Module, name: str) -> list[str]:
-    """Names of the direct children of the submodule ``name``; none if there is no such module."""
-    component = getattr(module, name, None)
-    return (
-        [] if component is None else [f"{name}.{child}" for child, _ in component.named_children()]
-    )
+def _layers(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
 
-@register_blocks("SwinTransformer")
-def swin_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """Each attention + MLP block of each stage; with ``downsampling`` also patch merging."""
-    names: list[str] = []
-    for i, stage in enumerate(backbone.stages):
-        names += [f"stages.{i}.blocks.{j}" for j in range(len(stage.blocks))]
-        if downsampling and stage.downsample is not None:
-            names.append(f"stages.{i}.downsample")
-    return names
+def _named(blocks: str, between: str = "") -> BlockFinder:
+    """A finder of the modules with layers whose whole name matches a regular expression.
+
+    Args:
+        between: the same for layers between stages.
+    """
+
+    def find(component: nn.Module, downsampling: bool) -> list[str]:
+        pattern = f"{blocks}|{between}" if downsampling and between else blocks
+        modules = component.named_modules()
+        return [name for name, m in modules if re.fullmatch(pattern, name) and _layers(m)]
+
+    return find
 
 
-@register_blocks(
-    "ResNet", "ResNetV1d", "ResNeXt", "ResNeSt", "Res2Net", "RegNet", "DetectoRS_ResNet"
+register_blocks("SwinTransformer")(
+    _named(r"stages\.\d+\.blocks\.\d+", between=r"stages\.\d+\.downsample")
 )
-def resnet_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """Each residual block of each stage; these hold the downsampling."""
-    return [name for stage in backbone.res_layers for name in _children(backbone, stage)]
-
-
-@register_blocks("CSPDarknet", "CSPNeXt", "YOLOXCSPDarknet", "MobileNetV2")
-def staged_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """The units of each stage: downsampling convolution, pyramid pooling, CSP layer, residuals."""
-    return [
-        name
-        for layer in backbone.layers
-        if isinstance(getattr(backbone, layer), nn.Sequential)
-        for name in _children(backbone, layer)
-    ]
-
-
-@register_blocks("PyramidVisionTransformer", "PyramidVisionTransformerV2")
-def pvt_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """Each encoder layer of each stage; with ``downsampling`` also the patch embeddings between stages."""
-    names: list[str] = []
-    for i, (_, layers, _) in enumerate(backbone.layers):
-        if downsampling and i:
-            names.append(f"layers.{i}.0.projection")
-        # A position embedding may come before them.
-        names += [f"layers.{i}.1.{j}" for j, layer in enumerate(layers) if hasattr(layer, "attn")]
-    return names
-
-
-@register_blocks("ConvNeXt")
-def convnext_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """Each block of each stage; with ``downsampling`` also the layers between stages."""
-    names: list[str] = []
-    for i, stage in enumerate(backbone.stages):
-        if downsampling and i:
-            names.append(f"downsample_layers.{i}")
-        names += [f"stages.{i}.{j}" for j in range(len(stage))]
-    return names
+register_blocks(
+    "ResNet", "ResNetV1d", "ResNeXt", "ResNeSt", "Res2Net", "RegNet", "DetectoRS_ResNet"
+)(_named(r"layer\d+\.\d+"))
+register_blocks("CSPDarknet", "CSPNeXt", "YOLOXCSPDarknet", "MobileNetV2")(
+    _named(r"(stem|stage\d+|layer\d+)\.\d+")
+)
+register_blocks("PyramidVisionTransformer", "PyramidVisionTransformerV2")(
+    _named(r"layers\.\d+\.1\.\d+", between=r"layers\.[1-9]\d*\.0\.projection")
+)
+register_blocks("ConvNeXt")(_named(r"stages\.\d+\.\d+", between=r"downsample_layers\.[1-9]\d*"))
+register_blocks("FPN", "PAFPN", registry=NECKS)(
+    _named(r"(lateral_convs|fpn_convs|downsample_convs|pafpn_convs)\.\d+")
+)
+register_blocks("YOLOXPAFPN", "CSPNeXtPAFPN", registry=NECKS)(
+    _named(r"(reduce_layers|top_down_blocks|downsamples|bottom_up_blocks|out_convs)\.\d+")
+)
+register_blocks("ChannelMapper", registry=NECKS)(_named(r"(convs|extra_convs)\.\d+"))
 
 
 # Names of blocks in timm's models: `blocks.2.1`, `stages_0.blocks.1`, `layer3.0`, `s2.b1`; layers between
@@ -134,30 +114,6 @@ def timm_blocks(backbone: Any, downsampling: bool) -> list[str]:
             else:
                 names.append(name)
     return names
-
-
-@register_blocks("FPN", "PAFPN", registry=NECKS)
-def fpn_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
-    """Lateral, top-down and bottom-up convolutions."""
-    names = ("lateral_convs", "fpn_convs", "downsample_convs", "pafpn_convs")
-    return [name for group in names for name in _children(neck, group)]
-
-
-@register_blocks("YOLOXPAFPN", "CSPNeXtPAFPN", registry=NECKS)
-def csp_pafpn_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
-    """Reducing convolutions, top-down and bottom-up CSP layers, downsampling and output convolutions."""
-    names = ("reduce_layers", "top_down_blocks", "downsamples", "bottom_up_blocks", "out_convs")
-    return [name for group in names for name in _children(neck, group)]
-
-
-@register_blocks("ChannelMapper", registry=NECKS)
-def channel_mapper_blocks(neck: nn.Module, downsampling: bool) -> list[str]:
-    """The convolution of each level."""
-    return [name for group in ("convs", "extra_convs") for name in _children(neck, group)]
-
-
-def _layers(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
 
 def _weights(modules: Iterable[nn.Module]) -> int:
@@ -363,27 +319,25 @@ def find_blocks(
         neck = scope != "backbone" and getattr(model, "neck", None) is not None
         components = ["backbone", *["neck"] * neck]
         misfits = _misfits(model, batch, components)
-        found = {
-            component: _blocks_of(component, model.get_submodule(component), misfits, downsampling)
-            for component in components
-        }
-        classes = {
-            component: type(model.get_submodule(component)).__name__ for component in components
-        }
-        if not found["backbone"]:
-            raise QwtError(
-                f"The backbone, of class {classes['backbone']}, has no module that runs once, takes one tensor and "
-                "returns one with the same positions; set 'blocks' to a list of module name patterns such as "
-                "backbone.layer*.*."
-            )
+        found: list[str] = []
         for component in components:
-            if not found[component]:
+            module = model.get_submodule(component)
+            blocks = _blocks_of(component, module, misfits, downsampling)
+            found += blocks
+            lacks = (
+                "no module that runs once, takes one tensor and returns one with the same positions"
+            )
+            if not found:
+                raise QwtError(
+                    f"The backbone, of class {type(module).__name__}, has {lacks}; set 'blocks' to a list of module "
+                    "name patterns such as backbone.layer*.*."
+                )
+            if not blocks:
                 logger.warning(
-                    "The %s, of class %s, stays without compensation: it has no module that runs once, takes one "
-                    "tensor and returns one with the same positions.",
-                    component, classes[component],
+                    "The %s, of class %s, stays without compensation: it has %s.",
+                    component, type(module).__name__, lacks,
                 )  # fmt: skip
-        return [name for names in found.values() for name in names]
+        return found
     names = [name for name, _ in model.named_modules() if name]
     chosen: list[str] = []
     for pattern in patterns:
