@@ -197,16 +197,6 @@ def test_blocks_are_left_out_until_the_heads_have_less_noise_than_without(
     assert all(name in caplog.messages[-1] for name in left_out)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_batch_size_changes_nothing(kind):
-    full, model, data = pair(kind, images=4)
-    one = fit_compensation(model, full, data, PAPER)
-    three = fit_compensation(model, full, tiny.batches(4, batch=3), PAPER)
-    for a, b in zip(one.blocks, three.blocks, strict=True):
-        assert torch.equal(a.kind.weight, b.kind.weight)
-        assert torch.equal(a.kind.bias, b.kind.bias)
-
-
 class Preprocessed(torch.nn.Module):
     """A detector with mmdet's own preprocessor, which pads the images of a batch to one size."""
 
@@ -271,13 +261,6 @@ def test_code_between_blocks_may_work_in_place():
     assert all(block.fit.error_after < block.fit.error_before for block in fitted.blocks)
 
 
-def test_odd_sizes_need_window_padding_and_work():
-    full, model, data = pair("swin", size=(52, 76))
-    fitted = fit_compensation(model, full, data, PAPER)
-    assert all(torch.isfinite(block.kind.weight).all() for block in fitted.blocks)
-    assert all(block.fit.error_after <= block.fit.error_before for block in fitted.blocks)
-
-
 @pytest.mark.parametrize("target", ["block", "reference"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_activations_on_disk_give_identical_results(kind, target, tmp_path, monkeypatch):
@@ -292,26 +275,6 @@ def test_activations_on_disk_give_identical_results(kind, target, tmp_path, monk
         save_compensation(model, fitted, tmp_path / name)
     assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
     assert [b.row() for b in memory.blocks] == [b.row() for b in disk.blocks]
-
-
-def test_each_block_runs_once_per_image_in_each_model():
-    full, model, data = pair("cspdarknet", images=3)
-    names = find_blocks(full, tiny.batches(1)[0])
-    counts = {}
-
-    def count(key):
-        def hook(*_):
-            counts[key] = counts.get(key, 0) + 1
-
-        return hook
-
-    first = {name: next(m for m in model.get_submodule(name).modules() if not list(m.children()))
-             for name in names}  # fmt: skip
-    handles = [module.register_forward_hook(count(name)) for name, module in first.items()]
-    fit_compensation(model, full, data, PAPER)
-    for handle in handles:
-        handle.remove()
-    assert counts == dict.fromkeys(names, len(data))
 
 
 def test_models_are_unchanged_by_a_fit():
@@ -360,26 +323,6 @@ def test_gate_rejects_what_does_not_help_on_held_out_images():
     assert not any(block.kept for block in fitted.blocks)
 
 
-@pytest.mark.parametrize(
-    "kind", ["resnet", pytest.param("cspdarknet", marks=pytest.mark.slow_if_pretended)]
-)
-def test_saved_compensation_is_applied_bit_for_bit(kind, tmp_path):
-    full, model, data = pair(kind, images=5)
-    fitted = fit_compensation(model, full, data, CompensationSettings())
-    path = tmp_path / "compensation.pth"
-    save_compensation(model, fitted, path)
-    loaded = copy.deepcopy(model)
-    assert load_compensation(loaded, path).settings == fitted.settings
-    expected = apply_compensation(copy.deepcopy(model), fitted)
-    with torch.no_grad():
-        for a, b in zip(
-            forward_scope(loaded, data[0], "backbone"),
-            forward_scope(expected, data[0], "backbone"),
-            strict=True,
-        ):
-            assert torch.equal(a, b)
-
-
 def test_compensation_of_another_quantization_is_refused(tmp_path):
     full, model, data = pair("resnet")
     path = tmp_path / "compensation.pth"
@@ -406,7 +349,6 @@ def test_compensated_model_can_be_copied_and_its_state_saved():
     [
         (("backbone.nothing*",), "matches no module"),
         (("backbone.layer1", "backbone.layer1.0"), "nested"),
-        (("backbone.conv1", "backbone.layer1.0.downsample"), "matches no module"),
     ],
 )
 def test_bad_block_patterns_are_named(blocks, message):

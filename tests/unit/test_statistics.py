@@ -1,7 +1,7 @@
 import pytest
 import torch
 from qwt_mmdet.compensation.kinds import Bias
-from qwt_mmdet.compensation.solve import RIDGES, choose_ridge, solve_path, solve_ridge
+from qwt_mmdet.compensation.solve import RIDGES, Spectrum, choose_ridge, solve_ridge
 from qwt_mmdet.compensation.statistics import RegressionStatistics
 
 
@@ -67,7 +67,7 @@ def test_ridge_solves_its_normal_equations(device):
     )
     assert gradient.abs().max() < 1e-6 * statistics.xy.abs().max()
     assert torch.allclose(
-        solution.kind.weight, solve_path(statistics, (ridge,))[0].kind.weight, atol=1e-9
+        solution.kind.weight, Spectrum(statistics).solution(ridge).kind.weight, atol=1e-9
     )
 
 
@@ -111,7 +111,7 @@ def test_the_chosen_ridge_has_the_smallest_error_on_held_out_rows(device, pieces
     chosen = choose_ridge(folds)
     errors = {
         s.ridge: (held_y - held_x @ s.kind.weight - s.kind.bias).square().sum().item()
-        for s in solve_path(fit, RIDGES[:-1])
+        for s in map(Spectrum(fit).solution, RIDGES[:-1])
     }
     assert chosen == min(errors, key=errors.get)
     assert 0 < chosen < 1e3

@@ -54,9 +54,8 @@ def fit_block(
     chosen: Mapping[str, int] | None,
 ) -> BlockFit:
     """Fit one block on all images; both walks advance to its output."""
-    start = time.monotonic()
-    settings = fit.settings
-    solver = SOLVERS[settings.kind]
+    start, settings = time.monotonic(), fit.settings
+    needs = SOLVERS[settings.kind].needs
     groups: list[BlockStatistics] = []
     power = 0.0
     diverged = 0
@@ -66,7 +65,7 @@ def fit_block(
         x, output, expected = _run_block(settings, name, quantized, full, reference, image)
         if not groups:
             channels = x.shape[1], output.shape[1]
-            groups = [_statistics(solver.needs, *channels, output.device) for _ in range(fit.folds)]
+            groups = [_statistics(needs, *channels, output.device) for _ in range(fit.folds)]
         if settings.target == "reference" and not _is_finite(expected):
             raise QwtError(
                 f"The output of block {name} holds NaN or infinite values in full precision; check "
@@ -84,26 +83,23 @@ def fit_block(
             "stays without compensation; raise the bits of the blocks before it.",
             name, diverged, fit.images,
         )  # fmt: skip
-        return _left_alone(name, "not_finite")
+        return BlockFit(name=name, decision="not_finite")
     sums = merged(groups)
     forms = fit_forms(sums, groups, settings)
     options = tuple(_option(fit, name, form, sums) for form in forms)
-    number = min(range(len(options)), key=lambda n: options[n].error)
-    if chosen is not None:
-        number = chosen.get(name, number)
+    best = min(range(len(options)), key=lambda n: options[n].error)
+    number = (chosen or {}).get(name, best)
     form = forms[number]
     fit_error = _error(form.solution.squared_error(sums), sums)
     holdout_error = _error(form.held_out, sums)
     passes_gate = _is_kept(settings, form, fit_error, holdout_error)
     kind, trial = (
-        None
-        if solution is None or solution.kind is None
-        else solution.kind.to("cpu", torch.float32)
+        solution.kind.to("cpu", torch.float32) if solution and solution.kind else None
         for solution in (form.solution, form.trial)
     )
     if kind and not all(torch.isfinite(tensor).all() for tensor in kind.tensors().values()):
         logger.warning("The compensation of block %s is not finite; set a larger ridge.", name)
-        return _left_alone(name, "not_finite")
+        return BlockFit(name=name, decision="not_finite")
     is_paid = chosen is None or name in chosen
     positions = sums.count / fit.images
     result = BlockFit(
@@ -138,23 +134,21 @@ def _run_block(
     reference: nn.Module,
     image: int,
 ) -> list[torch.Tensor]:
-    """Run one block on one image, in both walks.
+    """Run one block on one image: its input, its quantized output and its target, [positions, channels] each.
 
     Args:
         full: None: the target is the full-precision block's output for the quantized input.
-
-    Returns:
-        The block's input, its quantized output and its target: [positions, channels] each.
     """
     arguments, quantized_output = quantized.reach(image, name)
     output = block_output(name, quantized_output)
+    block = reference.get_submodule(name)
     if full is not None:
         _, expected = full.reach(image, name)
     else:
         args, kwargs = detached(arguments)
-        expected = reference.get_submodule(name)(*args, **kwargs)
+        expected = block(*args, **kwargs)
     expected = block_output(name, expected)
-    axis = channel_axis(reference.get_submodule(name), output)
+    axis = channel_axis(block, output)
     x = aligned_input(arguments, output, axis)
     if settings.bits == BITS:
         x = rounded_input(x)  # as the input of W will be
@@ -200,29 +194,17 @@ def _error(after: float | None, sums: BlockStatistics) -> BlockError:
     return BlockError(sums.any.error_before() / sums.elements, after / sums.elements, r2)
 
 
-def _left_alone(name: str, decision: str) -> BlockFit:
-    """A block without compensation and without measured errors."""
-    counts = ("parameters", "bytes", "bytes_percent", "multiply_adds", "multiply_adds_percent")
-    return BlockFit(
-        name=name, kind=None, trial=None, options=(), option=0, kept=False, decision=decision,
-        ridge=0.0, solver="none",
-        positions=0.0, target_power=0.0, fit=BlockError(), holdout=BlockError(),
-        **dict.fromkeys(counts, 0),
-    )  # fmt: skip
-
-
 def _is_finite(tensor: torch.Tensor) -> bool:
     # One pass: the extremes are NaN if any value is.
     return all(map(torch.isfinite, torch.aminmax(tensor)))
 
 
 def _log(
-    block: BlockFit,
-    channels: tuple[int, int],
-    tokens: int,
-    seconds: float,
-    device: torch.device,
+    block: BlockFit, channels: tuple[int, int], tokens: int, seconds: float, device: torch.device
 ) -> None:
+    peak = f"{peak_gigabytes():.2f} GB"
+    if device.type == "cuda":
+        peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device"
     logger.info(
         "%s: %d -> %d channels, %d tokens, %s, error %.3g -> %.3g on fitted and %s on held-out "
         "images, r2 %.3f and %s, ridge %.1g (%s), %s, %.1f s, peak memory %s",
@@ -233,12 +215,5 @@ def _log(
         else f"{block.holdout.error_before:.3g} -> {block.holdout.error_after:.3g}",
         block.fit.r2, "none" if block.holdout.r2 is None else f"{block.holdout.r2:.3f}",
         block.ridge, block.solver,
-        "kept" if block.kept else f"not kept ({block.decision})", seconds,
-        _peak_memory(device),
+        "kept" if block.kept else f"not kept ({block.decision})", seconds, peak,
     )  # fmt: skip
-
-
-def _peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device"
-    return f"{peak_gigabytes():.2f} GB"

@@ -33,14 +33,8 @@ def within_budget(blocks: Sequence[BlockFit], limits: MaxCost) -> dict[str, int]
     Returns:
         The index of the chosen form, by block.
     """
-    budgets = [
-        (limit, field)
-        for limit, field in (
-            (limits.bytes, "bytes_percent"),
-            (limits.multiply_adds, "multiply_adds_percent"),
-        )
-        if limit is not None
-    ]
+    asked = {"bytes_percent": limits.bytes, "multiply_adds_percent": limits.multiply_adds}
+    budgets = {field: limit for field, limit in asked.items() if limit is not None}
     nothing = Option(0.0, 0.0, 0.0)
     options = {
         block.name: [
@@ -53,14 +47,14 @@ def within_budget(blocks: Sequence[BlockFit], limits: MaxCost) -> dict[str, int]
     chosen: dict[str, int] = {}
     while True:
         now = {name: options[name][chosen[name]] if name in chosen else nothing for name in options}
-        spent = {field: sum(getattr(o, field) for o in now.values()) for _, field in budgets}
+        spent = {field: sum(getattr(o, field) for o in now.values()) for field in budgets}
         best, step = 0.0, None
         for name, forms in options.items():
             for index, form in enumerate(forms):
                 added = {f: getattr(form, f) - getattr(now[name], f) for f in spent}
-                if any(spent[field] + added[field] > limit for limit, field in budgets):
+                if any(spent[field] + added[field] > limit for field, limit in budgets.items()):
                     continue
-                share = sum(added[field] / limit for limit, field in budgets if limit)
+                share = sum(added[field] / limit for field, limit in budgets.items() if limit)
                 # Steps without additional cost come first.
                 worth = (now[name].error - form.error) / max(share, 1e-12)
                 if worth > best:

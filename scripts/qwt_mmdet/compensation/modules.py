@@ -20,7 +20,9 @@ from .kinds import KINDS, Kind
 
 PREFIX = "compensation_"
 
-_LAYER_TYPES: WeakKeyDictionary[nn.Module, set[type[nn.Module]]] = WeakKeyDictionary()
+LAYERS = nn.Linear | nn.Conv2d
+
+_IS_LINEAR: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def channel_axis(block: nn.Module, output: Tensor) -> int:
@@ -28,14 +30,10 @@ def channel_axis(block: nn.Module, output: Tensor) -> int:
 
     A block of linear layers without any convolution works on the last axis.
     """
-    if block not in _LAYER_TYPES:  # cached, since it is needed in every forward pass
-        _LAYER_TYPES[block] = {
-            layer
-            for m in block.modules()
-            for layer in (nn.Linear, nn.Conv2d)
-            if isinstance(m, layer)
-        }
-    return -1 if output.dim() == 3 or _LAYER_TYPES[block] == {nn.Linear} else 1
+    if block not in _IS_LINEAR:  # cached, since it is needed in every forward pass
+        kinds = {isinstance(m, nn.Linear) for m in block.modules() if isinstance(m, LAYERS)}
+        _IS_LINEAR[block] = kinds == {True}
+    return -1 if output.dim() == 3 or _IS_LINEAR[block] else 1
 
 
 def block_input(arguments: Arguments) -> Tensor:
@@ -58,10 +56,6 @@ def block_output(name: str, output: Any) -> Tensor:
     raise QwtError(
         f"The block {name} returns a {type(output).__name__}, not a tensor; choose other 'blocks'."
     )
-
-
-def _with_tensor(output: Any, tensor: Tensor) -> Any:
-    return tensor if isinstance(output, Tensor) else type(output)((tensor, *output[1:]))
 
 
 def _grid(arguments: Arguments, tokens: int) -> tuple[int, int] | None:
@@ -124,20 +118,21 @@ def compensated(block: nn.Module, kind: Kind, arguments: Arguments, output: Any)
     tensor = block_output(type(block).__name__, output)
     axis = channel_axis(block, tensor)
     x = aligned_input(arguments, tensor, axis).to(tensor.dtype)
-    return _with_tensor(output, kind.to(tensor.device, tensor.dtype).apply(x, tensor, axis))
+    changed = kind.to(tensor.device, tensor.dtype).apply(x, tensor, axis)
+    return changed if isinstance(output, Tensor) else type(output)((changed, *output[1:]))
 
 
 @contextmanager
 def compensating(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
     """Inside: blocks of these names run with a compensation; their buffers do not change."""
-
-    def hook(kind: Kind) -> Any:
-        return lambda block, args, kwargs, output: compensated(block, kind, (args, kwargs), output)
-
     with ExitStack() as stack:
         for name, kind in kinds.items():
-            block = model.get_submodule(name)
-            handle = block.register_forward_hook(hook(kind), with_kwargs=True)
+            handle = model.get_submodule(name).register_forward_hook(
+                lambda block, args, kwargs, output, kind=kind: compensated(
+                    block, kind, (args, kwargs), output
+                ),
+                with_kwargs=True,
+            )
             stack.callback(handle.remove)
         yield
 
@@ -164,11 +159,7 @@ def _compensation_buffers(block: nn.Module) -> dict[str, Tensor]:
 
 
 def attach_compensation(block: nn.Module, kind: Kind) -> None:
-    """Give a block its compensation.
-
-    Raises:
-        QwtError: it has one already.
-    """
+    """Give a block its compensation; a QwtError is raised if it has one already."""
     if _compensation_buffers(block):
         raise QwtError("This model is compensated already; load it again first.")
     device = next(block.parameters()).device

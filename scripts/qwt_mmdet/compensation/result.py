@@ -36,7 +36,7 @@ class BlockError:
     r2: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockFit:
     """The compensation of one block, with its errors and its cost.
 
@@ -59,23 +59,23 @@ class BlockFit:
     """
 
     name: str
-    kind: Kind | None
-    trial: Kind | None
-    options: tuple[Option, ...]
-    option: int
-    kept: bool
+    kind: Kind | None = None
+    trial: Kind | None = None
+    options: tuple[Option, ...] = ()
+    option: int = 0
+    kept: bool = False
     decision: str
-    ridge: float
-    solver: str
-    positions: float
-    parameters: int
-    bytes: int
-    bytes_percent: float
-    multiply_adds: float
-    multiply_adds_percent: float
-    target_power: float
-    fit: BlockError
-    holdout: BlockError
+    ridge: float = 0.0
+    solver: str = "none"
+    positions: float = 0.0
+    parameters: int = 0
+    bytes: int = 0
+    bytes_percent: float = 0
+    multiply_adds: float = 0
+    multiply_adds_percent: float = 0
+    target_power: float = 0.0
+    fit: BlockError = BlockError()
+    holdout: BlockError = BlockError()
 
     @property
     def error_before(self) -> float:
@@ -108,15 +108,12 @@ class BlockFit:
         Raises:
             QwtError: no kind of this name is registered.
         """
-        values = {"trial": None, "options": (), "option": 0, **values}
+        values = {"trial": None, "options": (), **values}
         tensors, kind, trial = (values.pop(key) for key in ("tensors", "kind", "trial"))
+        values["kind"] = None if kind == "none" else KINDS.find(kind)(**tensors)
+        values["trial"] = KINDS[trial[0]](**trial[1]) if trial else None
         values["options"] = tuple(Option(*option) for option in values["options"])
-        values |= {key: BlockError(**values[key]) for key in ("fit", "holdout")}
-        return cls(
-            kind=None if kind == "none" else KINDS.find(kind)(**tensors),
-            trial=KINDS[trial[0]](**trial[1]) if trial else None,
-            **values,
-        )
+        return cls(**values | {key: BlockError(**values[key]) for key in ("fit", "holdout")})
 
 
 @dataclass(frozen=True)

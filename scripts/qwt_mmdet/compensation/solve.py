@@ -105,26 +105,20 @@ def solve_ridge(statistics: RegressionStatistics, ridge: float) -> Solution:
     if info == 0 and (diagonal.square() > RANK_TOLERANCE * matrix.diagonal().max()).all():
         weight = torch.cholesky_solve(statistics.xy, factor)
         return _linear(statistics, weight, ridge, "cholesky")
-    return solve_path(statistics, (ridge,))[0]
+    return Spectrum(statistics).solution(ridge)
 
 
-@dataclass(frozen=True)
-class _Spectrum:
+class Spectrum:
     """W for every ridge strength from one eigendecomposition of the centred X'X.
 
     W = vectors · diag(shrinkage) · projected, in which only the shrinkage depends on the ridge.
     Directions below RANK_TOLERANCE of the largest eigenvalue are left out (minimum norm).
     """
 
-    statistics: RegressionStatistics
-    values: Tensor
-    vectors: Tensor
-    projected: Tensor
-
-    @classmethod
-    def of(cls, statistics: RegressionStatistics) -> "_Spectrum":
-        values, vectors = torch.linalg.eigh(statistics.xx)
-        return cls(statistics, values.clamp(min=0), vectors, vectors.T @ statistics.xy)
+    def __init__(self, statistics: RegressionStatistics) -> None:
+        values, self.vectors = torch.linalg.eigh(statistics.xx)
+        self.statistics, self.values = statistics, values.clamp(min=0)
+        self.projected = self.vectors.T @ statistics.xy
 
     def shrinkage(self, ridge: float) -> Tensor:
         usable = self.values > self.values.max() * RANK_TOLERANCE
@@ -132,19 +126,13 @@ class _Spectrum:
         return torch.where(usable, 1 / (self.values + penalty).clamp(min=1e-300), 0.0)
 
     def solution(self, ridge: float) -> Solution:
-        if ridge == math.inf:
-            return _mean_error(self.statistics)
+        """The minimum-norm solution for a finite ridge strength."""
         weight = self.vectors @ (self.shrinkage(ridge)[:, None] * self.projected)
         return _linear(self.statistics, weight, ridge, "eigh")
 
     def errors(self, holdout: RegressionStatistics, ridges: Sequence[float]) -> Tensor:
         """Squared error of each ridge strength on held-out data, without forming W: [ridges]."""
-        shrinkage = torch.stack(
-            [
-                torch.zeros_like(self.values) if ridge == math.inf else self.shrinkage(ridge)
-                for ridge in ridges
-            ]
-        )
+        shrinkage = torch.stack([self.shrinkage(ridge) for ridge in ridges])
         inner = self.vectors.T @ holdout.xx @ self.vectors * (self.projected @ self.projected.T)
         cross = (self.projected * (self.vectors.T @ holdout.xy)).sum(1)
         moved_x = (holdout.mean_x - self.statistics.mean_x) @ self.vectors
@@ -154,19 +142,13 @@ class _Spectrum:
         return holdout.variation + explained + holdout.count * offset.square().sum(1)
 
 
-def solve_path(statistics: RegressionStatistics, ridges: Sequence[float]) -> list[Solution]:
-    """Solutions for several ridge strengths from one eigendecomposition."""
-    spectrum = _Spectrum.of(statistics)
-    return [spectrum.solution(ridge) for ridge in ridges]
-
-
 def choose_ridge(folds: Iterable[tuple[RegressionStatistics, RegressionStatistics]]) -> float:
     """The one of :data:`RIDGES` with the smallest squared error on held-out data.
 
     Args:
         folds: pairs of the sums of a fit and of its held-out data.
     """
-    errors = [_Spectrum.of(fit).errors(held, RIDGES) for fit, held in folds]
+    errors = [Spectrum(fit).errors(held, RIDGES) for fit, held in folds]
     return RIDGES[int(torch.stack(errors).sum(0).argmin())]
 
 

@@ -132,13 +132,11 @@ class BlockStatistics:
 
     @property
     def inputs(self) -> RegressionStatistics:
-        """``on_input`` for a kind that needs it."""
         assert self.on_input is not None, "the needs of the solver lack inputs"
         return self.on_input
 
     @property
     def outputs(self) -> ChannelStatistics:
-        """``on_output`` for a kind that needs it."""
         assert self.on_output is not None, "the needs of the solver lack outputs"
         return self.on_output
 
