@@ -348,9 +348,10 @@ def test_an_image_without_proposals_tells_heads_of_regions_nothing(refit):
         torch.testing.assert_close(found[0], found[1])
 
 
-def test_no_calibration_images_is_an_error():
-    with pytest.raises(QwtError, match="calibration images"):
-        calibrate(quantize_model(tiny.detector("resnet"), settings()), [])
+@pytest.mark.parametrize("refit", ["none", "sequential"])
+def test_no_calibration_images_is_an_error(refit):
+    with pytest.raises(QwtError, match="no calibration images"):
+        calibrate(quantize_model(tiny.detector("resnet"), settings(refit=refit)), [])
 
 
 def test_quantizing_twice_is_an_error():

@@ -2,7 +2,7 @@
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from mmcv.cnn.bricks import wrappers
 from torch import nn
@@ -54,18 +54,6 @@ def own_bits(name: str, settings: QuantizationSettings) -> tuple[int, int]:
     return weight_bits or settings.weight_bits, activation_bits or settings.activation_bits
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Whether a module uses its children's weights without calling the children."""
-    return isinstance(module, nn.MultiheadAttention) and type(module) not in ATTENTION
-
-
-def _reason_against(layer: nn.Linear | nn.Conv2d) -> str | None:
-    """Why a layer stays in full precision; None where it has a quantized class."""
-    if "weight" not in layer._parameters:  # torch.nn.utils.weight_norm and its kin
-        return "its weight is computed from other tensors"
-    return None if type(layer) in LAYERS else reason_against(layer)
-
-
 def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Module:
     """Exchange the layers in scope for quantized ones, in place; they need :func:`.calibrate.calibrate` next.
 
@@ -85,12 +73,18 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):
         from . import timm_models  # noqa: F401  registers its classes
     found, not_quantized = _choose(model, settings.scope)
-    _check_overrides(settings, [name for name, _ in found])
+    names = [name for name, _ in found]
+    for entry in settings.overrides:
+        if not fnmatch.filter(names, entry.pattern):
+            raise QwtError(
+                f"The override pattern {entry.pattern!r} matches no layer in scope "
+                f"{settings.scope!r}; layer names look like {', '.join(names[:3])}."
+            )
     for name, module in found:
         override = matching_override(name, settings.overrides)
         if override is not None and override.skip:
-            excluded = NotQuantized(name, type(module).__name__, "excluded by an override")
-            not_quantized.append(excluded)
+            reason = "excluded by an override"
+            not_quantized.append(NotQuantized(name, type(module).__name__, reason))
         else:
             _exchange(name, module, settings)
     folds = find_folds(model) if folds_norms(settings) else []
@@ -99,8 +93,12 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             layer = layer_by_name(model, name)
             layer.input_quantizer.channel_axis = 1 if isinstance(layer, nn.Conv2d) else -1
     for layer in quantized_layers(model).values():
-        if isinstance(layer, QuantizedConv2d):
-            _choose_migration(layer, settings)
+        if not isinstance(layer, QuantizedConv2d):
+            continue
+        if layer.is_depthwise:
+            layer.migrates = integer_grids(settings)  # which need one zero point for all channels
+        elif settings.migrate_scales and layer.input_quantizer.channel_axis is None:
+            layer.migrates, layer.input_quantizer.channel_axis = True, 1
     record_of(model).quantization = Quantization(settings, folds, not_quantized)
     return model
 
@@ -124,13 +122,14 @@ def _choose(model: nn.Module, scope: str) -> tuple[list[tuple[str, nn.Module]], 
     for name, module in model.named_modules():
         if not in_scope(name, scope) or any(name.startswith(f"{o}.") for o in opaque):
             continue
-        if _is_opaque(module):
-            opaque.append(name)
-            leave(name, module, "attention class without a registered quantized class")
-        elif type(module) in ATTENTION:
+        if type(module) in ATTENTION:
             found.append((name, module))
+        elif isinstance(module, nn.MultiheadAttention):
+            opaque.append(name)  # it uses its children's weights without calling the children
+            leave(name, module, "attention class without a registered quantized class")
         elif isinstance(module, nn.Linear | nn.Conv2d):
-            if reason := _reason_against(module):
+            is_plain = type(module) in LAYERS and "weight" in module._parameters
+            if reason := None if is_plain else reason_against(module):
                 leave(name, module, f"{UNSUPPORTED}: {reason}")
             else:
                 found.append((name, module))
@@ -141,15 +140,6 @@ def _choose(model: nn.Module, scope: str) -> tuple[list[tuple[str, nn.Module]], 
             f"The scope {scope!r} of this model holds no Linear or Conv2d layer; choose another scope."
         )
     return found, not_quantized
-
-
-def _check_overrides(settings: QuantizationSettings, names: Sequence[str]) -> None:
-    for entry in settings.overrides:
-        if not fnmatch.filter(names, entry.pattern):
-            raise QwtError(
-                f"The override pattern {entry.pattern!r} matches no layer in scope "
-                f"{settings.scope!r}; layer names look like {', '.join(names[:3])}."
-            )
 
 
 def _exchange(name: str, module: nn.Module, settings: QuantizationSettings) -> None:
@@ -164,15 +154,6 @@ def _exchange(name: str, module: nn.Module, settings: QuantizationSettings) -> N
         exchange_class(module, ATTENTION[original])._attach(
             name, activation_bits, logarithmic_probability=logarithmic_attention(settings)
         )
-
-
-def _choose_migration(layer: QuantizedConv2d, settings: QuantizationSettings) -> None:
-    """Choose whether scales migrate from a convolution's input to its weights."""
-    quantizer = layer.input_quantizer
-    if layer.is_depthwise:  # integer grids need one zero point for all channels
-        layer.migrates = integer_grids(settings)
-    elif settings.migrate_scales and quantizer.channel_axis is None:
-        layer.migrates, quantizer.channel_axis = True, 1
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -208,13 +189,7 @@ def running_order(model: nn.Module) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def rounded_weights(model: nn.Module, watch: Mapping[nn.Module, Watch]) -> Iterator[None]:
-    """Let a calibrated model whose weights are not rounded yet compute quantized.
-
-    Layers that never ran during calibration stay in full precision.
-
-    Args:
-        watch: as of :func:`full_precision`.
-    """
+    """:func:`full_precision`, but what is calibrated computes quantized."""
     layers = [*quantized_layers(model).values()]
     weights = [layer.weight.data for layer in layers]
     with full_precision(model, watch):

@@ -108,14 +108,7 @@ def _takes_factors(layer: nn.Module) -> bool:
 
 
 def factors(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parameters that turn per-channel quantization into per-tensor quantization.
-
-    Args:
-        scale, zero_point: [channels].
-
-    Returns:
-        The scale and the zero point of the tensor, [1], and the factors r1 and s r2, [channels].
-    """
+    """From grids per channel, [channels]: scale and zero point of the tensor, [1], and r1 and s r2, [channels]."""
     tensor_scale = scale.mean(0, keepdim=True)
     tensor_zero_point = zero_point.mean(0, keepdim=True).round()
     shift = scale * (zero_point - tensor_zero_point)
@@ -125,11 +118,7 @@ def factors(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 def folded_range(
     quantizer: ActivationQuantizer, factor: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The clipping range of the folded tensor, [1] each, from a quantizer's ranges per channel.
-
-    Args:
-        factor, shift: from :func:`factors` of another quantizer, whose bits differ.
-    """
+    """The clipping range of the folded tensor, [1] each, for factors [channels] of a quantizer with other bits."""
     scale, zero_point = quantizer.grid
     ends = (-zero_point, 2**quantizer.bits - 1 - zero_point)
     low, high = (((scale * end + shift) / factor).mean(0, keepdim=True) for end in ends)
@@ -140,11 +129,8 @@ def folded_range(
 def apply_fold(model: nn.Module, fold: Fold, factor: Tensor, shift: Tensor) -> None:
     """Change the LayerNorm to return (y + shift) / factor, and its readers to invert this, in place.
 
-    Their full-precision function stays the same. ``factor`` and ``shift`` become buffers of the first layer,
-    so that loading a saved state can repeat the fold.
-
-    Args:
-        factor, shift: [channels].
+    ``factor`` and ``shift``, [channels], become buffers of the first layer, so that loading a saved state can
+    repeat the fold.
     """
     norm = model.get_submodule(fold.norm)
     assert isinstance(norm, nn.LayerNorm)  # as find_folds has checked

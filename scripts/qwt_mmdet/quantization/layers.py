@@ -120,8 +120,7 @@ class QuantizedLayer(nn.Module):
     def input_factor(self, scale: Tensor | None = None) -> Tensor:
         """Factor of the weights before they are rounded; broadcasts against them.
 
-        Integer arithmetic has one scale per output channel. If each input channel has a scale, the weights are
-        multiplied with its ratio to the mean scale.
+        If each input channel has a scale, the weights are multiplied with its ratio to the mean scale.
 
         Args:
             scale: of the input; None for that of its quantizer.

@@ -16,9 +16,6 @@ def score_map(model: BaseDetector, image: dict[str, Any]) -> Tensor | None:
 
     It is the largest over all levels of a one-stage detector's head, or of a region proposal network.
 
-    Args:
-        image: a batch of one, as the loader gives it.
-
     Returns:
         [height, width] of the finest level, 0 to 1; None for a detector without such scores (DETR).
     """

@@ -20,9 +20,7 @@ from .quantizer import ActivationQuantizer, Watch
 class RelativeError:
     """Streaming power of a tensor and of its quantization error."""
 
-    def __init__(self) -> None:
-        self.signal = 0.0
-        self.noise = 0.0
+    signal = noise = 0.0
 
     def update(self, full: Tensor, quantized: Tensor) -> None:
         """Add a tensor in full precision and quantized, of any (equal) shape."""
@@ -90,10 +88,8 @@ def measure_sqnr(
         if isinstance(module, QuantizedAttention) and module.is_calibrated:
             for operand, quantizer in zip(module.operands, module.quantizers(), strict=True):
                 key = f"{name} ({operand})"
-                errors[key], watch[quantizer] = (
-                    RelativeError(),
-                    partial(see_operand, key, quantizer),
-                )
+                errors[key] = RelativeError()
+                watch[quantizer] = partial(see_operand, key, quantizer)
     with (full_precision if fitted is None else rounded_weights)(model, watch):
         for image in images:
             forward_scope(model, image, scope)

@@ -110,34 +110,24 @@ def summarize_quantization(model: nn.Module) -> dict[str, Any]:
 
     ``layer_sqnr``: signal-to-quantization-noise ratio in dB.
     """
-    attention = [m for m in model.modules() if isinstance(m, QuantizedAttention)]
-    check = quantization_of(model).range_check
+    about, units = quantization_of(model), quantized_units(model)
     return {
         "baseline_weight_bytes": full_precision_bytes(model),
         "weight_bytes": round(detector_bytes(model)),
         "layers": sum(layer.is_calibrated for layer in quantized_layers(model).values()),
-        "attention": len(attention),
-        "layer_sqnr": _layer_sqnr(model),
-        "range_check": check and dataclasses.asdict(check),
-        "not_quantized": [
-            dataclasses.asdict(entry) for entry in quantization_of(model).not_quantized
-        ],
-    }
-
-
-def _layer_sqnr(model: nn.Module) -> list[dict[str, Any]]:
-    units, entries = quantized_units(model), []
-    for name, sqnr_db in quantization_of(model).sqnr_db.items():
-        unit = units[name.partition(" ")[0]]
-        entries.append(
+        "attention": sum(isinstance(m, QuantizedAttention) for m in model.modules()),
+        "layer_sqnr": [
             {
                 "name": name,
-                "weight_bits": unit.weight_bits,
+                "weight_bits": (unit := units[name.partition(" ")[0]]).weight_bits,
                 "activation_bits": unit.activation_bits,
                 "sqnr_db": sqnr_db,
             }
-        )
-    return entries
+            for name, sqnr_db in about.sqnr_db.items()
+        ],
+        "range_check": about.range_check and dataclasses.asdict(about.range_check),
+        "not_quantized": [dataclasses.asdict(entry) for entry in about.not_quantized],
+    }
 
 
 def save_warmup(
@@ -151,12 +141,12 @@ def save_warmup(
     Raises:
         QwtError: the model is not quantized or not calibrated, or has invalid scales, zero points or codes.
     """
-    quantization_of(model)
+    about = quantization_of(model)
     check_grids(model)
     content = {
         "format": WARMUP_FORMAT,
         "fingerprint": record_of(model).fingerprint,
-        "settings": as_plain(quantization_of(model).settings),
+        "settings": as_plain(about.settings),
         "bits": {
             **{f"{n}.weight": m.weight_bits for n, m in quantized_layers(model).items()},
             **{n: q.bits for n, q in activation_quantizers(model).items()},

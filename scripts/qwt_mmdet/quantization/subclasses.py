@@ -109,6 +109,8 @@ def reason_against(layer: nn.Linear | nn.Conv2d) -> str | None:
 
     The layer runs once on an input of ones.
     """
+    if "weight" not in layer._parameters:  # torch.nn.utils.weight_norm and its kin
+        return "its weight is computed from other tensors"
     if len(inspect.signature(layer.forward).parameters) != 1:
         return "its forward takes more than the input"
     if isinstance(layer, nn.Linear):

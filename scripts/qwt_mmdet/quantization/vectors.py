@@ -46,11 +46,7 @@ def output_vectors(layer: QuantizedLayer, output: Tensor, chosen: Tensor) -> Ten
 def input_vectors(
     layer: QuantizedLayer, x: Tensor, size: tuple[int, ...], chosen: Tensor
 ) -> Tensor:
-    """The inputs that the weights multiply at some output positions, [groups, positions, columns].
-
-    Args:
-        size: of the output (:func:`output_size`).
-    """
+    """The inputs that the weights multiply at some positions of an output of a size, [groups, positions, columns]."""
     if isinstance(layer, QuantizedConv2d):
         return convolution_vectors(layer, pad(layer, x), size, chosen)
     return x[torch.unravel_index(chosen, size)][None]
@@ -83,11 +79,7 @@ def pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
 def convolution_vectors(
     layer: nn.Conv2d, padded: Tensor, size: tuple[int, ...], chosen: Tensor
 ) -> Tensor:
-    """The inputs of a convolution at some output positions (im2col), [groups, positions, columns].
-
-    Args:
-        size: of the output (:func:`output_size`).
-    """
+    """:func:`input_vectors` of a convolution whose input is padded (im2col)."""
     channels, height, width = padded.shape[1:]
     line, column = chosen // size[2], chosen % size[2]
     image, line = line // size[1], line % size[1]

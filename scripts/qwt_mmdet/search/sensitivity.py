@@ -1,13 +1,13 @@
 """Sensitivity: the error at the heads with one layer quantized, and the gain with one layer left out."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmdet.models import BaseDetector
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..detectors.forward import head_tensors
 from ..errors import QwtError
@@ -15,7 +15,6 @@ from ..progress import progress
 from ..quantization.calibrate import quantize_weights_alone
 from ..quantization.convert import Unit, full_precision, quantized_units
 from ..quantization.layers import QuantizedLayer
-from ..quantization.quantizer import ActivationQuantizer
 from ..quantization.sqnr import HeadError, sqnr_db
 from ..quantization.weight_fit import WEIGHT_FITS, Affine
 from ..record import quantization_of
@@ -46,45 +45,53 @@ class Sensitivity:
 
 
 @contextmanager
-def _computing(layer: QuantizedLayer, compute: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside: a layer computes ``compute(x, weight, bias)`` in place of its own product."""
-    vars(layer)["_compute"] = compute
-    try:
+def _changed(
+    unit: Unit,
+    enabled: bool,
+    weight: Tensor | None = None,
+    compute: Callable[..., Tensor] | None = None,
+) -> Iterator[None]:
+    """Inside: one layer or attention module computes quantized, or in full precision.
+
+    Args:
+        weight: of the layer, in place of its own.
+        compute: computes ``compute(x, weight, bias)`` in place of the layer's product.
+    """
+    switched: Sequence[nn.Module] = (
+        (unit, unit.input_quantizer) if isinstance(unit, QuantizedLayer) else unit.quantizers()
+    )
+    with ExitStack() as stack:
+        for module in switched:
+            stack.callback(setattr, module, "enabled", module.enabled)
+            module.enabled = enabled  # type: ignore[assignment]
+        if weight is not None and isinstance(unit, QuantizedLayer):
+            stack.callback(setattr, unit.weight, "data", unit.weight.data)
+            unit.weight.data = weight
+        if compute is not None:
+            stack.callback(vars(unit).pop, "_compute")
+            vars(unit)["_compute"] = compute
         yield
-    finally:
-        del vars(layer)["_compute"]
 
 
-@contextmanager
-def _quantized_alone(unit: Unit, fitted: Affine | None) -> Iterator[None]:
+def _quantized_alone(unit: Unit, fitted: Affine | None) -> AbstractContextManager[None]:
     """Inside ``full_precision``: let one layer or attention module compute quantized.
 
     Args:
         fitted: weights and bias after a refit. Then the original weights compute, and the change of the
             output by rounding the fitted ones is added.
     """
-    switched: list[QuantizedLayer | ActivationQuantizer]
-    with ExitStack() as stack:
-        if isinstance(unit, QuantizedLayer) and fitted is not None:
-            product, read = unit._compute, unit.input_quantizer.quantized
-            rounded = unit.rounded_weight(), unit.effective_bias()
+    if not isinstance(unit, QuantizedLayer):
+        return _changed(unit, True)
+    if fitted is None:
+        return _changed(unit, True, unit.rounded_weight().to(unit.weight.dtype))
+    product, read = unit._compute, unit.input_quantizer.quantized
+    rounded = unit.rounded_weight(), unit.effective_bias()
 
-            def add_rounding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                change = product(read(x), *rounded) - product(x, *fitted)
-                return product(x, weight, bias) + change
+    def add_rounding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        change = product(read(x), *rounded) - product(x, *fitted)
+        return product(x, weight, bias) + change
 
-            stack.enter_context(_computing(unit, add_rounding))
-            switched = []
-        elif isinstance(unit, QuantizedLayer):
-            switched = [unit, unit.input_quantizer]
-            stack.callback(setattr, unit.weight, "data", unit.weight.data)
-            unit.weight.data = unit.rounded_weight().to(unit.weight.dtype)
-        else:
-            switched = [*unit.quantizers()]
-        for module in switched:
-            stack.callback(setattr, module, "enabled", False)
-            module.enabled = True
-        yield
+    return _changed(unit, False, compute=add_rounding)
 
 
 @torch.no_grad()
@@ -131,30 +138,19 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
     return sorted(ranked, key=lambda entry: -(entry.relative_error or 0))
 
 
-@contextmanager
-def _left_out(unit: Unit, weight: Tensor | None, fitted: Affine | None) -> Iterator[None]:
-    """Let one layer or attention module of a quantized model compute in full precision.
+def _left_out(
+    unit: Unit, weight: Tensor | None, fitted: Affine | None
+) -> AbstractContextManager[None]:
+    """Inside: one layer or attention module of a quantized model computes in full precision.
 
     Args:
         weight: the layer's weight in full precision.
         fitted: weights and bias after a refit, used in place of ``weight``.
     """
-    switched: list[QuantizedLayer | ActivationQuantizer]
-    with ExitStack() as stack:
-        if isinstance(unit, QuantizedLayer):
-            assert weight is not None, "a layer has a weight"
-            switched = [unit, unit.input_quantizer]
-            stack.callback(setattr, unit.weight, "data", unit.weight.data)
-            unit.weight.data = weight
-            if fitted is not None:
-                product = unit._compute
-                stack.enter_context(_computing(unit, lambda x, *_: product(x, *fitted)))
-        else:
-            switched = [*unit.quantizers()]
-        for module in switched:
-            stack.callback(setattr, module, "enabled", True)
-            module.enabled = False
-        yield
+    if not isinstance(unit, QuantizedLayer) or fitted is None:
+        return _changed(unit, False, weight)
+    product = unit._compute
+    return _changed(unit, False, weight, lambda x, *_: product(x, *fitted))
 
 
 @torch.no_grad()
