@@ -4,10 +4,8 @@ import itertools
 
 import pytest
 import tiny
-import torch
 from qwt_mmdet.compensation.cost import backbone_multiply_adds, within_budget
 from qwt_mmdet.compensation.fit import fit_compensation
-from qwt_mmdet.compensation.kinds import Bias
 from qwt_mmdet.compensation.result import BlockError, BlockFit, Option
 from qwt_mmdet.config import CompensationSettings, MaxCost, QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
@@ -56,21 +54,13 @@ def test_cost_of_a_block_counted_by_hand():
     }  # fmt: skip
 
 
-def test_bytes_of_a_compensation_are_those_of_its_tensors():
-    for entry in fitted(EVERYTHING).blocks:
-        tensors = entry.plain()["tensors"].values()
-        assert entry.bytes == sum(tensor.nbytes for tensor in tensors) > 0
-
-
 def block(name, *options, kept=True, power=1.0):
     """A block whose error is 1 without compensation; options are pairs of error removed and cost."""
+    forms = tuple(Option(1 - removed, cost, cost) for removed, cost in options)
+    error = BlockError(1.0, 0.0, 0.0)
     return BlockFit(
-        name=name, kind=Bias(torch.zeros(1)), trial=None,
-        options=tuple(Option(1 - removed, cost, cost) for removed, cost in options), option=0,
-        kept=kept, decision="kept", ridge=0.0, solver="", positions=1.0, parameters=1, bytes=4,
-        bytes_percent=0.0, multiply_adds=1.0, multiply_adds_percent=0.0, target_power=power,
-        fit=BlockError(1.0, 0.0, 0.0), holdout=BlockError(1.0, 0.0, 0.0),
-    )  # fmt: skip
+        name=name, options=forms, kept=kept, decision="kept", target_power=power, fit=error
+    )
 
 
 def test_a_budget_goes_to_the_largest_error_reduction_per_cost():

@@ -17,15 +17,8 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("device")
 
 
-class Alone(nn.Module):
-    """A detector that is one convolution."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(convolution)
-
-    def data_preprocessor(self, batch: dict, training: bool) -> dict:
-        return {"inputs": torch.stack(list(batch["inputs"])), "data_samples": None}
+def alone(convolution: nn.Conv2d) -> nn.Module:
+    return tiny.TinyDetector(nn.Sequential(convolution))
 
 
 def images(spread: float, channels: int = 8) -> list[dict]:
@@ -46,7 +39,7 @@ def convolution(groups: int = 1, **options) -> nn.Conv2d:
 
 def quantized(layer: nn.Conv2d, batches: list[dict], bits=(8, 4), **changes) -> nn.Conv2d:
     settings = QuantizationSettings(*bits, **{"input_bits": bits[1], **changes})
-    return calibrate(quantize_model(Alone(copy.deepcopy(layer)), settings), batches).backbone[0]
+    return calibrate(quantize_model(alone(copy.deepcopy(layer)), settings), batches).backbone[0]
 
 
 def output_error(layer: nn.Conv2d, found: nn.Conv2d, batches: list[dict]) -> float:
@@ -116,7 +109,7 @@ def test_silent_channels_do_no_harm():
 
 
 def test_depthwise_and_linear_layers_are_left_as_they_are():
-    model = Alone(nn.Conv2d(8, 8, 3, groups=8))
+    model = alone(nn.Conv2d(8, 8, 3, groups=8))
     quantize_model(model, QuantizationSettings(4, 4))
     assert not model.backbone[0].migrates
     assert model.backbone[0].input_quantizer.channel_axis == 1
@@ -149,7 +142,7 @@ def test_pooled_channels_are_the_tensor():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integer_grids_have_one_zero_point_and_negatable_weights(bits, groups):
     torch.manual_seed(0)
-    model = Alone(nn.Conv2d(8, 8, 3, padding=1, groups=groups)).to(tiny.device)
+    model = alone(nn.Conv2d(8, 8, 3, padding=1, groups=groups)).to(tiny.device)
     data = images(30.0)
     full = [model.backbone(batch["inputs"]) for batch in data]
     quantize_model(model, QuantizationSettings(bits, bits, input_bits=bits, grids="integer"))

@@ -290,18 +290,15 @@ def test_the_smallest_recipe_is_the_cheapest_that_loses_at_most_so_much(
     assert len(rounds) == len(scorer) <= 4  # of 13 recipes
 
 
-def test_rounds_bound_the_calibrations_and_the_best_that_was_tried_is_taken(scorer, annotations):
-    recipe, rounds = chooser(smallest=Smallest(0.01), rounds=1).smallest(
-        SimpleNamespace(annotations=annotations())
-    )
-    assert len(rounds) == len(scorer) == 1
-    assert recipe.relative_error / 10 <= 0.01
-
-
-def test_where_every_recipe_loses_too_much_the_largest_is_taken(scorer, annotations):
-    asks = chooser(smallest=Smallest(0.0001), rounds=2)
-    recipe, _ = asks.smallest(SimpleNamespace(annotations=annotations()))
-    assert recipe == asks.front()[-1]
+@pytest.mark.parametrize(("max_drop", "rounds"), [(0.01, 1), (0.0001, 2)])
+def test_rounds_bound_the_calibrations_and_the_best_that_was_tried_is_taken(
+    scorer, annotations, max_drop, rounds
+):
+    """The largest where every recipe loses too much."""
+    asks = chooser(smallest=Smallest(max_drop), rounds=rounds)
+    recipe, tried = asks.smallest(SimpleNamespace(annotations=annotations()))
+    assert len(tried) == len(scorer) == rounds
+    assert recipe.relative_error / 10 <= 0.01 if rounds == 1 else recipe == asks.front()[-1]
 
 
 def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
@@ -380,17 +377,14 @@ def test_a_size_between_is_kept():
     assert asks.weight_bytes(asks.within_budget()) <= 1030
 
 
-def test_too_few_annotated_images_are_an_error(annotations):
-    with pytest.raises(QwtError, match="scored on 3 images"):
-        chooser(smallest=Smallest(0.01)).smallest(
-            Unloaded("", {}, "", annotations(), None, 0, 1, 0)
-        )
-
-
-def test_a_metric_that_the_detector_lacks_is_an_error(annotations):
-    inputs = Unloaded("", {}, "", annotations(20, 20), None, 0, 1, 0)
-    with pytest.raises(QwtError, match="no masks; use bbox"):
-        chooser(smallest=Smallest(0.01, "segm")).smallest(inputs)
+@pytest.mark.parametrize(
+    ("images", "metric", "message"),
+    [((), "bbox", "scored on 3 images"), ((20, 20), "segm", "no masks; use bbox")],
+)
+def test_recipes_that_cannot_be_scored_are_an_error(annotations, images, metric, message):
+    inputs = Unloaded("", {}, "", annotations(*images), None, 0, 1, 0)
+    with pytest.raises(QwtError, match=message):
+        chooser(smallest=Smallest(0.01, metric)).smallest(inputs)
 
 
 def test_a_recipe_is_calibrated_within_the_activation_cache(annotations, monkeypatch):

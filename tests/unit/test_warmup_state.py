@@ -2,7 +2,6 @@ import pytest
 import tiny
 import torch
 from qwt_mmdet.config import QuantizationSettings, as_plain
-from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.convert import quantize_model, quantized_layers
 from qwt_mmdet.quantization.state import (
@@ -33,17 +32,6 @@ def warmup(tmp_path):
     path = tmp_path / "warmup.pth"
     save_warmup(model, path, {"seed": 0})
     return model, path
-
-
-@torch.no_grad()
-def output(model):
-    return forward_scope(model, tiny.batches(1)[0], "backbone")
-
-
-def test_loaded_model_computes_bit_for_bit_the_same(warmup):
-    model, path = warmup
-    loaded = load_warmup(plain(), path, SETTINGS)
-    assert all(torch.equal(a, b) for a, b in zip(output(loaded), output(model), strict=True))
 
 
 def test_file_loads_with_weights_only_and_equal_states_give_equal_bytes(warmup, tmp_path):

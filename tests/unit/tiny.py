@@ -76,7 +76,7 @@ class TinyDetector(nn.Module):
         record_of(self).fingerprint = {"model": type(backbone).__name__, "weights": "0" * 64}
 
     def data_preprocessor(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        return {"inputs": torch.stack(batch["inputs"]), "data_samples": None}
+        return {"inputs": torch.stack(list(batch["inputs"])), "data_samples": None}
 
     def extract_feat(self, x: Tensor) -> Any:
         return self.backbone(x)
