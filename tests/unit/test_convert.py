@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from mmdet.models.backbones.swin import WindowMSA
+from qwt_mmdet.compensation.modules import block_input, hooked
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
@@ -182,15 +183,13 @@ def test_first_layer_has_input_bits_and_overrides_win():
 
 def test_what_is_not_quantized_has_its_share_of_the_multiply_adds():
     model, spent = tiny.detector("resnet"), {}
-    for name, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            conv.register_forward_hook(
-                lambda m, _, output, name=name: spent.update(
-                    {name: output.numel() * m.weight[0].numel()}
-                )
-            )
-    with torch.no_grad():
-        forward_scope(model, tiny.batches(1)[0], "backbone")
+
+    def count(name, convolution, _, output):
+        spent[name] = output.numel() * convolution.weight[0].numel()
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    with hooked(model, names, count):
+        outputs(model, tiny.batches(1)[0])
     skipped = ["backbone.layer1.*", "backbone.layer2.0.conv1"]
     entries = [{"pattern": pattern, "skip": True} for pattern in skipped]
     model = calibrate(
@@ -252,20 +251,16 @@ def test_signal_to_noise_ratios_are_those_of_each_layer_alone(kind):
     batches = tiny.batches(2)
     full = tiny.detector(kind)
     model = calibrate(quantize_model(copy.deepcopy(full), settings(4)), batches)
-    sums = {}
-    handles = []
-    for name, layer in quantized_layers(model).items():
+    sums, layers = {}, quantized_layers(model)
 
-        def compare(module, args, output, name=name, layer=layer):
-            signal, noise = sums.get(name, (0, 0))
-            difference = layer(args[0]) - output
-            sums[name] = signal + output.square().sum(), noise + difference.square().sum()
+    def compare(name, module, arguments, output):
+        signal, noise = sums.get(name, (0, 0))
+        difference = layers[name](block_input(arguments)) - output
+        sums[name] = signal + output.square().sum(), noise + difference.square().sum()
 
-        handles.append(full.get_submodule(name).register_forward_hook(compare))
-    for batch in batches:
-        outputs(full, batch)
-    for handle in handles:
-        handle.remove()
+    with hooked(full, layers, compare):
+        for batch in batches:
+            outputs(full, batch)
     for name, (signal, noise) in sums.items():
         expected = 10 * torch.log10(signal / noise).item()
         assert quantization_of(model).sqnr_db[name] == pytest.approx(expected, abs=0.02)
@@ -365,22 +360,19 @@ def test_bias_correction_restores_the_mean_output_of_every_layer(kind):
     full = tiny.detector(kind)
     model = quantize_model(copy.deepcopy(full), settings(3, bias_correction=True))
     calibrate(model, batches)
-    shifts, plain = {}, {}
-    handles = []
-    for name, layer in quantized_layers(model).items():
+    shifts, plain, layers = {}, {}, quantized_layers(model)
 
-        def compare(module, args, output, name=name, layer=layer):
-            axes = (0, 2, 3) if output.dim() == 4 else tuple(range(output.dim() - 1))
-            shifts[name] = shifts.get(name, 0) + (layer(args[0]) - output).sum(axes)
-            correction, layer.bias_correction = layer.bias_correction, None
-            plain[name] = plain.get(name, 0) + (layer(args[0]) - output).sum(axes)
-            layer.bias_correction = correction
+    def compare(name, module, arguments, output):
+        layer, x = layers[name], block_input(arguments)
+        axes = (0, 2, 3) if output.dim() == 4 else tuple(range(output.dim() - 1))
+        shifts[name] = shifts.get(name, 0) + (layer(x) - output).sum(axes)
+        correction, layer.bias_correction = layer.bias_correction, None
+        plain[name] = plain.get(name, 0) + (layer(x) - output).sum(axes)
+        layer.bias_correction = correction
 
-        handles.append(full.get_submodule(name).register_forward_hook(compare))
-    for batch in batches:
-        outputs(full, batch)
-    for handle in handles:
-        handle.remove()
-    assert shifts.keys() == quantized_layers(model).keys()
+    with hooked(full, layers, compare):
+        for batch in batches:
+            outputs(full, batch)
+    assert shifts.keys() == layers.keys()
     for name in shifts:
         assert shifts[name].abs().max() <= 1e-3 * plain[name].abs().max()

@@ -10,7 +10,7 @@ from mmdet.structures import DetDataSample
 from qwt_mmdet.compensation import block_fit, heads
 from qwt_mmdet.compensation.blocks import find_blocks
 from qwt_mmdet.compensation.fit import count_folds, fit_compensation
-from qwt_mmdet.compensation.modules import block_input, by_position
+from qwt_mmdet.compensation.modules import block_input, by_position, hooked
 from qwt_mmdet.compensation.state import (
     apply_compensation,
     load_compensation,
@@ -42,16 +42,14 @@ def pair(kind, images=8, batch=1, size=(64, 64), bits=4):
 def captured(model, name, batches):
     """Input and output rows of a block, over all batches."""
     rows_in, rows_out = [], []
-    block = model.get_submodule(name)
 
-    def hook(_, args, kwargs, output):
-        rows_in.append(block_input((args, kwargs)).clone())
+    def keep(name, block, arguments, output):
+        rows_in.append(block_input(arguments).clone())
         rows_out.append(output.clone())
 
-    handle = block.register_forward_hook(hook, with_kwargs=True)
-    for batch in batches:
-        forward_scope(model, batch, "backbone")
-    handle.remove()
+    with hooked(model, [name], keep):
+        for batch in batches:
+            forward_scope(model, batch, "backbone")
     return rows_in, rows_out
 
 
@@ -72,12 +70,11 @@ def test_every_block_matches_a_fit_made_the_slow_way(kind):
         extra = ()
         if kind == "swin":
             shapes = []
-            handle = slow.get_submodule(block.name).register_forward_pre_hook(
+            hook = slow.get_submodule(block.name).register_forward_pre_hook(
                 lambda _, args, shapes=shapes: shapes.append(args[1:])
             )
-            with torch.no_grad():
+            with hook, torch.no_grad():
                 forward_scope(slow, data[0], "backbone")
-            handle.remove()
             extra = shapes[0]
         rows_x, rows_y = [], []
         for x, output in zip(inputs, outputs, strict=True):

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from qwt_mmdet.quantization.layers import QuantizedConv2d, exchange_class
-from qwt_mmdet.quantization.moments import InputMoments, measure_inputs
+from qwt_mmdet.quantization.moments import InputMoments
 from qwt_mmdet.quantization.primitives import dequantize, quantization_parameters, quantize
 from qwt_mmdet.quantization.regression import RegressionSums
 from qwt_mmdet.quantization.rounding import DAMPING, gptq_codes
@@ -87,7 +87,7 @@ def test_inputs_without_data_and_constant_inputs_give_codes_of_the_grid(device):
 def test_moments_of_inputs_far_from_zero_keep_their_deviations(device):
     generator = torch.Generator().manual_seed(0)
     rows = 1e3 + torch.randn(1, 4000, 30, generator=generator).to(device) * 1e-2
-    sums = RegressionSums([30], 30)
+    sums = RegressionSums(30, 30, 30)
     for part in rows.split(700, dim=1):
         sums.update(part)
     exact = rows[0].double()
@@ -124,8 +124,8 @@ def test_moments_of_a_convolution_are_those_of_its_unfolded_input(device, option
     layer._attach("layer", 8, 8)
     layer.input_quantizer.channel_axis = None
     layer.input_quantizer.set_range(torch.tensor([-2.0], device=device), x.max().view(1))
-    moments = InputMoments(layer.weight[0].numel())
-    measure_inputs(layer, x, moments, limit=10**6)
+    moments = InputMoments(layer, limit=10**6)
+    moments.update(x, x)
     expected = []
     for seen in (x, layer.input_quantizer.quantized(x)):
         if layer.padding_mode == "reflect":
@@ -152,9 +152,9 @@ def test_so_many_positions_of_a_call_count_towards_second_moments(device):
     )
     means, square = [], x.square().mean().item()
     for limit in (20, 100, 0):
-        moments = InputMoments(1)
+        moments = InputMoments(layer, limit)
         for _ in range(3):
-            measure_inputs(layer, x, moments, limit)
+            moments.update(x, x)
         assert moments.positions == 300, "means are those of all positions"
         assert moments.means()[0].item() == pytest.approx(49.5)
         if limit:

@@ -178,12 +178,6 @@ def test_a_measurement_that_was_stopped_goes_on_after_its_finished_bits(tmp_path
     assert len(asked) == 3
 
 
-@pytest.mark.parametrize("bits", [((), (8,)), ((4, 8), ())])
-def test_no_number_of_bits_is_an_error(bits):
-    with pytest.raises(QwtError, match="needs a number of bits"):
-        measure_candidates(calibrated, QuantizationSettings(8, 8), *bits, [])
-
-
 def test_the_recipe_quantizes_a_detector_to_the_bits_and_the_bytes_that_it_names(measured):
     settings, found = measured
     front = ParetoFront(found.layers, "bytes")

@@ -44,7 +44,7 @@ def rows(groups=2, count=500, inputs=5, outputs=3, mean=0.0, seed=0):
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 def test_sums_are_weighted_moments_whatever_the_pieces(mean):
     x, y, weight = rows(mean=mean)
-    sums = RegressionSums([5], 5)
+    sums = RegressionSums(5, 5, 5)
     for piece in torch.arange(500).split([3, 40, 457]):
         sums.update(x[:, piece], y[:, piece], weight[piece])
     x, y, p = x.double(), y.double(), (weight / weight.sum(dtype=torch.float64)).double()[:, None]
@@ -61,7 +61,7 @@ def test_sums_are_weighted_moments_whatever_the_pieces(mean):
 
 def test_columns_in_parts_have_their_own_moments_and_none_with_the_outputs():
     x, y, _ = rows()
-    whole, parts = RegressionSums([5], 5), RegressionSums([3, 2], 3)
+    whole, parts = RegressionSums(5, 5, 5), RegressionSums(5, 3, 3)
     whole.update(x, y)
     parts.update(x, y)
     (squares,), _ = whole.moments(centred=True)

@@ -53,7 +53,10 @@ def fit_block(
     reference: nn.Module,
     chosen: Mapping[str, int] | None,
 ) -> BlockFit:
-    """Fit one block on all images; both walks advance to its output."""
+    """Fit one block on all images; both walks advance to its output.
+
+    Without ``full``, the target is the full-precision block's output for the quantized input.
+    """
     start, settings = time.monotonic(), fit.settings
     needs = SOLVERS[settings.kind].needs
     groups: list[BlockStatistics] = []
@@ -134,11 +137,7 @@ def _run_block(
     reference: nn.Module,
     image: int,
 ) -> list[torch.Tensor]:
-    """Run one block on one image: its input, its quantized output and its target, [positions, channels] each.
-
-    Args:
-        full: None: the target is the full-precision block's output for the quantized input.
-    """
+    """Run one block on one image: its input, its quantized output and its target, [positions, channels] each."""
     arguments, quantized_output = quantized.reach(image, name)
     output = block_output(name, quantized_output)
     block = reference.get_submodule(name)

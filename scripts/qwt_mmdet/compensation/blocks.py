@@ -4,8 +4,7 @@ import fnmatch
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,16 +14,13 @@ from torch.utils._pytree import tree_leaves
 from ..detectors.forward import forward_scope
 from ..errors import QwtError
 from ..replay.walk import Arguments
-from .modules import aligned_input, block_output, channel_axis
+from .modules import LAYERS, aligned_input, block_output, channel_axis, hooked
 
 logger = logging.getLogger(__name__)
 
 BlockFinder = Callable[[nn.Module, bool], list[str]]
 """Takes a backbone or neck, and whether to include downsampling layers outside of its blocks; returns names
 relative to it."""
-
-Look = Callable[[str, nn.Module, Arguments, Any], None]
-"""Takes a module's name, the module, its arguments and its output."""
 
 BACKBONES: dict[str, BlockFinder] = {}
 """Block finder by class name of the backbone."""
@@ -47,20 +43,26 @@ def register_blocks(
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [m for m in module.modules() if isinstance(m, LAYERS)]
 
 
-def _named(blocks: str, between: str = "") -> BlockFinder:
-    """A finder of the modules with layers whose whole name matches a regular expression.
+def _named(blocks: str, between: str = "-") -> BlockFinder:
+    """A finder of the outermost modules with layers whose whole name matches a regular expression.
 
     Args:
-        between: the same for layers between stages.
+        blocks: of blocks; an nn.Sequential is none, but may hold some.
+        between: of layers between stages.
     """
 
     def find(component: nn.Module, downsampling: bool) -> list[str]:
-        pattern = f"{blocks}|{between}" if downsampling and between else blocks
-        modules = component.named_modules()
-        return [name for name, m in modules if re.fullmatch(pattern, name) and _layers(m)]
+        names: list[str] = []
+        for name, module in component.named_modules():
+            is_block = re.fullmatch(blocks, name) and not isinstance(module, nn.Sequential)
+            is_asked = is_block or (downsampling and re.fullmatch(between, name))
+            inside = any(name.startswith(f"{outer}.") for outer in names)
+            if is_asked and not inside and _layers(module):
+                names.append(name)
+        return names
 
     return find
 
@@ -87,33 +89,15 @@ register_blocks("YOLOXPAFPN", "CSPNeXtPAFPN", registry=NECKS)(
 register_blocks("ChannelMapper", registry=NECKS)(_named(r"(convs|extra_convs)\.\d+"))
 
 
-# Names of blocks in timm's models: `blocks.2.1`, `stages_0.blocks.1`, `layer3.0`, `s2.b1`; layers between
-# stages are called downsample.
-_TIMM_BLOCK = re.compile(
-    r"(|.*\.)(blocks\.\d+|((stages|layers)[._]\d+\.)blocks\.\d+|layer\d+\.\d+|s\d+\.b\d+)"
-)
-_TIMM_DOWNSAMPLE = re.compile(r"(|.*\.)(stages|layers)[._]\d+\.downsample")
-
-
-@register_blocks(
+register_blocks(
     "TimmBackbone", "FeatureListNet", "FeatureDictNet", "FeatureHookNet", "FeatureGetterNet",
     "EfficientNetFeatures", "MobileNetV3Features",
+)(  # `blocks.2.1`, `stages_0.blocks.1`, `layer3.0`, `s2.b1`
+    _named(
+        r"(|.*\.)(blocks\.\d+(\.\d+)?|layer\d+\.\d+|s\d+\.b\d+)",
+        between=r"(|.*\.)(stages|layers)[._]\d+\.downsample",
+    )
 )  # fmt: skip
-def timm_blocks(backbone: Any, downsampling: bool) -> list[str]:
-    """The blocks of timm's feature extractors, by the names that timm gives to them."""
-    names: list[str] = []
-    for name, module in backbone.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in names):
-            continue
-        if _TIMM_DOWNSAMPLE.fullmatch(name):
-            if downsampling and not isinstance(module, nn.Identity):
-                names.append(name)
-        elif _TIMM_BLOCK.fullmatch(name):
-            if isinstance(module, nn.Sequential):  # a stage of an EfficientNet, which holds blocks
-                names += [f"{name}.{child}" for child, _ in module.named_children()]
-            else:
-                names.append(name)
-    return names
 
 
 def _weights(modules: Iterable[nn.Module]) -> int:
@@ -160,7 +144,7 @@ def likely_blocks(component: nn.Module, fitting: set[str]) -> list[str]:
         for name, module in modules.items()
         if len(_layers(module)) > 1 and type(module) not in (nn.Sequential, nn.ModuleList)
     }
-    single = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+    single = [name for name, module in modules.items() if isinstance(module, LAYERS)]
     choices = [_stacked(units, component), _repeated(units, component), single]
     total = _weights([component])
     held = [_weights(modules[name] for name in names) for names in choices]
@@ -192,21 +176,6 @@ def replay_scope(blocks: Iterable[str]) -> str:
     return "backbone+neck" if components <= {"backbone", "neck"} else "detector"
 
 
-@contextmanager
-def _after(model: nn.Module, names: Iterable[str], look: Look) -> Iterator[None]:
-    """Inside: ``look`` is called after every call of these modules."""
-    with ExitStack() as stack:
-        for name in names:
-            handle = model.get_submodule(name).register_forward_hook(
-                lambda module, args, kwargs, output, name=name: look(
-                    name, module, (args, kwargs), output
-                ),
-                with_kwargs=True,
-            )
-            stack.callback(handle.remove)
-        yield
-
-
 @torch.no_grad()
 def block_positions(
     model: nn.Module, blocks: Iterable[str], forward: Callable[[], object]
@@ -232,7 +201,7 @@ def block_positions(
         aligned_input(arguments, tensor, axis)
         found[name] = tensor.numel() // tensor.shape[axis]
 
-    with _after(model, blocks, look):
+    with hooked(model, blocks, look):
         forward()
     missing = [name for name in blocks if name not in found]
     if missing:
@@ -263,7 +232,7 @@ def _misfits(
             "it runs twice in one forward pass" if again else _misfit(module, arguments, output)
         )
 
-    with _after(model, list(found), look):
+    with hooked(model, list(found), look):
         forward_scope(model, batch, replay_scope(components))
     return found
 

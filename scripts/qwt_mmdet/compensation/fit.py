@@ -104,11 +104,8 @@ def fit_compensation(
         if settings.budget is not None:
             chosen = within_budget(blocks, settings.budget)
             if chosen != {block.name: block.option for block in blocks if block.kept}:
-                logger.info(
-                    "%d of %d blocks fit the budget; fitting these again",
-                    len(chosen),
-                    len(blocks),
-                )
+                counts = len(chosen), len(blocks)
+                logger.info("%d of %d blocks fit the budget; fitting these again", *counts)
                 blocks = _fit_pass(fit, model, reference, finished, "max_cost", chosen)
         heads = None
         if settings.gate == "holdout" and any(block.kept for block in blocks):

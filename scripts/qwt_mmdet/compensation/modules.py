@@ -5,8 +5,9 @@ work as usual.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,9 @@ from ..replay.walk import Arguments
 from .kinds import KINDS, Kind
 
 PREFIX = "compensation_"
+
+Hook = Callable[[str, nn.Module, Arguments, Any], Any]
+"""Takes a module's name, the module, its arguments and its output; returns None or another output."""
 
 LAYERS = nn.Linear | nn.Conv2d
 
@@ -123,13 +127,13 @@ def compensated(block: nn.Module, kind: Kind, arguments: Arguments, output: Any)
 
 
 @contextmanager
-def compensating(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
-    """Inside: blocks of these names run with a compensation; their buffers do not change."""
+def hooked(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
+    """Inside: ``hook`` is called after every call of these modules."""
     with ExitStack() as stack:
-        for name, kind in kinds.items():
+        for name in names:
             handle = model.get_submodule(name).register_forward_hook(
-                lambda block, args, kwargs, output, kind=kind: compensated(
-                    block, kind, (args, kwargs), output
+                lambda module, args, kwargs, output, name=name: hook(
+                    name, module, (args, kwargs), output
                 ),
                 with_kwargs=True,
             )
@@ -137,17 +141,19 @@ def compensating(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[None]:
         yield
 
 
-class _Compensate:
+def compensating(model: nn.Module, kinds: Mapping[str, Kind]) -> AbstractContextManager[None]:
+    """Inside: blocks of these names run with a compensation; their buffers do not change."""
+    return hooked(
+        model,
+        kinds,
+        lambda name, block, arguments, output: compensated(block, kinds[name], arguments, output),
+    )
+
+
+def _compensate(kind: str, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     """The forward hook of a compensated block; its tensors are buffers of the block."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-
-    def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        kind = KINDS[self.kind](**_compensation_buffers(block))
-        return compensated(block, kind, (args, kwargs), output)
+    found = KINDS[kind](**_compensation_buffers(block))
+    return compensated(block, found, (args, kwargs), output)
 
 
 def _compensation_buffers(block: nn.Module) -> dict[str, Tensor]:
@@ -165,4 +171,4 @@ def attach_compensation(block: nn.Module, kind: Kind) -> None:
     device = next(block.parameters()).device
     for name, value in kind.to(device, torch.float32).tensors().items():
         block.register_buffer(PREFIX + name, value)
-    block.register_forward_hook(_Compensate(kind.name), with_kwargs=True)
+    block.register_forward_hook(partial(_compensate, kind.name), with_kwargs=True)

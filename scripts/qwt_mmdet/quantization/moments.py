@@ -16,54 +16,42 @@ different chunks were not correlated."""
 
 
 class InputMoments:
-    """Means of the inputs that each weight multiplies, and second moments of the quantized inputs.
+    """Means of the inputs that each weight of a layer multiplies, and second moments of the quantized inputs.
 
     Means, in float64, have the shape of the weight without its output axis: [in] for Linear,
     [in, kernel height, kernel width] for Conv2d.
 
     Args:
-        columns: number of inputs of each output.
+        limit: most output positions of a call that are sampled for the second moments; 0: none.
 
     Attributes:
         positions: number of output positions that the means count.
         second: sums of sampled quantized inputs.
     """
 
-    def __init__(self, columns: int) -> None:
-        self.positions = 0
-        self._full = torch.zeros((), dtype=torch.float64)
-        self._quantized = torch.zeros((), dtype=torch.float64)
-        widths = [len(chunk) for chunk in torch.arange(columns).split(MAX_COLUMNS)]
-        self.second = RegressionSums(widths, columns)
+    def __init__(self, layer: QuantizedLayer, limit: int) -> None:
+        self.layer, self.limit, self.positions = layer, limit, 0
+        self._full = self._quantized = torch.zeros((), dtype=torch.float64)
+        columns = layer.weight[0].numel()
+        self.second = RegressionSums(columns, MAX_COLUMNS, columns)
 
-    def update_means(self, full: Tensor, quantized: Tensor, positions: int) -> None:
-        """Add sums over ``positions`` output positions, before and after quantization."""
-        self._full = self._full + full
-        self._quantized = self._quantized + quantized
-        self.positions += positions
+    def update(self, x: Tensor, output: Tensor) -> None:
+        """Add one call of the layer, with its input and output in full precision."""
+        layer, size = self.layer, output_size(self.layer, x)
+        count = math.prod(size)
+        if not count:  # a region head on an image without proposals
+            return
+        quantized = layer.input_quantizer.quantized(x)
+        if self.limit:
+            chosen = sampled_positions(count, self.limit, self.positions, x.device)
+            self.second.update(input_vectors(layer, quantized, size, chosen))
+        self._full = self._full + _input_sums(layer, x, size)
+        self._quantized = self._quantized + _input_sums(layer, quantized, size)
+        self.positions += count
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Mean input before and after quantization."""
         return self._full / self.positions, self._quantized / self.positions
-
-
-def measure_inputs(layer: QuantizedLayer, x: Tensor, moments: InputMoments, limit: int) -> None:
-    """Add one call of a layer to ``moments``.
-
-    Args:
-        x: the layer's input in full precision.
-        limit: most output positions of this call that are sampled for the second moments; 0: none.
-    """
-    size = output_size(layer, x)
-    count = math.prod(size)
-    if not count:  # a region head on an image without proposals
-        return
-    quantized = layer.input_quantizer.quantized(x)
-    if limit:
-        chosen = sampled_positions(count, limit, moments.positions, x.device)
-        moments.second.update(input_vectors(layer, quantized, size, chosen))
-    full, rounded = (_input_sums(layer, t, size) for t in (x, quantized))
-    moments.update_means(full, rounded, count)
 
 
 def _input_sums(layer: QuantizedLayer, x: Tensor, size: tuple[int, ...]) -> Tensor:

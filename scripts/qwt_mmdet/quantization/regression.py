@@ -11,14 +11,16 @@ class RegressionSums:
     not grow with the number of vectors.
 
     Args:
-        widths: numbers of columns of x in each chunk. Columns of different chunks count as not correlated.
-            With more than one chunk there are no moments of x with y.
+        columns: of x.
+        width: of a chunk of columns. Columns of different chunks count as not correlated. With more than one
+            chunk there are no moments of x with y.
         batch: number of vectors that are multiplied together, since adding up [in, in] costs more than
             multiplying a few vectors.
     """
 
-    def __init__(self, widths: list[int], batch: int) -> None:
-        self.widths, self.batch = widths, batch
+    def __init__(self, columns: int, width: int, batch: int) -> None:
+        self.widths = [len(chunk) for chunk in torch.arange(columns).split(width)]
+        self.batch = batch
         self.count = 0.0
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._origin: tuple[Tensor, Tensor]

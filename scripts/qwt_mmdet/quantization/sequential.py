@@ -216,10 +216,8 @@ class LayerFit:
         self.name, self.layer, self.full, self.weighting = name, layer, full, weighting
         self.weight = layer.weight.flatten(1).unflatten(0, (layer.weight_groups, -1))
         columns = self.weight.shape[2]
-        widths = [columns]
-        if columns > MAX_REFIT_COLUMNS:
-            widths = [len(chunk) for chunk in torch.arange(columns).split(MAX_COLUMNS)]
-        self.sums = RegressionSums(widths, max(widths))
+        width = columns if columns <= MAX_REFIT_COLUMNS else MAX_COLUMNS
+        self.sums = RegressionSums(columns, width, width)
 
     def see(self, image: int, call: int, x: Tensor) -> None:
         """Add one call of the layer in the quantized network.

@@ -6,7 +6,6 @@
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
-from functools import partial
 from operator import length_hint
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..record import Quantization, quantization_of
 from ..replay.cache import ActivationCache
 from .convert import calibrated_layers, full_precision
 from .layers import QuantizedLayer
-from .moments import InputMoments, measure_inputs
+from .moments import InputMoments
 from .quantizer import ActivationQuantizer, Watch
 from .rounding import ROUNDINGS
 from .validation import FoldedObserver, RangeValidation
@@ -145,13 +144,8 @@ class Separate(WeightFit):
         if not settings.bias_correction and not second:
             return {}
         limit = math.ceil(POSITIONS / max(1, run.expected_images)) if second else 0
-        layers = run.layers.values()
-        moments = {layer: InputMoments(layer.weight[0].numel()) for layer in layers}
-
-        def measure(layer: QuantizedLayer, x: Tensor, output: Tensor) -> None:
-            measure_inputs(layer, x, moments[layer], limit)
-
-        with full_precision(run.model, {layer: partial(measure, layer) for layer in moments}):
+        moments = {layer: InputMoments(layer, limit) for layer in run.layers.values()}
+        with full_precision(run.model, {layer: seen.update for layer, seen in moments.items()}):
             for image in run.images("Measuring quantized inputs"):
                 run.forward(image)
         return {layer: seen for layer, seen in moments.items() if seen.positions}

@@ -130,22 +130,18 @@ def measure_candidates(
 ) -> Measurement:
     """Measure the error of each layer at each number of bits, and its leave-one-out gain at the fewest.
 
-    A layer is not searched if an override names it or the heads do not depend on it. A layer whose activation
-    bits are fixed (the first one has ``input_bits``) is measured with these alone.
+    A layer is not searched if an override names it or the heads do not depend on it.
 
     Args:
         calibrated: returns the calibrated detector of some settings, its weights not rounded yet.
-        settings: the plain quantization whose bits are replaced; all else is kept.
+        settings: the plain quantization whose bits are replaced.
         images: batches to measure on; each runs about once per layer and number of bits.
         finished: what an interrupted measurement has finished, which is not measured again.
 
     Raises:
-        QwtError: there is no layer or no number of bits to search.
+        QwtError: there is no layer to search.
     """
     widths, activations = sorted({*weight_bits}), sorted({*activation_bits})
-    if not widths or not activations:
-        raise QwtError("A search needs a number of bits for weights and one for activations.")
-
     finished = finished or Finished()
     pairs = [(widths[-1], bits) for bits in activations]
     pairs += [(bits, activations[-1]) for bits in widths[-2::-1]]

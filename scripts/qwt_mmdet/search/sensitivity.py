@@ -141,12 +141,7 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
 def _left_out(
     unit: Unit, weight: Tensor | None, fitted: Affine | None
 ) -> AbstractContextManager[None]:
-    """Inside: one layer or attention module of a quantized model computes in full precision.
-
-    Args:
-        weight: the layer's weight in full precision.
-        fitted: weights and bias after a refit, used in place of ``weight``.
-    """
+    """Inside: one layer or attention module computes in full precision, with ``weight`` or fitted weights and bias."""
     if not isinstance(unit, QuantizedLayer) or fitted is None:
         return _changed(unit, False, weight)
     product = unit._compute

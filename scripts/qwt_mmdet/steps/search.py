@@ -199,8 +199,7 @@ class Chooser:
         the mean SQNR (in dB) of those that are left.
 
         Args:
-            unfinished: file that keeps the finished rounds. A search with the same detector, settings, images
-                and measurement goes on after them.
+            unfinished: file that keeps the finished rounds.
 
         Raises:
             QwtError: the detector lacks the metric, or too few images have annotations.
