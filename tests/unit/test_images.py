@@ -6,7 +6,7 @@ import mmcv
 import numpy as np
 import pytest
 from PIL import Image
-from qwt_mmdet.data.images import TurnedImageError, check_image, read_image
+from qwt_mmdet.data.images import check_image, read_image
 from qwt_mmdet.errors import QwtError
 
 WIDTH, HEIGHT = 24, 16
@@ -81,7 +81,7 @@ def test_an_orientation_is_applied_or_ignored_or_the_file_is_refused(
     with pytest.raises(QwtError, match="pixels, but its annotation says") as caught:
         check_image(path, *size[::-1], exif=exif)
     can_choose = kind not in ("TIFF", "AVIF")
-    assert isinstance(caught.value, TurnedImageError) == (sideways and can_choose)
+    assert ("it fits with exif" in str(caught.value)) == (sideways and can_choose)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from ..config.datasets import PARTS, Coco, Part
 from ..errors import QwtError
 from ..files import read_json, write_atomically, write_json
-from .image_checks import advice_on, orientation_of
+from .image_checks import orientation_of
 from .sources import Place, Source, alone
 
 ARCHIVE = "annotations/annotations_trainval2017.zip"
@@ -94,7 +94,7 @@ class Download(Source):
         def check(file_name: str, path: Path) -> None:
             found = orientation_of(path, by_name[file_name], self.exif)
             if isinstance(found, QwtError):
-                raise QwtError(f"{found}{advice_on([found], name, self.exif)}") from found
+                raise found
             orientations[file_name] = found
 
         download_many(

@@ -52,8 +52,8 @@ def check_images(
     if problems:
         raise QwtError(
             f"{len(problems)} of {len(images)} chosen images in {image_root} are not usable: "
-            f"{' '.join(map(str, problems[:PROBLEMS_IN_MESSAGES]))}"
-            f"{advice_on(problems, name, exif) or ' Replace them.'}"
+            f"{' '.join(map(str, problems[:PROBLEMS_IN_MESSAGES]))} Replace them; where sizes differ, correct "
+            f"those in the annotation file, or set datasets.{name}.exif."
         )
     return [result for result in found if not isinstance(result, QwtError)]
 
@@ -66,17 +66,3 @@ def orientation_of(path: str | Path, image: Mapping[str, Any], exif: Exif) -> in
         return check_image(path, image["width"], image["height"], exif=exif)
     except QwtError as error:
         return error
-
-
-def advice_on(problems: Sequence[QwtError], name: str, exif: Exif) -> str:
-    """The remedy if images would fit with the other ``exif``; else empty."""
-    from .images import TurnedImageError
-
-    if not any(isinstance(problem, TurnedImageError) for problem in problems):
-        return ""
-    other = {"apply": "ignore", "ignore": "apply"}[exif]
-    pixels = {"apply": "pixels as they are stored", "ignore": "turned image"}[exif]
-    return (
-        f" If sizes and boxes refer to the {pixels}, set datasets.{name}.exif: {other}; if the boxes "
-        "do not, correct width and height in the annotation file."
-    )

@@ -27,10 +27,6 @@ CHOICES = {
 }
 
 
-class TurnedImageError(QwtError):
-    """An image whose size fits its annotation only with the other choice of ``exif``."""
-
-
 def read_image(path: str | Path, *, exif: Exif = "apply") -> np.ndarray:
     """Read an image as the detector sees it.
 
@@ -66,8 +62,7 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
         The EXIF orientation, 1 (upright) to 8.
 
     Raises:
-        QwtError: Pillow or MMDetection's loader cannot decode the file, or it has another size
-            (``TurnedImageError`` if it would fit with the other ``exif``).
+        QwtError: Pillow or MMDetection's loader cannot decode the file, or it has another size.
     """
     try:
         with Image.open(path) as image:
@@ -81,10 +76,10 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
     pixels = read_image(path, exif=exif)
     found = pixels.shape[1::-1]
     choices = CHOICES.get(file_format or "", ("ignore",))
-    if orientation != UPRIGHT and len(choices) == 2:
-        other = read_image(path, exif="ignore" if exif == "apply" else "apply")
-        if np.array_equal(pixels, other):  # XMP, which only Pillow reads, or a symmetric image
-            orientation = UPRIGHT
+    other: Exif = "ignore" if exif == "apply" else "apply"
+    turns = orientation != UPRIGHT and len(choices) == 2
+    if turns and np.array_equal(pixels, read_image(path, exif=other)):
+        orientation = UPRIGHT  # XMP, which only Pillow reads, or a symmetric image
     if orientation != UPRIGHT and exif not in choices:
         does = "always" if file_format == "TIFF" else "never"
         raise QwtError(
@@ -94,7 +89,8 @@ def check_image(path: str | Path, width: int, height: int, *, exif: Exif = "appl
     if found != (width, height):
         turned = orientation in SIDEWAYS and found == (height, width) and len(choices) == 2
         how = "" if orientation == UPRIGHT else f" (EXIF orientation {orientation}, {exif})"
-        raise (TurnedImageError if turned else QwtError)(
-            f"{path}{how} is {found[0]}x{found[1]} pixels, but its annotation says {width}x{height}."
+        fits = f"; it fits with exif: {other} of its data set" if turned else ""
+        raise QwtError(
+            f"{path}{how} is {found[0]}x{found[1]} pixels, but its annotation says {width}x{height}{fits}."
         )
     return orientation

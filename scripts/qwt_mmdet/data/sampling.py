@@ -43,13 +43,15 @@ def choose_ids(
         The ids in ascending order.
 
     Raises:
-        QwtError: the number is not positive or too large; a draw above 1 is of all ids; or both parts are drawn
-            from the same images and there are too few for the draw.
+        QwtError: the number is too large; a draw above 1 is of all ids; or both parts are drawn from the same
+            images and there are too few for the draw.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise QwtError(f"datasets.{name}.seed is {seed!r}; it must be a whole number from 0.")
     ids = sorted(ids)
-    count = _count(images, len(ids), f"datasets.{name}.{part}.images")
+    count = len(ids) if images == "all" else images
+    if count > len(ids):
+        raise QwtError(
+            f"datasets.{name}.{part}.images is {count}, but there are only {len(ids)} images; ask for fewer, or all."
+        )
     stream = 0 if same_images else 1 + PARTS.index(part)
     shuffled = [ids[index] for index in np.random.default_rng([seed, stream]).permutation(len(ids))]
     if same_images and part == "calibration":
@@ -73,18 +75,6 @@ def choose_ids(
         order = np.random.default_rng([seed, stream, draw]).permutation(len(ids))
         return sorted(ids[index] for index in order[:count])
     return sorted(shuffled[(draw - 1) * count : draw * count])
-
-
-def _count(wanted: Count, available: int, key: str) -> int:
-    if wanted == "all":
-        return available
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise QwtError(f"{key} is {wanted!r}; it must be a number from 1, or all.")
-    if wanted > available:
-        raise QwtError(
-            f"{key} is {wanted}, but there are only {available} images; ask for fewer, or all."
-        )
-    return wanted
 
 
 def choose(source: Source, part: Part, *, name: str) -> dict[str, Any]:
