@@ -20,8 +20,7 @@ from ..files import MADE_BY_US, read_json
 logger = logging.getLogger(__name__)
 
 NAMED_IN_MESSAGES = 5
-LONGEST_NAME = 255  # bytes of a file name on all usual file systems
-LONGEST_PATH = 4000
+LONGEST_NAME = 4000  # bytes
 LARGEST_ID = 2**63 - 1
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, ends of lines
 
@@ -156,14 +155,8 @@ def _check_unique(entries: Sequence[Mapping[str, Any]], what: str, key: str) -> 
 
 
 def _image(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
-    name = _text(entry.get("file_name"), f"image {number}", "file_name", LONGEST_PATH)
+    name = _text(entry.get("file_name"), f"image {number}", "file_name")
     name = str(PurePosixPath(name.replace("\\", "/")))
-    long = [part for part in name.split("/") if len(part.encode()) > LONGEST_NAME]
-    if long:
-        raise _Fault(
-            f"image {number} has the file_name {_quoted(name)}, of which a part is longer than "
-            f"{LONGEST_NAME} bytes"
-        )
     width, height = _whole(entry.get("width")), _whole(entry.get("height"))
     if width is None or height is None or width < 1 or height < 1:
         raise _Fault(f"image {number} has no width and height in whole pixels")
@@ -171,7 +164,7 @@ def _image(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _category(entry: Mapping[str, Any], number: int) -> dict[str, Any]:
-    return {"name": _text(entry.get("name"), f"category {number}", "name", LONGEST_NAME)}
+    return {"name": _text(entry.get("name"), f"category {number}", "name")}
 
 
 def _annotation(
@@ -289,14 +282,14 @@ def _quoted(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _text(value: Any, here: str, key: str, longest: int) -> str:
+def _text(value: Any, here: str, key: str) -> str:
     if not isinstance(value, str) or not value:
         raise _Fault(f"{here} has no {key} that is a text")
     for character in "" if value.isprintable() else value:
         if unicodedata.category(character) in UNPRINTABLE:
             raise _Fault(f"{here} has the {key} {_quoted(value)} with the character {character!r}")
-    if len(value.encode()) > longest:
-        raise _Fault(f"{here} has the {key} {_quoted(value)}, which is longer than {longest} bytes")
+    if len(value.encode()) > LONGEST_NAME:
+        raise _Fault(f"{here} has the {key} {_quoted(value)}, longer than {LONGEST_NAME} bytes")
     return value
 
 
