@@ -267,6 +267,13 @@ def test_an_image_of_both_parts_is_refused(root, tmp_path, split, folder, count,
     assert not (tmp_path / "out/calibration.json").exists()
 
 
+def test_splits_that_number_their_images_alike_do_not_overlap(tmp_path):
+    write_split(tmp_path / "coco", "train2017", range(1, 21))
+    write_split(tmp_path / "coco", "val2017", range(1, 11))
+    calibration, evaluation = run(settings("all", "all", root=tmp_path / "coco"), tmp_path / "out")
+    assert ids(calibration)[:10] == ids(evaluation)
+
+
 @pytest.mark.parametrize(
     ("part", "split", "content", "message"),
     [
@@ -314,6 +321,14 @@ def test_images_that_cannot_be_read(root, tmp_path, spoil, message):
     for number in range(3, 10):
         spoil(root / f"val2017/{number:06}.jpg")
     refused(settings(root=root), tmp_path / "out", rf"(?s)7 of 20 chosen images .*{message}")
+
+
+def test_missing_images_that_were_not_chosen_do_not_matter(root, tmp_path):
+    calibration, _ = run(settings(root=root), tmp_path / "a")
+    for path in (root / "train2017").iterdir():
+        if int(path.stem) not in ids(calibration):
+            path.unlink()
+    run(settings(root=root), tmp_path / "b")
 
 
 def name_of_image_3(root: Path, name: str) -> None:
@@ -551,6 +566,14 @@ def test_a_downloaded_image_that_is_gone_is_noticed_and_fetched_again(root, tmp_
     assert [path for path, _ in server.requests[requests:]] == [gone]
     assert (out / "images" / gone).read_bytes() == (root / gone).read_bytes()
     assert changed_files(note) == said  # so that nothing runs a third time
+
+
+def test_downloaded_annotations_that_are_gone_are_fetched_again(tmp_path, server):
+    out, config = tmp_path / "out", settings(3, 4, url=server.base)
+    _, before = run(config, out)
+    (out / "annotations/instances_val2017.json").unlink()
+    assert select(config, "evaluation", out) == before
+    assert server.requests[-1][0] == ARCHIVE
 
 
 def test_an_image_that_cannot_be_downloaded_is_not_stored(root, tmp_path, server):
