@@ -9,13 +9,13 @@ import torch
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.replay.cache import ActivationCache
 from qwt_mmdet.replay.forwards import (
+    Placeholders,
     has_untied,
     made_of,
     new_leaf,
     outlined,
     replaced_forwards,
     tied,
-    unknown,
 )
 from qwt_mmdet.replay.walk import ReachedError, Walk
 from torch import nn
@@ -201,8 +201,15 @@ def test_tensors_of_any_type_and_device_are_followed(device):
     ("dtype", "expected"),
     [(torch.float32, True), (torch.float16, True), (torch.int64, False), (torch.bool, False)],
 )
-def test_what_is_not_known_is_nan_and_memory_of_its_own(dtype, expected, device):
-    first, second = unknown(outlined([torch.ones(2, dtype=dtype, device=device)] * 2))
+def test_what_is_not_known_is_nan_also_after_code_has_worked_in_place(dtype, expected, device):
+    placeholders, outlines = (
+        Placeholders(),
+        outlined([torch.ones(2, 3, dtype=dtype, device=device)]),
+    )
+    (first,) = placeholders.of(outlines)
     assert (first.dtype, first.device, first.isnan().all()) == (dtype, device, expected)
+    assert placeholders.of(outlines)[0].data_ptr() == first.data_ptr()
     first.fill_(1)
+    (second,) = placeholders.of(outlines)
+    assert second.shape == (2, 3)
     assert second.isnan().all() if expected else not second.any()

@@ -82,15 +82,27 @@ def outlined(tree: Any) -> Any:
     )
 
 
-def unknown(outlines: Any) -> Any:
-    """New tensors for the outlines of :func:`outlined`: filled with NaN, or with 0 if the dtype has no NaN."""
+class Placeholders:
+    """Stand-ins for outputs that nobody reads any more: NaN, or 0 where the dtype has no NaN.
 
-    def tensor(value: Any) -> Any:
-        if not isinstance(value, _Outline):
-            return value
-        # Not an expanded scalar: code between modules may work in place (DetectoRS' neck does).
-        has_nan = value.dtype.is_floating_point or value.dtype.is_complex
-        filling = math.nan if has_nan else 0
-        return torch.full(value.shape, filling, dtype=value.dtype, device=value.device)
+    All of them share memory, since filling it costs more than a layer. Code between modules may work in place on
+    a stand-in (DetectoRS' neck does); then the next ones get memory of their own.
+    """
 
-    return tree_map(tensor, outlines)
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def of(self, outlines: Any) -> Any:
+        """Tensors for the outlines of :func:`outlined`."""
+        return tree_map(lambda v: self._tensor(v) if isinstance(v, _Outline) else v, outlines)
+
+    def _tensor(self, outline: _Outline) -> Tensor:
+        key, size = (outline.dtype, outline.device), outline.shape.numel()
+        memory = self._memory.get(key)
+        # A tensor's version counts the changes of its memory, through whichever view.
+        if memory is None or memory.numel() < size or memory._version:
+            has_nan = outline.dtype.is_floating_point or outline.dtype.is_complex
+            filling = math.nan if has_nan else 0
+            memory = torch.full((size,), filling, dtype=outline.dtype, device=outline.device)
+            self._memory[key] = memory
+        return memory[:size].view(outline.shape)

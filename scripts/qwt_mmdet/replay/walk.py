@@ -20,6 +20,7 @@ from ..detectors.forward import forward_scope
 from .cache import ActivationCache
 from .forwards import (
     Forward,
+    Placeholders,
     detached,
     has_untied,
     made_of,
@@ -27,7 +28,6 @@ from .forwards import (
     outlined,
     replaced_forwards,
     tied,
-    unknown,
 )
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -174,6 +174,7 @@ class Walk:
         self._is_final = True
         self._raw: set[Place] = set()  # outputs that are not completed yet
         self._outlines: dict[Place, Any] = {}
+        self._placeholders = Placeholders()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -305,7 +306,7 @@ class Walk:
                     self._cache[place] = detached(output)
                 return output
             self._outlines[place] = outlined(self._cache.pop(place))
-        return unknown(self._outlines[place])
+        return self._placeholders.of(self._outlines[place])
 
     def _forget(self, key: str) -> None:
         place = self._tag, self._image, key
