@@ -92,7 +92,7 @@ def test_moments_of_inputs_far_from_zero_keep_their_deviations(device):
         sums.update(part)
     exact = rows[0].double()
     expected = torch.cov(exact.T, correction=0)
-    (centred,), (raw,) = (sums.moments(centred=centred)[0] for centred in (True, False))
+    (centred,), (raw,) = (sums.moments(sums.about(centred=centred))[0] for centred in (True, False))
     assert (centred[0] - expected).abs().max() <= 1e-3 * expected.abs().max()
     torch.testing.assert_close(raw[0], exact.T @ exact / 4000, rtol=1e-8, atol=0)
 
@@ -136,7 +136,7 @@ def test_moments_of_a_convolution_are_those_of_its_unfolded_input(device, option
         expected.append(columns.transpose(1, 2).flatten(0, 1).double())
     for mean, rows in zip(moments.means(), expected, strict=True):
         torch.testing.assert_close(mean.flatten(), rows.mean(0), rtol=0, atol=1e-12)
-    (second,), _ = moments.second.moments(centred=False)
+    (second,), _ = moments.second.moments(moments.second.about(centred=False))
     groups = expected[1].unflatten(1, (layer.groups, -1)).transpose(0, 1)
     torch.testing.assert_close(
         second, groups.transpose(1, 2) @ groups / groups.shape[1], rtol=1e-5, atol=1e-5
@@ -158,7 +158,7 @@ def test_so_many_positions_of_a_call_count_towards_second_moments(device):
         assert moments.positions == 300, "means are those of all positions"
         assert moments.means()[0].item() == pytest.approx(49.5)
         if limit:
-            means.append(moments.second.moments(centred=False)[0][0].item())
+            means.append(moments.second.moments(moments.second.about(centred=False))[0][0].item())
             assert moments.second.count == 3 * limit
     assert means[0] == pytest.approx(square, rel=0.03), "one position of each stretch"
     assert means[0] != means[1] == pytest.approx(square)

@@ -11,7 +11,7 @@ from mmdet.models.dense_heads import RetinaHead, YOLOXHead
 from qwt_mmdet.config import Override, QuantizationSettings
 from qwt_mmdet.detectors.forward import forward_scope
 from qwt_mmdet.errors import QwtError
-from qwt_mmdet.quantization import sequential
+from qwt_mmdet.quantization import regression
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.regression import RegressionSums, ridge_towards
@@ -54,7 +54,7 @@ def test_sums_are_weighted_moments_whatever_the_pieces(mean):
     torch.testing.assert_close(found_y, mean_y[:, 0], rtol=1e-6, atol=1e-6)
     for centred in (True, False):
         a, b = (x - mean_x, y - mean_y) if centred else (x, y)
-        (squares,), cross = sums.moments(centred=centred)
+        (squares,), cross = sums.moments(sums.about(centred=centred))
         torch.testing.assert_close(squares, (a * p).mT @ a, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(cross, (a * p).mT @ b, rtol=1e-5, atol=1e-5)
 
@@ -64,8 +64,8 @@ def test_columns_in_parts_have_their_own_moments_and_none_with_the_outputs():
     whole, parts = RegressionSums(5, 5, 5), RegressionSums(5, 3, 3)
     whole.update(x, y)
     parts.update(x, y)
-    (squares,), _ = whole.moments(centred=True)
-    (first, second), cross = parts.moments(centred=True)
+    (squares,), _ = whole.moments(whole.about(centred=True))
+    (first, second), cross = parts.moments(parts.about(centred=True))
     torch.testing.assert_close(first, squares[:, :3, :3])
     torch.testing.assert_close(second, squares[:, 3:, 3:])
     assert cross is None
@@ -97,7 +97,7 @@ def layers():
 
 @pytest.mark.parametrize("kind", layers())
 def test_a_layer_makes_up_for_inputs_that_are_scaled_and_shifted(kind, monkeypatch):
-    monkeypatch.setattr(sequential, "RIDGE", 1e-9)
+    monkeypatch.setattr(regression, "RIDGES", (1e-9,))
     layer, shape = layers()[kind]
     layer = layer.to(tiny.device)
     inputs = [torch.randn(shape, device=tiny.device) for _ in range(4)]

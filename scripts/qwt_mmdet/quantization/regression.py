@@ -1,7 +1,19 @@
 """Streaming sums of a linear regression of a layer's outputs on the inputs of its weights."""
 
+import copy
+import operator
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 from torch import Tensor
+
+RIDGES = (0.01, 0.1, 1.0, 10.0)
+"""Strengths of a ridge that :func:`choose_ridge` tries, relative to the mean variance of the inputs."""
+DEFAULT_RIDGE = 0.1
+
+Pair = tuple[Tensor, Tensor]
+"""One tensor of x and one of y."""
 
 
 class RegressionSums:
@@ -16,15 +28,27 @@ class RegressionSums:
             chunk there are no moments of x with y.
         batch: number of vectors that are multiplied together, since adding up [in, in] costs more than
             multiplying a few vectors.
+        origin: points near the means of x [groups, 1, in] and y [groups, 1, out]; None: the means of the first
+            vectors. Sums with the same origin can be added.
     """
 
-    def __init__(self, columns: int, width: int, batch: int) -> None:
+    def __init__(self, columns: int, width: int, batch: int, origin: Pair | None = None) -> None:
         self.widths = [len(chunk) for chunk in torch.arange(columns).split(width)]
         self.batch = batch
         self.count = 0.0
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._origin: tuple[Tensor, Tensor]
+        self._origin = origin
         self._sums: list[Tensor] = []
+
+    def __add__(self, other: "RegressionSums") -> "RegressionSums":
+        """The sums of all vectors of both."""
+        total = copy.copy(self)
+        for part in (self, other):
+            part._add_waiting()
+        total._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
+        total.count = self.count + other.count
+        total._waiting = []
+        return total
 
     @property
     def is_empty(self) -> bool:
@@ -49,7 +73,7 @@ class RegressionSums:
             for parts, axis in zip(zip(*self._waiting, strict=True), (1, 1, 0), strict=True)
         )
         self._waiting.clear()
-        if not self._sums:
+        if self._origin is None:
             self._origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         x, y = x - self._origin[0], y - self._origin[1]
         weighted = x * weight[:, None]
@@ -68,41 +92,51 @@ class RegressionSums:
             self._sums = new
         self.count += float(weight.sum(dtype=torch.float64))
 
-    def means(self) -> tuple[Tensor, Tensor]:
+    def means(self) -> Pair:
         """Means of x [groups, in] and of y [groups, out], float64."""
         self._add_waiting()
-        return tuple(
+        assert self._origin is not None
+        mean_x, mean_y = (
             origin[:, 0].double() + total / self.count
             for origin, total in zip(self._origin, self._sums[:2], strict=True)
-        )  # type: ignore[return-value]
+        )
+        return mean_x, mean_y
 
-    def moments(self, *, centred: bool) -> tuple[list[Tensor], Tensor | None]:
+    def about(self, *, centred: bool, bias: Tensor | None = None) -> Pair:
+        """The points for :meth:`moments`: the means, or if not ``centred`` 0 of x and ``bias`` (or 0) of y."""
+        means = self.means()
+        if centred:
+            return means
+        return torch.zeros_like(means[0]), torch.zeros_like(means[1]) if bias is None else bias
+
+    def moments(self, about: Pair) -> tuple[list[Tensor], Tensor | None]:
         """Second moments of x, a chunk [groups, columns, columns] each, and of x with y [groups, in, out].
 
         Args:
-            centred: about the means.
+            about: the points x [groups, in] and y [groups, out] that deviations are taken from.
         """
-        mean_x, mean_y = self.means()
-        sum_x, sum_y = self._sums[:2]
-        products = [total / self.count for total in self._sums[2:]]
-        near_x, near_y = sum_x / self.count, sum_y / self.count  # from the origins
-        cross = products.pop() if len(self.widths) == 1 else None
-
-        def shifted(
-            product: Tensor, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]
-        ) -> Tensor:
-            moment = product - near[0][:, :, None] * near[1][:, None]
-            return moment if centred else moment + far[0][:, :, None] * far[1][:, None]
-
-        squares = [
-            shifted(product, (near, near), (far, far))
-            for product, near, far in zip(
-                products, near_x.split(self.widths, 1), mean_x.split(self.widths, 1), strict=True
-            )
+        self._add_waiting()
+        assert self._origin is not None
+        near = [total / self.count for total in self._sums[:2]]  # the means, from the origins
+        far = [
+            point - origin[:, 0].double() for point, origin in zip(about, self._origin, strict=True)
         ]
-        if cross is not None:
-            cross = shifted(cross, (near_x, near_y), (mean_x, mean_y))
+        products = [total / self.count for total in self._sums[2:]]
+        cross = None
+        if len(self.widths) == 1:
+            cross = _moved(products.pop(), (near[0], near[1]), (far[0], far[1]))
+        chunks = (part.split(self.widths, 1) for part in (near[0], far[0]))
+        squares = [
+            _moved(product, (mean, mean), (point, point))
+            for product, mean, point in zip(products, *chunks, strict=True)
+        ]
         return squares, cross
+
+
+def _moved(product: Tensor, mean: Pair, point: Pair) -> Tensor:
+    """E[(x − p)(y − q)ᵀ] from E[x yᵀ], the means of x and y, and p and q."""
+    (x, y), (p, q) = mean, point
+    return product - x[:, :, None] * q[:, None] - p[:, :, None] * (y - q)[:, None]
 
 
 def ridge_towards(weight: Tensor, squares: Tensor, cross: Tensor, strength: float) -> Tensor:
@@ -120,5 +154,35 @@ def ridge_towards(weight: Tensor, squares: Tensor, cross: Tensor, strength: floa
     diagonal = squares.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     ridge = torch.where(mean > 0, strength * mean, 1.0).expand_as(diagonal)
-    change = torch.linalg.solve(squares + torch.diag_embed(ridge), left)
-    return weight + change.transpose(1, 2)
+    factor = torch.linalg.cholesky(squares + torch.diag_embed(ridge))
+    return weight + torch.cholesky_solve(left, factor).transpose(1, 2)
+
+
+def choose_ridge(
+    weight: Tensor, parts: Sequence[RegressionSums], *, centred: bool, bias: Tensor
+) -> float:
+    """The one of :data:`RIDGES` with the smallest error on held-out vectors, by cross-validation.
+
+    Args:
+        weight: [groups, out, in].
+        parts: sums of disjoint sets of images, with one origin; each part is held out once.
+        centred: whether the bias is fitted, too; otherwise it stays ``bias`` [groups, out].
+
+    Returns:
+        The strength; ``DEFAULT_RIDGE`` where there is nothing to hold out.
+    """
+    if len(parts) < 2:
+        return DEFAULT_RIDGE
+    errors = [0.0] * len(RIDGES)
+    for number, held in enumerate(parts):
+        fit = reduce(operator.add, [*parts[:number], *parts[number + 1 :]])
+        about = fit.about(centred=centred, bias=bias)
+        (squares,), cross = fit.moments(about)
+        (held_squares,), held_cross = held.moments(about)
+        assert cross is not None
+        assert held_cross is not None
+        for index, strength in enumerate(RIDGES):
+            fitted = ridge_towards(weight, squares, cross, strength)
+            residual = fitted @ held_squares - 2 * held_cross.transpose(1, 2)
+            errors[index] += held.count * float((fitted * residual).sum())
+    return RIDGES[errors.index(min(errors))]

@@ -13,9 +13,10 @@ parameters. With error feedback this is close to GPTAQ (arXiv 2504.02692).
 
 import logging
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor, nn
 from ..config import QuantizationSettings
 from ..errors import QwtError
 from ..progress import progress
-from ..replay.cache import RELEASE_INTERVAL, release_free_memory
+from ..replay.cache import release_free_memory
 from ..replay.walk import ReachedError, Walk
 from .convert import activation_quantizers, full_precision, quantized_layers
 from .layers import QuantizedLayer
 from .moments import MAX_COLUMNS
 from .quantizer import ActivationQuantizer, Watch
-from .regression import RegressionSums, ridge_towards
+from .regression import RegressionSums, choose_ridge, ridge_towards
 from .rounding import ROUNDINGS
 from .scores import score_map, scores_at
 from .validation import FoldedObserver
@@ -49,8 +50,8 @@ logger = logging.getLogger(__name__)
 
 MAX_REFIT_COLUMNS = 8192
 """Layers with more inputs per output are only rounded: a regression would take minutes."""
-RIDGE = 0.01
-"""Strength of the ridge, relative to the mean variance of a layer's inputs."""
+FOLDS = 4
+"""Parts of the images, by which each layer's ridge is cross-validated."""
 
 See = Callable[[int, int, Tensor], None]
 """Takes the number of an image, the number of the layer's call on it, and the layer's input."""
@@ -137,16 +138,16 @@ class Sequential(WeightFit):
                 quantizer.enabled = quantizer not in inputs and quantizer.is_calibrated
             try:
                 for name, layer in progress(self.order.items(), "Calibrating layers", unit="layer"):
-                    visit = partial(self._visit, walk, name)
                     quantizer = layer.input_quantizer
-                    if not quantizer.is_calibrated:
-                        seen = FoldedObserver(name, quantizer.channel_axis)
-                        visit(_observing(seen))
+                    fit = LayerFit(name, layer, self, settings.refit_weighting)
+                    seen = FoldedObserver(name, quantizer.channel_axis)
+                    if quantizer.is_calibrated:
+                        self._visit(walk, name, fit.see)
+                    else:
+                        self._visit(walk, name, _both(fit.see, seen))
                         self.run.validation.choose_grid(quantizer, seen, layer, settings)
                     if not quantizer.is_calibrated:  # all its inputs were empty
                         continue
-                    fit = LayerFit(name, layer, self, settings.refit_weighting)
-                    visit(fit.see)
                     self.cache["fitted", name] = fit.finish(settings)
                     layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
                     layer.enabled = quantizer.enabled = True
@@ -170,9 +171,8 @@ class Sequential(WeightFit):
     def _visit(self, walk: Walk, name: str, see: See) -> None:
         """Pass all inputs of a layer in the quantized network on to ``see``."""
         quantizer = self.order[name].input_quantizer
+        release_free_memory()
         for image in range(self.images):
-            if image % RELEASE_INTERVAL == 0:
-                release_free_memory()
             expected = self.calls[image, name]
             calls = 0
 
@@ -193,8 +193,12 @@ class Sequential(WeightFit):
         return self.cache["fitted", name]
 
 
-def _observing(seen: FoldedObserver) -> See:
-    return lambda image, call, x: seen.update(image, x)
+def _both(see: See, seen: FoldedObserver) -> See:
+    def see_both(image: int, call: int, x: Tensor) -> None:
+        seen.update(image, x)
+        see(image, call, x)
+
+    return see_both
 
 
 def corresponds(full: Tensor, own: Tensor) -> bool:
@@ -215,12 +219,10 @@ class LayerFit:
     ) -> None:
         self.name, self.layer, self.full, self.weighting = name, layer, full, weighting
         self.weight = layer.weight.flatten(1).unflatten(0, (layer.weight_groups, -1))
-        columns = self.weight.shape[2]
-        width = columns if columns <= MAX_REFIT_COLUMNS else MAX_COLUMNS
-        self.sums = RegressionSums(columns, width, width)
+        self.samples = 0
 
     def see(self, image: int, call: int, x: Tensor) -> None:
-        """Add one call of the layer in the quantized network.
+        """Keep samples of one call of the layer in the quantized network.
 
         Where the full-precision network has no output at the same positions, the target is the output of the
         full-precision layer for ``x``.
@@ -237,11 +239,10 @@ class LayerFit:
             own += layer.bias
         y = own if expected is None or not corresponds(expected, own) else expected
         groups = len(self.weight)
-        self.sums.update(
-            quantized_vectors(layer, vectors).contiguous(),
-            y.unflatten(1, (groups, -1)).transpose(0, 1).contiguous(),
-            self._weights(image, size, chosen),
-        )
+        y = y.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+        weights = self._weights(image, size, chosen)
+        self.full.cache["sample", self.samples] = image, vectors, y, weights
+        self.samples += 1
 
     def _weights(self, image: int, size: tuple[int, ...], chosen: Tensor) -> Tensor | None:
         if ("scores", image) not in self.full.cache:
@@ -251,22 +252,37 @@ class LayerFit:
             return None
         return 1 - self.weighting + self.weighting * scores[chosen] / scores.mean().clamp(min=1e-12)
 
+    def _sums(self) -> list[RegressionSums]:
+        """Sums of the samples of each part of the images, with inputs on their grid."""
+        columns = self.weight.shape[2]
+        width = columns if columns <= MAX_REFIT_COLUMNS else MAX_COLUMNS
+        origin = None
+        parts: dict[int, RegressionSums] = {}
+        for number in range(self.samples):
+            image, vectors, y, weights = self.full.cache.pop(("sample", number))
+            x = quantized_vectors(self.layer, vectors).contiguous()
+            origin = origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
+            part = parts.setdefault(image % FOLDS, RegressionSums(columns, width, width, origin))
+            part.update(x, y, weights)
+        return list(parts.values())
+
     def finish(self, settings: QuantizationSettings) -> Affine:
         """Set the layer's codes and bias; return the fitted weights and bias, before they are rounded."""
         layer, centred = self.layer, settings.bias_correction
-        if self.sums.is_empty:
+        parts = self._sums()
+        if not parts:
             choose_codes(layer, layer.weight, settings, None)
             return layer.weight.data, layer.bias
-        squares, cross = self.sums.moments(centred=centred)
-        mean_x, mean_y = self.sums.means()
+        sums = reduce(operator.add, parts)
+        mean_x, mean_y = sums.means()
         bias = torch.zeros_like(mean_y)
         if layer.bias is not None:
             bias = layer.bias.double().view_as(mean_y)
+        squares, cross = sums.moments(sums.about(centred=centred, bias=bias))
         weight = self.weight.double()
         if cross is not None:
-            if not centred:
-                cross = cross - mean_x[:, :, None] * bias[:, None]
-            weight = ridge_towards(weight, squares[0], cross, RIDGE)
+            ridge = choose_ridge(weight, parts, centred=centred, bias=bias)
+            weight = ridge_towards(weight, squares[0], cross, ridge)
         fitted = weight.float().view_as(layer.weight)
         needs_moments = ROUNDINGS.find(settings.rounding).needs_moments
         choose_codes(layer, fitted, settings, squares if needs_moments else None)
