@@ -103,11 +103,14 @@ def test_runtimes_compute_what_the_quantized_network_does(
     assert "BatchNormalization" not in operators
     values = [value.const_value for value in graph.graph.initializers.values()]
     biases = [tensor for tensor in values if tensor.dtype == onnx_ir.DataType.INT32]
-    assert len(biases) == (grids == "integer")  # the linear layer's, whose sums are integers
+    narrow = weight_bits <= 4  # codes minus zero points are signed 8-bit weights
+    assert len(biases) == (
+        grids == "integer" or narrow
+    )  # the linear layer's, whose sums are integers
     weights = [tensor.dtype for tensor in values if len(tensor.shape) > 1]
     weights = [dtype for dtype in weights if dtype != onnx_ir.DataType.FLOAT]  # factors of channels
-    signed, bits = grids == "integer", 4 if weight_bits <= 4 else 8
-    assert weights == [getattr(onnx_ir.DataType, f"{'' if signed else 'U'}INT{bits}")] * 3
+    kind = "UINT4" if narrow else "INT8" if grids == "integer" else "UINT8"
+    assert weights == [getattr(onnx_ir.DataType, kind)] * 3
     onnx_ir.save(graph, tmp_path / "model.onnx")
     for runtime in RUNTIMES if grids == "integer" else ["onnxruntime"]:
         run = runtimes.open_graph(tmp_path / "model.onnx", runtime)

@@ -140,7 +140,7 @@ def test_pooled_channels_are_the_tensor():
 @torch.no_grad()
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_integer_grids_have_one_zero_point_and_negatable_weights(bits, groups):
+def test_integer_grids_have_one_zero_point_of_inputs_and_weights_for_integer_kernels(bits, groups):
     torch.manual_seed(0)
     model = alone(nn.Conv2d(8, 8, 3, padding=1, groups=groups)).to(tiny.device)
     data = images(30.0)
@@ -149,9 +149,9 @@ def test_integer_grids_have_one_zero_point_and_negatable_weights(bits, groups):
     calibrate(model, data)
     layer = model.backbone[0]
     middle = 2 ** (bits - 1)
-    assert (layer.weight_zero_point == middle).all()
-    assert layer.weight_codes.min() >= 1
-    assert layer.weight_codes.max() <= 2 * middle - 1
+    assert bool((layer.weight_zero_point == middle).all()) == (bits == 8)
+    steps = layer.weight_codes - layer.weight_zero_point.view(-1, 1, 1, 1)
+    assert steps.abs().max() <= (127 if bits == 8 else 2 * middle - 1)
     assert layer.input_quantizer.scale.numel() == 8  # the channels differ too much for one scale
     assert layer.input_quantizer.zero_point.unique().numel() == 1
     error = sum(

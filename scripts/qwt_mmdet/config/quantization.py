@@ -83,9 +83,9 @@ class QuantizationSettings:
     1: weights are proportional to the largest class score (times objectness; of a two-stage detector, the score of
     its proposals)."""
     grids: Grids = "any"
-    """Allowed grids. `integer`: those that integer kernels support, for fast exported files: weights symmetric
-    around 0, one zero point per tensor of activations, a uniform grid of attention probabilities. `any`: a zero
-    point per channel, and the grids of `activation_range`."""
+    """Allowed grids. `integer`: those that integer kernels support, for fast exported files: weights of 7 and 8 bits
+    symmetric around 0, one zero point per tensor of activations, a uniform grid of attention probabilities. `any`: a
+    zero point per channel, and the grids of `activation_range`."""
     overrides: tuple[Annotated[Override, Nested], ...] = ()
     """Exceptions by module name; the last match wins. A pattern that matches nothing is an error."""
 

@@ -75,19 +75,38 @@ def weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
             yield node
 
 
+def is_bias(node: ir.Node) -> bool:
+    """Whether a node of :func:`weight_nodes` holds a bias, in 32 bits."""
+    return constant(node.inputs[0]).dtype == np.int32
+
+
 def codes_of(node: ir.Node) -> dict[int, np.ndarray]:
     """Codes and zero points, if any, by the index of the input."""
     return {index: constant(node.inputs[index]) for index in (0, 2) if index < len(node.inputs)}
 
 
+LARGEST_WEIGHT = 127
+"""Of a signed 8-bit weight with the zero point 0, which kernels multiply."""
+
+
+def weight_steps(node: ir.Node) -> np.ndarray:
+    """The codes of a weight minus their zero points, int32."""
+    codes, zero_points = (
+        v.astype(np.int32) for v in (constant(node.inputs[0]), zero_points_of(node))
+    )
+    shape = [1] * codes.ndim
+    shape[node.attributes.get_int("axis", 1)] = zero_points.size
+    return codes - zero_points.reshape(shape)
+
+
 def takes_integers(convolution: ir.Node) -> bool:
-    """Whether integer kernels support input and weights: one scale of the input, zero points 0 of the weights."""
+    """Whether integer kernels support input and weights: one scale of the input, weights that fit in signed 8 bits."""
     inputs, weight = (input_of(convolution, index).producer() for index in (0, 1))
     if inputs is None or inputs.op_type != "DequantizeLinear" or not is_scalar(inputs.inputs[1]):
         return False
     if weight is None or weight.op_type != "DequantizeLinear":
         return False
-    return not zero_points_of(weight).any()
+    return bool(np.abs(weight_steps(weight)).max(initial=0) <= LARGEST_WEIGHT)
 
 
 def runs_in_integers(convolution: ir.Node) -> bool:

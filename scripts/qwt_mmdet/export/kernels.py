@@ -5,45 +5,40 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .graph import (
-    codes_of,
+    LARGEST_WEIGHT,
     constant,
     fresh_name,
     input_of,
+    is_bias,
     runs_in_integers,
     set_input,
     weight_nodes,
+    weight_steps,
     zero_points_of,
 )
 
-WIDE = {ir.DataType.INT4: np.int8, ir.DataType.UINT4: np.uint8}
-
 
 def widen_weights(model: ir.Model) -> None:
-    """Make 4-bit weights INT8 or UINT8, which the kernels of runtimes take, in place.
+    """Make weights INT8 with the zero point 0 where they fit, else UINT8, in place: what kernels of runtimes take.
 
     On some processors ONNX Runtime makes both unsigned, and fails if codes or zero points are shared or missing.
     """
     for node in list(weight_nodes(model)):
-        stored = input_of(node, 0).dtype
-        if stored == ir.DataType.INT32:  # a bias
+        if is_bias(node):
             continue
-        values = codes_of(node)
-        codes = values[0].astype(WIDE[stored] if stored in WIDE else values[0].dtype)
-        scales = constant(node.inputs[1])
-        zero_points = values.get(2, np.zeros_like(scales)).astype(codes.dtype)
-        set_input(model, node, 0, codes, fresh_name(node, 0, "wide"))
-        set_input(model, node, 2, zero_points, fresh_name(node, 2, "wide"))
+        codes, zero_points = weight_steps(node), np.zeros_like(constant(node.inputs[1]))
+        wide = np.dtype(np.int8)
+        if np.abs(codes).max(initial=0) > LARGEST_WEIGHT:
+            codes, zero_points = constant(node.inputs[0]), zero_points_of(node)
+            wide = codes.dtype
+        set_input(model, node, 0, codes.astype(wide), fresh_name(node, 0, "wide"))
+        set_input(model, node, 2, zero_points.astype(wide), fresh_name(node, 2, "wide"))
 
 
 def largest_weight(model: ir.Model) -> int:
     """The largest magnitude of an 8-bit weight's code minus its zero point."""
-    largest = 0
-    for node in weight_nodes(model):
-        if input_of(node, 0).dtype != ir.DataType.INT32:
-            codes = np.moveaxis(constant(node.inputs[0]), node.attributes.get_int("axis", 1), -1)
-            steps = codes.astype(np.int32) - zero_points_of(node).astype(np.int32)
-            largest = max(largest, int(np.abs(steps).max()))
-    return largest
+    weights = [node for node in weight_nodes(model) if not is_bias(node)]
+    return max((int(np.abs(weight_steps(node)).max()) for node in weights), default=0)
 
 
 def float_weights(model: ir.Model) -> None:
@@ -63,7 +58,5 @@ def float_weights(model: ir.Model) -> None:
 
 def _values(dequantize: ir.Node) -> np.ndarray:
     """The output of a node for constant codes with scales along the first axis."""
-    codes, scale = (constant(value) for value in dequantize.inputs[:2])
-    shape = (-1, *[1] * (codes.ndim - 1))
-    steps = codes.astype(np.int32) - zero_points_of(dequantize).astype(np.int32).reshape(shape)
-    return steps.astype(np.float32) * scale.reshape(shape)
+    steps, scale = weight_steps(dequantize), constant(dequantize.inputs[1])
+    return steps.astype(np.float32) * scale.reshape(-1, *[1] * (steps.ndim - 1))

@@ -27,13 +27,26 @@ def integer_grids(settings: QuantizationSettings) -> bool:
     return settings.grids == "integer"
 
 
+MOST_BITS_WITH_ZERO_POINTS = 6
+"""Most bits of weights whose code minus zero point fits in 7 bits, so that sums of two products fit in 16."""
+
+
+def symmetric_weights(settings: QuantizationSettings, bits: int) -> bool:
+    """Whether the grids of weights are symmetric around 0.
+
+    Integer kernels multiply signed 8-bit weights whose zero point is 0. Codes of few bits minus their zero points are
+    such weights.
+    """
+    return integer_grids(settings) and bits > MOST_BITS_WITH_ZERO_POINTS
+
+
 def weight_grid(weight: Tensor, settings: QuantizationSettings, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each output channel of a weight [out, …]; [out] each.
 
     Raises:
         QwtError: there is no such range method.
     """
-    symmetric = integer_grids(settings)
+    symmetric = symmetric_weights(settings, bits)
     channels = WeightDistribution(weight.detach().float().flatten(1), symmetric)
     limits = RANGES.find(settings.weight_range)(channels, bits, settings.percentile)
     return quantization_parameters(*limits, bits, symmetric=symmetric)

@@ -9,7 +9,7 @@ from ..config import QuantizationSettings
 from .layers import QuantizedConv2d, QuantizedLayer
 from .moments import InputMoments
 from .rounding import ROUNDINGS
-from .scheme import integer_grids, weight_grid
+from .scheme import symmetric_weights, weight_grid
 
 
 @torch.no_grad()
@@ -26,7 +26,8 @@ def quantize_weight(
     """
     second = None
     if ROUNDINGS.find(settings.rounding).needs_moments and moments is not None:
-        second, _ = moments.second.moments(centred=settings.bias_correction)
+        sums = moments.second
+        second, _ = sums.moments(sums.about(centred=settings.bias_correction))
     choose_codes(layer, layer.weight, settings, second)
     if moments is not None and settings.bias_correction:
         layer.bias_correction = bias_shift(layer, moments)
@@ -59,7 +60,7 @@ def choose_codes(
     scales, zero_points = (parameter.view(grouped.shape[:2]) for parameter in (scale, zero_point))
     rounding = ROUNDINGS.find(settings.rounding)
     codes = rounding.function(grouped, scales, zero_points, bits, second).view_as(scaled)
-    if integer_grids(settings):
+    if symmetric_weights(settings, bits):
         codes.clamp_(min=1)  # the negative of every code is a code
     layer.weight_codes, layer.weight_scale, layer.weight_zero_point = codes, scale, zero_point
 
