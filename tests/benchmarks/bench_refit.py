@@ -2,8 +2,8 @@
 
 The calibration images are split in two; a detector is calibrated on one half and judged on the other, both
 ways (as in bench_recipes.py). Prints for each number of bits and each variant the AP over all images, the
-signal-to-noise ratio of the heads' outputs, the bytes of the compensation in percent of the quantized backbone,
-and the processor time of calibration and fit.
+signal-to-noise ratio of the heads' outputs on the images of the calibration and on the others, the bytes of the
+compensation in percent of the quantized backbone, and the processor time of calibration and fit.
 
     python tests/benchmarks/bench_refit.py --config yolox/yolox_nano_8xb8-300e_coco.py \
         --checkpoint CHECKPOINT --annotations results/datasets/coco_real/calibration.json
@@ -53,7 +53,7 @@ def measure(
     trial: Trial, settings: QuantizationSettings, compensations: list[str], folds: list[list[Path]]
 ) -> dict[str, list[tuple[Any, ...]]]:
     """By compensation, for each fold: detections on its second file of images, fitted to the first; dB at the
-    heads, bytes of the compensation in percent, seconds."""
+    heads on the first and on the second file, bytes of the compensation in percent, seconds."""
     results: dict[str, list[tuple[Any, ...]]] = {name: [] for name in compensations}
     for fit, judge in folds:
         start = time.process_time()
@@ -65,8 +65,10 @@ def measure(
             seconds = calibrated + time.process_time() - start
             judged = apply_compensation(copy.deepcopy(model), fitted) if fitted else model
             size = fitted.summary()["bytes_percent"] if fitted else 0.0
-            noise = noise_at_heads(trial.model, judged, trial.loader(judge))
-            results[name].append((trial.found(judged, judge), noise, size, seconds))
+            noise = [
+                noise_at_heads(trial.model, judged, trial.loader(file)) for file in (fit, judge)
+            ]
+            results[name].append((trial.found(judged, judge), *noise, size, seconds))
     return results
 
 
@@ -94,10 +96,11 @@ def main() -> None:
                     found = list(itertools.chain(*records))
                     metrics = coco_metrics(judged, found, masks=has_masks(found))
                     aps = (f"{k} {metrics[k]['AP']:.4f}" for k in ("bbox", "segm") if k in metrics)
-                    noise, size, seconds = (sum(values) / len(values) for values in numbers)
+                    own, noise, size, seconds = (sum(values) / len(values) for values in numbers)
                     print(
                         f"{bits:5} {name:15} {compensation:12}", *aps,
-                        f"{noise:.1f} dB, {size:.1f} % of the bytes, {seconds:.0f} s", flush=True,
+                        f"{own:.1f} dB on its images, {noise:.1f} dB on others, {size:.1f} % of the bytes, {seconds:.0f} s",
+                        flush=True,
                     )  # fmt: skip
 
 
