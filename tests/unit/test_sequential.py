@@ -1,6 +1,7 @@
 """Layers that are fitted on what the quantized layers before them hand over."""
 
 import copy
+from functools import partial
 from unittest.mock import MagicMock
 
 import pytest
@@ -14,7 +15,13 @@ from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization import regression
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.quantization.regression import RegressionSums, ridge_towards
+from qwt_mmdet.quantization.regression import (
+    DEFAULT_RIDGE,
+    RIDGES,
+    RegressionSums,
+    choose_ridge,
+    ridge_towards,
+)
 from qwt_mmdet.quantization.scores import score_map, scores_at
 from qwt_mmdet.quantization.sequential import LayerFit, Sequential, corresponds
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
@@ -82,6 +89,28 @@ def test_the_ridge_solves_the_least_squares_problem_with_the_weights_as_its_prio
         expected = torch.linalg.lstsq(design, target).solution.mT
         torch.testing.assert_close(ridge_towards(weight, squares, cross, strength), expected)
     torch.testing.assert_close(ridge_towards(weight, squares, cross, 1e12), weight)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(
+    ("prior_error", "noise", "expected"), [(0.0, 1.0, max(RIDGES)), (1.0, 0.0, min(RIDGES))]
+)
+def test_the_ridge_is_the_one_that_serves_vectors_which_were_held_out(
+    prior_error, noise, expected, centred
+):
+    """Noisy targets of good weights ask for a large one, exact targets of others for a small one."""
+    generator = torch.Generator().manual_seed(0)
+    true, other = torch.randn(2, 1, 4, 30, generator=generator)
+    bias, parts = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), []
+    for _ in range(3):
+        x = torch.randn(1, 40, 30, generator=generator)
+        y = x @ true.mT + bias + noise * torch.randn(1, 40, 4, generator=generator)
+        parts.append(RegressionSums(30, 30, 30, (torch.zeros(1, 1, 30), torch.zeros(1, 1, 4))))
+        parts[-1].update(x, y)
+    weight = true + prior_error * other
+    chosen = partial(choose_ridge, weight, centred=centred, bias=bias.double())
+    assert chosen(parts) == expected
+    assert chosen(parts[:1]) == DEFAULT_RIDGE, "nothing can be held out"
 
 
 def layers():
