@@ -229,7 +229,11 @@ def detector(
         for bits in options.bits:
             weight_bits, activation_bits = map(int, re.findall(r"\d+", bits))
             settings = QuantizationSettings(
-                weight_bits, activation_bits, scope="detector", grids=options.grids
+                weight_bits,
+                activation_bits,
+                scope="detector",
+                grids=options.grids,
+                refit=options.refit,
             )
             quantized = copy.deepcopy(model)
             if options.warmup:
@@ -320,6 +324,7 @@ def main() -> None:
     parser.add_argument("--warmup", help="of the detector with these bits, instead of calibrating")
     parser.add_argument("--bits", nargs="+", default=["w8a8"], metavar="wWaA")
     parser.add_argument("--grids", default="integer", choices=("any", "integer"))
+    parser.add_argument("--refit", default="none", choices=("none", "sequential"))
     parser.add_argument(
         "--others", action="store_true", help="time and evaluate other tools' files, too"
     )

@@ -48,10 +48,10 @@ from .weights import choose_codes
 
 logger = logging.getLogger(__name__)
 
-MAX_REFIT_COLUMNS = 8192
+MAX_REFIT_COLUMNS = 4608
 """Layers with more inputs per output are only rounded: a regression would take minutes."""
-FOLDS = 4
-"""Parts of the images, by which each layer's ridge is cross-validated."""
+FOLDS, FEW_FOLDS, MANY_COLUMNS = 4, 2, 2048
+"""Parts of the images, by which a layer's ridge is cross-validated; few where sums over many columns take memory."""
 
 See = Callable[[int, int, Tensor], None]
 """Takes the number of an image, the number of the layer's call on it, and the layer's input."""
@@ -256,13 +256,14 @@ class LayerFit:
         """Sums of the samples of each part of the images, with inputs on their grid."""
         columns = self.weight.shape[2]
         width = columns if columns <= MAX_REFIT_COLUMNS else MAX_COLUMNS
+        folds = FOLDS if columns <= MANY_COLUMNS else FEW_FOLDS
         origin = None
         parts: dict[int, RegressionSums] = {}
         for number in range(self.samples):
             image, vectors, y, weights = self.full.cache.pop(("sample", number))
             x = quantized_vectors(self.layer, vectors).contiguous()
             origin = origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
-            part = parts.setdefault(image % FOLDS, RegressionSums(columns, width, width, origin))
+            part = parts.setdefault(image % folds, RegressionSums(columns, width, width, origin))
             part.update(x, y, weights)
         return list(parts.values())
 
