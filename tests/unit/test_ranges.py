@@ -11,7 +11,7 @@ from qwt_mmdet.quantization.primitives import (
     fake_quantize_log_sqrt2,
     quantization_parameters,
 )
-from qwt_mmdet.quantization.ranges import RangeObserver
+from qwt_mmdet.quantization.ranges import RangeObserver, WeightDistribution, mse
 from qwt_mmdet.quantization.scheme import weight_grid
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,17 +132,17 @@ def test_weight_grids_are_per_output_channel(device, method, grids):
         assert (zero_point == 128).all()
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_mse_of_a_symmetric_grid_is_the_smallest_of_all_symmetric_ranges(device, bits):
     weight = torch.randn(3, 2000, generator=torch.Generator().manual_seed(8)).to(device)
     weight[1] = weight[1].abs()
-    settings = QuantizationSettings(8, 8, grids="integer")
 
     def error(scale):
         grid = scale[:, None], torch.full_like(scale, 2 ** (bits - 1))[:, None]
         return (fake_quantize(weight, *grid, bits) - weight).square().sum(1)
 
-    found = error(weight_grid(weight, settings, bits)[0])
+    limits = mse(WeightDistribution(weight, symmetric=True), bits, 99.99)
+    found = error(quantization_parameters(*limits, bits, symmetric=True)[0])
     largest = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
     for fraction in torch.linspace(0.05, 1, 40):
         assert (found <= error(largest * fraction) * 1.02).all()
