@@ -92,7 +92,7 @@ def graph_of(model: Network) -> onnx_ir.Model:
 
 @torch.no_grad()
 @pytest.mark.parametrize("grids", ["any", "integer"])
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (3, 5)])
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (6, 8), (4, 8), (3, 5)])
 def test_runtimes_compute_what_the_quantized_network_does(
     tmp_path, images, grids, weight_bits, activation_bits
 ):
@@ -103,13 +103,13 @@ def test_runtimes_compute_what_the_quantized_network_does(
     assert "BatchNormalization" not in operators
     values = [value.const_value for value in graph.graph.initializers.values()]
     biases = [tensor for tensor in values if tensor.dtype == onnx_ir.DataType.INT32]
-    narrow = weight_bits <= 4  # codes minus zero points are signed 8-bit weights
+    narrow = weight_bits <= 6  # codes minus zero points are signed 8-bit weights
     assert len(biases) == (
         grids == "integer" or narrow
     )  # the linear layer's, whose sums are integers
     weights = [tensor.dtype for tensor in values if len(tensor.shape) > 1]
     weights = [dtype for dtype in weights if dtype != onnx_ir.DataType.FLOAT]  # factors of channels
-    kind = "UINT4" if narrow else "INT8" if grids == "integer" else "UINT8"
+    kind = "UINT4" if weight_bits <= 4 else "UINT8" if narrow or grids == "any" else "INT8"
     assert weights == [getattr(onnx_ir.DataType, kind)] * 3
     onnx_ir.save(graph, tmp_path / "model.onnx")
     for runtime in RUNTIMES if grids == "integer" else ["onnxruntime"]:
