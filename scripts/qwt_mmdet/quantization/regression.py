@@ -50,11 +50,6 @@ class RegressionSums:
         total._waiting = []
         return total
 
-    @property
-    def is_empty(self) -> bool:
-        """True until vectors were added."""
-        return not self._sums and not self._waiting
-
     def update(self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Add vectors with weights [n], or with ones; without y, for the moments of x alone."""
         if y is None:

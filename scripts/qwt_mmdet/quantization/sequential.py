@@ -263,8 +263,10 @@ class LayerFit:
             image, vectors, y, weights = self.full.cache.pop(("sample", number))
             x = quantized_vectors(self.layer, vectors).contiguous()
             origin = origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
-            part = parts.setdefault(image % folds, RegressionSums(columns, width, width, origin))
-            part.update(x, y, weights)
+            fold = image % folds
+            if fold not in parts:
+                parts[fold] = RegressionSums(columns, width, width, origin)
+            parts[fold].update(x, y, weights)
         return list(parts.values())
 
     def finish(self, settings: QuantizationSettings) -> Affine:
