@@ -91,6 +91,14 @@ def test_the_ridge_solves_the_least_squares_problem_with_the_weights_as_its_prio
     torch.testing.assert_close(ridge_towards(weight, squares, cross, 1e12), weight)
 
 
+def test_moments_that_rounding_made_indefinite_leave_the_weights_about_as_they_were():
+    """One group's inputs hardly vary, so that its variances are as good as noise, and one of them is negative."""
+    weight = torch.ones(2, 3, 2)
+    squares = torch.stack([torch.eye(2), torch.diag(torch.tensor([-1e-9, 2e-9]))]).double()
+    cross = squares @ weight.double().transpose(1, 2)
+    torch.testing.assert_close(ridge_towards(weight, squares, cross, 0.01).float(), weight)
+
+
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize(
     ("prior_error", "noise", "expected"), [(0.0, 1.0, max(RIDGES)), (1.0, 0.0, min(RIDGES))]

@@ -134,6 +134,25 @@ def _moved(product: Tensor, mean: Pair, point: Pair) -> Tensor:
     return product - x[:, :, None] * q[:, None] - p[:, :, None] * (y - q)[:, None]
 
 
+def damped_factor(moments: Tensor, damping: Tensor) -> Tensor:
+    """The lower Cholesky factor of moments [groups, in, in] with a damping [groups, 1] on their diagonal.
+
+    The damping grows tenfold where rounding has made the moments indefinite; above their trace it always suffices.
+
+    Raises:
+        torch.linalg.LinAlgError: the moments are not finite.
+    """
+    while True:
+        damped = moments + torch.diag_embed(damping.expand(-1, moments.shape[-1]))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            return factor
+        if not torch.isfinite(damped).all():
+            # torch documents the error, but its types do not export it.
+            raise torch.linalg.LinAlgError("second moments are not finite")  # type: ignore[attr-defined]
+        damping = damping * torch.where(failed[:, None] > 0, 10.0, 1.0)
+
+
 def ridge_towards(weight: Tensor, squares: Tensor, cross: Tensor, strength: float) -> Tensor:
     """argmin over W of E‖y − W x‖² + λ ‖W − weight‖², λ = strength · the mean of the diagonal of E[x xᵀ].
 
@@ -146,10 +165,8 @@ def ridge_towards(weight: Tensor, squares: Tensor, cross: Tensor, strength: floa
     """
     weight = weight.double()
     left = cross - squares @ weight.transpose(1, 2)
-    diagonal = squares.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    ridge = torch.where(mean > 0, strength * mean, 1.0).expand_as(diagonal)
-    factor = torch.linalg.cholesky(squares + torch.diag_embed(ridge))
+    mean = squares.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    factor = damped_factor(squares, torch.where(mean > 0, strength * mean, 1.0))
     return weight + torch.cholesky_solve(left, factor).transpose(1, 2)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import Registry
 from .grid_rounding import round_to_grid
 from .primitives import quantize
+from .regression import damped_factor
 
 Round = Callable[[Tensor, Tensor, Tensor, int, Sequence[Tensor] | None], Tensor]
 """Takes weights [groups, out, in], scales and zero points [groups, out], bits, and the inputs' second
@@ -116,15 +117,5 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     # Where all inputs are 0, any damping makes the matrix invertible.
-    damping = torch.where(mean > 0, DAMPING * mean, 1.0)
-    while True:
-        damped = moments + torch.diag_embed(damping.expand_as(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.any():
-            break
-        # Rounding has made the moments indefinite; a damping above their trace always helps.
-        if not torch.isfinite(damped).all():
-            # torch documents the error, but its types do not export it.
-            raise torch.linalg.LinAlgError("second moments are not finite")  # type: ignore[attr-defined]
-        damping = damping * torch.where(failed[:, None] > 0, 10.0, 1.0)
+    factor = damped_factor(moments, torch.where(mean > 0, DAMPING * mean, 1.0))
     return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
