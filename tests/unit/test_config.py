@@ -403,6 +403,9 @@ def test_targets_choose_combinations_and_each_is_wanted_once():
         ("demo", "w4a8", "paper"),
         ("demo", "w8a8", "qwt"),
     ]
+    given = changed("targets", [{"quantization": ["w4a8"], "compensation": []}])
+    found = config.configuration(config.resolve(given)).combinations()
+    assert found == [("demo", "w4a8", None)]
 
 
 @pytest.mark.parametrize("name", ["config/config.yaml", "config/coco.yaml"])

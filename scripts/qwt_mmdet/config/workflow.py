@@ -118,8 +118,8 @@ class Targets:
     """Names of models. Omitted: all of them."""
     quantization: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Names of quantizations. Omitted: all of them."""
-    compensation: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
-    """Names of compensations. Omitted: all of them."""
+    compensation: tuple[Text, ...] | None = None
+    """Names of compensations. Omitted: all of them. An empty list: none."""
 
 
 class Combination(NamedTuple):
@@ -306,9 +306,10 @@ class Configuration:
         """The combinations that are asked for, each once, in the configuration's order."""
         found: dict[Combination, None] = {}
         for target in self.targets or (Targets(),):
+            named = [getattr(target, key) for key in Combination._fields]
             choices = [
-                getattr(target, key) or list(getattr(self, section_name)) or [None]
-                for key, section_name in zip(Combination._fields, SECTIONS, strict=True)
+                (list(getattr(self, section_name)) if names is None else names) or [None]
+                for names, section_name in zip(named, SECTIONS, strict=True)
             ]
             found.update(dict.fromkeys(itertools.starmap(Combination, itertools.product(*choices))))
         return list(found)
