@@ -69,7 +69,7 @@ class Images:
 def models(size: tuple[int, int]) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     full = Detector().eval()
-    settings = QuantizationSettings(weight_bits=4, activation_bits=4, activation_range="minmax")
+    settings = QuantizationSettings(4, 4, activation_range="minmax", refit="none")
     return calibrate(quantize_model(copy.deepcopy(full), settings), Images(1, size)), full
 
 

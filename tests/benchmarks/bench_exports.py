@@ -184,7 +184,9 @@ def backbone(name: str, runtimes: list[str], nncf: str | None) -> None:
         network = Maps(model, scope).eval()
         names = [f"map_{level}" for level in range(len(network(images[:1])))]
         onnx_ir.save(trace(network, {"image": images[:1]}, names), full)
-        settings = QuantizationSettings(8, 8, scope=scope, grids="integer", rounding="nearest")
+        settings = QuantizationSettings(
+            8, 8, scope=scope, grids="integer", rounding="nearest", refit="none"
+        )
         calibrate(quantize_model(model, settings), batches, noise_images=0)
         network = Maps(model, scope).eval()
         graph = trace(network, {"image": images[:1]}, names, images=images.split(1), maps=names)
@@ -324,7 +326,7 @@ def main() -> None:
     parser.add_argument("--warmup", help="of the detector with these bits, instead of calibrating")
     parser.add_argument("--bits", nargs="+", default=["w8a8"], metavar="wWaA")
     parser.add_argument("--grids", default="integer", choices=("any", "integer"))
-    parser.add_argument("--refit", default="none", choices=("none", "sequential"))
+    parser.add_argument("--refit", default="sequential", choices=("none", "sequential"))
     parser.add_argument(
         "--others", action="store_true", help="time and evaluate other tools' files, too"
     )

@@ -20,7 +20,7 @@ MODELS = (
 # The cheapest quantizer to calibrate: only the evaluations are looked at.
 SETTINGS = QuantizationSettings(
     8, 8, weight_range="minmax", activation_range="minmax", rounding="nearest",
-    migrate_scales=False, bias_correction=False,
+    migrate_scales=False, bias_correction=False, refit="none",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from tiny import TinyDetector, batches
 
 SETTINGS = QuantizationSettings(
-    4, 4, weight_range="minmax", activation_range="repq", rounding="nearest"
+    4, 4, weight_range="minmax", activation_range="repq", rounding="nearest", refit="none"
 )
 
 

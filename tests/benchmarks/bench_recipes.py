@@ -2,8 +2,8 @@
 
 The images are split in two. Ranges and compensation come from one half and AP from the other, both
 ways, and one AP is taken over all detections; so a recipe is judged on images that it has not seen,
-and evaluation images stay out of the choice. Prints one line per recipe, and appends it to a csv
-file: what stands there already is not measured again.
+and evaluation images stay out of the choice. Weights are not refit (bench_refit.py tries that). Prints
+one line per recipe, and appends it to a csv file: what stands there already is not measured again.
 
     python tests/benchmarks/bench_recipes.py --config workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.py \
         --checkpoint workflow/demo/mask-rcnn_swin-xxs-p4-w8_fpn_shapes.pth --scope detector \
@@ -70,7 +70,8 @@ def settings(row: dict[str, Any], scope: str) -> QuantizationSettings:
     names = ("weight_range", "rounding", "bias_correction", "migrate_scales")
     options = {name: row[name] for name in names}
     bits = BITS[row["bits"]]
-    return QuantizationSettings(*bits, scope=scope, activation_range=row["range"], **options)
+    options |= {"scope": scope, "activation_range": row["range"], "refit": "none"}
+    return QuantizationSettings(*bits, **options)
 
 
 def write_subset(content: dict[str, Any], images: list[dict[str, Any]], path: Path) -> Path:

@@ -32,7 +32,9 @@ from torch import nn
 def measure(options: argparse.Namespace, full: nn.Module, subset: Path) -> dict[str, float]:
     """Box AP by recipe, calibrated on the images of ``subset``."""
     images = make_loader(full.cfg, subset)
-    quantization = QuantizationSettings(*BITS[options.bits], scope=options.scope)
+    quantization = QuantizationSettings(
+        *BITS[options.bits], scope=options.scope, refit=options.refit
+    )
     quantized = calibrate(quantize_model(copy.deepcopy(full), quantization), images)
     result = {}
     for name in options.recipes:
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="a run's calibration.json")
     parser.add_argument("--evaluation", required=True, help="a run's evaluation.json")
     parser.add_argument("--bits", choices=BITS, default="w6a6")
+    parser.add_argument("--refit", default="sequential", choices=("none", "sequential"))
     parser.add_argument("--subsets", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.9, help="of the calibration images")
     recipes = {"choices": COMPENSATIONS, "default": ["none", "paper", "qwt"]}

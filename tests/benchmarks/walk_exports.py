@@ -43,7 +43,7 @@ from test_architectures import ALWAYS, FAMILIES, ZOO
 
 QUANTIZATION = QuantizationSettings(
     8, 8, scope="detector", grids="integer", weight_range="minmax", activation_range="minmax",
-    rounding="nearest", migrate_scales=False,
+    rounding="nearest", migrate_scales=False, refit="none",
 )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_every_backbone_is_fitted_and_comes_closer_to_full_precision(name):
     images = tiny.batches(2)
     assert len(find_blocks(full, images[0])) == plain
     assert len(find_blocks(full, images[0], downsampling=True)) == with_downsampling
-    quantization = QuantizationSettings(weight_bits=4, activation_bits=6, activation_range="minmax")
+    quantization = QuantizationSettings(4, 6, activation_range="minmax", refit="none")
     model = calibrate(quantize_model(copy.deepcopy(full), quantization), images)
     settings = CompensationSettings(
         downsampling=True, ridge=0.01, gate="none", holdout_fraction=0, target="reference"

@@ -247,7 +247,7 @@ def test_the_forms_of_auto_hold_the_one_that_made_the_error(error, expected):
 def tiny_fit(settings, kind="resnet"):
     data = tiny.batches(3)
     full = tiny.detector(kind)
-    quantization = QuantizationSettings(weight_bits=4, activation_bits=4, activation_range="minmax")
+    quantization = QuantizationSettings(4, 4, activation_range="minmax", refit="none")
     model = tiny.calibrated(kind, quantization, 3)
     return model, data, fit_compensation(model, full, data, settings)
 

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.usefixtures("device")
 
 
 def settings(bits=8, **changes):
-    values = {"weight_bits": bits, "activation_bits": bits, "activation_range": "minmax"}
-    return QuantizationSettings.from_mapping({**values, "weight_range": "minmax", **changes})
+    values = {"weight_bits": bits, "activation_bits": bits, "refit": "none"}
+    ranges = {"weight_range": "minmax", "activation_range": "minmax"}
+    return QuantizationSettings.from_mapping({**values, **ranges, **changes})
 
 
 def outputs(model, batch):

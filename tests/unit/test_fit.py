@@ -33,7 +33,7 @@ def pair(kind, images=8, batch=1, size=(64, 64), bits=4):
     data = tiny.batches(images, size, batch)
     full = tiny.detector(kind)
     settings = QuantizationSettings(
-        weight_bits=bits, activation_bits=bits, weight_range="minmax", activation_range="minmax"
+        bits, bits, weight_range="minmax", activation_range="minmax", refit="none"
     )
     return full, tiny.calibrated(kind, settings, images, size), data
 

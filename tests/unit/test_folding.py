@@ -120,7 +120,7 @@ def test_readers_of_one_norm_may_have_different_bits():
     )
     found = {}
     for bits, overrides in ((4, keys), (8, ())):
-        settings = QuantizationSettings(8, bits, activation_range="repq", overrides=overrides)
+        settings = QuantizationSettings(8, bits, refit="none", overrides=overrides)
         model = calibrate(quantize_model(detector("pvt"), settings), tiny.batches(2))
         found[bits] = quantization_of(model).sqnr_db
     for override in keys:

@@ -110,7 +110,7 @@ def calibrated(settings):
 @pytest.fixture(scope="module")
 def measured():
     kept = Override("backbone.stages.0.blocks.0.ffn.layers.1", activation_bits=6)
-    settings = QuantizationSettings(8, 8, overrides=(kept,))
+    settings = QuantizationSettings(8, 8, refit="none", overrides=(kept,))
     with tiny.computing_on("pretended"):
         found = measure_candidates(calibrated, settings, (3, 5), (4, 8), tiny.batches(1))
     return settings, found

@@ -18,8 +18,8 @@ def detector():
     return tiny.detector("swin")
 
 
-def warmed_up(tmp_path, bits=4, **settings):
-    quantization = QuantizationSettings(bits, bits, **settings)
+def warmed_up(tmp_path, bits=4, *, refit="none", **settings):
+    quantization = QuantizationSettings(bits, bits, refit=refit, **settings)
     path = tmp_path / "warmup.pth"
     save_warmup(tiny.calibrated("swin", quantization, 2), path)
     return load_warmup(detector(), path, round_weights=False)
@@ -46,6 +46,7 @@ def test_a_layer_alone_does_what_a_model_with_that_layer_alone_quantized_does(tm
                     "activation_bits": 4,
                     "input_bits": 4,  # of the layer that runs first, which here is this one
                     "bias_correction": False,
+                    "refit": "none",
                     "overrides": [
                         {"pattern": other, "skip": True} for other in ranked if other != name
                     ],

@@ -77,7 +77,7 @@ def test_a_range_and_a_rounding_from_outside_of_the_package():
     def calibrated(activation_range, rounding):
         settings = QuantizationSettings(
             4, 8, weight_range="minmax", activation_range=activation_range, rounding=rounding,
-            migrate_scales=False, bias_correction=False,
+            migrate_scales=False, bias_correction=False, refit="none",
         )  # fmt: skip
         return calibrate(quantize_model(tiny.detector("resnet"), settings), tiny.batches(2))
 

@@ -155,6 +155,8 @@ def test_settings_that_are_not_the_default_make_another_name():
     assert quantization_name(QuantizationSettings(4, 8)) == "w4a8"
     settings = QuantizationSettings(4, 8, scope="backbone+neck", bias_correction=False)
     assert quantization_name(settings) == "w4a8-backbone-neck-no-bias-correction"
+    settings = QuantizationSettings(4, 8, refit="none", refit_weighting=0.8)
+    assert quantization_name(settings) == "w4a8-no-refit-refit-weighting-0.8"
 
 
 @pytest.mark.parametrize(

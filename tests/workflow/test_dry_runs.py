@@ -13,12 +13,12 @@ from qwt_mmdet.config import resolve
 from qwt_mmdet.plan import Plan
 from running import REAL_COCO, REAL_DETECTORS, ROOT, Workflow
 
-# {name of the configuration: (models, quantized, compensated, exported)}
+# {name of the configuration: (models, quantized, compensated, exported, datasets, repeats)}
 RESULTS = {
     "coco_download": (2, 3, 5, 0),
     "demo_tiny": (1, 1, 1, 0),
-    "real_detectors": (5, 20, 0, 0, 2),
-    "yolox_coco_real": (1, 7, 18, 0),
+    "real_detectors": (5, 120, 0, 0, 2, 3),
+    "yolox_coco_real": (1, 7, 12, 0),
     "yolox_coco_real_tiny": (1, 1, 1, 1),
 }
 CONFIGS = ROOT / "tests" / "configs"
@@ -30,7 +30,12 @@ real = pytest.mark.skipif(
 
 
 def expected(
-    models: int, quantized: int, compensated: int, exported: int = 0, datasets: int = 1
+    models: int,
+    quantized: int,
+    compensated: int,
+    exported: int = 0,
+    datasets: int = 1,
+    repeats: int = 1,
 ) -> dict[str, int]:
     """Jobs by rule. Exported detectors of one model have one runtime each."""
     exports = {
@@ -42,7 +47,7 @@ def expected(
     return {
         "fetch_checkpoint": models,
         "prepare_dataset": 2 * datasets,
-        "select_images": 2 * datasets,
+        "select_images": (1 + repeats) * datasets,
         "evaluate_baseline": models,
         "quantize_model": quantized,
         "evaluate_quantized": quantized,
@@ -71,12 +76,12 @@ def test_a_configuration_asks_for_its_targets(workflow: Workflow, name: str):
 
 def test_the_default_configuration_asks_for_the_demo(workflow: Workflow):
     (workflow.folder / "config").symlink_to(ROOT / "config")
-    assert workflow.jobs() == expected(1, 3, 5, 2)
+    assert workflow.jobs() == expected(1, 4, 3, 2)
 
 
 def test_the_headline_configuration_asks_for_five_detectors(workflow: Workflow):
     config = str(ROOT / "config" / "coco.yaml")
-    assert workflow.jobs("--configfile", config) == expected(5, 15, 30)
+    assert workflow.jobs("--configfile", config) == expected(5, 20, 25)
 
 
 def test_a_config_file_on_the_command_line_replaces_the_default_one(workflow: Workflow):
@@ -133,7 +138,8 @@ def test_jobs_ask_for_what_the_estimate_measured(workflow: Workflow):
     (workflow.folder / "results").mkdir()
     (workflow.folder / "results" / "estimate.json").write_text(json.dumps({"steps": steps}))
     config = yaml.safe_load((CONFIGS / "demo_tiny.yaml").read_text())
-    refit = {"weight_bits": 4, "activation_bits": 4, "refit": "sequential"}
+    config["quantization"]["w4a4"]["refit"] = "none"
+    refit = {"weight_bits": 4, "activation_bits": 4}
     question = {"smallest": {"max_drop": 0.1}, "like": "refit"}
     config["quantization"] |= {"refit": refit, "question": question}
     workflow.configure(config)

@@ -40,8 +40,8 @@ def _option_type(types: list[Any]) -> tuple[Any, str | None]:
     types = [one for one in types if one is not type(None)]
     if len(types) == 1 and (types[0] is bool or typing.get_origin(types[0]) is Literal):
         return types[0], None
-    if types == [int]:
-        return int, None
+    if types in ([int], [float]):
+        return types[0], None
     if typing.get_origin(types[0]) is dict:
         return list[str], "KEY=VALUE"
     return str, "TEXT" if types == [str] else choices(*types)

@@ -70,6 +70,8 @@ OPTIONS: Table = {
         "rounding": Key("rounding"),
         "migrate_scales": Key("migrate_scales"),
         "bias_correction": Key("bias_correction"),
+        "refit": Key("refit"),
+        "refit_weighting": Key("refit_weighting"),
         "grids": Key("grids"),
     },
     Loading: {
@@ -99,8 +101,11 @@ def run(
     output_dir: OutputOption = Path("qwt_output"),
     compensation: Annotated[
         list[str],
-        typer.Option(metavar="|".join([*PRESETS, NO_COMPENSATION]), help="Preset; repeatable."),
-    ] = ["qwt"],  # noqa: B006
+        typer.Option(
+            metavar="|".join([*PRESETS, NO_COMPENSATION]),
+            help="Preset; repeatable. `paper` is QwT as published, for --refit none.",
+        ),
+    ] = ["auto"],  # noqa: B006
     export: Annotated[
         list[str],
         typer.Option(
@@ -218,11 +223,16 @@ def quantization_name(settings: QuantizationSettings) -> str:
     """Name of a quantization: its bits, and settings that differ from the defaults."""
     other = as_entry(settings)
     bits = f"w{other.pop('weight_bits')}a{other.pop('activation_bits')}"
-    words = [
-        value if isinstance(value, str) else f"{'' if value else 'no-'}{key.replace('_', '-')}"
-        for key, value in other.items()
-    ]
-    return "-".join([bits, *words]).replace("+", "-")
+    return "-".join([bits, *(_word(*entry) for entry in other.items())]).replace("+", "-")
+
+
+def _word(key: str, value: Any) -> str:
+    key = key.replace("_", "-")
+    if isinstance(value, str) and value != "none":
+        return value
+    if isinstance(value, float):
+        return f"{key}-{value:g}"
+    return f"no-{key}" if value in (False, "none") else key
 
 
 def _bit_pairs(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> list[tuple[int, int]]:

@@ -109,4 +109,4 @@ PRESETS: Mapping[str, CompensationSettings] = {
     "bias": CompensationSettings(kind="bias"),
     "auto": CompensationSettings(kind="auto"),
 }
-"""Presets of compensation, by name; ``paper`` is QwT as published."""
+"""Presets of compensation, by name; ``paper`` is QwT as published, where weights are not refit."""

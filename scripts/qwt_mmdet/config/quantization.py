@@ -74,11 +74,11 @@ class QuantizationSettings:
     convolutions always have a scale per channel."""
     bias_correction: Flag = True
     """Correct the shift of each layer's mean output that quantization causes."""
-    refit: Refit = "none"
+    refit: Refit = "sequential"
     """`none`: each layer is calibrated by itself, on full-precision activations. `sequential`: layers are
     calibrated in running order, on the activations of the quantized layers before. Weights and biases are fitted
     to the full-precision outputs before rounding. This does not slow inference down."""
-    refit_weighting: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
+    refit_weighting: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.5
     """Weight of the detector's scores for positions in a sequential refit. 0: all positions have the same weight.
     1: weights are proportional to the largest class score (times objectness; of a two-stage detector, the score of
     its proposals)."""
