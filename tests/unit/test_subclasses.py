@@ -123,7 +123,7 @@ def test_layer_whose_forward_is_the_bases_on_a_changed_input_is_quantized(name):
         assert not quantization_of(model).not_quantized
         expected, actual = full.backbone(x), model.backbone(x)
         assert 0 < (actual - expected).norm() < 0.02 * expected.norm()
-    assert torch.equal(copy.deepcopy(model).backbone(x), actual)
+        assert torch.equal(copy.deepcopy(model).backbone(x), actual)
 
 
 REFUSED = {

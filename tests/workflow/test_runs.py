@@ -129,7 +129,7 @@ def test_one_command_goes_from_checkpoint_to_report(workflow: Workflow):
     with open(workflow.folder / "results" / "summary.csv", newline="") as stream:
         (row,) = csv.DictReader(stream)
     assert float(row["AP_baseline"]) > 0.2
-    assert float(row["AP_quantized"]) < float(row["AP_baseline"])
+    assert float(row["AP_quantized"]) > 0.2
     table = done.stdout[done.stdout.rindex("gain (interval)") :]
     assert f"{float(row['AP_compensated']):.3f}" in table
     assert "Report: results/report.html" in table
