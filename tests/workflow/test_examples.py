@@ -44,7 +44,7 @@ OPENVINO = "openvino" if find_spec("openvino") else "onnxruntime"
 REPLACED = {
     "/data/": "data/",
     "images: 512": "images: 14",
-    "--coco-root": "--calibration-samples 14 --device cpu --coco-root",
+    "--coco-root": "--calibration-samples 14 --device cpu --cores 1 --coco-root",
     "--gpus 4": "--device cpu",
     '"…"': f'"{"0" * 64}"',
     "openvino": OPENVINO,
