@@ -160,6 +160,40 @@ def test_onnx_runtime_computes_a_residual_network_in_integers(tmp_path, images):
     )  # biases of all but the last, whose output nobody quantizes
 
 
+class Separable(nn.Module):
+    """Convolutions, one of them depthwise, with ReLU6 between them; many of their outputs are above 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+        self.last, self.output = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = nn.functional.relu6(self.first(image))
+        x = nn.functional.relu6(4 * self.depthwise(x))
+        return self.output(nn.functional.relu6(self.last(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_relu6_is_the_clipping_of_quantizers(tmp_path, images, bits):
+    torch.manual_seed(1)
+    model = Network().eval()
+    model.backbone = Separable().eval()
+    quantize_model(model, QuantizationSettings(8, bits, input_bits=bits, grids="integer"))
+    calibrate(model, images)
+    inputs = [batch["inputs"][0][None] for batch in images]
+    graph = onnx_file.trace(model, {"image": inputs[0]}, ["output"])
+    onnx_ir.save(graph, tmp_path / "model.onnx")
+    run = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")
+    for image in inputs:
+        expected = model(image)[0].numpy()
+        found = run({"image": image.numpy()})["output"]
+        assert np.mean(np.abs(found - expected)) < 0.02 * expected.std()
+    operators = [node.op_type for node in graph.graph]
+    assert operators.count("Clip") == (4 if bits < 8 else 0), "of codes alone"
+
+
 class Pyramid(nn.Module):
     """A map that a second stage takes, and a head for it and for a pooled one, with two readers of its map."""
 

@@ -3,6 +3,7 @@
 ``maps`` are the names of the graph's outputs for a second stage.
 """
 
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -12,6 +13,7 @@ from .graph import (
     constant,
     fresh_name,
     input_of,
+    is_known,
     is_read_once,
     is_scalar,
     readers,
@@ -62,7 +64,7 @@ def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
     """
     for node in [n for n in model.graph if n.op_type == "Conv" and takes_integers(n)]:
         value = node.outputs[0]
-        if [user.op_type for user in readers(value)] == ["Relu"]:
+        if [user.op_type for user in readers(value)] in (["Relu"], ["Clip"]):
             value = readers(value)[0].outputs[0]
         users = [(user, index) for user, index in value.uses()]
         first = next((user for user, _ in users if _has_8_bits(user)), None)
@@ -116,16 +118,39 @@ def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: i
     model.graph.insert_after(producer, nodes)
 
 
-def drop_relus(model: ir.Model) -> None:
-    """Remove each ReLU that only quantizers with zero point 0 read, in place: they clip as it does.
+def drop_clips(model: ir.Model) -> None:
+    """Remove each ReLU, and each Clip such as ReLU6, that only quantizers read which clip as it does, in place.
 
     ONNX Runtime has no integer kernel for a convolution whose ReLU stays.
     """
-    for node in [node for node in model.graph if node.op_type == "Relu"]:
+    for node in [node for node in model.graph if node.op_type in ("Relu", "Clip")]:
+        low, high = _limits(node)
         users = readers(node.outputs[0])
-        if users and all(
-            user.op_type == "QuantizeLinear" and not constant(user.inputs[2]).any()
-            for user in users
-        ):
+        if low == 0 and users and all(_clips_at_zero_and(high, user) for user in users):
             node.outputs[0].replace_all_uses_with(input_of(node, 0))
             model.graph.remove(node, safe=True)
+
+
+def _limits(node: ir.Node) -> tuple[float, float]:
+    """The smallest and the largest output of a ReLU or Clip; NaN where a limit is not known."""
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    found = []
+    for index, none in ((1, -math.inf), (2, math.inf)):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is None:
+            found.append(none)
+        else:
+            found.append(constant(value).item() if is_known(value) else math.nan)
+    return found[0], found[1]
+
+
+def _clips_at_zero_and(high: float, quantize: ir.Node) -> bool:
+    """Whether a quantizer gives all values below 0 the code of 0, and all above ``high`` the code of ``high``."""
+    if quantize.op_type != "QuantizeLinear" or constant(quantize.inputs[2]).any():
+        return False
+    largest = 255  # its codes are UINT8; a clip of the codes follows where they have fewer bits
+    following = readers(quantize.outputs[0])
+    if len(following) == 1 and following[0].op_type == "Clip":
+        largest = int(_limits(following[0])[1])
+    return bool((constant(quantize.inputs[1]) * (largest - 0.5) <= high).all())
