@@ -26,11 +26,11 @@ def _node(operator: str, *inputs: Tensor, dtype: torch.dtype, **attributes: Any)
 
 
 Grid = tuple[tuple[Tensor, ...], dict[str, int]]
-"""Scale and zero point (left out if 0) as inputs of a node, and its attributes."""
+"""Scale and zero point as inputs of a node, and its attributes."""
 
 
-def _grid(scale: Tensor, zero_point: Tensor | None, axis: int | None) -> Grid:
-    values = [value for value in (scale, zero_point) if value is not None]
+def _grid(scale: Tensor, zero_point: Tensor, axis: int | None) -> Grid:
+    values = scale, zero_point
     if axis is None:
         return tuple(value.reshape(-1)[0].clone() for value in values), {}
     return tuple(value.clone() for value in values), {"axis": axis}
@@ -70,17 +70,18 @@ class ActivationNodes:
         return _dequantized(codes, self.values)
 
 
-def integer_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor | None]:
+def integer_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     """Codes of a layer's weights, [out, …], and their zero points, [out].
 
-    They are int8 and None if all zero points are in the middle of the codes; else both are uint8.
+    They are int8 and 0 if the negative of each is one of them, too; else both are uint8. ONNX Runtime has no
+    integer kernel for a matrix product whose weights lack zero points.
     """
     middle = 2 ** (layer.weight_bits - 1)
     codes, zero_point = layer.weight_codes, layer.weight_zero_point
     assert codes is not None
     assert zero_point is not None
-    if bool((zero_point == middle).all()):
-        return (codes.short() - middle).to(torch.int8), None
+    if bool((zero_point == middle).all()) and bool(codes.min() >= 1):
+        return (codes.short() - middle).to(torch.int8), torch.zeros_like(zero_point, dtype=torch.int8)
     return codes, zero_point.to(torch.uint8)
 
 

@@ -31,23 +31,23 @@ def fold_batch_norms(model: ir.Model) -> None:
             continue
         gamma, beta, mean, variance = (constant(value) for value in norm.inputs[1:])
         factor = gamma / np.sqrt(variance + norm.attributes["epsilon"].as_float())
-        codes, scale, *zero_point = (constant(value) for value in weight.inputs)
+        codes, scale, zero_point = (constant(value) for value in weight.inputs)
         flipped = factor < 0
-        if flipped.any():  # negate codes; unsigned ones and their zero points: highest − x
-            highest = max(values.max() for values in (codes, *zero_point)) if zero_point else 0
-            for values in (codes, *zero_point):
+        if flipped.any():  # negate signed codes; unsigned ones and their zero points: highest − x
+            signed = codes.dtype == np.int8
+            highest = 0 if signed else max(values.max() for values in (codes, zero_point))
+            for values in (codes, zero_point):
                 values[flipped] = highest - values[flipped]
         bias = constant(convolution.inputs[2]) if len(convolution.inputs) > 2 else 0
         shifted = (bias - mean) * factor + beta
         silent = factor == 0  # a scale must be above 0
-        codes[silent] = zero_point[0][silent].reshape(-1, 1, 1, 1) if zero_point else 0
+        codes[silent] = zero_point[silent].reshape(-1, 1, 1, 1)
         factor[silent] = 1
         name = weight.outputs[0].name
         if (flipped | silent).any():
             set_input(model, weight, 0, codes, f"{name}.codes")
         set_input(model, weight, 1, (scale * np.abs(factor)).astype(np.float32), f"{name}.scale")
-        for values in zero_point:
-            set_input(model, weight, 2, values, f"{name}.zero_point")
+        set_input(model, weight, 2, zero_point, f"{name}.zero_point")
         set_input(model, convolution, 2, shifted.astype(np.float32), f"{name}.bias")
         return_instead(model, norm.outputs[0], convolution.outputs[0])
         norm.outputs[0].replace_all_uses_with(convolution.outputs[0])
