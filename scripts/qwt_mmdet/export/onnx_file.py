@@ -238,7 +238,7 @@ def trace(
         )
     assert program is not None
     graph = program.model
-    packing.separate_weights(graph)
+    packing.separate_values(graph)
     scales.fold_batch_norms(graph)
     placing.share_quantizers(graph, maps)
     placing.drop_clips(graph)
@@ -246,6 +246,9 @@ def trace(
     placing.quantize_before_pools(graph)
     placing.drop_clips(graph)
     quantize_outputs(graph, images, maps)
+    placing.share_quantizers_of_sums(graph, maps)
+    placing.drop_clips(graph)
+    packing.separate_values(graph)
     scales.integer_biases(graph)
     packing.pack_weights(graph)
     packing.narrow_constants(graph)

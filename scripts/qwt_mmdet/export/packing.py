@@ -12,12 +12,13 @@ WORTH_A_CAST = 4096
 """Bytes of the smallest constant that is stored as INT8."""
 
 
-def separate_weights(model: ir.Model) -> None:
-    """Give each reader of a weight its own DequantizeLinear, in place; the codes stay shared.
+def separate_values(model: ir.Model) -> None:
+    """Give each reader of dequantized values its own DequantizeLinear, in place; the codes stay shared.
 
-    So factors of a reader's output channels can be folded into its scales.
+    So factors of a reader's output channels can be folded into the scales of its weights, and ONNX Runtime can make
+    one kernel of an operator and the nodes around it.
     """
-    for node in list(weight_nodes(model)):
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         output = node.outputs[0]
         for number, (reader, index) in enumerate(list(output.uses())[1:], start=1):
             copied = ir.Node(

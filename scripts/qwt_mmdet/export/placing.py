@@ -63,26 +63,37 @@ def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
     So the output itself is quantized, as integer kernels require. The other readers get values on this grid.
     """
     for node in [n for n in model.graph if n.op_type == "Conv" and takes_integers(n)]:
-        value = node.outputs[0]
-        if [user.op_type for user in readers(value)] in (["Relu"], ["Clip"]):
-            value = readers(value)[0].outputs[0]
-        users = [(user, index) for user, index in value.uses()]
-        first = next((user for user, _ in users if _has_8_bits(user)), None)
-        alone = len(users) == 1 and not value.is_graph_output()
-        if first is None or alone or not _may_have_a_grid(value, maps):
-            continue
-        name = f"{value.name}.rounded"
-        rounded = ir.Node("", "DequantizeLinear", [first.outputs[0], *first.inputs[1:]])
-        rounded.attributes.update(first.attributes)
-        rounded.outputs[0].name = name
-        for user, index in users:
-            if user is not first:
-                user.replace_input_with(index, rounded.outputs[0])
-        return_instead(model, value, rounded.outputs[0])
-        model.graph.remove(first)
-        producer = value.producer()
-        assert producer is not None
-        model.graph.insert_after(producer, [first, rounded])
+        _share_quantizer(model, node, maps)
+
+
+def share_quantizers_of_sums(model: ir.Model, maps: Collection[str]) -> None:
+    """The same for sums of two values on grids, such as those of residual blocks, in the order in which they run."""
+    for node in [node for node in model.graph if node.op_type == "Add"]:
+        producers = [value and value.producer() for value in node.inputs]
+        if all(p is not None and p.op_type == "DequantizeLinear" for p in producers):
+            _share_quantizer(model, node, maps)
+
+
+def _share_quantizer(model: ir.Model, node: ir.Node, maps: Collection[str]) -> None:
+    value = node.outputs[0]
+    if [user.op_type for user in readers(value)] in (["Relu"], ["Clip"]):
+        value = readers(value)[0].outputs[0]
+    users = [(user, index) for user, index in value.uses()]
+    first = next((user for user, _ in users if _has_8_bits(user)), None)
+    alone = len(users) == 1 and not value.is_graph_output()
+    if first is None or alone or not _may_have_a_grid(value, maps):
+        return
+    rounded = ir.Node("", "DequantizeLinear", [first.outputs[0], *first.inputs[1:]])
+    rounded.attributes.update(first.attributes)
+    rounded.outputs[0].name = f"{value.name}.rounded"
+    for user, index in users:
+        if user is not first:
+            user.replace_input_with(index, rounded.outputs[0])
+    return_instead(model, value, rounded.outputs[0])
+    model.graph.remove(first)
+    producer = value.producer()
+    assert producer is not None
+    model.graph.insert_after(producer, [first, rounded])
 
 
 def _has_8_bits(node: ir.Node) -> bool:
