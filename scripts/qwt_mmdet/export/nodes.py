@@ -81,7 +81,9 @@ def integer_weight(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     assert codes is not None
     assert zero_point is not None
     if bool((zero_point == middle).all()) and bool(codes.min() >= 1):
-        return (codes.short() - middle).to(torch.int8), torch.zeros_like(zero_point, dtype=torch.int8)
+        return (codes.short() - middle).to(torch.int8), torch.zeros_like(
+            zero_point, dtype=torch.int8
+        )
     return codes, zero_point.to(torch.uint8)
 
 

@@ -69,7 +69,7 @@ def share_quantizers(model: ir.Model, maps: Collection[str]) -> None:
 def share_quantizers_of_sums(model: ir.Model, maps: Collection[str]) -> None:
     """The same for sums of two values on grids, such as those of residual blocks, in the order in which they run."""
     for node in [node for node in model.graph if node.op_type == "Add"]:
-        producers = [value and value.producer() for value in node.inputs]
+        producers = [input_of(node, index).producer() for index in (0, 1)]
         if all(p is not None and p.op_type == "DequantizeLinear" for p in producers):
             _share_quantizer(model, node, maps)
 
