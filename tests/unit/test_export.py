@@ -3,6 +3,7 @@
 import copy
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -132,6 +133,19 @@ def test_runtimes_compute_what_the_quantized_network_does(
     assert all("forward" not in vars(layer) for layer in quantized_layers(model).values())
 
 
+def graph_that_runs(model: Network, images: list[dict], path: Path) -> onnx_ir.Model:
+    """The graph of a calibrated network, after a check that ONNX Runtime computes what the network does."""
+    inputs = [batch["inputs"][0][None] for batch in images]
+    graph = onnx_file.trace(model, {"image": inputs[0]}, ["output"], images=inputs)
+    onnx_ir.save(graph, path)
+    run = runtimes.open_graph(path, "onnxruntime")
+    for image in inputs:
+        expected = model(image)[0].numpy()
+        found = run({"image": image.numpy()})["output"]
+        assert np.mean(np.abs(found - expected)) < 0.02 * expected.std()
+    return graph
+
+
 class Residual(nn.Module):
     """A residual block behind a max pooling, and a convolution that reads it."""
 
@@ -153,14 +167,7 @@ def test_onnx_runtime_computes_a_residual_network_in_integers(tmp_path, images):
     model.backbone = Residual().eval()
     quantize_model(model, QuantizationSettings(8, 8, grids="integer", migrate_scales=False))
     calibrate(model, images)
-    inputs = [batch["inputs"][0][None] for batch in images]
-    graph = onnx_file.trace(model, {"image": inputs[0]}, ["output"], images=inputs)
-    onnx_ir.save(graph, tmp_path / "model.onnx")
-    run = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")
-    for image in inputs:
-        expected = model(image)[0].numpy()
-        found = run({"image": image.numpy()})["output"]
-        assert np.mean(np.abs(found - expected)) < 0.02 * expected.std()
+    graph = graph_that_runs(model, images, tmp_path / "model.onnx")
     operators = [node.op_type for node in graph.graph]
     assert "Relu" not in operators  # the quantizers clip at 0
     assert operators.count("Conv") == 4
@@ -192,14 +199,7 @@ def test_relu6_is_the_clipping_of_quantizers(tmp_path, images, bits):
     model.backbone = Separable().eval()
     quantize_model(model, QuantizationSettings(8, bits, input_bits=bits, grids="integer"))
     calibrate(model, images)
-    inputs = [batch["inputs"][0][None] for batch in images]
-    graph = onnx_file.trace(model, {"image": inputs[0]}, ["output"])
-    onnx_ir.save(graph, tmp_path / "model.onnx")
-    run = runtimes.open_graph(tmp_path / "model.onnx", "onnxruntime")
-    for image in inputs:
-        expected = model(image)[0].numpy()
-        found = run({"image": image.numpy()})["output"]
-        assert np.mean(np.abs(found - expected)) < 0.02 * expected.std()
+    graph = graph_that_runs(model, images, tmp_path / "model.onnx")
     operators = [node.op_type for node in graph.graph]
     assert operators.count("Clip") == (4 if bits < 8 else 0), "of codes alone"
 
