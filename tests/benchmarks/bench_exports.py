@@ -43,7 +43,7 @@ from qwt_mmdet.export.description import exported_bytes, graph_files, read_descr
 from qwt_mmdet.export.loading import load_exported
 from qwt_mmdet.export.onnx_file import export_onnx, trace
 from qwt_mmdet.export.profile import integer_share
-from qwt_mmdet.export.runtimes import RUNTIMES, Graph, Run, open_graph, prepared, runtime_by_name
+from qwt_mmdet.export.runtimes import RUNTIMES, Graph, Run, open_graph, read_graph, runtime_by_name
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
 from qwt_mmdet.quantization.state import load_warmup
@@ -163,7 +163,7 @@ def report(
 
 def in_integers(path: Path, runtime: str, feed: dict[str, np.ndarray]) -> str:
     of = runtime_by_name(runtime)
-    share = integer_share(of.kernels(prepared(onnx_ir.load(path), of), feed))
+    share = integer_share(of.kernels(read_graph(path), feed))
     return f", {share:.1%} of the multiply-adds in integers" if share is not None else ""
 
 
@@ -196,7 +196,7 @@ def backbone(name: str, runtimes: list[str], nncf: str | None) -> None:
         others = list(other_files(full, images.numpy(), STATIC[:1], nncf))
         feeds = [{"image": images[:1].numpy()}]
         for runtime in runtimes:
-            overflow = prepared(onnx_ir.load(ours), runtime_by_name(runtime)).overflow
+            overflow = read_graph(ours).overflow
             opened = {"full precision": (full, open_graph(full, runtime))}
             opened["ours"] = (ours, open_graph(ours, runtime))
             opened["ours, as it is"] = (ours, open_as_it_is(ours, runtime, overflow))

@@ -52,7 +52,7 @@ def test_a_runtime(mylab, tmp_path):
     )
     assert np.mean(np.abs(found - expected)) < 0.02 * expected.std()
     own = runtimes.runtime_by_name("mylab.reference")
-    kernels = list(own.kernels(runtimes.prepared(onnx_ir.load(path), own), image))
+    kernels = list(own.kernels(runtimes.read_graph(path), image))
     assert kernels == [(False, 8 * 8 * 8 * 27), (False, 8 * 8 * 8 * 9)]
     assert own.version == onnx.__version__
 

@@ -22,7 +22,7 @@ rule export_model:
         **step_resources("export_model", gpu=0),
     params:
         **detector_params("export_model"),
-        settings=from_wildcards(SETTINGS.export, "model"),
+        settings=from_wildcards(SETTINGS.export, "model", "variant"),
         # notes the graphs of second-stage heads, whose number is unknown before
         graphs=noted("results/{model}/{variant}/graphs.json"),
     script:

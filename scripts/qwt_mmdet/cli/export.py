@@ -28,7 +28,7 @@ from .run import OPTIONS
 
 EXPORT_OPTIONS: Table = {
     **MODEL,
-    Export: {"opset": Key("opset")},
+    Export: {"opset": Key("opset"), "weights": Key("weights")},
     Coco: {**OPTIONS[Coco], "coco_root": Key("root")},
     CocoCalibration: OPTIONS[CocoCalibration],
     CocoEvaluation: {"eval_split": Key("split")},

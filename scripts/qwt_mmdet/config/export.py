@@ -13,6 +13,7 @@ LEAST_OPSET, MOST_OPSET = 21, 23
 OwnRuntime = Literal["onnxruntime", "openvino"]
 Runtime = OwnRuntime | Annotated[Foreign, AfterValidator(check_name)]
 InputSize = Literal["fixed", "dynamic"]
+Storage = Literal["packed", "bytes"]
 Named = Annotated[tuple[Text, ...], Field(min_length=1)] | None
 
 
@@ -31,6 +32,9 @@ class Export:
     that a module of yours registers, such as `mylab.reference`."""
     opset: Annotated[int, Strict(), Field(ge=LEAST_OPSET, le=MOST_OPSET)] = LEAST_OPSET
     """Version of the ONNX operators."""
+    weights: Storage = "packed"
+    """How the file stores weights of up to 4 bits: two in a byte (`packed`), which the graph unpacks when a runtime
+    opens it, or a byte each (`bytes`), for a runtime that cannot."""
     input: InputSize | None = None
     """Sizes of images that the file takes: one (`fixed`) or any (`dynamic`). Omitted: `dynamic` if sizes vary
     after the model's test pipeline."""

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import onnx_ir
 
 from ..errors import QwtError
 from .description import exported_bytes, graph_files, read_description
 from .profile import integer_share
-from .runtimes import Arrays, open_graph, prepared, runtime_by_name
+from .runtimes import Arrays, open_graph, read_graph, runtime_by_name
 
 WARM_UP = 3
 ROUNDS = (5, 30)
@@ -97,7 +96,7 @@ def benchmark(
     kernels = (
         kernel
         for file, feed in zip(graphs[0], feeds, strict=True)
-        for kernel in found.kernels(prepared(onnx_ir.load(file), found), feed)
+        for kernel in found.kernels(read_graph(file), feed)
     )
     milliseconds = [1000 * statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
     return {

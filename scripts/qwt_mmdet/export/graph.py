@@ -1,6 +1,6 @@
 """Reading and changing a graph: constants, inputs, readers, and which nodes runtimes compute in integers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -13,18 +13,42 @@ def constant(value: ir.Value | None) -> np.ndarray:
     return tensor.numpy().copy()
 
 
-def set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, name: str) -> None:
-    """Give a node a new initializer as input."""
+def new_initializer(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    """A constant that is stored in the graph, under the tensor's name."""
     value = ir.Value(
-        name=name,
-        const_value=ir.tensor(values, name=name),
-        shape=ir.Shape(values.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(values.dtype)),
+        name=tensor.name,
+        const_value=tensor,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
     )
     model.graph.register_initializer(value)
+    return value
+
+
+def set_input(model: ir.Model, node: ir.Node, index: int, values: np.ndarray, name: str) -> None:
+    """Give a node a new initializer as input."""
+    value = new_initializer(model, ir.tensor(values, name=name))
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
+
+
+def insert_before(
+    model: ir.Model,
+    node: ir.Node,
+    operator: str,
+    inputs: Sequence[ir.Value | np.ndarray],
+    **attributes: int,
+) -> ir.Value:
+    """Insert a node in front of another one; arrays among its inputs become initializers. Returns its output."""
+    added = ir.node(operator, [None] * len(inputs), attributes)
+    model.graph.insert_before(node, added)
+    for index, given in enumerate(inputs):
+        if isinstance(given, ir.Value):
+            added.replace_input_with(index, given)
+        else:
+            set_input(model, added, index, given, fresh_name(added, index, "constant"))
+    return added.outputs[0]
 
 
 def input_of(node: ir.Node, index: int) -> ir.Value:
@@ -78,11 +102,6 @@ def weight_nodes(model: ir.Model) -> Iterable[ir.Node]:
 def is_bias(node: ir.Node) -> bool:
     """Whether a node of :func:`weight_nodes` holds a bias, in 32 bits."""
     return constant(node.inputs[0]).dtype == np.int32
-
-
-def codes_of(node: ir.Node) -> dict[int, np.ndarray]:
-    """Codes and zero points, if any, by the index of the input."""
-    return {index: constant(node.inputs[index]) for index in (0, 2) if index < len(node.inputs)}
 
 
 LARGEST_WEIGHT = 127

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 
 from ..archives import summary_path
 from ..config import as_plain
-from ..config.export import LEAST_OPSET, MOST_OPSET
+from ..config.export import LEAST_OPSET, MOST_OPSET, Storage
 from ..detectors.forward import check_precision
 from ..errors import QwtError, reason
 from ..files import sha256_file, write_atomically, write_json
@@ -52,6 +52,7 @@ def export_onnx(
     dynamic: bool | None = None,
     nms: bool = False,
     opset: int = LEAST_OPSET,
+    weights: Storage = "packed",
     calibration: Iterable[dict[str, Any]] = (),
     details: Mapping[str, Any] | None = None,
 ) -> None:
@@ -59,7 +60,8 @@ def export_onnx(
 
     The graph takes a normalised image [1, 3, height, width] from the model's data preprocessor, and returns the
     raw outputs of the head. Each head of a second stage is a graph in a further file, and takes maps of
-    regions. Weights are integers, packed to 4 bits where they fit.
+    regions. Weights are integers of 4 or 8 bits. Whoever opens the file runs what is in it: the graph unpacks weights
+    of 4 bits itself, which a runtime does once.
 
     Args:
         model: in full precision or quantized, compensated or not; it does not change.
@@ -68,6 +70,7 @@ def export_onnx(
             can take them.
         nms: include non-maximum suppression in the graph of a one-stage detector. It returns boxes
             [detections, 4] in pixels of its input, scores and labels [detections], the highest scores first.
+        weights: whether two weights whose codes fit in 4 bits share a byte, or have one each ("bytes").
         calibration: a few batches as mmdet's test step takes them. From them come ranges (8 bits) of
             convolution outputs that the detector does not quantize: those that are added to others or go to a
             second stage. Integer kernels of ONNX Runtime need them.
@@ -103,7 +106,7 @@ def export_onnx(
     images = (copied.data_preprocessor(batch, False)["inputs"] for batch in calibration)
     try:
         graph = trace(
-            first, {"image": image}, names, opset=opset, dynamic_shapes=sizes, images=images,
+            first, {"image": image}, names, opset=opset, weights=weights, dynamic_shapes=sizes, images=images,
             maps=flat(first.features),
         )  # fmt: skip
     except QwtError as error:
@@ -115,7 +118,7 @@ def export_onnx(
     outputs = append_suppression(graph, suppression) if suppression else first.outputs
     _save(graph, path)
     regions = {
-        name: _write_region_head(cut, name, inputs, path, opset)
+        name: _write_region_head(cut, name, inputs, path, opset, weights)
         for name, inputs in inputs_of_heads.items()
     }
     record = record_of(model)
@@ -159,7 +162,12 @@ def _choose_size(
 
 
 def _write_region_head(
-    cut: Cut, name: str, inputs: Mapping[str, Tensor], path: str | os.PathLike[str], opset: int
+    cut: Cut,
+    name: str,
+    inputs: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    opset: int,
+    weights: Storage,
 ) -> dict[str, Any]:
     """Write the graph of a head of the second stage beside ``path``; return its entry in the description."""
     head = RegionGraph(cut.model.get_submodule(name))
@@ -167,7 +175,7 @@ def _write_region_head(
     file = Path(path).with_suffix(f".{name}.onnx")
     counts = (tuple({0: Dim.DYNAMIC} for _ in inputs),)
     names = flat(head.outputs)
-    _save(trace(head, inputs, names, opset=opset, dynamic_shapes=counts), file)
+    _save(trace(head, inputs, names, opset=opset, weights=weights, dynamic_shapes=counts), file)
     return {
         "file": file.name,
         "sha256": sha256_file(file),
@@ -210,6 +218,7 @@ def trace(
     outputs: Sequence[str],
     *,
     opset: int = LEAST_OPSET,
+    weights: Storage = "packed",
     dynamic_shapes: Any = None,
     images: Iterable[Tensor] = (),
     maps: Collection[str] = (),
@@ -218,6 +227,7 @@ def trace(
 
     Args:
         inputs: examples, by their names in the graph. outputs: names of the tensors.
+        weights: as of :func:`export_onnx`.
         dynamic_shapes: axes of the inputs whose size may vary, as torch.export takes them.
         images, maps: for :func:`.outputs.quantize_outputs`.
 
@@ -250,7 +260,7 @@ def trace(
     placing.drop_clips(graph)
     packing.separate_values(graph)
     scales.integer_biases(graph)
-    packing.pack_weights(graph)
+    packing.store_weights(graph, packed=weights == "packed")
     packing.narrow_constants(graph)
     packing.keep_what_runs(graph)
     return graph

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..quantization.primitives import quantization_parameters
 from ..quantization.ranges import RangeObserver
-from . import placing
+from . import packing, placing
 from .runtimes import open_model
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
             if value.name in values:
                 value.type = ir.TensorType(ir.DataType.FLOAT)
                 probe.graph.outputs.append(value)
+    packing.store_weights(probe)
     run = open_model(probe, "onnxruntime")
     observers = {name: RangeObserver(name) for name in values}
     for image in inputs:

@@ -1,13 +1,33 @@
-"""Passes that make a file smaller: weights in 4 bits, constants in 8, and nothing that does not run."""
+"""Passes that make a file small: weights as integers, constants in 8 bits, and nothing that does not run.
+
+What is on disk is what runs. Runtimes compute what is constant when they open a file, so weights of 4 bits are unpacked
+by nodes of the graph, to the form that a runtime's kernels take.
+"""
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
 
-from .graph import codes_of, constant, fresh_name, input_of, set_input, weight_nodes
+from .graph import (
+    LARGEST_WEIGHT,
+    constant,
+    fresh_name,
+    input_of,
+    insert_before,
+    is_bias,
+    new_initializer,
+    readers,
+    runs_in_integers,
+    set_input,
+    weight_nodes,
+    weight_steps,
+    zero_points_of,
+)
 
-INT4 = {np.dtype(np.int8): ir.DataType.INT4, np.dtype(np.uint8): ir.DataType.UINT4}
-LIMITS = {np.dtype(np.int8): (-8, 7), np.dtype(np.uint8): (0, 15)}
+MOST_BYTES = 2**31
+"""Of a constant that is computed when a graph is opened: any."""
+
 WORTH_A_CAST = 4096
 """Bytes of the smallest constant that is stored as INT8."""
 
@@ -29,21 +49,108 @@ def separate_values(model: ir.Model) -> None:
             reader.replace_input_with(index, copied.outputs[0])
 
 
-def pack_weights(model: ir.Model) -> None:
-    """Store weights whose codes and zero points fit into 4 bits as INT4 or UINT4, in place."""
-    packed: dict[ir.Value, ir.Value] = {}
+def store_weights(model: ir.Model, *, packed: bool = True) -> None:
+    """Store weights as integers of 4 or 8 bits, with nodes that make of them what kernels take, in place.
+
+    Integer kernels take signed 8-bit weights with the zero point 0, from a DequantizeLinear. For a convolution without
+    an integer kernel, ONNX Runtime would dequantize the weights for each image. There, Cast and Mul make values of them,
+    which it does once; OpenVINO has integer kernels for these, too.
+
+    Args:
+        packed: weights whose codes fit in 4 bits take half a byte each.
+    """
+    writer = _WeightWriter(model, packed=packed)
+    for node in [node for node in weight_nodes(model) if not is_bias(node)]:
+        users = readers(node.outputs[0])
+        if users and all(user.op_type == "Conv" and not runs_in_integers(user) for user in users):
+            writer.write_values(node)
+        else:
+            writer.write_codes(node)
+    RemoveUnusedNodesPass()(model)
+
+
+class _WeightWriter:
+    """Writes weights into a graph. Nodes that share their codes share what is stored."""
+
+    def __init__(self, model: ir.Model, *, packed: bool) -> None:
+        self.model, self.packed = model, packed
+        self._stored: dict[
+            tuple[ir.Value | None, ...], dict[tuple[int, ir.DataType], ir.Value]
+        ] = {}
+
+    def write_codes(self, node: ir.Node) -> None:
+        """Give a DequantizeLinear signed 8-bit steps and the zero point 0; codes as they are where steps do not fit."""
+        steps = self._steps(node)
+        if steps is not None:
+            node.replace_input_with(0, steps)
+            zero_points = np.zeros_like(constant(node.inputs[1]), dtype=np.int8)
+            set_input(self.model, node, 2, zero_points, fresh_name(node, 2, "zero"))
+
+    def write_values(self, node: ir.Node) -> None:
+        """Put Cast and Mul in the place of a DequantizeLinear with scales along the first axis."""
+        steps, scale = self._steps(node), constant(node.inputs[1])
+        shape = -1, *[1] * (constant(node.inputs[0]).ndim - 1)
+        if steps is not None:
+            values = self._cast(node, steps, ir.DataType.FLOAT)
+        else:
+            codes = self._cast(node, input_of(node, 0), ir.DataType.FLOAT)
+            zero_points = zero_points_of(node).astype(np.float32).reshape(shape)
+            values = insert_before(self.model, node, "Sub", [codes, zero_points])
+        values = insert_before(self.model, node, "Mul", [values, scale.reshape(shape)])
+        node.outputs[0].replace_all_uses_with(values)
+
+    def _steps(self, node: ir.Node) -> ir.Value | None:
+        """Codes minus zero points as INT8, in the smallest form; None if they do not fit."""
+        steps, codes, zero_points = (
+            weight_steps(node),
+            constant(node.inputs[0]),
+            zero_points_of(node),
+        )
+        if np.abs(steps).max(initial=0) > LARGEST_WEIGHT:
+            return None
+        if self.packed and steps.min(initial=0) >= -8 and steps.max(initial=0) <= 7:
+            return self._cast(node, self._store(node, 0, steps, ir.DataType.INT4), ir.DataType.INT8)
+        unsigned = codes.dtype == np.uint8 and max(codes.max(), zero_points.max()) <= 15
+        if not (self.packed and unsigned):
+            return self._store(node, 0, steps, ir.DataType.INT8)
+        shape = [1] * codes.ndim
+        shape[node.attributes.get_int("axis", 1)] = -1
+        zero_points = zero_points.reshape(shape)
+        parts = [
+            self._cast(node, self._store(node, index, values, ir.DataType.UINT4), ir.DataType.INT32)
+            for index, values in ((0, codes), (2, zero_points))
+        ]
+        difference = insert_before(self.model, node, "Sub", parts)
+        return self._cast(node, difference, ir.DataType.INT8)
+
+    def _cast(self, node: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        return insert_before(self.model, node, "Cast", [value], to=kind)
+
+    def _store(self, node: ir.Node, index: int, values: np.ndarray, kind: ir.DataType) -> ir.Value:
+        """An initializer in the place of an input of a node."""
+        shared = self._stored.setdefault((node.inputs[0], *node.inputs[2:]), {})
+        if (index, kind) not in shared:
+            tensor = ir.tensor(values.astype(kind.numpy()), name=fresh_name(node, index, kind.name))
+            shared[index, kind] = new_initializer(self.model, tensor)
+        return shared[index, kind]
+
+
+def own_weights(model: ir.Model) -> None:
+    """Compute what is constant, and give each DequantizeLinear its own codes and zero points, in place.
+
+    On processors without VNNI, ONNX Runtime makes both unsigned for exact kernels, and fails if they are shared.
+    """
+    fold_constants(model, input_size_limit=MOST_BYTES, output_size_limit=MOST_BYTES)
     for node in list(weight_nodes(model)):
-        values = codes_of(node)
-        low, high = LIMITS.get(values[0].dtype, (1, 0))
-        if all(v.min() >= low and v.max() <= high for v in values.values()):
-            for index, value in values.items():
-                narrow, given = INT4[value.dtype], input_of(node, index)
-                if given in packed:
-                    node.replace_input_with(index, packed[given])
-                    continue
-                name = fresh_name(node, index, narrow)
-                set_input(model, node, index, value.astype(narrow.numpy()), name)
-                packed[given] = input_of(node, index)
+        for index in (0, 2)[: len(node.inputs) - 1]:
+            values = constant(node.inputs[index])
+            set_input(model, node, index, values, fresh_name(node, index, "own"))
+
+
+def largest_weight(model: ir.Model) -> int:
+    """The largest magnitude of an 8-bit weight's code minus its zero point, after :func:`own_weights`."""
+    weights = [node for node in weight_nodes(model) if not is_bias(node)]
+    return max((int(np.abs(weight_steps(node)).max()) for node in weights), default=0)
 
 
 def narrow_constants(model: ir.Model) -> None:
@@ -58,11 +165,8 @@ def narrow_constants(model: ir.Model) -> None:
         codes = np.clip(values, -127, 127).astype(np.int8)
         if (codes != values).any():
             continue
-        cast = ir.Node("", "Cast", [None], [ir.AttrInt64("to", ir.DataType.FLOAT)])
-        cast.outputs[0].name = f"{value.name}.cast"
-        value.replace_all_uses_with(cast.outputs[0])
-        set_input(model, cast, 0, codes, f"{value.name}.int8")
-        model.graph.insert_before(model.graph[0], cast)
+        wide = insert_before(model, model.graph[0], "Cast", [codes], to=ir.DataType.FLOAT)
+        value.replace_all_uses_with(wide)
 
 
 def keep_what_runs(model: ir.Model) -> None:

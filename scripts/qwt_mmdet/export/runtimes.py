@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from ..errors import QwtError, Registry, check_installed, reason
-from . import kernels
+from .packing import largest_weight, own_weights
 from .profile import CONVOLUTIONS, PRODUCTS, Kernel, convolution, product
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,6 @@ class Runtime:
         """Of the package."""
         return version(self.package)
 
-    def prepare(self, model: ir.Model) -> None:
-        """Change a graph, whose weights have 8 bits by now, to what the runtime computes fastest, in place."""
-
     def open(self, graph: Graph, threads: int) -> Run:
         """Open a graph."""
         raise NotImplementedError
@@ -75,10 +72,6 @@ class OnnxRuntime(Runtime):
     """ONNX Runtime on the CPU."""
 
     title, package = "ONNX Runtime", "onnxruntime"
-
-    def prepare(self, model: ir.Model) -> None:
-        """Store weights in floating point where there is no integer kernel."""
-        kernels.float_weights(model)
 
     def open(self, graph: Graph, threads: int) -> Run:
         """Open a session."""
@@ -185,29 +178,35 @@ def _adds_in_16_bits() -> bool:
     return "avx2" in flags and "vnni" not in flags
 
 
-def prepared(model: ir.Model, runtime: Runtime) -> Graph:
-    """Change a graph to what a runtime computes fastest, in place, and serialize it."""
-    kernels.widen_weights(model)
-    runtime.prepare(model)
-    overflow = _adds_in_16_bits() and kernels.largest_weight(model) > LARGEST_SAFE_WEIGHT
+def as_graph(model: ir.Model) -> Graph:
+    """Serialize a graph in memory, for a runtime."""
+    if not _adds_in_16_bits():
+        return Graph(ir.to_proto(model).SerializeToString(), overflow=False)
+    model = model.clone()
+    own_weights(model)
+    overflow = largest_weight(model) > LARGEST_SAFE_WEIGHT
     return Graph(ir.to_proto(model).SerializeToString(), overflow)
 
 
+def read_graph(path: str | os.PathLike[str]) -> Graph:
+    """Read an ONNX file for a runtime."""
+    return as_graph(ir.load(path)) if _adds_in_16_bits() else Graph(Path(path).read_bytes(), False)
+
+
 def open_model(model: ir.Model, runtime: str, *, threads: int = 1) -> Run:
-    """Open a graph with a runtime; see :func:`prepared`."""
-    found = runtime_by_name(runtime)
-    return found.open(prepared(model, found), threads)
+    """Open a graph in memory with a runtime."""
+    return runtime_by_name(runtime).open(as_graph(model), threads)
 
 
 def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) -> Run:
-    """Open an ONNX file with a runtime; 4-bit weights are widened to 8 bits in memory.
+    """Open an ONNX file with a runtime.
 
     Raises:
         QwtError: there is no such runtime, it is not installed, or it cannot read the file.
     """
     found = runtime_by_name(runtime)
     try:
-        return found.open(prepared(ir.load(path), found), threads)
+        return found.open(read_graph(path), threads)
     except Exception as error:
         raise QwtError(
             f"{runtime} cannot open {path} ({type(error).__name__}); it is "

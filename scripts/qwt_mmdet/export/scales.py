@@ -6,6 +6,7 @@ import onnx_ir as ir
 from .graph import (
     constant,
     input_of,
+    insert_before,
     is_known,
     is_read_once,
     return_instead,
@@ -74,20 +75,14 @@ def _make_bias_integer(model: ir.Model, product: ir.Node, node: ir.Node, index: 
     assert inputs is not None
     assert weight is not None
     scale = constant(inputs.inputs[1]).reshape(1) * constant(weight.inputs[1])
-    bias, name = input_of(node, index), f"{node.outputs[0].name}.bias"
+    bias = input_of(node, index)
     if not is_known(bias) or constant(bias).shape != scale.shape:
         return
     codes = np.rint(constant(bias).astype(np.float64) / scale)
     if np.abs(codes).max() >= 2**31:
         return
-    values = ir.Value(name=f"{name}.values")
-    dequantize = ir.Node(
-        "", "DequantizeLinear", [None, None], [ir.AttrInt64("axis", 0)], outputs=[values]
-    )
-    set_input(model, dequantize, 0, codes.astype(np.int32), f"{name}.codes")
-    set_input(model, dequantize, 1, scale.astype(np.float32), f"{name}.scale")
-    model.graph.insert_before(node, dequantize)
-    node.replace_input_with(index, values)
+    stored = codes.astype(np.int32), scale.astype(np.float32)
+    node.replace_input_with(index, insert_before(model, node, "DequantizeLinear", stored, axis=0))
 
 
 def move_channel_scales(model: ir.Model) -> None:
@@ -103,12 +98,9 @@ def move_channel_scales(model: ir.Model) -> None:
         factor = scale.mean() / scale
         name = quantize.outputs[0].name
         if not _scale_channels(model, input_of(quantize, 0), factor):
-            multiply = ir.Node("", "Mul", [input_of(quantize, 0), None])
-            multiply.outputs[0].name = f"{name}.scaled"
             shape = (-1, *[1] * (3 - quantize.attributes["axis"].as_int() % 4))
-            set_input(model, multiply, 1, factor.reshape(shape), f"{name}.factor")
-            model.graph.insert_before(quantize, multiply)
-            quantize.replace_input_with(0, multiply.outputs[0])
+            factors = [input_of(quantize, 0), factor.reshape(shape)]
+            quantize.replace_input_with(0, insert_before(model, quantize, "Mul", factors))
         set_input(model, quantize, 1, np.asarray(scale.mean()), f"{name}.scale")
         set_input(model, quantize, 2, np.asarray(zero_point[0]), f"{name}.zero_point")
         quantize.attributes.pop("axis")

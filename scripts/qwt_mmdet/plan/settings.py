@@ -101,10 +101,16 @@ class Settings:
         evaluated = found in self._plan.evaluations
         return found.parts() | ({"metrics": f"{found.evaluated}/metrics.json"} if evaluated else {})
 
-    def export(self, model: str) -> dict[str, Any]:
-        """Export settings of a model."""
-        entry = next(e for row, e in self._plan.exports.items() if row.model == model)
-        return {"opset": entry.opset, "input_size": entry.input, "images": EXPORT_IMAGES}
+    def export(self, model: str, variant: str) -> dict[str, Any]:
+        """Export settings of a variant, or of full precision for comparison with a model's variants."""
+        of_model = {row: entry for row, entry in self._plan.exports.items() if row.model == model}
+        entry = of_model.get(Variant.named(model, variant), next(iter(of_model.values())))
+        return {
+            "opset": entry.opset,
+            "weights": entry.weights,
+            "input_size": entry.input,
+            "images": EXPORT_IMAGES,
+        }
 
     def _source(self, dataset: str, part: str) -> tuple[Source, Part]:
         """Source of a data set, and the part (without the number of a repeat)."""

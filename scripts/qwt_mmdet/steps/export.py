@@ -16,6 +16,7 @@ def export(
     *,
     output: Pathlike,
     opset: int,
+    weights: str,
     images: int,
     input_size: str | None = None,
     warmup: Pathlike | None = None,
@@ -26,7 +27,8 @@ def export(
     """Write a detector as ``output`` (.onnx) with its description beside it (.json).
 
     Args:
-        images: number of calibration images that :func:`..export.onnx_file.export_onnx` gets.
+        opset, weights: as :func:`..export.onnx_file.export_onnx` takes them.
+        images: number of calibration images that it gets.
         input_size: ``fixed`` or ``dynamic``; None: as of the model's test pipeline.
         metrics: of an evaluation of the same detector, for the AP in the description.
         graphs: ``note``: the file to write about further graphs beside ``output``, which no rule can name
@@ -55,6 +57,8 @@ def export(
     loader = make_loader(
         model.cfg, inputs.annotations, workers=inputs.workers, images=slice(images)
     )
-    export_onnx(model, output, dynamic=dynamic, opset=opset, calibration=loader, details=details)
+    export_onnx(
+        model, output, dynamic=dynamic, opset=opset, weights=weights, calibration=loader, details=details
+    )  # fmt: skip
     _, *heads = map(str, graph_files(output, read_description(output)))
     write_json(graphs["note"], file_note(heads, seen=graphs["seen"], how="size"))
