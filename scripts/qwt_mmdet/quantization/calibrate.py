@@ -41,12 +41,10 @@ NOISE_IMAGES = 8
 
 
 def observe(run: Calibration) -> None:
-    """Run all images in full precision; collect a histogram of each activation whose range is chosen from it."""
-    later = run.weights.own_ranges()
+    """Run all images in full precision; collect a histogram of each activation."""
     run.observers = {
         quantizer: FoldedObserver(name.rpartition(".")[0], quantizer.channel_axis)
         for name, quantizer in activation_quantizers(run.model).items()
-        if name not in later
     }
 
     def see(observer: FoldedObserver, x: Tensor, output: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Sequential calibration: each layer is fitted on the outputs of the quantized layers before it.
 
-First, outputs y of each layer of the full-precision network are sampled. Then the layers are calibrated in
-running order. The inputs x of a layer come from the quantized layers before it. Its range is chosen on x.
-Its weights and bias are fitted to y,
+First, outputs y of each layer of the full-precision network are sampled, and the ranges of its inputs are chosen. Then
+the layers are calibrated in running order. The inputs x of a layer come from the quantized layers before it. Its
+weights and bias are fitted to y,
 
     W̃, b̃ = argmin Σ p ‖y − W̃ x̂ − b̃‖² + λ ‖W̃ − W‖²,
 
@@ -34,7 +34,6 @@ from .quantizer import ActivationQuantizer, Watch
 from .regression import RegressionSums, choose_ridge, ridge_towards
 from .rounding import ROUNDINGS
 from .scores import score_map, scores_at
-from .validation import FoldedObserver
 from .vectors import (
     POSITIONS,
     input_vectors,
@@ -78,11 +77,6 @@ class Sequential(WeightFit):
         self.calls: Counter[tuple[int, str]] = Counter()
         self.image_positions = math.ceil(POSITIONS / max(1, run.expected_images))
 
-    def own_ranges(self) -> set[str]:
-        """Those of all layers but the readers of folded LayerNorms."""
-        layers = quantized_layers(self.run.model).keys() - self.run.about.folded_layers
-        return {f"{name}.input_quantizer" for name in layers}
-
     def watches(self) -> dict[nn.Module, Watch]:
         """Sample each layer's outputs of the next image."""
         layers = quantized_layers(self.run.model).items()
@@ -122,7 +116,7 @@ class Sequential(WeightFit):
         return vectors if found == size else None
 
     def fit(self) -> None:
-        """Choose codes and biases of all layers in running order, and ranges of inputs that have none yet."""
+        """Choose codes and biases of all layers in running order."""
         model, settings = self.run.model, self.run.about.settings
         if settings.refit_weighting:
             self._weigh_positions()
@@ -139,15 +133,10 @@ class Sequential(WeightFit):
             try:
                 for name, layer in progress(self.order.items(), "Calibrating layers", unit="layer"):
                     quantizer = layer.input_quantizer
-                    fit = LayerFit(name, layer, self, settings.refit_weighting)
-                    seen = FoldedObserver(name, quantizer.channel_axis)
-                    if quantizer.is_calibrated:
-                        self._visit(walk, name, fit.see)
-                    else:
-                        self._visit(walk, name, _both(fit.see, seen))
-                        self.run.validation.choose_grid(quantizer, seen, layer, settings)
                     if not quantizer.is_calibrated:  # all its inputs were empty
                         continue
+                    fit = LayerFit(name, layer, self, settings.refit_weighting)
+                    self._visit(walk, name, fit.see)
                     self.cache["fitted", name] = fit.finish(settings)
                     layer.weight.data = layer.rounded_weight().to(layer.weight.dtype)
                     layer.enabled = quantizer.enabled = True
@@ -191,14 +180,6 @@ class Sequential(WeightFit):
     def fitted(self, name: str) -> Affine:
         """Weights and bias of a layer after its regression, before they were rounded."""
         return self.cache["fitted", name]
-
-
-def _both(see: See, seen: FoldedObserver) -> See:
-    def see_both(image: int, call: int, x: Tensor) -> None:
-        seen.update(image, x)
-        see(image, call, x)
-
-    return see_both
 
 
 def corresponds(full: Tensor, own: Tensor) -> bool:

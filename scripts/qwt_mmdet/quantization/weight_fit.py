@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
 from operator import length_hint
 from typing import Any
@@ -101,10 +101,6 @@ class WeightFit:
 
     def __init__(self, run: Calibration) -> None:
         self.run = run
-
-    def own_ranges(self) -> Collection[str]:
-        """Names of the activation quantizers whose ranges :meth:`fit` chooses; the others have theirs by then."""
-        return ()
 
     def watches(self) -> dict[nn.Module, Watch]:
         """What is called with input and output of a layer, in the pass in full precision that observes ranges."""
