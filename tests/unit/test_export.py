@@ -203,6 +203,23 @@ def test_relu6_is_the_clipping_of_quantizers(tmp_path, images, bits):
     assert operators.count("Clip") == (4 if bits < 8 else 0), "of codes alone"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("first", [nn.Identity(), nn.ReLU6()])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grids_that_integer_kernels_do_not_take_are_computed_in_floating_point(
+    bits, first, tmp_path, images
+):
+    torch.manual_seed(1)
+    model = Network().eval()
+    layers = [nn.Conv2d(3, 8, 3), first, nn.Conv2d(8, 8, 3), nn.Identity(), nn.Conv2d(8, 4, 1)]
+    model.backbone = nn.Sequential(*layers).eval()
+    middle = layers[2]  # its output has zero points from 0 to 255, some weights need nine bits
+    middle.weight += torch.linspace(-0.2, 0.2, 8).view(8, 1, 1, 1)
+    middle.bias[:] = torch.linspace(-2, 2, 8)
+    quantize_model(model, QuantizationSettings(bits, 8, grids="any"))
+    graph_that_runs(calibrate(model, images), images, tmp_path / "model.onnx")
+
+
 class Pyramid(nn.Module):
     """A map that a second stage takes, and a head for it and for a pooled one, with two readers of its map."""
 

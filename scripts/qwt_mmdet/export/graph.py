@@ -51,6 +51,16 @@ def insert_before(
     return added.outputs[0]
 
 
+def values_of(
+    model: ir.Model, node: ir.Node, codes: ir.Value, scale: np.ndarray, zero_points: np.ndarray
+) -> ir.Value:
+    """Values of codes by Cast, Sub and Mul in front of a node; scale and zero points broadcast against the codes."""
+    values = insert_before(model, node, "Cast", [codes], to=ir.DataType.FLOAT)
+    if zero_points.any():
+        values = insert_before(model, node, "Sub", [values, zero_points.astype(np.float32)])
+    return insert_before(model, node, "Mul", [values, scale])
+
+
 def input_of(node: ir.Node, index: int) -> ir.Value:
     """A required input of a node."""
     value = node.inputs[index]

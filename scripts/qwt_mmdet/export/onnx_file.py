@@ -260,6 +260,7 @@ def trace(
     placing.drop_clips(graph)
     packing.separate_values(graph)
     scales.integer_biases(graph)
+    placing.keep_in_floating_point(graph)
     packing.store_weights(graph, packed=weights == "packed")
     packing.narrow_constants(graph)
     packing.keep_what_runs(graph)

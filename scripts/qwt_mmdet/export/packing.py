@@ -20,6 +20,7 @@ from .graph import (
     readers,
     runs_in_integers,
     set_input,
+    values_of,
     weight_nodes,
     weight_steps,
     zero_points_of,
@@ -88,15 +89,18 @@ class _WeightWriter:
 
     def write_values(self, node: ir.Node) -> None:
         """Put Cast and Mul in the place of a DequantizeLinear with scales along the first axis."""
-        steps, scale = self._steps(node), constant(node.inputs[1])
+        steps, scale, zero_points = (
+            self._steps(node),
+            constant(node.inputs[1]),
+            zero_points_of(node),
+        )
         shape = -1, *[1] * (constant(node.inputs[0]).ndim - 1)
         if steps is not None:
-            values = self._cast(node, steps, ir.DataType.FLOAT)
-        else:
-            codes = self._cast(node, input_of(node, 0), ir.DataType.FLOAT)
-            zero_points = zero_points_of(node).astype(np.float32).reshape(shape)
-            values = insert_before(self.model, node, "Sub", [codes, zero_points])
-        values = insert_before(self.model, node, "Mul", [values, scale.reshape(shape)])
+            zero_points = np.zeros_like(zero_points)
+        codes = steps or input_of(node, 0)
+        values = values_of(
+            self.model, node, codes, scale.reshape(shape), zero_points.reshape(shape)
+        )
         node.outputs[0].replace_all_uses_with(values)
 
     def _steps(self, node: ir.Node) -> ir.Value | None:

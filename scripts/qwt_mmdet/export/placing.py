@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .graph import (
     constant,
@@ -21,6 +22,7 @@ from .graph import (
     runs_in_integers,
     set_input,
     takes_integers,
+    values_of,
 )
 
 
@@ -127,6 +129,25 @@ def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: i
         for index, number in ((1, np.float32(scale)), (2, np.uint8(zero_point))):
             set_input(model, node, index, np.asarray(number), fresh_name(node, index, "output"))
     model.graph.insert_after(producer, nodes)
+
+
+def keep_in_floating_point(model: ir.Model) -> None:
+    """Keep ONNX Runtime from integer kernels where it has none that gives the same results, in place.
+
+    It makes a QLinearConv of every convolution between quantizers. That fails if one of them has a grid per channel, and
+    where the weights are no signed 8-bit ones it rounds them anew. So Cast, Sub and Mul take the place of the
+    DequantizeLinear before such a convolution.
+    """
+    for node in [node for node in model.graph if node.op_type == "Conv"]:
+        given, users = input_of(node, 0).producer(), readers(node.outputs[0])
+        if len(users) == 1 and users[0].op_type in ("Relu", "Clip"):
+            users = readers(users[0].outputs[0])
+        if runs_in_integers(node) or not any(user.op_type == "QuantizeLinear" for user in users):
+            continue
+        if given is not None and given.op_type == "DequantizeLinear":
+            grid = (constant(value).reshape(-1, 1, 1) for value in given.inputs[1:])  # by channel
+            node.replace_input_with(0, values_of(model, node, input_of(given, 0), *grid))
+    RemoveUnusedNodesPass()(model)
 
 
 def drop_clips(model: ir.Model) -> None:
