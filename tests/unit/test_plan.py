@@ -148,6 +148,13 @@ def test_a_row_without_compensation_or_with_skipped_evaluations_has_gaps():
     assert row.failed == [], "nobody asked for more"
 
 
+def test_each_file_of_a_model_has_its_own_storage_of_weights():
+    entries = [{"quantization": ["w4"], "weights": "bytes"}, {"quantization": ["w8"]}]
+    settings = Settings(plan(targets=[{"compensation": []}], export=entries))
+    stored = [settings.export("first", variant)["weights"] for variant in ("w4", "w8", "baseline")]
+    assert stored == ["bytes", "packed", "bytes"]  # full precision has none
+
+
 def test_a_question_has_a_recipe_a_limit_and_the_settings_of_what_it_is_like():
     made = plan(quantization={**CONFIG["quantization"], "small": QUESTION})
     row = next(row for row in made.rows if row.quantization == "small")

@@ -103,8 +103,8 @@ class Settings:
 
     def export(self, model: str, variant: str) -> dict[str, Any]:
         """Export settings of a variant, or of full precision for comparison with a model's variants."""
-        of_model = {row: entry for row, entry in self._plan.exports.items() if row.model == model}
-        entry = of_model.get(Variant.named(model, variant), next(iter(of_model.values())))
+        entries = {Variant(*r): e for r, e in self._plan.exports.items() if r.model == model}
+        entry = entries.get(Variant.named(model, variant)) or next(iter(entries.values()))
         return {
             "opset": entry.opset,
             "weights": entry.weights,
