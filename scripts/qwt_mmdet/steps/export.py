@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.export import Storage
 from ..data.loaders import make_loader
 from ..export.description import graph_files, read_description
 from ..export.onnx_file import export_onnx
@@ -16,7 +17,7 @@ def export(
     *,
     output: Pathlike,
     opset: int,
-    weights: str,
+    weights: Storage,
     images: int,
     input_size: str | None = None,
     warmup: Pathlike | None = None,
