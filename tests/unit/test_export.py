@@ -564,7 +564,7 @@ def test_the_command_writes_what_the_workflow_does(tmp_path):
     settings = {"weight_bits": 8, "activation_bits": 8, "scope": "detector", "grids": "integer"}
     quantize(inputs, settings=settings, output=files["warmup.pth"])
     export(
-        inputs, output=tmp_path / "ours.onnx", opset=21, images=16, warmup=files["warmup.pth"],
+        inputs, output=tmp_path / "ours.onnx", opset=21, weights="packed", images=16, warmup=files["warmup.pth"],
         graphs={"note": tmp_path / "graphs.json", "seen": None},
     )  # fmt: skip
     command = ["export", "--config", files["config.py"], "--checkpoint", files["weights.pth"]]
