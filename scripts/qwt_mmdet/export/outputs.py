@@ -49,6 +49,7 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
             if value.name in values:
                 value.type = ir.TensorType(ir.DataType.FLOAT)
                 probe.graph.outputs.append(value)
+    placing.keep_in_floating_point(probe)
     packing.store_weights(probe)
     run = open_model(probe, "onnxruntime")
     observers = {name: RangeObserver(name) for name in values}

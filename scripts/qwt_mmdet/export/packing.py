@@ -89,27 +89,18 @@ class _WeightWriter:
 
     def write_values(self, node: ir.Node) -> None:
         """Put Cast and Mul in the place of a DequantizeLinear with scales along the first axis."""
-        steps, scale, zero_points = (
-            self._steps(node),
-            constant(node.inputs[1]),
-            zero_points_of(node),
-        )
-        shape = -1, *[1] * (constant(node.inputs[0]).ndim - 1)
+        steps, zero_points = self._steps(node), zero_points_of(node)
         if steps is not None:
             zero_points = np.zeros_like(zero_points)
-        codes = steps or input_of(node, 0)
-        values = values_of(
-            self.model, node, codes, scale.reshape(shape), zero_points.reshape(shape)
-        )
+        shape = -1, *[1] * (constant(node.inputs[0]).ndim - 1)
+        grid = (values.reshape(shape) for values in (constant(node.inputs[1]), zero_points))
+        values = values_of(self.model, node, steps or input_of(node, 0), *grid)
         node.outputs[0].replace_all_uses_with(values)
 
     def _steps(self, node: ir.Node) -> ir.Value | None:
         """Codes minus zero points as INT8, in the smallest form; None if they do not fit."""
-        steps, codes, zero_points = (
-            weight_steps(node),
-            constant(node.inputs[0]),
-            zero_points_of(node),
-        )
+        steps, zero_points = weight_steps(node), zero_points_of(node)
+        codes = constant(node.inputs[0])
         if np.abs(steps).max(initial=0) > LARGEST_WEIGHT:
             return None
         if self.packed and steps.min(initial=0) >= -8 and steps.max(initial=0) <= 7:
