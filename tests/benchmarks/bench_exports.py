@@ -199,7 +199,6 @@ def backbone(name: str, runtimes: list[str], nncf: str | None) -> None:
             overflow = read_graph(ours).overflow
             opened = {"full precision": (full, open_graph(full, runtime))}
             opened["ours"] = (ours, open_graph(ours, runtime))
-            opened["ours, as it is"] = (ours, open_as_it_is(ours, runtime, overflow))
             for tool, where, path in others:
                 if where == runtime:
                     opened[tool] = (path, open_as_it_is(path, runtime, overflow))
