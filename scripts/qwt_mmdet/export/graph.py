@@ -118,14 +118,19 @@ LARGEST_WEIGHT = 127
 """Of a signed 8-bit weight with the zero point 0, which kernels multiply."""
 
 
+def along_axis(dequantize: ir.Node, values: np.ndarray) -> np.ndarray:
+    """A value for each channel of a constant, in the shape that broadcasts against the codes."""
+    shape = [1] * constant(dequantize.inputs[0]).ndim
+    shape[dequantize.attributes.get_int("axis", 1)] = -1
+    return values.reshape(shape)
+
+
 def weight_steps(node: ir.Node) -> np.ndarray:
     """The codes of a weight minus their zero points, int32."""
     codes, zero_points = (
         v.astype(np.int32) for v in (constant(node.inputs[0]), zero_points_of(node))
     )
-    shape = [1] * codes.ndim
-    shape[node.attributes.get_int("axis", 1)] = zero_points.size
-    return codes - zero_points.reshape(shape)
+    return codes - along_axis(node, zero_points)
 
 
 def takes_integers(convolution: ir.Node) -> bool:

@@ -11,6 +11,7 @@ from onnxscript.optimizer import fold_constants
 
 from .graph import (
     LARGEST_WEIGHT,
+    along_axis,
     constant,
     fresh_name,
     input_of,
@@ -75,9 +76,7 @@ class _WeightWriter:
 
     def __init__(self, model: ir.Model, *, packed: bool) -> None:
         self.model, self.packed = model, packed
-        self._stored: dict[
-            tuple[ir.Value | None, ...], dict[tuple[int, ir.DataType], ir.Value]
-        ] = {}
+        self._stored: dict[tuple[object, ...], ir.Value] = {}
 
     def write_codes(self, node: ir.Node) -> None:
         """Give a DequantizeLinear signed 8-bit steps and the zero point 0; codes as they are where steps do not fit."""
@@ -88,12 +87,11 @@ class _WeightWriter:
             set_input(self.model, node, 2, zero_points, fresh_name(node, 2, "zero"))
 
     def write_values(self, node: ir.Node) -> None:
-        """Put Cast and Mul in the place of a DequantizeLinear with scales along the first axis."""
+        """Put Cast and Mul in the place of a DequantizeLinear."""
         steps, zero_points = self._steps(node), zero_points_of(node)
         if steps is not None:
             zero_points = np.zeros_like(zero_points)
-        shape = -1, *[1] * (constant(node.inputs[0]).ndim - 1)
-        grid = (values.reshape(shape) for values in (constant(node.inputs[1]), zero_points))
+        grid = (along_axis(node, values) for values in (constant(node.inputs[1]), zero_points))
         values = values_of(self.model, node, steps or input_of(node, 0), *grid)
         node.outputs[0].replace_all_uses_with(values)
 
@@ -108,12 +106,9 @@ class _WeightWriter:
         unsigned = codes.dtype == np.uint8 and max(codes.max(), zero_points.max()) <= 15
         if not (self.packed and unsigned):
             return self._store(node, 0, steps, ir.DataType.INT8)
-        shape = [1] * codes.ndim
-        shape[node.attributes.get_int("axis", 1)] = -1
-        zero_points = zero_points.reshape(shape)
         parts = [
             self._cast(node, self._store(node, index, values, ir.DataType.UINT4), ir.DataType.INT32)
-            for index, values in ((0, codes), (2, zero_points))
+            for index, values in ((0, codes), (2, along_axis(node, zero_points)))
         ]
         difference = insert_before(self.model, node, "Sub", parts)
         return self._cast(node, difference, ir.DataType.INT8)
@@ -123,11 +118,11 @@ class _WeightWriter:
 
     def _store(self, node: ir.Node, index: int, values: np.ndarray, kind: ir.DataType) -> ir.Value:
         """An initializer in the place of an input of a node."""
-        shared = self._stored.setdefault((node.inputs[0], *node.inputs[2:]), {})
-        if (index, kind) not in shared:
+        key = node.inputs[0], *node.inputs[2:], index, kind
+        if key not in self._stored:
             tensor = ir.tensor(values.astype(kind.numpy()), name=fresh_name(node, index, kind.name))
-            shared[index, kind] = new_initializer(self.model, tensor)
-        return shared[index, kind]
+            self._stored[key] = new_initializer(self.model, tensor)
+        return self._stored[key]
 
 
 def own_weights(model: ir.Model) -> None:

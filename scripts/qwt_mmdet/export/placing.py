@@ -8,7 +8,6 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .graph import (
     constant,
@@ -147,7 +146,6 @@ def keep_in_floating_point(model: ir.Model) -> None:
         if given is not None and given.op_type == "DequantizeLinear":
             grid = (constant(value).reshape(-1, 1, 1) for value in given.inputs[1:])  # by channel
             node.replace_input_with(0, values_of(model, node, input_of(given, 0), *grid))
-    RemoveUnusedNodesPass()(model)
 
 
 def drop_clips(model: ir.Model) -> None:
