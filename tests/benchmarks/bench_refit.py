@@ -39,7 +39,7 @@ from qwt_mmdet.evaluation.coco import coco_metrics, has_masks
 from qwt_mmdet.files import read_json
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
-from qwt_mmdet.quantization.scores import score_map, scores_at
+from qwt_mmdet.quantization.scores import level_scores, score_map, scores_at
 from qwt_mmdet.quantization.sqnr import HeadError, sqnr_db
 from torch import Tensor, nn
 
@@ -68,8 +68,9 @@ def error_at_heads(full: nn.Module, model: nn.Module, loader: Any) -> tuple[floa
     for image in single_images(loader):
         pair = head_tensors(full, image), head_tensors(model, image)
         plain.update(*pair)
-        scores = score_map(full, image)
-        if scores is not None:
+        levels = level_scores(full, image)
+        if levels is not None:
+            scores = score_map(levels)
             scored.update(*(weighted(tensors, scores) for tensors in pair))
     return plain.relative(), scored.relative()
 

@@ -22,8 +22,8 @@ from qwt_mmdet.quantization.regression import (
     choose_ridge,
     ridge_towards,
 )
-from qwt_mmdet.quantization.scores import score_map, scores_at
-from qwt_mmdet.quantization.sequential import LayerFit, Sequential, corresponds
+from qwt_mmdet.quantization.scores import level_scores, score_map, scores_at
+from qwt_mmdet.quantization.sequential import LayerFit, Sequential, corresponds, huber_weights
 from qwt_mmdet.quantization.state import load_warmup, save_warmup
 from qwt_mmdet.quantization.weight_fit import Calibration
 from qwt_mmdet.record import quantization_of
@@ -307,6 +307,32 @@ def test_a_network_that_is_not_finite_is_refused():
         calibrate(quantize_model(model, settings()), tiny.batches(1, size=(32, 32)))
 
 
+def test_errors_far_from_the_others_count_less():
+    errors = torch.zeros(1, 5, 2, device=tiny.device)
+    errors[0, :, 0] = torch.tensor([-3.0, -1.0, 1.0, 3.0, 0.0])  # distances of 3, 1, 1, 3 and 0
+    weights = huber_weights(errors + 7)
+    assert weights.tolist() == pytest.approx([1 / 3, 1, 1, 1 / 3, 1])
+    assert huber_weights(torch.ones_like(errors)).tolist() == [1] * 5
+
+
+def test_layers_of_the_head_are_weighted_by_the_scores_of_their_own_level():
+    model = quantize_model(
+        tiny.TinyDetector(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))), settings()
+    )
+    body, head = (layer.to(tiny.device) for layer in model.backbone)
+    full = Sequential(Calibration(model, tiny.batches(1)))
+    level = torch.zeros(2, 2, device=tiny.device)
+    level[0, 1] = 0.8
+    full.cache["scores", 0] = [torch.full((2, 2), 0.8, device=tiny.device), level]
+    full.head_layers = {head}
+    chosen = torch.tensor([0, 1], device=tiny.device)
+    found = [
+        LayerFit("", layer, full, 0.5)._weights(0, (1, 2, 2), chosen) for layer in (body, head)
+    ]
+    assert found[0].tolist() == pytest.approx([1, 1])
+    assert found[1].tolist() == pytest.approx([0.5, 0.5 + 0.5 * 4])
+
+
 class OneStage(nn.Module):
     """A detector whose head gets what the test says."""
 
@@ -333,21 +359,26 @@ def test_scores_are_classes_times_objectness_at_their_largest_over_levels():
     objectness = [logit(torch.full((1, 1, n, n), 0.5)) for n in (4, 2)]
     boxes = [torch.zeros(1, 4, n, n) for n in (4, 2)]
     head = YOLOXHead(num_classes=2, in_channels=4, feat_channels=4)
-    scores = score_map(OneStage(head, ([fine, coarse], boxes, objectness)), {})
+    levels = level_scores(OneStage(head, ([fine, coarse], boxes, objectness)), {})
+    assert [tuple(level.shape) for level in levels] == [(4, 4), (2, 2)]
+    assert levels[1].max().item() == pytest.approx(0.3)
+    scores = score_map(levels)
     assert scores[0, 0].item() == pytest.approx(0.4)
     assert scores[1, 1].item() == pytest.approx(0.4)  # widened by one place
     assert scores[3, 3].item() == pytest.approx(0.3)
     head = RetinaHead(num_classes=2, in_channels=4, feat_channels=4)  # without objectness
     anchors = torch.full((1, 18, 4, 4), -50.0)
     anchors[0, 7, 2, 2] = logit(0.9)
-    scores = score_map(OneStage(head, ([anchors], [torch.zeros(1, 36, 4, 4)])), {})
+    scores = score_map(level_scores(OneStage(head, ([anchors], [torch.zeros(1, 36, 4, 4)])), {}))
     assert scores.max().item() == pytest.approx(0.9)
 
 
 def test_detectors_without_a_map_of_scores_have_none():
-    assert score_map(tiny.TinyDetector(nn.Identity()), {}) is None
+    assert level_scores(tiny.TinyDetector(nn.Identity()), {}) is None
     head = RetinaHead(num_classes=7, in_channels=4, feat_channels=4)
-    assert score_map(OneStage(head, ([torch.zeros(1, 18, 4, 4)],)), {}) is None  # not its classes
+    assert (
+        level_scores(OneStage(head, ([torch.zeros(1, 18, 4, 4)],)), {}) is None
+    )  # not its classes
 
 
 @pytest.mark.usefixtures("made_there")

@@ -1,5 +1,6 @@
-"""A map of a detector's own scores, for weighting positions by where it sees objects."""
+"""Maps of a detector's own scores, for weighting positions by where it sees objects."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,23 +12,26 @@ from torch import Tensor
 from ..detectors.forward import dense_head
 
 
-def score_map(model: BaseDetector, image: dict[str, Any]) -> Tensor | None:
-    """The largest class score (times objectness or centerness) at each position of an image.
-
-    It is the largest over all levels of a one-stage detector's head, or of a region proposal network.
+def level_scores(model: BaseDetector, image: dict[str, Any]) -> list[Tensor] | None:
+    """The largest class score (times objectness or centerness) at each position of each level of the dense head.
 
     Returns:
-        [height, width] of the finest level, 0 to 1; None for a detector without such scores (DETR).
+        A map [height, width] for each level, of a one-stage detector's head or of a region proposal network, 0 to 1;
+        None for a detector without such scores (DETR).
     """
     head = dense_head(model)
     if head is None:
         return None
     features = model.extract_feat(model.data_preprocessor(image, False)["inputs"])
     levels = _level_scores(head, head(features))
-    if levels is None:
-        return None
-    size = max((level.shape[-2:] for level in levels), key=lambda s: s[0] * s[1])
-    widened = [F.max_pool2d(level, 3, stride=1, padding=1) for level in levels]
+    return None if levels is None else [level[0, 0] for level in levels]
+
+
+def score_map(levels: Sequence[Tensor]) -> Tensor:
+    """The largest score over all levels, widened by one position: [height, width] of the finest level."""
+    maps = [level[None, None] for level in levels]
+    size = max((level.shape[-2:] for level in maps), key=lambda s: s[0] * s[1])
+    widened = [F.max_pool2d(level, 3, stride=1, padding=1) for level in maps]
     resized = [F.interpolate(level, size, mode="nearest") for level in widened]
     return torch.stack(resized).amax(0)[0, 0]
 

@@ -6,7 +6,9 @@ weights and bias are fitted to y,
 
     W̃, b̃ = argmin Σ p ‖y − W̃ x̂ − b̃‖² + λ ‖W̃ − W‖²,
 
-where x̂ is x on its grid and p weights the positions. Then W̃ is rounded, with the second moments of x̂.
+where x̂ is x on its grid and p weights the positions. Then W̃ is rounded, with the second moments of x̂. Positions
+where the original weights leave large errors have less weight (Huber, 1964): a range clips their inputs, and fits to
+them would make all others worse.
 So each layer corrects errors of the layers before it, as QwT does (arXiv 2411.13918), without additional
 parameters. With error feedback this is close to GPTAQ (arXiv 2504.02692).
 """
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QuantizationSettings
+from ..detectors.forward import dense_head
 from ..errors import QwtError
 from ..progress import progress
 from ..replay.cache import release_free_memory
@@ -33,7 +36,7 @@ from .moments import MAX_COLUMNS
 from .quantizer import ActivationQuantizer, Watch
 from .regression import RegressionSums, choose_ridge, ridge_towards
 from .rounding import ROUNDINGS
-from .scores import score_map, scores_at
+from .scores import level_scores, score_map, scores_at
 from .vectors import (
     POSITIONS,
     input_vectors,
@@ -65,6 +68,7 @@ class Sequential(WeightFit):
         order: the layers by name, in the order of their first calls.
         calls: number of runs of a layer, by number of the image and name.
         image_positions: number of positions that are sampled of each image.
+        head_layers: modules of the dense head, whose positions are weighted by the scores of their own level.
     """
 
     refits = True
@@ -76,6 +80,7 @@ class Sequential(WeightFit):
         self.order: dict[str, QuantizedLayer] = {}
         self.calls: Counter[tuple[int, str]] = Counter()
         self.image_positions = math.ceil(POSITIONS / max(1, run.expected_images))
+        self.head_layers: set[nn.Module] = set()
 
     def watches(self) -> dict[nn.Module, Watch]:
         """Sample each layer's outputs of the next image."""
@@ -146,16 +151,18 @@ class Sequential(WeightFit):
                     layer.weight.data = weight
 
     def _weigh_positions(self) -> None:
-        """Keep a map of the full-precision detector's scores for each image."""
+        """Keep maps of the full-precision detector's scores for each image: of all levels together, and of each."""
+        head = dense_head(self.run.model)
+        self.head_layers = set(head.modules()) if head is not None else set()
         with full_precision(self.run.model, {}):
             for image in range(self.images):
-                scores = score_map(self.run.model, self.cache["image", image])
-                if scores is None:
+                levels = level_scores(self.run.model, self.cache["image", image])
+                if levels is None:
                     logger.info(
                         "This detector has no map of scores; all positions have the same weight."
                     )
                     return
-                self.cache["scores", image] = scores
+                self.cache["scores", image] = [score_map(levels), *levels]
 
     def _visit(self, walk: Walk, name: str, see: See) -> None:
         """Pass all inputs of a layer in the quantized network on to ``see``."""
@@ -190,6 +197,19 @@ def corresponds(full: Tensor, own: Tensor) -> bool:
     """
     full, own = full - full.mean(0), own - own.mean(0)
     return bool((full * own).sum() >= full.norm() * own.norm() / 2)
+
+
+def huber_weights(errors: Tensor) -> Tensor:
+    """Weights of errors [groups, n, out] by their distances from the mean: 1 up to their median, then median / distance.
+
+    Returns:
+        [n], in (0, 1] (Huber, Robust estimation of a location parameter, 1964).
+    """
+    distances = (errors - errors.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
+    median = distances.median()
+    if median == 0:
+        return torch.ones_like(distances)
+    return (median / distances.clamp(min=median)).clamp(max=1)
 
 
 class LayerFit:
@@ -228,7 +248,12 @@ class LayerFit:
     def _weights(self, image: int, size: tuple[int, ...], chosen: Tensor) -> Tensor | None:
         if ("scores", image) not in self.full.cache:
             return None
-        scores = scores_at(self.full.cache["scores", image], size)
+        whole, *levels = self.full.cache["scores", image]
+        own = [level for level in levels if (1, *level.shape) == size]
+        if own and self.layer in self.full.head_layers:
+            scores = own[0].flatten()
+        else:
+            scores = scores_at(whole, size)
         if scores is None:
             return None
         return 1 - self.weighting + self.weighting * scores[chosen] / scores.mean().clamp(min=1e-12)
@@ -243,6 +268,8 @@ class LayerFit:
         for number in range(self.samples):
             image, vectors, y, weights = self.full.cache.pop(("sample", number))
             x = quantized_vectors(self.layer, vectors).contiguous()
+            robust = huber_weights(y - x @ self.weight.transpose(1, 2))
+            weights = robust if weights is None else weights * robust
             origin = origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
             fold = image % folds
             if fold not in parts:
