@@ -309,7 +309,7 @@ def test_a_network_that_is_not_finite_is_refused():
 
 def test_errors_far_from_the_others_count_less():
     errors = torch.zeros(1, 5, 2, device=tiny.device)
-    errors[0, :, 0] = torch.tensor([-3.0, -1.0, 1.0, 3.0, 0.0])  # distances of 3, 1, 1, 3 and 0
+    errors[0, :, 0] = torch.tensor([-9.0, -1.0, 1.0, 9.0, 0.0])  # the median distance is 1
     weights = huber_weights(errors + 7)
     assert weights.tolist() == pytest.approx([1 / 3, 1, 1, 1 / 3, 1])
     assert huber_weights(torch.ones_like(errors)).tolist() == [1] * 5

@@ -54,6 +54,8 @@ MAX_REFIT_COLUMNS = 4608
 """Layers with more inputs per output are only rounded: a regression would take minutes."""
 FOLDS, FEW_FOLDS, MANY_COLUMNS = 4, 2, 2048
 """Parts of the images, by which a layer's ridge is cross-validated; few where sums over many columns take memory."""
+USUAL = 3.0
+"""Distance from the mean, in medians, up to which an error has its full weight in the fit of a layer."""
 
 See = Callable[[int, int, Tensor], None]
 """Takes the number of an image, the number of the layer's call on it, and the layer's input."""
@@ -200,16 +202,18 @@ def corresponds(full: Tensor, own: Tensor) -> bool:
 
 
 def huber_weights(errors: Tensor) -> Tensor:
-    """Weights of errors [groups, n, out] by their distances from the mean: 1 up to their median, then median / distance.
+    """Weights of errors [groups, n, out] by their distances from the mean: 1 up to a limit, then limit / distance.
+
+    The limit is :data:`USUAL` times the median distance.
 
     Returns:
         [n], in (0, 1] (Huber, Robust estimation of a location parameter, 1964).
     """
     distances = (errors - errors.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
-    median = distances.median()
-    if median == 0:
+    limit = USUAL * distances.median()
+    if limit == 0:
         return torch.ones_like(distances)
-    return (median / distances.clamp(min=median)).clamp(max=1)
+    return limit / distances.clamp(min=limit)
 
 
 class LayerFit:
