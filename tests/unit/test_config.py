@@ -4,6 +4,7 @@ import copy
 import datetime
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,16 @@ LAUGHTER = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+@pytest.fixture
+def usual_recursion_limit():
+    """What Python starts with; libraries that other tests of a process import may have raised it."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
+@pytest.mark.usefixtures("usual_recursion_limit")
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
