@@ -376,9 +376,10 @@ def test_scores_are_classes_times_objectness_at_their_largest_over_levels():
 def test_detectors_without_a_map_of_scores_have_none():
     assert level_scores(tiny.TinyDetector(nn.Identity()), {}) is None
     head = RetinaHead(num_classes=7, in_channels=4, feat_channels=4)
-    assert (
-        level_scores(OneStage(head, ([torch.zeros(1, 18, 4, 4)],)), {}) is None
-    )  # not its classes
+    of_others = OneStage(
+        head, ([torch.zeros(1, 18, 4, 4)],)
+    )  # 18 channels are not of seven classes
+    assert level_scores(of_others, {}) is None
 
 
 @pytest.mark.usefixtures("made_there")

@@ -23,8 +23,7 @@ def level_scores(model: BaseDetector, image: dict[str, Any]) -> list[Tensor] | N
     if head is None:
         return None
     features = model.extract_feat(model.data_preprocessor(image, False)["inputs"])
-    levels = _level_scores(head, head(features))
-    return None if levels is None else [level[0, 0] for level in levels]
+    return _level_scores(head, head(features))
 
 
 def score_map(levels: Sequence[Tensor]) -> Tensor:
@@ -37,7 +36,7 @@ def score_map(levels: Sequence[Tensor]) -> Tensor:
 
 
 def _level_scores(head: BaseDenseHead, output: Any) -> list[Tensor] | None:
-    """The scores of each level, [1, 1, height, width]."""
+    """The scores of each level, [height, width]."""
     if not (isinstance(output, tuple | list) and output and isinstance(output[0], tuple | list)):
         return None
     classes = getattr(head, "cls_out_channels", None)
@@ -54,7 +53,7 @@ def _level_scores(head: BaseDenseHead, output: Any) -> list[Tensor] | None:
             other = others[level] if isinstance(others, tuple | list) else None
             if isinstance(other, Tensor) and other.shape == scores.shape:  # objectness, centerness
                 scores = scores * other.sigmoid()
-        found.append(scores.amax(1, keepdim=True))
+        found.append(scores[0].amax(0))
     return found
 
 

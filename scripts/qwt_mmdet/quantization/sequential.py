@@ -7,8 +7,7 @@ weights and bias are fitted to y,
     W̃, b̃ = argmin Σ p ‖y − W̃ x̂ − b̃‖² + λ ‖W̃ − W‖²,
 
 where x̂ is x on its grid and p weights the positions. Then W̃ is rounded, with the second moments of x̂. Positions
-where the original weights leave large errors have less weight (Huber, 1964): a range clips their inputs, and fits to
-them would make all others worse.
+where the original weights leave large errors have less weight (Huber, 1964), so that few of them do not decide the fit.
 So each layer corrects errors of the layers before it, as QwT does (arXiv 2411.13918), without additional
 parameters. With error feedback this is close to GPTAQ (arXiv 2504.02692).
 """
@@ -54,7 +53,7 @@ MAX_REFIT_COLUMNS = 4608
 """Layers with more inputs per output are only rounded: a regression would take minutes."""
 FOLDS, FEW_FOLDS, MANY_COLUMNS = 4, 2, 2048
 """Parts of the images, by which a layer's ridge is cross-validated; few where sums over many columns take memory."""
-USUAL = 3.0
+HUBER_LIMIT = 3.0
 """Distance from the mean, in medians, up to which an error has its full weight in the fit of a layer."""
 
 See = Callable[[int, int, Tensor], None]
@@ -204,13 +203,13 @@ def corresponds(full: Tensor, own: Tensor) -> bool:
 def huber_weights(errors: Tensor) -> Tensor:
     """Weights of errors [groups, n, out] by their distances from the mean: 1 up to a limit, then limit / distance.
 
-    The limit is :data:`USUAL` times the median distance.
+    The limit is :data:`HUBER_LIMIT` times the median distance.
 
     Returns:
         [n], in (0, 1] (Huber, Robust estimation of a location parameter, 1964).
     """
     distances = (errors - errors.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
-    limit = USUAL * distances.median()
+    limit = HUBER_LIMIT * distances.median()
     if limit == 0:
         return torch.ones_like(distances)
     return limit / distances.clamp(min=limit)
@@ -253,11 +252,9 @@ class LayerFit:
         if ("scores", image) not in self.full.cache:
             return None
         whole, *levels = self.full.cache["scores", image]
-        own = [level for level in levels if (1, *level.shape) == size]
-        if own and self.layer in self.full.head_layers:
-            scores = own[0].flatten()
-        else:
-            scores = scores_at(whole, size)
+        in_head = self.layer in self.full.head_layers
+        own = [level for level in levels if in_head and (1, *level.shape) == size]
+        scores = own[0].flatten() if own else scores_at(whole, size)
         if scores is None:
             return None
         return 1 - self.weighting + self.weighting * scores[chosen] / scores.mean().clamp(min=1e-12)
