@@ -310,9 +310,9 @@ def test_a_network_that_is_not_finite_is_refused():
 def test_errors_far_from_the_others_count_less():
     errors = torch.zeros(1, 5, 2, device=tiny.device)
     errors[0, :, 0] = torch.tensor([-9.0, -1.0, 1.0, 9.0, 0.0])  # the median distance is 1
-    weights = huber_weights(errors + 7)
+    weights = huber_weights(errors + 7, 3)
     assert weights.tolist() == pytest.approx([1 / 3, 1, 1, 1 / 3, 1])
-    assert huber_weights(torch.ones_like(errors)).tolist() == [1] * 5
+    assert huber_weights(torch.ones_like(errors), 3).tolist() == [1] * 5
 
 
 def test_layers_of_the_head_are_weighted_by_the_scores_of_their_own_level():

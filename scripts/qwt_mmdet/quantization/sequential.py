@@ -53,8 +53,9 @@ MAX_REFIT_COLUMNS = 4608
 """Layers with more inputs per output are only rounded: a regression would take minutes."""
 FOLDS, FEW_FOLDS, MANY_COLUMNS = 4, 2, 2048
 """Parts of the images, by which a layer's ridge is cross-validated; few where sums over many columns take memory."""
-HUBER_LIMIT = 3.0
-"""Distance from the mean, in medians, up to which an error has its full weight in the fit of a layer."""
+HUBER_LIMIT, HEAD_HUBER_LIMIT = 3.0, 1.0
+"""Distances from the mean, in medians, up to which an error has its full weight in the fit of a layer; the second in
+the dense head."""
 
 See = Callable[[int, int, Tensor], None]
 """Takes the number of an image, the number of the layer's call on it, and the layer's input."""
@@ -200,16 +201,16 @@ def corresponds(full: Tensor, own: Tensor) -> bool:
     return bool((full * own).sum() >= full.norm() * own.norm() / 2)
 
 
-def huber_weights(errors: Tensor) -> Tensor:
+def huber_weights(errors: Tensor, medians: float) -> Tensor:
     """Weights of errors [groups, n, out] by their distances from the mean: 1 up to a limit, then limit / distance.
 
-    The limit is :data:`HUBER_LIMIT` times the median distance.
+    The limit is ``medians`` times the median distance.
 
     Returns:
         [n], in (0, 1] (Huber, Robust estimation of a location parameter, 1964).
     """
     distances = (errors - errors.mean(1, keepdim=True)).square().sum((0, 2)).sqrt()
-    limit = HUBER_LIMIT * distances.median()
+    limit = medians * distances.median()
     if limit == 0:
         return torch.ones_like(distances)
     return limit / distances.clamp(min=limit)
@@ -264,12 +265,13 @@ class LayerFit:
         columns = self.weight.shape[2]
         width = columns if columns <= MAX_REFIT_COLUMNS else MAX_COLUMNS
         folds = FOLDS if columns <= MANY_COLUMNS else FEW_FOLDS
+        limit = HEAD_HUBER_LIMIT if self.layer in self.full.head_layers else HUBER_LIMIT
         origin = None
         parts: dict[int, RegressionSums] = {}
         for number in range(self.samples):
             image, vectors, y, weights = self.full.cache.pop(("sample", number))
             x = quantized_vectors(self.layer, vectors).contiguous()
-            robust = huber_weights(y - x @ self.weight.transpose(1, 2))
+            robust = huber_weights(y - x @ self.weight.transpose(1, 2), limit)
             weights = robust if weights is None else weights * robust
             origin = origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
             fold = image % folds
