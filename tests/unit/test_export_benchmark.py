@@ -1,14 +1,16 @@
 """Latencies of exported files, and the part of their multiply-adds that a runtime computes with integers."""
 
 import json
+import time
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.export import benchmark, profile
 from qwt_mmdet.export.description import EXPORT_FORMAT
-from qwt_mmdet.export.runtimes import Graph, runtime_by_name
+from qwt_mmdet.export.runtimes import RUNTIMES, Graph, OnnxRuntime, open_graph, runtime_by_name
 from qwt_mmdet.files import sha256_file
 
 
@@ -112,11 +114,76 @@ def test_both_files_are_measured_in_the_same_rounds(files):
 
 
 def test_the_ratio_is_the_median_of_the_rounds(monkeypatch, files):
-    rounds = [[1.0, 2.0], [9.0, 3.0], [0.5, 2.0]]
+    latencies = [[1.0, 2.0], [9.0, 3.0], [0.5, 2.0]]
+    rounds = [[benchmark.Seconds(x, x * x) for x in entry] for entry in latencies]
     monkeypatch.setattr(benchmark, "interleaved", lambda runs, feeds: rounds)
     found = benchmark.benchmark(*files, "onnxruntime")
-    assert found["latency_ratio"] == 0.5
+    assert (found["latency_ratio"], found["processor_ratio"]) == (0.5, 0.25)
     assert (found["milliseconds"], found["full_precision_milliseconds"]) == (1000, 2000)
+    assert found["processor_milliseconds"] == 1000
+    assert found["full_precision_processor_milliseconds"] == 4000
+    assert "bfloat16_milliseconds" not in found
+
+
+def test_full_precision_is_also_timed_in_bfloat16_where_that_is_a_runtimes_default(
+    monkeypatch, files
+):
+    class Reduced(OnnxRuntime):
+        def in_bfloat16(self) -> OnnxRuntime:
+            return OnnxRuntime()
+
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", Reduced)
+    times = [
+        [benchmark.Seconds(2.0, 1.0), benchmark.Seconds(4.0, 4.0), benchmark.Seconds(1.0, 2.0)]
+    ]
+
+    def interleaved(runs: list, feeds: list) -> list:
+        assert len(runs) == 3
+        return times
+
+    monkeypatch.setattr(benchmark, "interleaved", interleaved)
+    found = benchmark.benchmark(*files, "onnxruntime")
+    assert (found["bfloat16_latency_ratio"], found["bfloat16_processor_ratio"]) == (2, 0.5)
+    assert (found["bfloat16_milliseconds"], found["latency_ratio"]) == (1000, 0.5)
+
+
+def test_openvino_has_bfloat16_where_the_processor_has_it():
+    openvino = pytest.importorskip("openvino")
+    known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    reduced = runtime_by_name("openvino").in_bfloat16()
+    assert (reduced is not None) == ("BF16" in known)
+    assert reduced is None or reduced.precision == "bf16"
+
+
+def test_other_work_of_the_machine_is_not_in_the_time_of_the_processor():
+    (seconds,), *_ = benchmark.interleaved([lambda feeds: time.sleep(0.01)], [])
+    assert seconds.latency >= 0.01
+    assert seconds.processor < 0.005
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_a_gpu_runtime_says_what_is_missing(monkeypatch, files, name):
+    wanted = runtime_by_name(name).providers[0]
+    with pytest.raises(QwtError, match=rf"has no {wanted} .*pip install onnxruntime-gpu"):
+        open_graph(files[1], name)
+
+    class Session:
+        """A session whose GPU cannot start, which ONNX Runtime only logs."""
+
+        def __init__(self, content: bytes, options: object, providers: list[str]) -> None:
+            self.providers = providers
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [wanted])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    with pytest.raises(QwtError, match=f"could not start its {wanted}"):
+        open_graph(files[1], name)
+    monkeypatch.setattr(Session, "get_providers", lambda self: self.providers)
+    assert runtime_by_name(name)._session(Graph(b"", False), 1).providers[-1] == (
+        "CPUExecutionProvider"
+    )
 
 
 def test_runs_take_turns_in_either_order():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,14 @@ def example() -> Any:
 def test_the_example_finds_what_mmdet_does(detector, example, nms, tmp_path):
     photo, path = tmp_path / "photo.png", tmp_path / "model.onnx"
     cv2.imwrite(str(photo), np.random.default_rng(0).integers(0, 256, (140, 150, 3), np.uint8))
-    export_onnx(detector, path, nms=nms)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # torch has some about mmdet's code
+        export_onnx(detector, path, nms=nms)
     scores, boxes, names = example.detect(path, photo)
     expected = inference_detector(detector, str(photo)).pred_instances
     classes = detector.dataset_meta["classes"]
     assert len(scores) > 5
-    np.testing.assert_allclose(scores, expected.scores, atol=1e-5)
+    np.testing.assert_allclose(scores, expected.scores, atol=1e-4)
     # equal scores may come in another order
     found = np.column_stack([boxes, [classes.index(name) for name in names]])
     wanted = np.column_stack([expected.bboxes, expected.labels])

@@ -18,6 +18,8 @@ BENCHMARK = {
     "milliseconds": 12.34,
     "full_precision_milliseconds": 10.0,
     "latency_ratio": 1.2,
+    "processor_ratio": 1.1,
+    "bfloat16_latency_ratio": 2.4,
     "integer_share": 0.75,
     "version": "1.2.3",
     "rounds": 30,
@@ -98,7 +100,7 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     assert "w4 + qwt" in equal
     assert "no significant difference" in equal
     assert "0.50 MB  25 %" in equal
-    assert "12.3 ms    120 %      75 %" in equal
+    assert "12.3 ms    120 % / 240 %  75 %" in equal
     assert "differs" in other
     assert missing.split()[-2:] == ["–", "–"]
 
@@ -107,6 +109,8 @@ def test_the_report_has_a_section_of_them(folder):
     page = (folder / "report.html").read_text()
     section = page[page.index("<h2>Exported files</h2>") : page.index("<h2>Error of each block")]
     assert "ONNX Runtime <small>1.2.3</small>" in section
+    assert "of the processor: 110 %" in section
+    assert "of bfloat16: 240 %" in section
     assert "<span>openvino</span>" in section  # was not timed, which tells the title
     assert "no operator" in section
     assert "no significant difference" in section

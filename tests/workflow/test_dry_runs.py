@@ -123,6 +123,19 @@ def test_the_plan_has_the_jobs_that_snakemake_runs(workflow: Workflow, monkeypat
     assert planned == {s: jobs for s, jobs in workflow.jobs().items() if s not in others}
 
 
+def test_runtimes_on_a_gpu_take_a_gpu(workflow: Workflow):
+    config = yaml.safe_load((CONFIGS / "demo_tiny.yaml").read_text())
+    config["export"] = [{"runtime": ["onnxruntime", "onnxruntime-cuda"]}]
+    workflow.configure(config)
+    done = workflow.run("-n", "--cores", "2")
+    for rule in ("evaluate_exported", "benchmark_exported"):
+        found = re.findall(
+            rf"rule {rule}:.*?runtime=([\w-]+).*?resources: (.*?)\n", done.stdout, re.DOTALL
+        )
+        taken = {runtime: "gpu=1" in resources for runtime, resources in found}
+        assert taken == {"onnxruntime": False, "onnxruntime-cuda": True}
+
+
 def test_a_run_that_would_evaluate_nothing_is_refused(workflow: Workflow):
     config = yaml.safe_load((ROOT / "tests" / "configs" / "demo_tiny.yaml").read_text())
     workflow.configure({**config, "compensation": {}, "skip": ["evaluate_quantized"]})

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from qwt_mmdet.config import read_file, resolve
+from qwt_mmdet.config.export import GPU_RUNTIMES
 from qwt_mmdet.devices import count_gpus
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.files import write_json
@@ -157,6 +158,11 @@ def detector_jobs():
 def calibrated(wildcards):
     """Return the name of a quantization or measurement, perhaps with the number of a repeat; None without."""
     return wildcards.get("quantization") or wildcards.get("measurement")
+
+
+def runtime_gpu(wildcards):
+    """Resources function: GPUs of a job that runs an exported file in a runtime."""
+    return int(wildcards.runtime in GPU_RUNTIMES)
 
 
 def step_resources(step, gpu=detector_gpu):

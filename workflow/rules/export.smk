@@ -45,7 +45,7 @@ rule evaluate_exported:
     conda:
         "../../envs/qwt.yaml"
     resources:
-        **step_resources("evaluate_exported", gpu=0),
+        **step_resources("evaluate_exported", gpu=runtime_gpu),
     params:
         **{**detector_params("evaluate_exported"), "read": RUNTIME_FILES},
     script:
@@ -70,6 +70,7 @@ rule benchmark_exported:
     # the runtime uses one core; the others stay idle, so that no other job disturbs it
     threads: all_cores
     resources:
+        gpu=runtime_gpu,
         mem_mb=step_resources("benchmark_exported")["mem_mb"],
         runtime=step_resources("benchmark_exported")["runtime"],
     params:

@@ -347,7 +347,7 @@ def parse(config: Mapping[str, Any]) -> Configuration:
     )
     if zoo_folder() is not None:  # the steps run in this environment
         for runtime in sorted({name for entry in parsed.export for name in entry.runtime}):
-            check_installed(runtime)
+            check_installed(runtime.partition("-")[0])  # onnxruntime-cuda: of onnxruntime
     return parsed
 
 

@@ -4,14 +4,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import QwtError
 from .description import exported_bytes, graph_files, read_description
 from .profile import integer_share
-from .runtimes import Arrays, open_graph, read_graph, runtime_by_name
+from .runtimes import Arrays, Runtime, open_graph, read_graph, runtime_by_name
 
 WARM_UP = 3
 ROUNDS = (5, 30)
@@ -22,6 +22,13 @@ SECONDS = 20.0
 
 Feeds = list[Arrays]
 """Inputs of each graph of a detector."""
+
+
+class Seconds(NamedTuple):
+    """What a run took: by the clock, and of the processor. Other jobs of a machine lengthen the former alone."""
+
+    latency: float
+    processor: float
 
 
 def feeds_of(description: dict[str, Any]) -> Feeds:
@@ -39,30 +46,48 @@ def feeds_of(description: dict[str, Any]) -> Feeds:
 
 
 def open_detector(
-    files: Iterable[str | os.PathLike[str]], runtime: str, threads: int
+    files: Iterable[str | os.PathLike[str]], runtime: str | Runtime, threads: int
 ) -> Callable[[Feeds], object]:
     """A function that runs all graphs of an exported detector, one after the other."""
     runs = [open_graph(file, runtime, threads=threads) for file in files]
     return lambda feeds: [run(feed) for run, feed in zip(runs, feeds, strict=True)]
 
 
-def interleaved(runs: list[Callable[[Feeds], object]], feeds: Feeds) -> list[list[float]]:
+def interleaved(runs: list[Callable[[Feeds], object]], feeds: Feeds) -> list[list[Seconds]]:
     """Seconds of each run in each round, [rounds][runs]; every second round runs in reversed order."""
     for run in runs * WARM_UP:
         run(feeds)
     started = time.perf_counter()
-    rounds: list[list[float]] = []
+    rounds: list[list[Seconds]] = []
     while len(rounds) < ROUNDS[0] or (
         len(rounds) < ROUNDS[1] and time.perf_counter() - started < SECONDS
     ):
-        seconds = [0.0] * len(runs)
         order = range(len(runs)) if len(rounds) % 2 else reversed(range(len(runs)))
+        found = {}
         for index in order:
-            begin = time.perf_counter()
+            latency, processor = time.perf_counter(), time.process_time()
             runs[index](feeds)
-            seconds[index] = time.perf_counter() - begin
-        rounds.append(seconds)
+            found[index] = Seconds(time.perf_counter() - latency, time.process_time() - processor)
+        rounds.append([found[index] for index in range(len(runs))])
     return rounds
+
+
+def medians(rounds: list[list[Seconds]], index: int, of: str = "") -> dict[str, float]:
+    """Milliseconds of a run, under names that start with ``of``."""
+    return {
+        f"{of}milliseconds": 1000 * statistics.median(r[index].latency for r in rounds),
+        f"{of}processor_milliseconds": 1000 * statistics.median(r[index].processor for r in rounds),
+    }
+
+
+def ratios(rounds: list[list[Seconds]], index: int, of: str = "") -> dict[str, float]:
+    """Times of the first run divided by those of another one, under names that start with ``of``."""
+    return {
+        f"{of}latency_ratio": statistics.median(r[0].latency / r[index].latency for r in rounds),
+        f"{of}processor_ratio": statistics.median(
+            r[0].processor / r[index].processor for r in rounds
+        ),
+    }
 
 
 def benchmark(
@@ -75,9 +100,11 @@ def benchmark(
     """Compare a quantized file with the file of the same model in full precision, in this process.
 
     Returns:
-        Bytes of both files; medians over the rounds of their ``milliseconds`` for an image with the most regions;
-        ``latency_ratio``, the median of the rounds' ratios; ``integer_share``, the part of the multiply-adds that the
-        runtime computes with integers; and the conditions of the measurement.
+        Bytes of both files; medians over the rounds of their ``milliseconds`` for an image with the most regions, by
+        the clock and (``processor_…``) of the processor; ``latency_ratio`` and ``processor_ratio``, the medians of the
+        rounds' ratios; the same (``bfloat16_…``) beside full precision computed in bfloat16, where the runtime does so on
+        this processor unless it is asked not to; ``integer_share``, the part of the multiply-adds that the runtime
+        computes with integers; and the conditions of the measurement.
 
     Raises:
         QwtError: a file is missing or damaged, they are of different models, or the runtime fails.
@@ -92,13 +119,16 @@ def benchmark(
     found = runtime_by_name(runtime)
     feeds = feeds_of(about[0])
     graphs = [graph_files(path, entry) for path, entry in zip(files, about, strict=True)]
-    rounds = interleaved([open_detector(paths, runtime, threads) for paths in graphs], feeds)
+    opened = [open_detector(paths, found, threads) for paths in graphs]
+    reduced = found.in_bfloat16()
+    if reduced is not None:
+        opened.append(open_detector(graphs[1], reduced, threads))
+    rounds = interleaved(opened, feeds)
     kernels = (
         kernel
         for file, feed in zip(graphs[0], feeds, strict=True)
         for kernel in found.kernels(read_graph(file), feed)
     )
-    milliseconds = [1000 * statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
     return {
         "runtime": runtime,
         "title": found.title,
@@ -108,8 +138,13 @@ def benchmark(
         "rounds": len(rounds),
         "file_bytes": exported_bytes(quantized, about[0]),
         "full_precision_file_bytes": exported_bytes(full_precision, about[1]),
-        "milliseconds": milliseconds[0],
-        "full_precision_milliseconds": milliseconds[1],
-        "latency_ratio": statistics.median(mine / other for mine, other in rounds),
+        **medians(rounds, 0),
+        **medians(rounds, 1, "full_precision_"),
+        **ratios(rounds, 1),
+        **(
+            {}
+            if reduced is None
+            else medians(rounds, 2, "bfloat16_") | ratios(rounds, 2, "bfloat16_")
+        ),
         "integer_share": integer_share(kernels),
     }

@@ -98,7 +98,7 @@ def export_onnx(
     copied = copy.deepcopy(model).cpu().eval()
     cut, image = cut_of(copied).eval(), torch.zeros(1, 3, *size)
     first = CandidateBoxes(copied) if nms else cut
-    with _failures_name_the_module(copied):
+    with _code_of_others(copied):
         first(image)  # finds the names
         inputs_of_heads = cut.regions(image)
     names = [*flat(first.outputs), *flat(first.features)]
@@ -234,8 +234,7 @@ def trace(
     Raises:
         QwtError: torch cannot export it.
     """
-    with warnings.catch_warnings(), onnx_nodes(network), _failures_name_the_module(network):
-        warnings.simplefilter("ignore")  # of torch's exporter about mmdet's code
+    with onnx_nodes(network), _code_of_others(network):
         program = torch.onnx.export(
             network,
             tuple(inputs.values()),
@@ -268,8 +267,8 @@ def trace(
 
 
 @contextlib.contextmanager
-def _failures_name_the_module(model: nn.Module) -> Iterator[None]:
-    """Inside: an error of torch's exporter becomes a sentence that names the module."""
+def _code_of_others(model: nn.Module) -> Iterator[None]:
+    """Inside: an error of torch's exporter or of mmdet becomes a sentence that names the module; warnings are silent."""
     names = {module: name for name, module in model.named_modules()}
     entered: list[str] = []
 
@@ -284,6 +283,8 @@ def _failures_name_the_module(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave).remove)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch's about mmdet's code
         try:
             yield
         except QwtError:

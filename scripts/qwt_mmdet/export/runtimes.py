@@ -54,6 +54,10 @@ class Runtime:
         """What computes each convolution and product in a run; none where the runtime does not tell."""
         return ()
 
+    def in_bfloat16(self) -> "Runtime | None":
+        """This runtime as it computes full precision unless told otherwise, if that is bfloat16 on this processor."""
+        return None
+
 
 RUNTIMES: Registry[type[Runtime]] = Registry("runtime", imports=True)
 register_runtime = RUNTIMES.register
@@ -72,6 +76,13 @@ class OnnxRuntime(Runtime):
     """ONNX Runtime on the CPU."""
 
     title, package = "ONNX Runtime", "onnxruntime"
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    """What computes, by ONNX Runtime's names: the first that has a kernel for a node."""
+
+    @property
+    def version(self) -> str:
+        """Of the package that is installed: that for GPUs has another name."""
+        return onnxruntime.__version__
 
     def open(self, graph: Graph, threads: int) -> Run:
         """Open a session."""
@@ -111,15 +122,54 @@ class OnnxRuntime(Runtime):
             options.enable_profiling, options.profile_file_prefix = True, profile
             # the profile lacks the shapes of weights that were packed
             options.add_session_config_entry("session.disable_prepacking", "1")
-        providers = ["CPUExecutionProvider"]
-        return onnxruntime.InferenceSession(graph.content, options, providers=providers)
+        wanted, known = self.providers[0], onnxruntime.get_available_providers()
+        if wanted not in known:
+            raise QwtError(
+                f"The installed onnxruntime has no {wanted} (it has {', '.join(known)}); `pip install onnxruntime-gpu` in the place of "
+                "onnxruntime brings it, or take the runtime onnxruntime, which computes on the CPU."
+            )
+        session = onnxruntime.InferenceSession(
+            graph.content, options, providers=list(self.providers)
+        )
+        if wanted not in session.get_providers():  # it only logs why, and computes on the CPU
+            raise QwtError(
+                f"ONNX Runtime could not start its {wanted}; check the driver and the libraries it needs (its log "
+                "names them), or take the runtime onnxruntime, which computes on the CPU."
+            )
+        return session
+
+
+@register_runtime("onnxruntime-cuda")
+class OnnxRuntimeCuda(OnnxRuntime):
+    """ONNX Runtime on an NVIDIA GPU."""
+
+    title = "ONNX Runtime (CUDA)"
+    providers = ("CUDAExecutionProvider", *OnnxRuntime.providers)
+
+
+@register_runtime("onnxruntime-tensorrt")
+class OnnxRuntimeTensorRT(OnnxRuntime):
+    """ONNX Runtime on an NVIDIA GPU, where TensorRT builds an engine of what it supports."""
+
+    title = "ONNX Runtime (TensorRT)"
+    providers = ("TensorrtExecutionProvider", *OnnxRuntimeCuda.providers)
 
 
 @register_runtime("openvino")
 class OpenVino(Runtime):
-    """OpenVINO on the CPU."""
+    """OpenVINO on the CPU. ``precision`` is that of what is not quantized."""
 
     title, package = "OpenVINO", "openvino"
+
+    def __init__(self, precision: str = "f32") -> None:
+        self.precision = precision
+
+    def in_bfloat16(self) -> "OpenVino | None":
+        """OpenVINO's default on a processor with instructions for it."""
+        import openvino
+
+        known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return OpenVino("bf16") if "BF16" in known else None
 
     def open(self, graph: Graph, threads: int) -> Run:
         """Compile the graph for any sizes that it takes."""
@@ -154,7 +204,7 @@ class OpenVino(Runtime):
 
         options: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
         }
         in_floats = {**options, "LP_TRANSFORMS_MODE": "OFF"}  # quantized values, in floating point
@@ -198,17 +248,19 @@ def open_model(model: ir.Model, runtime: str, *, threads: int = 1) -> Run:
     return runtime_by_name(runtime).open(as_graph(model), threads)
 
 
-def open_graph(path: str | os.PathLike[str], runtime: str, *, threads: int = 1) -> Run:
-    """Open an ONNX file with a runtime.
+def open_graph(path: str | os.PathLike[str], runtime: str | Runtime, *, threads: int = 1) -> Run:
+    """Open an ONNX file with a runtime, or the one of a name.
 
     Raises:
         QwtError: there is no such runtime, it is not installed, or it cannot read the file.
     """
-    found = runtime_by_name(runtime)
+    found = runtime_by_name(runtime) if isinstance(runtime, str) else runtime
     try:
         return found.open(read_graph(path), threads)
+    except QwtError:
+        raise
     except Exception as error:
         raise QwtError(
-            f"{runtime} cannot open {path} ({type(error).__name__}); it is "
+            f"{found.title} cannot open {path} ({type(error).__name__}); it is "
             "truncated, no ONNX file, or needs another version of the runtime; export it again."
         ) from error

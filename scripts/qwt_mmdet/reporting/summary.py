@@ -160,7 +160,9 @@ class ExportedRow:
         computed_bytes: weights at their bits, with the compensation. file_bytes: on disk.
         full_precision_file_bytes: of the same model's file in full precision.
         milliseconds, full_precision_milliseconds: median latencies for an image.
-        latency_ratio: median of the rounds' ratios of both latencies.
+        latency_ratio: median of the rounds' ratios of both latencies. processor_ratio: of both processor times, which
+            other jobs do not lengthen.
+        bfloat16_latency_ratio: as latency_ratio, of full precision in bfloat16; None where the runtime has no such default.
         integer_share: part of the multiply-adds that the runtime computes with integers, by its own profile.
         version, title: of the runtime; the title is in no column. rounds, threads, hardware: of the measurement of latency.
     """
@@ -180,6 +182,8 @@ class ExportedRow:
     milliseconds: float | None
     full_precision_milliseconds: float | None
     latency_ratio: float | None
+    processor_ratio: float | None
+    bfloat16_latency_ratio: float | None
     integer_share: float | None
     version: str | None
     rounds: int | None

@@ -148,6 +148,12 @@ def equality(row: ExportedRow) -> str:
     return "differs" if difference.significant else "no significant difference"
 
 
+def latency_share(row: ExportedRow) -> str:
+    """A file's latency as a share of full precision's, and of full precision's in bfloat16 where that was timed."""
+    shares = (row.latency_ratio, row.bfloat16_latency_ratio)
+    return " / ".join(percent(share) for share in shares if share is not None) or NOTHING
+
+
 def exports_table(rows: Iterable[ExportedRow]) -> str:
     """Return the exported detectors of a run as a table for the terminal."""
     lines = [
@@ -162,7 +168,7 @@ def exports_table(rows: Iterable[ExportedRow]) -> str:
             megabytes(row.file_bytes),
             percent(row.file_share),
             NOTHING if row.milliseconds is None else f"{row.milliseconds:.1f} ms",
-            percent(row.latency_ratio),
+            latency_share(row),
             percent(row.integer_share),
         ]
         for row in rows
@@ -206,10 +212,12 @@ def summary_table(summary: Summary) -> str:
     ]
     exported = []
     if summary.exports:
+        reduced = any(row.bfloat16_latency_ratio is not None for row in summary.exports)
         exported = [
             exports_table(summary.exports),
-            "of full: of the same model's file in full precision; in integers: multiply-adds that the runtime "
-            "computes with integers",
+            "of full: of the same model's file in full precision"
+            f"{' (behind /: computed in bfloat16)' * reduced}; in integers: multiply-adds that the runtime computes "
+            "with integers",
         ]
     return "\n\n".join([table, "\n".join(notes), *exported])
 
