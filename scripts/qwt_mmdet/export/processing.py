@@ -9,10 +9,12 @@ from typing import Any
 
 import mmcv.transforms
 import numpy as np
+from mmcv.ops import RoIAlign
 from mmdet.datasets import transforms
-from mmdet.models import BaseDetector, DetDataPreprocessor
+from mmdet.models import BaseDetector, BBoxHead, DetDataPreprocessor, StandardRoIHead
 from mmdet.models.dense_heads import RPNHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder, DistancePointBBoxCoder
 from mmdet.registry import TRANSFORMS
 from mmengine.registry import DefaultScope
@@ -26,10 +28,21 @@ RESIZE = (
     "with keep_ratio: scale = min(long / max(w, h), short / min(w, h)) for the longer and the shorter of width "
     "and height, new sides int(side * scale + 0.5); without: to width and height"
 )
+DELTAS = (
+    "centre (cx, cy), width w and height h, and d = bbox_preds * stds + means, d2 and d3 clipped to ±log(1000 / 16): "
+    "centre (cx + d0 w, cy + d1 h), width w exp(d2), height h exp(d3)"
+)
+REGIONS = (
+    "a box of width w and height h is cut out of the map floor(log2(sqrt(w h) / finest_scale + 1e-6)), 0 being the first "
+    "and the last one being the limit, by average RoIAlign in size[0] × size[1] bins (sampling_ratio 0: ceil(side of a "
+    "bin in the map) points for each side)"
+)
 AROUND = (
     "around: a side becomes (side | or) + plus, or the next multiple of divisor; pixel side // 2 becomes pixel new "
     "side // 2, and the image keeps at most new side // 2 pixels before it and as many from it on"
 )
+
+SIGMOID, SOFTMAX = "sigmoid", "softmax (background last)"
 
 Found = dict[str, Any]
 """The description of the preprocessing so far; the key ``mean`` is set by a normalisation."""
@@ -182,12 +195,11 @@ def _yolox(head: YOLOXHead) -> dict[str, Any]:
 
 def _anchors(head: Any) -> dict[str, Any]:
     """Rules of heads that decode boxes as mmdet's base class does."""
-    activation = (
-        "sigmoid" if getattr(head, "use_sigmoid_cls", True) else "softmax (background last)"
-    )
+    activation = SIGMOID if getattr(head, "use_sigmoid_cls", True) else SOFTMAX
     coder = head.bbox_coder
     found = {
-        "clipped": coder.clip_border,  # to the image as it is after resizing
+        "clipped": coder.clip_border,  # to the image as the test pipeline returns it
+        "activation": activation,
         "scores": f"of each class: {activation} of cls_scores, whose channels are classes within anchors; where "
         "there are score_factors, times their sigmoid",
     }
@@ -202,8 +214,7 @@ def _anchors(head: Any) -> dict[str, Any]:
         "means": list(coder.means),
         "stds": list(coder.stds),
         "boxes": "with stride s, in column x and row y, of an anchor (x1, y1, x2, y2) + (x s, y s, x s, y s) with "
-        "centre (cx, cy), width w and height h, and d = bbox_preds * stds + means, d2 and d3 clipped to "
-        "±log(1000 / 16): centre (cx + d0 w, cy + d1 h), width w exp(d2), height h exp(d3)",
+        + DELTAS,
     }
 
 
@@ -214,7 +225,10 @@ def _decodes_as_mmdet_does(head: nn.Module) -> bool:
     return (
         type(coder) in decodable
         and not getattr(coder, "add_ctr_clamp", False)
-        and all(getattr(type(head), name) is getattr(BaseDenseHead, name) for name in own)
+        and any(
+            all(getattr(type(head), name) is getattr(base, name) for name in own)
+            for base in (BaseDenseHead, RPNHead)
+        )
     )
 
 
@@ -226,9 +240,49 @@ def _suppression(head: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "class_by_class": not agnostic}
 
 
+def _second_stage(model: BaseDetector) -> dict[str, Any] | None:
+    """Rules of a second stage; None without one, or where only mmdet's code defines them."""
+    roi_head: Any = getattr(model, "roi_head", None)
+    if type(roi_head) is not StandardRoIHead:
+        return None
+    extractor, head = roi_head.bbox_roi_extractor, roi_head.bbox_head
+    own = ("predict_by_feat", "_predict_by_feat_single")
+    known = all(getattr(type(head), name) is getattr(BBoxHead, name) for name in own)
+    if not known or head.custom_activation or type(head.bbox_coder) is not DeltaXYWHBBoxCoder:
+        return None
+    if type(extractor) is not SingleRoIExtractor:
+        return None
+    layers = list(extractor.roi_layers)
+    if any(type(layer) is not RoIAlign or layer.pool_mode != "avg" for layer in layers):
+        return None
+    test = dict(roi_head.test_cfg)
+    coder = head.bbox_coder
+    return {
+        "regions": {
+            "rule": REGIONS,
+            "strides": list(extractor.featmap_strides),
+            "finest_scale": extractor.finest_scale,
+            "size": list(layers[0].output_size),
+            "sampling_ratio": layers[0].sampling_ratio,
+            "aligned": layers[0].aligned,
+        },
+        "activation": SOFTMAX,
+        "scores": f"of each class: {SOFTMAX} of cls_scores",
+        "means": list(coder.means),
+        "stds": list(coder.stds),
+        "class_agnostic": head.reg_class_agnostic,  # whether there is one box for all classes
+        "clipped": coder.clip_border,
+        "boxes": f"of each class, of a proposal with {DELTAS}",
+        "score_threshold": test["score_thr"],
+        "nms": _suppression(head, dict(test["nms"])),
+        "boxes_per_image": test["max_per_img"],
+    }
+
+
 def postprocessing(model: BaseDetector) -> dict[str, Any]:
     """The rules by which boxes, in pixels of the graph's input, and scores follow from the first graph's outputs.
 
+    Those of a detector with two stages are its proposals; ``second_stage`` has the rules of what becomes of them.
     ``scores`` and ``boxes`` are None where only mmdet's code defines the rules.
     """
     head = cut_of(model).head
@@ -248,4 +302,6 @@ def postprocessing(model: BaseDetector) -> dict[str, Any]:
         "candidates_per_level": test.get("nms_pre"),
         "nms": nms and _suppression(head, dict(nms)),
         "boxes_per_image": test.get("max_per_img"),
+        "least_side": test.get("min_bbox_size", -1),  # wider and higher boxes are kept; -1: all
+        "second_stage": _second_stage(model),
     }
