@@ -1,5 +1,6 @@
 """Build a detector from an mmdet config and a checkpoint."""
 
+import copy
 import difflib
 import logging
 import os
@@ -260,7 +261,7 @@ def build_detector(
         from . import timm_backbone  # noqa: F401  registers it; timm takes seconds to import
     with DefaultScope.overwrite_default_scope("mmdet"):
         try:
-            model = MODELS.build(parsed.model)
+            model = MODELS.build(copy.deepcopy(parsed.model))  # which some modules change
         except Exception as error:
             raise _failed(config, "built", error) from error
         if type(model.data_preprocessor) is BaseDataPreprocessor and isinstance(model, USUAL):

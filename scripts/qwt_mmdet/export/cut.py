@@ -21,6 +21,7 @@ from mmdet.models import (
 from mmdet.models.backbones.swin import ShiftWindowMSA
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.dense_heads.base_mask_head import BaseMaskHead
+from mmdet.models.detectors.base_detr import DetectionTransformer
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import QwtError, Registry
 from ..quantization.convert import activation_quantizers
+from .operators import lacking
 
 Names = str | None | list["Names"] | dict[str, "Names"]
 """The nested outputs of a graph, with names in place of tensors; a dictionary represents a tuple."""
@@ -158,6 +160,48 @@ class SingleStage(Cut):
             self.model.get_submodule(name).forward = run
 
 
+@register_cut("transformer")
+class Transformer(Cut):
+    """One graph of backbone, neck, transformer and head (DETR and its kin), for images without padding."""
+
+    def __init__(self, model: BaseDetector) -> None:
+        super().__init__(model)
+        self.head = model.bbox_head
+        children = [name for name, _ in model.named_children() if name != "data_preprocessor"]
+        self.parts = ("", *children)  # the detector itself has weights, too
+        divisor = model.data_preprocessor.pad_size_divisor
+        if divisor > 1:
+            raise QwtError(
+                f"The data preprocessor pads images to multiples of {divisor}, and a {type(model).__name__} leaves the "
+                "padding out by a mask, which its graph does not have; export it with pad_size_divisor=1."
+            )
+
+    @classmethod
+    def matches(cls, model: BaseDetector) -> bool:
+        """Whether it predicts as the class does."""
+        return getattr(type(model), "predict", None) is DetectionTransformer.predict
+
+    def first(self, image: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """All of it; of the decoder's layers, the last one's outputs."""
+        shape = tuple(image.shape[2:])
+        sample = DetDataSample(metainfo={"img_shape": shape, "batch_input_shape": shape})
+        maps = self.model.extract_feat(image)
+        states = self.model.forward_transformer(maps, [sample])
+        return tuple(output[-1:] for output in self.head(**states)), ()
+
+    def install(self, first: First, heads: Mapping[str, Callable[..., Any]]) -> None:
+        """The graph extracts features; what comes after it passes its outputs on."""
+
+        def predict(outputs: Any, batch_data_samples: Any, rescale: bool = True) -> Any:
+            metas = [sample.metainfo for sample in batch_data_samples]
+            return self.head.predict_by_feat(*outputs, batch_img_metas=metas, rescale=rescale)
+
+        self.model.extract_feat = lambda image: first(image)[0]
+        self.model.forward_transformer = lambda outputs, samples: {"outputs": outputs}
+        self.head.forward = lambda outputs: outputs
+        self.head.predict = predict
+
+
 @register_cut("instance_segmentation")
 class InstanceSegmentation(SingleStage):
     """The same, with a head that makes masks."""
@@ -278,12 +322,6 @@ def with_tensors(names: Names, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(found.values()) if isinstance(found, dict) else found
 
 
-def _deforms(module_class: type[nn.Module]) -> bool:
-    """Whether a class's own methods call mmcv's deformable convolution as a function, as TOOD's head does."""
-    methods = [method for method in vars(module_class).values() if inspect.isfunction(method)]
-    return any("deform_conv2d" in method.__code__.co_names for method in methods)
-
-
 def check_exportable(model: BaseDetector) -> None:
     """Check that a detector can be exported, as far as possible without running it."""
     modules = cut_of(model).parts
@@ -295,7 +333,7 @@ def check_exportable(model: BaseDetector) -> None:
                     f"The module {name} is a {module_class.__name__} with weights outside of the modules that are "
                     f"exported as graphs ({', '.join(modules)}); this detector cannot be exported."
                 )
-        elif module_class.__module__.startswith("mmcv.ops") or _deforms(module_class):
+        elif lacking(module_class):
             raise QwtError(
                 f"The module {name} is a {module_class.__name__}, which uses an operator of mmcv that ONNX lacks; this "
                 "detector cannot be exported."

@@ -32,6 +32,7 @@ from .cut import Cut, RegionGraph, check_exportable, cut_of, flat, one_size_only
 from .description import EXPORT_FORMAT, as_json, exported_bytes
 from .detections import CandidateBoxes, append_suppression, check_suppression
 from .nodes import onnx_nodes
+from .operators import onnx_operators
 from .outputs import quantize_outputs
 from .processing import postprocessing, preprocessing
 
@@ -234,7 +235,7 @@ def trace(
     Raises:
         QwtError: torch cannot export it.
     """
-    with onnx_nodes(network), _code_of_others(network):
+    with onnx_nodes(network), onnx_operators(network), _code_of_others(network):
         program = torch.onnx.export(
             network,
             tuple(inputs.values()),
