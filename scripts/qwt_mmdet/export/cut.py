@@ -281,11 +281,14 @@ class RegionGraph(nn.Module):
         return tuple(flat(outputs))
 
 
-def one_size_only(model: nn.Module) -> str | None:
-    """Name of a module whose graph is for one image size only (shifted windows, by their mask); None without."""
-    return next(
-        (name for name, module in model.named_modules() if isinstance(module, ShiftWindowMSA)), None
-    )
+def one_size_only(model: BaseDetector) -> str | None:
+    """Why a detector's graph is for one image size only; None where it takes others."""
+    if isinstance(model, DetectionTransformer):
+        return f"The graph of a {type(model).__name__} holds the sizes of its maps"
+    for name, module in model.named_modules():
+        if isinstance(module, ShiftWindowMSA):
+            return f"The module {name} computes in shifted windows, whose mask is for one image size"
+    return None
 
 
 def _output_names(head: nn.Module, outputs: Any) -> Names:

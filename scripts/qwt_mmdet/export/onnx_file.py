@@ -152,10 +152,7 @@ def _choose_size(
     """Height and width of the image, and whether others are possible; from the test pipeline where they are None."""
     fixed = one_size_only(model)
     if dynamic and fixed:
-        raise QwtError(
-            f"The module {fixed} computes in shifted windows, whose graph is for one image size; export the "
-            "detector for a fixed size."
-        )
+        raise QwtError(f"{fixed}; export the detector for a fixed size.")
     if size is None or dynamic is None:
         found, varies = image_size(prepared)
         size, dynamic = size or found, varies and not fixed if dynamic is None else dynamic
