@@ -2,7 +2,8 @@
 
 The calibration images are split in two; a detector is calibrated on one half and judged on the other, both
 ways (as in bench_recipes.py). Prints for each number of bits and each variant the AP over all images, the
-relative error of the heads' outputs on the images of the calibration and on the others, there also weighted by
+agreement (AP of the detections when those of the full-precision detector with scores above 0.3 are the truth, which
+needs no annotations and varies less), the relative error of the heads' outputs on the images of the calibration and on the others, there also weighted by
 the full-precision detector's scores, the bytes of the compensation in percent of the quantized backbone, and the
 processor time of calibration and fit.
 
@@ -51,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+CONFIDENT = 0.3
+
 
 def weighted(tensors: list[Tensor], scores: Tensor) -> list[Tensor]:
     """Outputs of heads times the root of a score's share of the mean, so that error power counts by scores."""
@@ -73,6 +76,17 @@ def error_at_heads(full: nn.Module, model: nn.Module, loader: Any) -> tuple[floa
             scores = score_map(levels)
             scored.update(*(weighted(tensors, scores) for tensors in pair))
     return plain.relative(), scored.relative()
+
+
+def confident(trial: Trial, judged: Path, folder: Path) -> Path:
+    """Annotations that are the full-precision detector's detections with scores above 0.3."""
+    content = read_json(judged, what="annotation file")
+    found = [r for r in trial.found(trial.model, judged) if r["score"] > CONFIDENT]
+    content["annotations"] = [
+        {**r, "id": number, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0}
+        for number, r in enumerate(found, start=1)
+    ]
+    return write_subset(content, content["images"], folder / "confident.json")
 
 
 def measure(
@@ -125,6 +139,7 @@ def main() -> None:
             parts = content["images"][: -options.held_out], content["images"][-options.held_out :]
             names = Path(folder, "fit.json"), Path(folder, "judge.json")
             folds = [[write_subset(content, *part) for part in zip(parts, names, strict=True)]]
+        truth = None if options.held_out else confident(trial, judged, Path(folder))
         for bits in options.bits:
             for name in options.variants:
                 settings = QuantizationSettings(
@@ -141,7 +156,10 @@ def main() -> None:
                     metrics = {}
                     if not options.held_out:
                         metrics = coco_metrics(judged, found, masks=has_masks(found))
-                    aps = (f"{k} {metrics[k]['AP']:.4f}" for k in ("bbox", "segm") if k in metrics)
+                    aps = [f"{k} {metrics[k]['AP']:.4f}" for k in ("bbox", "segm") if k in metrics]
+                    if truth is not None:
+                        agreement = coco_metrics(truth, found, masks=False)["bbox"]["AP"]
+                        aps.append(f"agreement {agreement:.4f}")
                     print(
                         f"{bits:5} {name:15} {compensation:12}", *aps,
                         f"error {own:.4f} ({sqnr_db(own) or math.inf:.1f} dB) on its images,",

@@ -134,7 +134,7 @@ def test_a_transformer_whose_images_are_padded_is_refused():
 def test_a_transformer_is_for_one_image_size(tmp_path):
     config = "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"
     model = random_detector(config, TRANSFORMERS[config])
-    with pytest.raises(QwtError, match="graph of a DeformableDETR holds the sizes .* fixed size"):
+    with pytest.raises(QwtError, match=r"graph of a DeformableDETR holds the sizes .* fixed size"):
         onnx_file.export_onnx(model, tmp_path / "model.onnx", size=SIZE, dynamic=True)
 
 
