@@ -15,7 +15,7 @@ WeightRange = Literal["minmax", "percentile", "mse"] | Foreign
 ActivationRange = Literal["minmax", "percentile", "mse", "repq"] | Foreign
 Rounding = Literal["nearest", "gptq"] | Foreign
 Refit = Literal["none", "sequential"] | Foreign
-Grids = Literal["any", "integer"]
+Grids = Literal["any", "integer", "symmetric"]
 
 
 @section
@@ -84,10 +84,29 @@ class QuantizationSettings:
     its proposals)."""
     grids: Grids = "any"
     """Allowed grids. `integer`: those that integer kernels support, for fast exported files: weights of 7 and 8 bits
-    symmetric around 0, one zero point per tensor of activations, a uniform grid of attention probabilities. `any`: a
-    zero point per channel, and the grids of `activation_range`."""
+    symmetric around 0, one zero point per tensor of activations, a uniform grid of attention probabilities. `symmetric`:
+    those that TensorRT supports, of 8 bits, where activations are symmetric around 0, too. `any`: a zero point per channel,
+    and the grids of `activation_range`."""
     overrides: tuple[Annotated[Override, Nested], ...] = ()
     """Exceptions by module name; the last match wins. A pattern that matches nothing is an error."""
+
+    @model_validator(mode="after")
+    def _symmetric_has_8_bits(self) -> "QuantizationSettings":
+        if self.grids != "symmetric":
+            return self
+        given = {
+            key: getattr(self, key) for key in ("weight_bits", "activation_bits", "input_bits")
+        }
+        for entry in self.overrides:
+            given[f"weight_bits of {entry.pattern}"] = entry.weight_bits
+            given[f"activation_bits of {entry.pattern}"] = entry.activation_bits
+        other = {key: bits for key, bits in given.items() if bits not in (None, MOST_BITS)}
+        if other:
+            raise ValueError(
+                f"grids: symmetric is for TensorRT, which computes with 8 bits alone, but "
+                f"{', '.join(f'{key} is {bits}' for key, bits in other.items())}; take 8, or grids: integer."
+            )
+        return self
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantizationSettings":

@@ -287,7 +287,9 @@ def one_size_only(model: BaseDetector) -> str | None:
         return f"The graph of a {type(model).__name__} holds the sizes of its maps"
     for name, module in model.named_modules():
         if isinstance(module, ShiftWindowMSA):
-            return f"The module {name} computes in shifted windows, whose mask is for one image size"
+            return (
+                f"The module {name} computes in shifted windows, whose mask is for one image size"
+            )
     return None
 
 

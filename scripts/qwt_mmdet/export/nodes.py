@@ -53,6 +53,9 @@ class ActivationNodes:
         assert quantizer.scale is not None
         assert quantizer.zero_point is not None
         scale, zero_point = quantizer.scale, quantizer.zero_point.to(torch.uint8)
+        self.dtype = torch.uint8
+        if quantizer.symmetric:  # signed codes, whose zero point is 0
+            self.dtype, zero_point = torch.int8, torch.zeros_like(zero_point, dtype=torch.int8)
         axis = quantizer.channel_axis
         self.largest = 2**quantizer.bits - 1
         self.rounding = _grid(scale, zero_point, axis)
@@ -64,7 +67,7 @@ class ActivationNodes:
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` on its grid."""
         inputs, attributes = self.rounding
-        codes = _node("QuantizeLinear", x, *inputs, dtype=torch.uint8, **attributes)
+        codes = _node("QuantizeLinear", x, *inputs, dtype=self.dtype, **attributes)
         if self.largest < 255:
             codes = codes.clamp(0, self.largest)
         return _dequantized(codes, self.values)
@@ -113,7 +116,12 @@ class LayerNodes:
         x, weight = self.input(x), _dequantized(self.codes, self.grid)
         if not self.is_linear:
             return self.layer._compute(x, weight, self.bias)
-        return x @ weight if self.bias is None else x @ weight + self.bias
+        if self.bias is None:
+            return x @ weight
+        if self.layer.input_quantizer.symmetric:
+            # ONNX Runtime (1.32) fails on the Gemm that it makes of signed codes and a bias of one dimension.
+            return x @ weight + self.bias.view(*[1] * (x.dim() - 1), -1)
+        return x @ weight + self.bias
 
 
 @contextlib.contextmanager

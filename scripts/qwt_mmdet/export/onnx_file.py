@@ -25,6 +25,7 @@ from ..config.export import LEAST_OPSET, MOST_OPSET, Storage
 from ..detectors.forward import check_precision
 from ..errors import QwtError, reason
 from ..files import sha256_file, write_atomically, write_json
+from ..quantization.convert import activation_quantizers
 from ..quantization.state import check_grids
 from ..record import record_of
 from . import packing, placing, scales
@@ -35,6 +36,7 @@ from .nodes import onnx_nodes
 from .operators import onnx_operators
 from .outputs import quantize_outputs
 from .processing import postprocessing, preprocessing
+from .tensorrt import check_tensorrt
 
 logger = logging.getLogger(__name__)
 
@@ -252,13 +254,18 @@ def trace(
     scales.move_channel_scales(graph)
     placing.quantize_before_pools(graph)
     placing.drop_clips(graph)
-    quantize_outputs(graph, images, maps)
+    symmetric = any(quantizer.symmetric for quantizer in activation_quantizers(network).values())
+    quantize_outputs(graph, images, maps, symmetric=symmetric)
     placing.share_quantizers_of_sums(graph, maps)
     placing.drop_clips(graph)
     packing.separate_values(graph)
-    scales.integer_biases(graph)
-    placing.keep_in_floating_point(graph)
-    packing.store_weights(graph, packed=weights == "packed")
+    if symmetric:
+        packing.store_weights(graph, for_any_kernel=True)
+        check_tensorrt(graph)
+    else:
+        scales.integer_biases(graph)
+        placing.keep_in_floating_point(graph)
+        packing.store_weights(graph, packed=weights == "packed")
     packing.narrow_constants(graph)
     packing.keep_what_runs(graph)
     return graph

@@ -7,6 +7,7 @@ residual blocks, and maps for a second stage.
 import logging
 from collections.abc import Collection, Iterable
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -21,13 +22,16 @@ logger = logging.getLogger(__name__)
 BITS = 8
 
 
-def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection[str]) -> None:
+def quantize_outputs(
+    model: ir.Model, images: Iterable[Tensor], maps: Collection[str], *, symmetric: bool = False
+) -> None:
     """Quantize the outputs of convolutions that nothing else quantizes in a quantized network's graph, in place.
 
     Args:
         images: inputs of the graph, [batch, 3, height, width], to estimate ranges on. Without any, the graph
             does not change, and a warning is logged.
         maps: names of the graph's outputs for a second stage.
+        symmetric: whether grids are symmetric around 0, of signed codes.
     """
     values = {str(value.name): value for value in placing.outputs_without_grid(model, maps)}
     if not values:  # no image needs to be read
@@ -52,10 +56,12 @@ def quantize_outputs(model: ir.Model, images: Iterable[Tensor], maps: Collection
     placing.keep_in_floating_point(probe)
     packing.store_weights(probe)
     run = open_model(probe, "onnxruntime")
-    observers = {name: RangeObserver(name) for name in values}
+    observers = {name: RangeObserver(name, symmetric=symmetric) for name in values}
     for image in inputs:
         for name, output in run({"image": image}).items():
             observers[name].update(torch.from_numpy(output))
     for name, observer in observers.items():
-        scale, zero_point = quantization_parameters(*observer.estimate("mse", BITS, 100.0), BITS)
-        placing.quantize_value(model, values[name], float(scale), int(zero_point))
+        limits = observer.estimate("mse", BITS, 100.0)
+        scale, zero_point = quantization_parameters(*limits, BITS, symmetric=symmetric)
+        code = np.int8(0) if symmetric else np.uint8(zero_point.item())
+        placing.quantize_value(model, values[name], float(scale), code)

@@ -51,7 +51,7 @@ def separate_values(model: ir.Model) -> None:
             reader.replace_input_with(index, copied.outputs[0])
 
 
-def store_weights(model: ir.Model, *, packed: bool = True) -> None:
+def store_weights(model: ir.Model, *, packed: bool = True, for_any_kernel: bool = False) -> None:
     """Store weights as integers of 4 or 8 bits, with nodes that make of them what kernels take, in place.
 
     Integer kernels take signed 8-bit weights with the zero point 0, from a DequantizeLinear. For a convolution without
@@ -60,11 +60,16 @@ def store_weights(model: ir.Model, *, packed: bool = True) -> None:
 
     Args:
         packed: weights whose codes fit in 4 bits take half a byte each.
+        for_any_kernel: leave a DequantizeLinear before each convolution, whatever ONNX Runtime makes of it.
     """
     writer = _WeightWriter(model, packed=packed)
     for node in [node for node in weight_nodes(model) if not is_bias(node)]:
         users = readers(node.outputs[0])
-        if users and all(user.op_type == "Conv" and not runs_in_integers(user) for user in users):
+        if (
+            users
+            and not for_any_kernel
+            and all(user.op_type == "Conv" and not runs_in_integers(user) for user in users)
+        ):
             writer.write_values(node)
         else:
             writer.write_codes(node)

@@ -39,11 +39,11 @@ def quantize_before_pools(model: ir.Model) -> None:
             quantize_value(model, before, *grids[0])
 
 
-def _grid_of(node: ir.Node) -> tuple[float, int] | None:
+def _grid_of(node: ir.Node) -> tuple[float, np.generic] | None:
     """Scale and zero point of a quantizer with one scale; None for other nodes."""
     if node.op_type != "QuantizeLinear" or not is_scalar(node.inputs[1]):
         return None
-    return constant(node.inputs[1]).item(), constant(node.inputs[2]).item()
+    return constant(node.inputs[1]).item(), constant(node.inputs[2]).reshape(-1)[0]
 
 
 def outputs_without_grid(model: ir.Model, maps: Collection[str]) -> list[ir.Value]:
@@ -112,8 +112,8 @@ def _may_have_a_grid(value: ir.Value, maps: Collection[str]) -> bool:
     return all(user in ("Add", "MaxPool", "QuantizeLinear", "Resize") for user in users)
 
 
-def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: int) -> None:
-    """Quantize a value to an 8-bit grid for all its readers, in place."""
+def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: np.generic) -> None:
+    """Quantize a value to an 8-bit grid, of codes of the zero point's type, for all its readers, in place."""
     producer = value.producer()
     assert producer is not None
     name = str(value.name)
@@ -125,7 +125,7 @@ def quantize_value(model: ir.Model, value: ir.Value, scale: float, zero_point: i
     value.replace_all_uses_with(nodes[1].outputs[0])
     for node, given in zip(nodes, (value, nodes[0].outputs[0]), strict=True):
         node.replace_input_with(0, given)
-        for index, number in ((1, np.float32(scale)), (2, np.uint8(zero_point))):
+        for index, number in ((1, np.float32(scale)), (2, zero_point)):
             set_input(model, node, index, np.asarray(number), fresh_name(node, index, "output"))
     model.graph.insert_after(producer, nodes)
 
@@ -177,7 +177,10 @@ def _limits(node: ir.Node) -> tuple[float, float]:
 
 def _clips_at_zero_and(high: float, quantize: ir.Node) -> bool:
     """Whether a quantizer gives all values below 0 the code of 0, and all above ``high`` the code of ``high``."""
-    if quantize.op_type != "QuantizeLinear" or constant(quantize.inputs[2]).any():
+    if quantize.op_type != "QuantizeLinear":
+        return False
+    zero_point = constant(quantize.inputs[2])
+    if zero_point.dtype != np.uint8 or zero_point.any():  # of signed codes 0 is in the middle
         return False
     largest = 255  # its codes are UINT8; a clip of the codes follows where they have fewer bits
     following = readers(quantize.outputs[0])

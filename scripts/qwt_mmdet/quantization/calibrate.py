@@ -43,7 +43,9 @@ NOISE_IMAGES = 8
 def observe(run: Calibration) -> None:
     """Run all images in full precision; collect a histogram of each activation."""
     run.observers = {
-        quantizer: FoldedObserver(name.rpartition(".")[0], quantizer.channel_axis)
+        quantizer: FoldedObserver(
+            name.rpartition(".")[0], quantizer.channel_axis, symmetric=quantizer.symmetric
+        )
         for name, quantizer in activation_quantizers(run.model).items()
     }
 

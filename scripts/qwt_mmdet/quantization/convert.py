@@ -16,7 +16,7 @@ from .attention import ATTENTION, QuantizedAttention, split_projections
 from .folding import find_folds
 from .layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, exchange_class, layer_by_name
 from .quantizer import ActivationQuantizer, Watch
-from .scheme import folds_norms, integer_grids, logarithmic_attention
+from .scheme import folds_norms, integer_grids, logarithmic_attention, symmetric_activations
 from .subclasses import quantized_class, reason_against
 
 # Exact classes only; subclasses.py handles subclasses.
@@ -99,6 +99,8 @@ def quantize_model(model: nn.Module, settings: QuantizationSettings) -> nn.Modul
             layer.migrates = integer_grids(settings)  # which need one zero point for all channels
         elif settings.migrate_scales and layer.input_quantizer.channel_axis is None:
             layer.migrates, layer.input_quantizer.channel_axis = True, 1
+    for quantizer in activation_quantizers(model).values():
+        quantizer.symmetric = symmetric_activations(settings)
     record_of(model).quantization = Quantization(settings, folds, not_quantized)
     return model
 

@@ -75,13 +75,15 @@ def migrate_scales(
         for sign, whole, own in zip((-1, 1), tensor, channel, strict=True)
     ]
     low, high = (torch.stack(limits, dim=1) for limits in ranges)
-    if integer_grids(settings):
+    if integer_grids(settings) and not quantizer.symmetric:
         # At strength 0 there is one scale, so also one zero point.
         apart = torch.tensor(STRENGTHS, device=low.device) > 0
         low[:, apart], high[:, apart] = common_zero(
             observer, low[:, apart], high[:, apart], quantizer.bits, energy
         )
-    scales, zero_points = quantization_parameters(low, high, quantizer.bits)
+    scales, zero_points = quantization_parameters(
+        low, high, quantizer.bits, symmetric=quantizer.symmetric
+    )
     grids = [
         (scale, zero_point) if strength else (scale[:1], zero_point[:1])
         for strength, scale, zero_point in zip(

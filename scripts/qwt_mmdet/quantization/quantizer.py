@@ -19,6 +19,9 @@ class ActivationQuantizer(nn.Module):
         bits: 2 to 8.
         channel_axis: axis with a scale per channel, or None for one scale per tensor.
         logarithmic: powers of √2 in place of a uniform grid, for values ≥ 0 such as attention probabilities.
+
+    Attributes:
+        symmetric: whether ranges become symmetric around 0 (see :func:`.primitives.quantization_parameters`).
     """
 
     scale: Tensor | None
@@ -37,6 +40,7 @@ class ActivationQuantizer(nn.Module):
         self.bits = bits
         self.channel_axis = channel_axis
         self.logarithmic = logarithmic
+        self.symmetric = False
         self.enabled = True
         self.watch: Watch | None = None
         self.register_buffer("scale", None)
@@ -62,7 +66,9 @@ class ActivationQuantizer(nn.Module):
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set scale and zero point from a clipping range of shape [channels] or [1]."""
-        self.set_parameters(*quantization_parameters(low, high, self.bits))
+        self.set_parameters(
+            *quantization_parameters(low, high, self.bits, symmetric=self.symmetric)
+        )
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale and zero point, [channels] or, for one grid of the whole tensor, [1]."""

@@ -71,12 +71,14 @@ class RangeObserver:
     Args:
         name: of the layer, for error messages.
         channel_axis: axis with ranges of its own, or None for one range per tensor.
+        symmetric: whether the grid is symmetric.
     """
 
-    symmetric = False
-
-    def __init__(self, name: str, channel_axis: int | None = None) -> None:
+    def __init__(
+        self, name: str, channel_axis: int | None = None, *, symmetric: bool = False
+    ) -> None:
         self.name = name
+        self.symmetric = symmetric
         self.channel_axis = channel_axis
         self.bins = BINS if channel_axis is None else CHANNEL_BINS
         # There are no channels before the first tensor has come.
@@ -174,7 +176,8 @@ class RangeObserver:
     def mean_error(self, low: Tensor, high: Tensor, bits: int) -> Tensor:
         """Mean squared quantization error for clipping ranges [channels, …], of the same shape."""
         values, counts = self.weighted_values()
-        errors = range_errors(values, counts, torch.stack((low, high)).flatten(2), bits)
+        limits = torch.stack((low, high)).flatten(2)
+        errors = range_errors(values, counts, limits, bits, self.symmetric)
         return (errors / counts.sum(1, keepdim=True)).view_as(low)
 
     def _coarsen(self, exponent: Tensor) -> None:

@@ -24,7 +24,12 @@ def logarithmic_attention(settings: QuantizationSettings) -> bool:
 
 def integer_grids(settings: QuantizationSettings) -> bool:
     """Whether integer kernels can compute with all grids."""
-    return settings.grids == "integer"
+    return settings.grids != "any"
+
+
+def symmetric_activations(settings: QuantizationSettings) -> bool:
+    """Whether the grids of activations are symmetric around 0, as TensorRT's."""
+    return settings.grids == "symmetric"
 
 
 MOST_BITS_WITH_ZERO_POINTS = 6

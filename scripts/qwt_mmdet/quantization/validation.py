@@ -30,8 +30,10 @@ PERCENTILE = 99.99
 class FoldedObserver:
     """A :class:`.ranges.RangeObserver` for each half of the images."""
 
-    def __init__(self, name: str, channel_axis: int | None = None) -> None:
-        self.folds = tuple(RangeObserver(name, channel_axis) for _ in range(2))
+    def __init__(
+        self, name: str, channel_axis: int | None = None, *, symmetric: bool = False
+    ) -> None:
+        self.folds = tuple(RangeObserver(name, channel_axis, symmetric=symmetric) for _ in range(2))
 
     def update(self, image: int, x: Tensor) -> None:
         """Add a tensor, of any shape, of an image."""
@@ -39,7 +41,8 @@ class FoldedObserver:
 
     def merged(self) -> RangeObserver:
         """The histogram of all images."""
-        merged = RangeObserver(self.folds[0].name, self.folds[0].channel_axis)
+        first = self.folds[0]
+        merged = RangeObserver(first.name, first.channel_axis, symmetric=first.symmetric)
         for fold in self.folds:
             merged.merge(fold)
         return merged
