@@ -29,7 +29,7 @@ $(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
 # OpenVINO and Snakemake's plugin for Slurm, which nothing but their tests needs.
 $(EXTRAS): $(STAMP)
 	@$(VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
-	  --no-build-isolation --editable '.[openvino,slurm]'
+	  --no-build-isolation --editable '.[openvino,ncnn,slurm]'
 	@touch $@
 
 PYTEST := $(WITH_VENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal

@@ -63,6 +63,13 @@ def export(
     nms: Annotated[
         bool, typer.Option("--nms", help="Let a one-stage detector's graph return boxes itself.")
     ] = False,
+    ncnn: Annotated[
+        bool,
+        typer.Option(
+            "--ncnn",
+            help="Also write ncnn's files, .param and .bin, of a detector with grids: symmetric.",
+        ),
+    ] = False,
 ) -> None:
     """Write a detector, quantized and compensated or not, as an ONNX file.
 
@@ -95,6 +102,23 @@ def export(
         )
         megabytes = exported_bytes(output, read_description(output)) / 1e6
         typer.echo(f"{output}: {megabytes:.2f} MB (description: {output.with_suffix('.json')})")
+        if ncnn:
+            write_ncnn_files(output)
+
+
+def write_ncnn_files(output: Path) -> None:
+    """Write ncnn's files beside an ONNX file, from it."""
+    import onnx_ir as ir
+
+    from ..export.description import read_description
+    from ..export.ncnn import write_ncnn
+
+    if read_description(output)["region_heads"]:
+        raise QwtError("A detector with two stages has no file for ncnn; export it without --ncnn.")
+    files = [output.with_suffix(suffix) for suffix in (".param", ".bin")]
+    write_ncnn(ir.load(output), files[0])
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    typer.echo(f"{files[0]}, {files[1].name}: {megabytes:.2f} MB")
 
 
 def warn_of_other_images(warmup: Path, calibration: Path) -> None:

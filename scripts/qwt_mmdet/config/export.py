@@ -10,7 +10,7 @@ from .section import Foreign, Text, section
 LEAST_OPSET, MOST_OPSET = 21, 23
 """Opset 21 is the first with 4-bit integers."""
 
-OwnRuntime = Literal["onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt"]
+OwnRuntime = Literal["onnxruntime", "openvino", "ncnn", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 GPU_RUNTIMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
 Runtime = OwnRuntime | Annotated[Foreign, AfterValidator(check_name)]
 InputSize = Literal["fixed", "dynamic"]
@@ -29,7 +29,7 @@ class Export:
     compensation: Named = None
     """Names of compensations. Omitted: the quantized detector without compensation."""
     runtime: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("onnxruntime",)
-    """Runtimes that evaluate the file and measure its latency: `onnxruntime`, `openvino`; on an NVIDIA GPU
+    """Runtimes that evaluate the file and measure its latency: `onnxruntime`, `openvino`, `ncnn`; on an NVIDIA GPU
     `onnxruntime-cuda`, `onnxruntime-tensorrt`; or one that a module of yours registers, such as `mylab.reference`."""
     opset: Annotated[int, Strict(), Field(ge=LEAST_OPSET, le=MOST_OPSET)] = LEAST_OPSET
     """Version of the ONNX operators."""

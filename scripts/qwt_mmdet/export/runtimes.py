@@ -219,6 +219,42 @@ class OpenVino(Runtime):
             return core.compile_model(model, "CPU", in_floats)
 
 
+@register_runtime("ncnn")
+class Ncnn(Runtime):
+    """ncnn on the CPU, which gets the graph in its own form (:mod:`.ncnn`)."""
+
+    title, package = "ncnn", "ncnn"
+
+    def open(self, graph: Graph, threads: int) -> Run:
+        """Translate the graph and load it."""
+        import ncnn
+        from onnx import load_model_from_string
+
+        from .ncnn import write_ncnn
+
+        model = ir.from_proto(load_model_from_string(graph.content))
+        net = ncnn.Net()
+        net.opt.num_threads = threads
+        net.opt.use_vulkan_compute = net.opt.use_bf16_storage = False
+        net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+        with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
+            write_ncnn(model, f"{folder}/model.param")
+            if net.load_param(f"{folder}/model.param") or net.load_model(f"{folder}/model.bin"):
+                raise QwtError("ncnn cannot load this graph; its log above says why.")
+        inputs = [str(value.name) for value in model.graph.inputs]
+        outputs = [
+            (f"out{number}", str(value.name)) for number, value in enumerate(model.graph.outputs)
+        ]
+
+        def run(given: Arrays) -> Arrays:
+            extractor = net.create_extractor()
+            for number, name in enumerate(inputs):
+                extractor.input(f"in{number}", ncnn.Mat(np.ascontiguousarray(given[name][0])))
+            return {name: np.array(extractor.extract(own)[1])[None] for own, name in outputs}
+
+        return run
+
+
 def _adds_in_16_bits() -> bool:
     """Whether this processor's integer kernels add pairs of 8-bit products in 16 bits: x86 without VNNI."""
     try:
