@@ -33,6 +33,17 @@ def test_a_network_with_symmetric_grids_is_in_tensorrts_form(images, tmp_path):
 
 
 @torch.no_grad()
+def test_weights_whose_codes_are_small_keep_a_byte_each(images):
+    torch.manual_seed(1)
+    model = test_export.Network().eval()
+    model.backbone = nn.Sequential(nn.Conv2d(3, 8, 1))
+    calibrate(quantize_model(model, QuantizationSettings(8, 8, grids="symmetric")), images)
+    layer = model.backbone[0]
+    layer.weight_codes = (layer.weight_codes.float() - 128).clamp(-7, 7).add(128).to(torch.uint8)
+    assert list(problems(test_export.graph_of(model))) == []
+
+
+@torch.no_grad()
 def test_sums_of_residual_blocks_keep_the_rules(images, tmp_path):
     torch.manual_seed(0)
     model = test_export.Network().eval()

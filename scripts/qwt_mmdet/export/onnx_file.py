@@ -260,7 +260,7 @@ def trace(
     placing.drop_clips(graph)
     packing.separate_values(graph)
     if symmetric:
-        packing.store_weights(graph, for_any_kernel=True)
+        packing.store_weights(graph, packed=False, for_any_kernel=True)
         check_tensorrt(graph)
     else:
         scales.integer_biases(graph)
