@@ -43,6 +43,29 @@ def test_weights_whose_codes_are_small_keep_a_byte_each(images):
     assert list(problems(test_export.graph_of(model))) == []
 
 
+class Split(nn.Module):
+    """A convolution that a depthwise one reads, and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return x + self.depthwise(x)
+
+
+@torch.no_grad()
+def test_an_activation_that_others_read_has_one_scale(images):
+    torch.manual_seed(1)
+    model = test_export.Network().eval()
+    model.backbone = Split().eval()
+    quantize_model(model, QuantizationSettings(8, 8, grids="symmetric"))
+    calibrate(model, images)
+    assert model.backbone.depthwise.input_quantizer.scale.numel() == 8
+    assert list(problems(test_export.graph_of(model))) == []
+
+
 @torch.no_grad()
 def test_sums_of_residual_blocks_keep_the_rules(images, tmp_path):
     torch.manual_seed(0)

@@ -98,9 +98,14 @@ def _share_quantizer(model: ir.Model, node: ir.Node, maps: Collection[str]) -> N
 
 
 def _has_8_bits(node: ir.Node) -> bool:
-    """Whether a node is a quantizer that uses all 8-bit codes."""
-    return node.op_type == "QuantizeLinear" and all(
-        user.op_type == "DequantizeLinear" for user in readers(node.outputs[0])
+    """Whether a node is a quantizer that uses all 8-bit codes, which others may read.
+
+    Signed codes are for TensorRT, which has no scales per channel for activations.
+    """
+    return (
+        node.op_type == "QuantizeLinear"
+        and all(user.op_type == "DequantizeLinear" for user in readers(node.outputs[0]))
+        and (is_scalar(node.inputs[1]) or constant(node.inputs[2]).dtype == np.uint8)
     )
 
 
