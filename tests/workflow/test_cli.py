@@ -148,7 +148,27 @@ def test_shrink_searches_quantizes_and_exports(coco, tmp_path):
     written = yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())
     assert written["quantization"]["smallest"]["smallest"]["max_drop"] == 0.01
     assert written["quantization"]["w8a8"]["scope"] == "detector"
+    assert written["quantization"]["w8a8"]["grids"] == "integer", "a file that is fast, too"
     assert written["targets"] == [{"quantization": ["smallest"]}], "w8a8 itself is not evaluated"
+
+
+@pytest.mark.parametrize(
+    ("options", "grids"),
+    [
+        ([], None),
+        (["--export", "onnxruntime"], "integer"),
+        (["--export", "ncnn"], "symmetric"),
+        (["--export", "onnxruntime", "--grids", "any"], None),
+    ],
+)
+def test_what_is_exported_gets_the_grids_of_its_runtime(coco, tmp_path, options, grids):
+    pytest.importorskip("ncnn")
+    bits = ["--w-bit", "8", "--a-bit", "8", "--compensation", "none"]
+    arguments = [*MODEL, *SPLITS, *bits, "--coco-root", coco, "--output-dir", tmp_path, *options]
+    command("run", *arguments, "--dry-run")
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (settings,) = written["quantization"].values()
+    assert settings.get("grids") == grids
 
 
 def test_settings_that_are_not_the_default_make_another_name():

@@ -15,8 +15,9 @@ import yaml
 
 from ..config import PRESETS, QuantizationSettings, Search, as_entry, resolve
 from ..config.datasets import Coco, CocoCalibration, CocoEvaluation
-from ..config.export import Export, OwnRuntime
+from ..config.export import SYMMETRIC_RUNTIMES, Export, OwnRuntime
 from ..config.models import Model
+from ..config.quantization import Grids
 from ..config.workflow import Configuration, Evaluation, Loading, Targets
 from ..devices import count_gpus
 from ..errors import QwtError, suggestion
@@ -98,6 +99,7 @@ FURTHER = {
 @with_options(OPTIONS)
 def run(
     values: Values,
+    context: typer.Context,
     output_dir: OutputOption = Path("qwt_output"),
     compensation: Annotated[
         list[str],
@@ -142,6 +144,9 @@ def run(
         }
         with options_named(OPTIONS, **FURTHER):
             bits = values[QuantizationSettings]
+            source = context.get_parameter_source("grids")
+            if export and source is not None and source.name == "DEFAULT":
+                bits["grids"] = grids_for(export)
             pairs = _bit_pairs(bits.pop("weight_bits"), bits.pop("activation_bits"))
             quantizations = [QuantizationSettings(*pair, **bits) for pair in pairs]
             configuration = make_configuration(
@@ -153,6 +158,11 @@ def run(
                 skip=tuple(step for step, wanted in skipped.items() if wanted),
             )
             run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
+
+
+def grids_for(runtimes: Sequence[str]) -> Grids:
+    """The grids of what is exported for runtimes, unless the user says otherwise: those that their kernels take."""
+    return "symmetric" if set(runtimes) <= SYMMETRIC_RUNTIMES else "integer"
 
 
 def make_configuration(

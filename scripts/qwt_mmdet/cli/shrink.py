@@ -21,7 +21,7 @@ SHRINK_OPTIONS: Table = {
     **OPTIONS,
     QuantizationSettings: {
         "scope": Key("scope", default="detector"),
-        "grids": Key("grids"),
+        "grids": Key("grids", default="integer"),  # the file is to be fast, too
     },
     Search: {
         "search_images": Key("images"),
