@@ -229,10 +229,12 @@ def onnx_operators(model: nn.Module) -> Iterator[None]:
                     module.forward = forward.__get__(module)
                     stack.callback(vars(module).pop, "forward")
         for name, (original, ours) in FUNCTIONS.items():
-            for holder in list(sys.modules.values()):
-                if holder is not sys.modules[__name__] and vars(holder).get(name) is original:
-                    setattr(holder, name, ours)
-                    stack.callback(setattr, holder, name, original)
+            holders = [
+                m for m in sys.modules.values() if getattr(m, "__dict__", {}).get(name) is original
+            ]
+            for holder in holders:
+                if holder is not sys.modules[__name__]:
+                    stack.enter_context(mock.patch.object(holder, name, ours))
         yield
 
 
