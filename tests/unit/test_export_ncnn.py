@@ -73,6 +73,26 @@ def test_ncnn_computes_what_the_network_does(images, settings, tmp_path):
         assert weights < 0.5 * (tmp_path / "full.bin").stat().st_size
 
 
+@torch.no_grad()
+def test_a_layer_in_full_precision_is_not_taken_for_another_of_its_shape(images, tmp_path):
+    torch.manual_seed(1)
+    model = test_export.Network().eval()
+    model.backbone = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))).eval()
+    skipped = [{"pattern": "backbone.0", "skip": True}]
+    settings = QuantizationSettings(8, 8, grids="symmetric", overrides=skipped)
+    calibrate(quantize_model(model, settings), images)
+    graph = graph_of(model)
+    run = runtimes.open_model(graph, "ncnn")
+    image = images[0]["inputs"][0][None]
+    expected = model(image)[0].numpy()
+    error = np.abs(run({"image": image.numpy()})["output"] - expected)
+    assert np.median(error) < 0.01 * expected.std()
+    form.write_ncnn(graph, tmp_path / "model.param")
+    lines = (tmp_path / "model.param").read_text().splitlines()
+    marked = [line.endswith(f"{form.INT8}=1") for line in lines if line.startswith("Convolution ")]
+    assert marked == [False, True, True]
+
+
 def test_a_graph_that_ncnn_cannot_have_is_refused(images, monkeypatch, tmp_path):
     path = tmp_path / "model.param"
     with pytest.raises(QwtError, match=r"signed codes alone, but the node .*grids: symmetric"):

@@ -30,17 +30,20 @@ OUTPUTS, BIAS, SIZE, INT8 = 0, 5, 6, 8
 
 
 class Scales(NamedTuple):
-    """What a convolution computes with integers.
+    """What makes a convolution one of integers.
 
     Attributes:
-        codes: of the weights, int8. values: the same in floating point, as they stand in the graph.
-        weights: inverse steps, [out]. input: inverse step.
+        codes: of the weights, int8.
+        weights: inverse steps of the weights, [out]. input: that of the input.
     """
 
     codes: np.ndarray
-    values: np.ndarray
     weights: np.ndarray
     input: float
+
+
+Layer = tuple[np.ndarray, Scales | None]
+"""Weights of a convolution as they stand in the graph, and its scales; None in floating point."""
 
 
 def write_ncnn(graph: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -61,8 +64,8 @@ def write_ncnn(graph: ir.Model, path: str | os.PathLike[str]) -> None:
         )
     shapes = [_shape(value) for value in graph.graph.inputs]
     own_weights(graph)
-    layers = [*_take_quantizers(graph)]
     _slice_with_convolutions(graph)
+    layers = [*_take_quantizers(graph)]
     keep_what_runs(graph)
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
         ir.save(graph, f"{folder}/graph.onnx")
@@ -84,21 +87,24 @@ def _shape(value: ir.Value) -> list[int]:
     return [int(side) for side in shape]  # type: ignore[arg-type]
 
 
-def _take_quantizers(graph: ir.Model) -> Iterator[Scales]:
-    """Remove all quantizers, in place: weights become values. Yields the convolutions between them in their order."""
+def _take_quantizers(graph: ir.Model) -> Iterator[Layer]:
+    """Remove all quantizers, in place: weights become values. Yields all convolutions in their order."""
     for node in list(graph.graph):
         if node.op_type != "Conv":
             continue
         given, weight = (input_of(node, index).producer() for index in (0, 1))
         if weight is None or weight.op_type != "DequantizeLinear":
+            if is_known(node.inputs[1]):
+                yield constant(node.inputs[1]), None
             continue
         steps, scale = weight_steps(weight), constant(weight.inputs[1])
         values = (steps * along_axis(weight, scale)).astype(np.float32)
         set_input(graph, node, 1, values, f"{weight.outputs[0].name}.values")
+        found = None
         if given is not None and given.op_type == "DequantizeLinear":
-            inverse = 1 / float(constant(given.inputs[1]))
             outputs = np.broadcast_to(1 / scale, len(values)).astype(np.float32)
-            yield Scales(steps.astype(np.int8), values, outputs, inverse)
+            found = Scales(steps.astype(np.int8), outputs, 1 / constant(given.inputs[1]).item())
+        yield values, found
     for node in [n for n in graph.graph if n.op_type == "DequantizeLinear"]:
         if is_known(node.inputs[0]):
             values = weight_steps(node) * along_axis(node, constant(node.inputs[1]))
@@ -177,43 +183,51 @@ def _parameters(folder: str) -> str:
     return file.read_text(encoding="ascii") if file.is_file() else ""
 
 
-def _with_integers(text: str, content: bytes, layers: list[Scales]) -> tuple[str, bytes]:
+def _with_integers(text: str, content: bytes, layers: list[Layer]) -> tuple[str, bytes]:
     """Parameters and weights in which convolutions have integer weights and scales.
 
-    The weights stand in the order of the parameters. A convolution's are found by their values.
+    Weights stand in the order of the parameters, which is pnnx's own. So convolutions are found by their values, and
+    those of one size belong to the parameters of this size in their order.
     """
-    places = sorted(
-        (match.start(), index)
-        for index, layer in enumerate(layers)
-        if not any(np.array_equal(layer.values, other.values) for other in layers[:index])
-        for match in re.finditer(re.escape(layer.values.tobytes()), content)
-    )
-    same: dict[bytes, list[Scales]] = {}
+    alike: dict[bytes, list[Layer]] = {}
     for layer in layers:
-        same.setdefault(layer.values.tobytes(), []).append(layer)
-    lines, parts, position, rest = text.splitlines(), [], 0, iter(places)
-    place = next(rest, None)
-    offset = 0
-    for number, line in enumerate(lines[2:], start=2):
-        kind = line.split()[0]
-        if kind not in CONVOLUTIONS or place is None:
+        alike.setdefault(layer[0].tobytes(), []).append(layer)
+    places: dict[int, list[tuple[int, Scales | None]]] = {}
+    for values, group in alike.items():
+        starts = [found.start() for found in re.finditer(re.escape(values), content)]
+        found = places.setdefault(len(values) // 4, [])
+        found += [(start, scales) for start, (_, scales) in zip(starts, group, strict=False)]
+    lines = text.splitlines()
+    numbers: dict[int, list[int]] = {}  # of lines
+    for number, line in enumerate(lines):
+        if line.partition(" ")[0] in CONVOLUTIONS:
+            numbers.setdefault(_parameter(line, SIZE), []).append(number)
+    integers: dict[int, tuple[int, Scales]] = {}  # start of the weights, by number of the line
+    for size, of_size in places.items():
+        known = sorted(of_size, key=lambda place: place[0])
+        if len(known) != len(numbers.get(size, ())):
+            if any(scales is not None for _, scales in known):
+                raise QwtError(
+                    "pnnx changed the weights of convolutions that are not quantized, so the others cannot be told from "
+                    "them; quantize the whole detector (scope: detector, no override with skip)."
+                )
             continue
-        known = {
-            int(k): v
-            for k, _, v in (e.partition("=") for e in line.split() if re.match(r"\d+=", e))
-        }
-        size, bias = int(known[SIZE]), int(known[OUTPUTS]) * int(known.get(BIAS, 0))
-        layer = layers[place[1]]
-        start = content.find(layer.values.tobytes(), offset)
-        if layer.values.size != size or start != place[0]:
-            continue
-        layer = same[layer.values.tobytes()].pop(0)
+        for number, (start, scales) in zip(numbers[size], known, strict=True):
+            if scales is not None:
+                integers[number] = start, scales
+    parts, position = [], 0
+    for number, (start, scales) in sorted(integers.items()):
+        size, codes = scales.codes.size, scales.codes.tobytes()
         end = start + 4 * size
-        codes = layer.codes.tobytes()
-        parts += [content[position : start - 4], INT8_WEIGHTS, codes, bytes(-len(codes) % 4)]
-        parts.append(content[end : end + 4 * bias])
-        parts += [layer.weights.tobytes(), np.float32(layer.input).tobytes()]
-        position = offset = end + 4 * bias
-        lines[number] = f"{line} {INT8}=1"
-        place = next(rest, None)
+        biases = end + 4 * _parameter(lines[number], OUTPUTS) * _parameter(lines[number], BIAS)
+        parts += [content[position : start - 4], INT8_WEIGHTS, codes, bytes(-size % 4)]
+        parts += [content[end:biases], scales.weights.tobytes(), np.float32(scales.input).tobytes()]
+        position = biases
+        lines[number] += f" {INT8}=1"
     return "\n".join(lines) + "\n", b"".join([*parts, content[position:]])
+
+
+def _parameter(line: str, number: int) -> int:
+    """A whole number among a layer's parameters; 0 if it is not there."""
+    found = re.search(rf" {number}=(\d+)", line)
+    return int(found[1]) if found else 0
