@@ -26,7 +26,7 @@ $(STAMP): envs/requirements.txt envs/install.py envs/check_env.py pyproject.toml
 	  --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# OpenVINO and Snakemake's plugin for Slurm, which nothing but their tests needs.
+# OpenVINO, ncnn and Snakemake's plugin for Slurm, which nothing but their tests needs.
 $(EXTRAS): $(STAMP)
 	@$(VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
 	  --no-build-isolation --editable '.[openvino,ncnn,slurm]'

@@ -95,16 +95,18 @@ def example() -> Any:
     return module
 
 
-def same_detections(model: BaseDetector, found: Any, expected: Any) -> None:
+def same_detections(
+    model: BaseDetector, found: Any, expected: Any, *, scores_by: float, pixels: float
+) -> None:
     """Scores, boxes and class names of the example are mmdet's; equal scores may come in another order."""
     scores, boxes, names = found
     assert len(scores) > 5
-    np.testing.assert_allclose(scores, expected.scores, atol=1e-3)
+    np.testing.assert_allclose(scores, expected.scores, atol=scores_by)
     classes = model.dataset_meta["classes"]
     found = np.column_stack([boxes, [classes.index(name) for name in names]])
     wanted = np.column_stack([expected.bboxes, expected.labels])
     distances = np.abs(found[:, None] - wanted).max(axis=2)
-    assert max(distances.min(axis=0).max(), distances.min(axis=1).max()) < 0.1  # pixels
+    assert max(distances.min(axis=0).max(), distances.min(axis=1).max()) < pixels
 
 
 @pytest.mark.slow
@@ -117,7 +119,7 @@ def test_the_example_finds_what_mmdet_does(detector, example, nms, tmp_path):
         export_onnx(detector, path, nms=nms)
     scores, boxes, names = example.detect(path, photo)
     expected = inference_detector(detector, str(photo)).pred_instances
-    same_detections(detector, (scores, boxes, names), expected)
+    same_detections(detector, (scores, boxes, names), expected, scores_by=2e-5, pixels=0.01)
     if nms:
         return
     # as a process that has only the file, and the folder of the modules in PYTHONPATH
@@ -215,7 +217,13 @@ def test_model_json_is_enough_to_find_what_mmdet_does(family, example, tmp_path)
     export_onnx(model, path)
     scores, boxes, names = example.detect(path, photo)
     expected = inference_detector(model, str(photo)).pred_instances
-    same_detections(model, (scores, boxes, names), expected)
+    # the SSD's random layers have large values, so float32's noise is larger
+    noise = (
+        {"scores_by": 1e-3, "pixels": 0.1}
+        if family == "ssd"
+        else {"scores_by": 1e-4, "pixels": 0.01}
+    )
+    same_detections(model, (scores, boxes, names), expected, **noise)
 
 
 def test_the_example_says_what_it_cannot_do(example, tmp_path):

@@ -12,6 +12,7 @@ LEAST_OPSET, MOST_OPSET = 21, 23
 
 OwnRuntime = Literal["onnxruntime", "openvino", "ncnn", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 GPU_RUNTIMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
+"""Runtimes whose jobs take a GPU."""
 SYMMETRIC_RUNTIMES = {"ncnn", "onnxruntime-tensorrt"}
 """Runtimes that take symmetric grids alone."""
 Runtime = OwnRuntime | Annotated[Foreign, AfterValidator(check_name)]

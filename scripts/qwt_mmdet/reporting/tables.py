@@ -147,7 +147,8 @@ def _categories(
 
 BENCHMARK_FIELDS = (
     "file_bytes", "full_precision_file_bytes", "milliseconds", "full_precision_milliseconds",
-    "latency_ratio", "processor_ratio", "bfloat16_latency_ratio", "integer_share", "version", "rounds", "threads", "hardware", "title",
+    "latency_ratio", "processor_ratio", "bfloat16_latency_ratio", "integer_share", "version", "rounds",
+    "threads", "hardware", "title",
 )  # fmt: skip
 
 
