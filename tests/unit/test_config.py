@@ -112,6 +112,7 @@ def test_the_order_of_keys_in_the_file_does_not_matter():
         ("models", {}, ["models is {}", "at least one entry"]),
         ("quantization/w8a8/weight_bits", 1, ["quantization.w8a8.weight_bits is 1", "from 2 to 8"]),
         ("quantization/w8a8/weight_bits", 9, ["quantization.w8a8.weight_bits is 9", "from 2 to 8"]),
+        ("quantization/w8a8/activation_bits", 16, ["activation_bits is 16", "from 2 to 8, or be 32"]),
         ("quantization/w8a8/weight_bits", None, ["quantization.w8a8", "'weight_bits'"]),
         ("quantization/w8a8/weigth_bits", 8, ["w8a8.weigth_bits", "did you mean weight_bits?"]),
         ("quantization/w8a8/scope", "neck", ["w8a8.scope is 'neck'", "backbone+neck", "detector"]),

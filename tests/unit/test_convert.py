@@ -18,6 +18,7 @@ from qwt_mmdet.quantization.primitives import (
     fake_quantize_log_sqrt2,
     quantization_parameters,
 )
+from qwt_mmdet.quantization.state import load_warmup, save_warmup, summarize_quantization
 from qwt_mmdet.quantization.weights import quantize_weight
 from qwt_mmdet.record import quantization_of
 from torch import nn
@@ -180,6 +181,42 @@ def test_first_layer_has_input_bits_and_overrides_win():
     assert [entry.name for entry in quantization_of(model).not_quantized] == [
         "backbone.layer2.0.conv1"
     ]
+
+
+@pytest.mark.parametrize("refit", ["none", "sequential"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_with_32_bits_for_activations_only_weights_are_rounded(kind, refit, tmp_path):
+    batches = tiny.batches(2)
+    model = tiny.detector(kind)
+    bits = {"weight_bits": 4, "activation_bits": 32, "refit": refit}
+    calibrate(quantize_model(model, QuantizationSettings(**bits)), batches)
+    by_hand = tiny.detector(kind)
+    assert quantization_of(model).folds == []
+    for name, layer in quantized_layers(model).items():
+        assert layer.weight_codes.unique().numel() <= 16
+        assert layer.most_input_scales == 0
+        own = by_hand.get_submodule(name)
+        own.weight.data = layer.rounded_weight()
+        own.bias = nn.Parameter(layer.effective_bias())
+    expected = outputs(by_hand, batches[0])
+    assert relative_error(outputs(model, batches[0]), expected) < 1e-5
+    save_warmup(model, tmp_path / "warmup.pth")
+    loaded = load_warmup(tiny.detector(kind), tmp_path / "warmup.pth")
+    assert relative_error(outputs(loaded, batches[0]), outputs(model, batches[0])) == 0
+    summary = summarize_quantization(loaded)
+    assert all(layer["activation_bits"] == 32 for layer in summary["layer_sqnr"])
+    assert summary["range_check"]["unseen_db"] is None, "no range can be too narrow"
+
+
+def test_layers_beside_one_with_32_bits_keep_their_grids():
+    entries = [{"pattern": "*ffn.layers.0.0", "activation_bits": 32}]
+    folding = settings(4, overrides=entries, activation_range="repq")
+    model = quantize_model(tiny.detector("swin"), folding)
+    calibrate(model, tiny.batches(1))
+    for name, layer in quantized_layers(model).items():
+        assert layer.input_quantizer.rounds != name.endswith("ffn.layers.0.0")
+    assert any("qkv" in name for fold in quantization_of(model).folds for name in fold.layers)
+    assert not any("ffn" in name for fold in quantization_of(model).folds for name in fold.layers)
 
 
 def test_what_is_not_quantized_has_its_share_of_the_multiply_adds():

@@ -136,6 +136,26 @@ def test_runtimes_compute_what_the_quantized_network_does(
     assert all("forward" not in vars(layer) for layer in quantized_layers(model).values())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weight_only_files_are_small_and_compute_in_floating_point(tmp_path, images, bits):
+    model = quantized(images, weight_bits=bits, activation_bits=32)
+    graph = graph_that_runs(model, images, tmp_path / "model.onnx")
+    assert not any(node.op_type == "QuantizeLinear" for node in graph.graph)
+    values = [value.const_value for value in graph.graph.initializers.values()]
+    weights = [tensor.dtype.name for tensor in values if tensor.size >= 8 * 9]
+    assert len(weights) == 3
+    assert {*weights} <= {"INT8", "UINT8"} if bits == 8 else {"INT4", "UINT4"}
+    feed = {"image": images[0]["inputs"][0][None].numpy()}
+    expected = model(images[0]["inputs"][0][None])[0].numpy()
+    for runtime in RUNTIMES:
+        run = runtimes.open_graph(tmp_path / "model.onnx", runtime)
+        assert np.abs(run(feed)["output"] - expected).max() < 1e-4
+    found = runtimes.OnnxRuntime().kernels(runtimes.read_graph(tmp_path / "model.onnx"), feed)
+    assert found
+    assert not any(kernel.integer for kernel in found)
+
+
 def graph_that_runs(model: Network, images: list[dict], path: Path) -> onnx_ir.Model:
     """The graph of a calibrated network, after a check that ONNX Runtime computes what the network does."""
     inputs = [batch["inputs"][0][None] for batch in images]

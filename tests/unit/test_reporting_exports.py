@@ -103,6 +103,15 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     assert "12.3 ms    120 % / 240 %  75 %" in equal
     assert "differs" in other
     assert missing.split()[-2:] == ["–", "–"]
+    (slow,) = text.slow_files(summary.exports)
+    assert slow.startswith(
+        "m: ONNX Runtime computes w4 + qwt (110 % of its time, 75 % in integers), w4 (110 % of its time, 75 % in "
+        "integers) more slowly than full precision. activation_bits: 32"
+    )
+    assert slow in text.summary_table(summary)
+    assert text.slow_files(replace(row, processor_ratio=1.04) for row in summary.exports) == []
+    only_wall = [replace(row, processor_ratio=None) for row in summary.exports]
+    assert "(120 % of its time" in text.slow_files(only_wall)[0]
 
 
 def test_the_report_has_a_section_of_them(folder):
@@ -113,6 +122,7 @@ def test_the_report_has_a_section_of_them(folder):
     assert "bf16 240 %" in section
     assert "<span>openvino</span>" in section  # was not timed, which tells the title
     assert "no operator" in section
+    assert "more slowly than full precision" in section
     assert "no significant difference" in section
     assert "Latency with 1 thread, 30 rounds, on an old machine." in section
     assert "The report cannot show" not in page

@@ -43,6 +43,11 @@ def test_without_migration_an_input_has_one_scale_but_for_depthwise_layers():
     assert detector_bytes(model) == CODES + BIASES + 5 * (4 + 1 + 4 + 4 + 4 + 1)
 
 
+def test_inputs_in_floating_point_have_no_scales():
+    model = calibrated(overrides=({"pattern": "backbone.1", "activation_bits": 32},))
+    assert detector_bytes(calibrated()) - detector_bytes(model) == 5 * 4
+
+
 def test_other_bits_change_the_codes_alone():
     model = calibrated()
     fewer = detector_bytes(model, {"backbone.0": 3, "backbone.2": 0})

@@ -148,8 +148,21 @@ def test_shrink_searches_quantizes_and_exports(coco, tmp_path):
     written = yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())
     assert written["quantization"]["smallest"]["smallest"]["max_drop"] == 0.01
     assert written["quantization"]["w8a8"]["scope"] == "detector"
+    assert written["quantization"]["w8a8"]["activation_bits"] == 8
     assert written["quantization"]["w8a8"]["grids"] == "integer", "a file that is fast, too"
     assert written["targets"] == [{"quantization": ["smallest"]}], "w8a8 itself is not evaluated"
+
+
+def test_shrink_and_run_leave_activations_in_floating_point(coco, tmp_path):
+    arguments = [*MODEL, *SPLITS, "--coco-root", coco, "--dry-run", "--a-bit", "32"]
+    command("shrink", *arguments, "--average-bits", "4", "--output-dir", tmp_path / "shrink")
+    written = yaml.safe_load((tmp_path / "shrink/config.yaml").read_text())
+    assert written["quantization"]["w8a32"]["activation_bits"] == 32
+    assert written["quantization"]["best"]["max_activation_bits"] == 32
+    assert written["quantization"]["best"]["like"] == "w8a32"
+    command("run", *arguments, "--w-bit", "8", "--output-dir", tmp_path / "run")
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert written["quantization"]["w8a32"]["activation_bits"] == 32
 
 
 @pytest.mark.parametrize(

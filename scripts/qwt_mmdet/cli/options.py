@@ -40,11 +40,15 @@ def _option_type(types: list[Any]) -> tuple[Any, str | None]:
     types = [one for one in types if one is not type(None)]
     if len(types) == 1 and (types[0] is bool or typing.get_origin(types[0]) is Literal):
         return types[0], None
-    if types in ([int], [float]):
+    if types[0] in (int, float) and all(_are_numbers(one) for one in types):
         return types[0], None
     if typing.get_origin(types[0]) is dict:
         return list[str], "KEY=VALUE"
     return str, "TEXT" if types == [str] else choices(*types)
+
+
+def _are_numbers(type_: Any) -> bool:
+    return type_ in (int, float) or any(isinstance(v, int | float) for v in typing.get_args(type_))
 
 
 def choices(*types: Any) -> str:

@@ -14,9 +14,6 @@ from .common import CoresOption, DeviceOption, DryRunOption, OutputOption, plain
 from .options import Key, Table, Values, choices, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
 
-LIKE = "w8a8"
-"""Name of the quantization whose bits the search replaces."""
-
 SHRINK_OPTIONS: Table = {
     **OPTIONS,
     QuantizationSettings: {
@@ -24,6 +21,7 @@ SHRINK_OPTIONS: Table = {
         "grids": Key("grids", default="integer"),  # the file is to be fast, too
     },
     Search: {
+        "a_bit": Key("max_activation_bits"),
         "search_images": Key("images"),
         "rounds": Key("rounds"),
     },
@@ -78,14 +76,16 @@ def shrink(
         if sum(given) != 1:
             raise QwtError(f"Give one limit of {', '.join(LIMITS.values())}.")
         with options_named(SHRINK_OPTIONS, **FURTHER, **LIMITS):
-            plain = QuantizationSettings(8, 8, **values[QuantizationSettings])
+            activations = values[Search]["max_activation_bits"]
+            plain = QuantizationSettings(8, activations, **values[QuantizationSettings])
             smallest = Smallest(max_drop, metric) if max_drop is not None else None
             best = Best(average_bits, max_size_mb) if smallest is None else None
             name = "best" if smallest is None else "smallest"
-            search = Search(smallest=smallest, best=best, like=LIKE, **values[Search])
+            like = f"w8a{activations}"  # whose bits the search replaces
+            search = Search(smallest=smallest, best=best, like=like, **values[Search])
             configuration = make_configuration(
                 values,
-                {LIKE: plain, name: search},
+                {like: plain, name: search},
                 runtimes=export,
                 targets=(Targets(quantization=(name,)),),
             )

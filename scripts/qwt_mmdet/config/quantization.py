@@ -8,8 +8,11 @@ from pydantic import Field, Strict, model_validator
 from .section import Flag, Foreign, Nested, Text, section
 
 LEAST_BITS, MOST_BITS = 2, 8
+FLOAT_BITS = 32
+"""Bits of activations that are not rounded."""
 
 Bits = Annotated[int, Strict(), Field(ge=LEAST_BITS, le=MOST_BITS)]
+ActivationBits = Bits | Literal[32]
 Scope = Literal["backbone", "backbone+neck", "detector"]
 WeightRange = Literal["minmax", "percentile", "mse"] | Foreign
 ActivationRange = Literal["minmax", "percentile", "mse", "repq"] | Foreign
@@ -26,8 +29,8 @@ class Override:
     """Pattern (fnmatch) of module names, such as backbone.stages.3.*"""
     weight_bits: Bits | None = None
     """Bits of these layers' weights."""
-    activation_bits: Bits | None = None
-    """Bits of these layers' input activations."""
+    activation_bits: ActivationBits | None = None
+    """Bits of these layers' input activations; 32 leaves them in floating point."""
     skip: Flag = False
     """Leave these layers in full precision."""
 
@@ -51,8 +54,9 @@ class QuantizationSettings:
 
     weight_bits: Bits
     """Bits of the weights, with a grid per output channel."""
-    activation_bits: Bits
-    """Bits of the activations, with a grid per tensor (inputs of convolutions: see `migrate_scales`)."""
+    activation_bits: ActivationBits
+    """Bits of the activations, with a grid per tensor (inputs of convolutions: see `migrate_scales`). 32 leaves them, and
+    the image, in floating point (weight-only quantization): files are as small, and as fast as full precision."""
     input_bits: Bits = 8
     """Bits of the first layer's input (the image)."""
     scope: Scope = "backbone"

@@ -5,7 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from .quantization import LEAST_BITS, MOST_BITS, Bits, QuantizationSettings
+from .quantization import (
+    FLOAT_BITS,
+    LEAST_BITS,
+    MOST_BITS,
+    ActivationBits,
+    Bits,
+    QuantizationSettings,
+)
 from .section import Nested, Text, as_plain, section
 
 
@@ -53,8 +60,8 @@ class Search:
     min_activation_bits: Bits = 4
     """Fewest bits of activations. Used by the objective `bit_operations` alone; with `size`, all activations have
     `max_activation_bits`."""
-    max_activation_bits: Bits = 8
-    """Most bits of activations."""
+    max_activation_bits: ActivationBits = 8
+    """Most bits of activations; 32, with the objective `size`, leaves them in floating point."""
     objective: Literal["size", "bit_operations"] = "size"
     """What `smallest` minimizes: bytes of weights, or multiply-adds times the bits of both factors."""
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 4
@@ -74,6 +81,11 @@ class Search:
             problems.append(
                 f"min_activation_bits is {self.min_activation_bits}, more than max_activation_bits, which is "
                 f"{self.max_activation_bits}; exchange them."
+            )
+        if self.max_activation_bits == FLOAT_BITS and self.objective != "size":
+            problems.append(
+                f"objective: {self.objective} counts bits of activations, so that max_activation_bits is at most "
+                f"{MOST_BITS}."
             )
         if self.best is not None and self.objective != "size":
             problems.append(

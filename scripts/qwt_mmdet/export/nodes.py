@@ -56,6 +56,7 @@ class ActivationNodes:
         self.dtype = torch.uint8
         if quantizer.symmetric:  # signed codes, whose zero point is 0
             self.dtype, zero_point = torch.int8, torch.zeros_like(zero_point, dtype=torch.int8)
+        self.rounds = quantizer.rounds
         axis = quantizer.channel_axis
         self.largest = 2**quantizer.bits - 1
         self.rounding = _grid(scale, zero_point, axis)
@@ -66,6 +67,8 @@ class ActivationNodes:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` on its grid."""
+        if not self.rounds:
+            return x
         inputs, attributes = self.rounding
         codes = _node("QuantizeLinear", x, *inputs, dtype=self.dtype, **attributes)
         if self.largest < 255:

@@ -56,7 +56,8 @@ def store_weights(model: ir.Model, *, packed: bool = True, for_any_kernel: bool 
 
     Integer kernels take signed 8-bit weights with the zero point 0, from a DequantizeLinear. For a convolution without
     an integer kernel, ONNX Runtime would dequantize the weights for each image. There, Cast and Mul make values of them,
-    which it does once; OpenVINO has integer kernels for these, too.
+    which it does once; OpenVINO has integer kernels for these, too. Where the input of a matrix product is not quantized,
+    ONNX Runtime would round it to 8 bits by itself; values of the weights avoid that.
 
     Args:
         packed: weights whose codes fit in 4 bits take half a byte each.
@@ -65,15 +66,20 @@ def store_weights(model: ir.Model, *, packed: bool = True, for_any_kernel: bool 
     writer = _WeightWriter(model, packed=packed)
     for node in [node for node in weight_nodes(model) if not is_bias(node)]:
         users = readers(node.outputs[0])
-        if (
-            users
-            and not for_any_kernel
-            and all(user.op_type == "Conv" and not runs_in_integers(user) for user in users)
-        ):
+        if users and not for_any_kernel and all(_takes_values(user) for user in users):
             writer.write_values(node)
         else:
             writer.write_codes(node)
     RemoveUnusedNodesPass()(model)
+
+
+def _takes_values(node: ir.Node) -> bool:
+    """Whether ONNX Runtime computes a convolution or matrix product in floating point."""
+    if node.op_type == "Conv":
+        return not runs_in_integers(node)
+    inputs = input_of(node, 0).producer()
+    is_quantized = inputs is not None and inputs.op_type == "DequantizeLinear"
+    return node.op_type in ("MatMul", "Gemm") and not is_quantized
 
 
 class _WeightWriter:

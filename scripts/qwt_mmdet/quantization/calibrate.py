@@ -72,11 +72,12 @@ def observe(run: Calibration) -> None:
 
 
 def set_input_bits(run: Calibration) -> None:
-    """Give the first layer ``input_bits``, unless an override sets its activation bits."""
+    """Give the first layer ``input_bits``, unless an override sets its activation bits or they are not rounded."""
     settings = run.about.settings
     override = run.first and matching_override(run.first, settings.overrides)
     if run.first and (not override or override.activation_bits is None):
-        layer_by_name(run.model, run.first).input_quantizer.bits = settings.input_bits
+        quantizer = layer_by_name(run.model, run.first).input_quantizer
+        quantizer.bits = settings.input_bits if quantizer.rounds else quantizer.bits
 
 
 def choose_ranges(run: Calibration) -> None:

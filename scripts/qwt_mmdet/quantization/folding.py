@@ -17,7 +17,7 @@ from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
 from mmdet.models.layers.transformer.utils import PatchMerging
 from torch import Tensor, nn
 
-from .layers import QuantizedConv2d, QuantizedLinear, exchange_class, layer_by_name
+from .layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, exchange_class, layer_by_name
 from .quantizer import ActivationQuantizer
 
 
@@ -102,6 +102,8 @@ def _has_factors(norm: nn.Module) -> bool:
 
 
 def _takes_factors(layer: nn.Module) -> bool:
+    if isinstance(layer, QuantizedLayer) and not layer.input_quantizer.rounds:
+        return False
     if type(layer) is QuantizedConv2d:  # a subclass may pad the input by itself
         return layer.groups == 1 and not any(layer._reversed_padding_repeated_twice)
     return type(layer) is QuantizedLinear

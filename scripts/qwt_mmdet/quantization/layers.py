@@ -84,7 +84,9 @@ class QuantizedLayer(nn.Module):
 
     @property
     def most_input_scales(self) -> int:
-        """Number of scales that calibration may give the input: one, or one for each channel."""
+        """Number of scales that calibration may give the input: none, one, or one for each channel."""
+        if not self.input_quantizer.rounds:
+            return 0
         per_channel = self.migrates or self._input_channel_axis() is not None
         return self.weight.shape[1] * self.weight_groups if per_channel else 1
 

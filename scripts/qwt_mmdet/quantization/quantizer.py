@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
+from ..config.quantization import FLOAT_BITS
 from ..errors import QwtError
 from .primitives import fake_quantize, fake_quantize_log_sqrt2, quantization_parameters
 
@@ -16,7 +18,7 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         name: of the layer and input, for messages.
-        bits: 2 to 8.
+        bits: 2 to 8, or 32: values pass unchanged, and scale and zero point are 1 and 0.
         channel_axis: axis with a scale per channel, or None for one scale per tensor.
         logarithmic: powers of √2 in place of a uniform grid, for values ≥ 0 such as attention probabilities.
 
@@ -47,6 +49,11 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", None)
 
     @property
+    def rounds(self) -> bool:
+        """Whether values are rounded to a grid; not with 32 bits."""
+        return self.bits != FLOAT_BITS
+
+    @property
     def is_calibrated(self) -> bool:
         return self.scale is not None
 
@@ -69,6 +76,10 @@ class ActivationQuantizer(nn.Module):
         self.set_parameters(
             *quantization_parameters(low, high, self.bits, symmetric=self.symmetric)
         )
+
+    def pass_values(self, device: torch.device) -> None:
+        """Mark a quantizer that does not round as calibrated."""
+        self.set_parameters(torch.ones(1, device=device), torch.zeros(1, device=device))
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
         """Set scale and zero point, [channels] or, for one grid of the whole tensor, [1]."""
@@ -93,6 +104,8 @@ class ActivationQuantizer(nn.Module):
     def quantized(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         """Return ``x`` on its grid, also when disabled."""
         scale, zero_point = self.grid
+        if not self.rounds:
+            return x
         if self.logarithmic:
             return fake_quantize_log_sqrt2(x, scale, self.bits, overwrite=overwrite)
         if self.channel_axis is not None:

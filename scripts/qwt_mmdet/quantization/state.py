@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..archives import REMEDY, WARMUP_FORMAT, load_archive, save_with_summary
 from ..config import QuantizationSettings, as_plain
-from ..config.quantization import LEAST_BITS, MOST_BITS
+from ..config.quantization import FLOAT_BITS, LEAST_BITS, MOST_BITS
 from ..errors import QwtError
 from ..record import NotQuantized, RangeCheck, quantization_of, record_of
 from .attention import QuantizedAttention
@@ -73,7 +73,8 @@ def grid_fault(model: nn.Module) -> str | None:
     """The first fault of a quantized model's scales, zero points and codes; None without any."""
     grids = list(_grids(model))
     for name, tensor, shape, kind, bits in grids:
-        if bits not in range(LEAST_BITS, MOST_BITS + 1):
+        passes = bits == FLOAT_BITS and ".weight" not in name
+        if not passes and bits not in range(LEAST_BITS, MOST_BITS + 1):
             return f"{name} has {bits} bits, not {LEAST_BITS} to {MOST_BITS}"
         if tensor is None:
             return f"{name} is missing"

@@ -74,6 +74,9 @@ class RangeValidation:
         first, whole = observer.folds[0], observer.merged()
         if whole.is_empty:
             return
+        if not quantizer.rounds:
+            quantizer.pass_values(whole.counts.device)
+            return
         choose_grid(quantizer, whole, layer, settings)
         if not quantizer.logarithmic and not first.is_empty:
             scale, _ = quantizer.grid

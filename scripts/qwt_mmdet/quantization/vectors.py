@@ -55,6 +55,8 @@ def input_vectors(
 def quantized_vectors(layer: QuantizedLayer, vectors: Tensor) -> Tensor:
     """Vectors of :func:`input_vectors` on the grid of the layer's input."""
     quantizer = layer.input_quantizer
+    if not quantizer.rounds:
+        return vectors
     scale, zero_point = quantizer.grid
     if quantizer.channel_axis is not None:
         taps = (

@@ -63,7 +63,7 @@ def render(
         text.duration, text.significant_digits,
     )  # fmt: skip
     environment.filters |= {form.__name__: form for form in forms}
-    functions = (*forms, text.interval, text.plus_minus, text.equality, guarded)
+    functions = (*forms, text.interval, text.plus_minus, text.equality, text.slow_files, guarded)
     environment.globals |= {function.__name__: function for function in functions}
     models = unique(row.model for row in rows)
     most_images = max(min(MOST_IMAGES, PICTURED_IMAGES // len(models)), 1)

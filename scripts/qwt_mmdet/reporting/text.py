@@ -154,6 +154,26 @@ def latency_share(row: ExportedRow) -> str:
     return " / ".join(percent(share) for share in shares if share is not None) or NOTHING
 
 
+SLOWER = 1.05
+"""Times of full precision from which a file counts as slower."""
+
+
+def slow_files(rows: Iterable[ExportedRow]) -> list[str]:
+    """A sentence about the files of each model that a runtime computes more slowly than full precision."""
+    slow: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        ratio = row.latency_ratio if row.processor_ratio is None else row.processor_ratio
+        if ratio is not None and ratio > SLOWER:
+            about = f"{row.variant} ({percent(ratio)} of its time, {percent(row.integer_share)} in integers)"
+            slow.setdefault((row.model, row.title or row.runtime), {})[row.variant] = about
+    return [
+        f"{model}: {title} computes {', '.join(files.values())} more slowly than full precision. "
+        "activation_bits: 32 keeps the size and takes full precision's time; docs/export.md tells what each runtime "
+        "computes in integers."
+        for (model, title), files in slow.items()
+    ]
+
+
 def exports_table(rows: Iterable[ExportedRow]) -> str:
     """Return the exported detectors of a run as a table for the terminal."""
     lines = [
@@ -218,6 +238,7 @@ def summary_table(summary: Summary) -> str:
             "of full: of the same model's file in full precision"
             f"{' (behind /: computed in bfloat16)' * reduced}; in integers: multiply-adds that the runtime computes "
             "with integers",
+            *slow_files(summary.exports),
         ]
     return "\n\n".join([table, "\n".join(notes), *exported])
 

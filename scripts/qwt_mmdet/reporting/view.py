@@ -191,7 +191,7 @@ def spare(layer: Mapping[str, Any]) -> str | None:
     if all(value >= 8 for value in bits.values()):
         return None
     pattern = layer["name"].partition(" ")[0]
-    return f"- {{{', '.join([f'pattern: {pattern}', *(f'{key}: 8' for key in bits)])}}}"
+    return f"- {{{', '.join([f'pattern: {pattern}', *(f'{key}: {max(8, value)}' for key, value in bits.items())])}}}"
 
 
 def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
