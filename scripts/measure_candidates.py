@@ -7,12 +7,13 @@ with step(snakemake) as job:
     from qwt_mmdet.steps.inputs import Inputs
     from qwt_mmdet.steps.search import measure
 
+    plan = Plan(snakemake.config)
+    names = snakemake.wildcards.model, snakemake.wildcards.measurement
     measure(
         Inputs.of(snakemake, job, "calibration"),
         output=snakemake.output.candidates,
-        metrics=Plan(snakemake.config).scored(
-            snakemake.wildcards.model, snakemake.wildcards.measurement
-        ),
+        metrics=plan.scored(*names),
+        asked=plan.asked_sizes(*names),
         activation_cache=snakemake.config["activation_cache"],
         **snakemake.params.candidates,
     )

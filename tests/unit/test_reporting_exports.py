@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,13 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
         "integers) more slowly than full precision. activation_bits: 32"
     )
     assert slow in text.summary_table(summary)
+    (told,) = text.file_sentences(summary)
+    assert told.startswith(
+        "w4: 0.50 MB (25 % of full precision), 12.3 ms for an image in ONNX Runtime (120 % of full precision), loses 0."
+    )
+    assert re.search(
+        r"loses 0\.\d{3} \(interval \+0\.\d{3} to \+0\.\d{3}\) of 0\.\d{3} box AP\.$", told
+    )
     assert text.slow_files(replace(row, processor_ratio=1.04) for row in summary.exports) == []
     only_wall = [replace(row, processor_ratio=None) for row in summary.exports]
     assert "(120 % of its time" in text.slow_files(only_wall)[0]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from qwt_mmdet.archives import Finished
 from qwt_mmdet.config import Best, Override, QuantizationSettings, Search, Smallest, as_entry
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.quantization.calibrate import calibrate
-from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model
+from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model, quantized_layers
+from qwt_mmdet.quantization.size import detector_bytes, size_range
 from qwt_mmdet.quantization.state import summarize_quantization
 from qwt_mmdet.search.mixed import (
     Measurement,
@@ -65,6 +67,19 @@ def test_a_budget_is_used_but_not_exceeded():
         assert budget - 10 * 2 / 8 < recipe.bytes <= budget or recipe.bytes == 40
     with pytest.raises(QwtError, match="below"):
         ParetoFront(LAYERS, "bytes").within(14.9)
+
+
+def test_an_exported_file_stores_four_bits_or_eight():
+    assert Search(best=Best(5)).weight_candidates() == [3, 4, 5, 6, 8]
+    assert Search(best=Best(5), storage="onnx").weight_candidates() == [4, 8]
+    assert Search(best=Best(5), storage="onnx", candidates=(2, 3, 5, 6)).weight_candidates() == [
+        3,
+        6,
+    ]
+    front = ParetoFront(LAYERS, "bytes", "onnx")
+    found = [front[index] for index in range(len(front))]
+    assert {c.weight_bits for recipe in found for c in recipe.choices.values()} == {4, 8}
+    assert [recipe.bytes for recipe in found] == [20, 25, 30, 35, 40]
 
 
 def test_activation_bits_matter_for_bit_operations_alone():
@@ -216,6 +231,27 @@ def test_a_detector_has_the_size_that_its_budget_allows_whatever_images_calibrat
         scales.add(sum(q.grid[0].numel() for q in activation_quantizers(model).values()))
     assert asks.weight_bytes(asks.within_budget()) <= budget
     assert len(scales) > 1, "or this shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["swin", "resnet"])
+def test_sizes_are_known_before_a_calibration(kind):
+    settings = QuantizationSettings(8, 8, rounding="nearest", refit="none")
+    found = quantize_model(tiny.detector(kind), settings)
+    ends = size_range(found, dict.fromkeys(quantized_layers(found), (3, 8)))
+    for bits, expected in zip((3, 8), ends, strict=True):
+        model = tiny.calibrated(kind, replace(settings, weight_bits=bits), images=1)
+        assert detector_bytes(model) == pytest.approx(expected, rel=0.01)
+    megabytes = sum(ends) / 2e6
+    steps.check_sizes(found, {"between": Search(best=Best(max_size_mb=megabytes))})
+    for size in (0.5 * ends[0] / 1e6, 2 * ends[1] / 1e6):
+        with pytest.raises(
+            QwtError, match=r"quantization.mixed.best.max_size_mb is .* MB; choose a size"
+        ):
+            steps.check_sizes(found, {"mixed": Search(best=Best(max_size_mb=size))})
+    narrow = Search(best=Best(max_size_mb=megabytes), candidates=(7, 8))
+    replaced = quantize_model(tiny.detector(kind), replace(settings, weight_bits=7))
+    with pytest.raises(QwtError, match="other candidates"):
+        steps.check_sizes(replaced, {"mixed": narrow})
 
 
 @pytest.fixture
@@ -414,6 +450,15 @@ class Unloaded(steps.Inputs):
             "min_activation_bits is 8, more than",
         ),
         ({"best": Best(5), "objective": "bit_operations"}, "contradicts"),
+        (
+            {"smallest": Smallest(0.1), "objective": "bit_operations", "max_activation_bits": 32},
+            "max_activation_bits is at most 8",
+        ),
+        (
+            {"best": Best(6), "candidates": (5, 6, 8), "storage": "onnx"},
+            "candidates are 5, 6, 8, which all take 8 bits with storage: onnx",
+        ),
+        ({"best": Best(3.5), "storage": "onnx"}, r"is 3\.5, but candidates go from 4 to 8"),
     ],
 )
 def test_contradictions_are_told(search, message):

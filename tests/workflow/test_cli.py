@@ -147,6 +147,7 @@ def test_shrink_searches_quantizes_and_exports(coco, tmp_path):
         assert rule in planned.stdout
     written = yaml.safe_load((tmp_path / "output" / "config.yaml").read_text())
     assert written["quantization"]["smallest"]["smallest"]["max_drop"] == 0.01
+    assert written["quantization"]["smallest"]["storage"] == "onnx"
     assert written["quantization"]["w8a8"]["scope"] == "detector"
     assert written["quantization"]["w8a8"]["activation_bits"] == 8
     assert written["quantization"]["w8a8"]["grids"] == "integer", "a file that is fast, too"

@@ -10,6 +10,9 @@ from ..config.export import OwnRuntime
 from ..config.workflow import Targets
 from ..errors import QwtError
 from ..plan import Variant
+from ..plan.files import DOCUMENT
+from ..reporting.summary import read_summary
+from ..reporting.text import file_sentences
 from .common import CoresOption, DeviceOption, DryRunOption, OutputOption, plain_errors
 from .options import Key, Table, Values, choices, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
@@ -22,6 +25,7 @@ SHRINK_OPTIONS: Table = {
     },
     Search: {
         "a_bit": Key("max_activation_bits"),
+        "storage": Key("storage", default="onnx"),  # sizes are those of the file
         "search_images": Key("images"),
         "rounds": Key("rounds"),
     },
@@ -95,4 +99,5 @@ def shrink(
             variant = Variant(model, name)
             recipe = output_dir / variant.calibrated("recipe.yaml")
             graph = output_dir / variant.exported / "model.onnx"
-            typer.echo(f"\nRecipe: {recipe}\nFile: {graph}")
+            told = file_sentences(read_summary(output_dir / DOCUMENT))
+            typer.echo("\n".join(["", f"Recipe: {recipe}", f"File: {graph}", *told]))

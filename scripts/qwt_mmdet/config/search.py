@@ -15,6 +15,15 @@ from .quantization import (
 )
 from .section import Nested, Text, as_plain, section
 
+Storage = Literal["bits", "onnx"]
+
+
+def stored_bits(bits: int, storage: Storage) -> int:
+    """Bits that a weight of so many bits takes: as many, or 4 or 8 in an exported file."""
+    if storage == "bits":
+        return bits
+    return 4 if bits <= 4 else 8
+
 
 @section
 class Smallest:
@@ -64,6 +73,9 @@ class Search:
     """Most bits of activations; 32, with the objective `size`, leaves them in floating point."""
     objective: Literal["size", "bit_operations"] = "size"
     """What `smallest` minimizes: bytes of weights, or multiply-adds times the bits of both factors."""
+    storage: Storage = "bits"
+    """What a weight takes of a size: its `bits`, or what exported files store (`onnx`): half a byte up to 4 bits, else a
+    byte. With `onnx` only the most candidates of each are measured: 4 and 8, by default."""
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 4
     """Calibration images on which the error of each layer is measured at each number of bits."""
     rounds: Annotated[int, Strict(), Field(ge=1, le=100)] = 5
@@ -77,6 +89,12 @@ class Search:
             problems.append("give either smallest or best.")
         if len(set(self.candidates)) < 2:
             problems.append("candidates must name two different numbers of bits at least.")
+        elif len(self.weight_candidates()) < 2:
+            (stored,) = {stored_bits(bits, self.storage) for bits in self.candidates}
+            problems.append(
+                f"candidates are {', '.join(map(str, self.candidates))}, which all take {stored} bits with storage: onnx; "
+                "name one of up to 4 and one of more."
+            )
         if self.min_activation_bits > self.max_activation_bits:
             problems.append(
                 f"min_activation_bits is {self.min_activation_bits}, more than max_activation_bits, which is "
@@ -93,18 +111,20 @@ class Search:
                 "smallest."
             )
         average = self.best and self.best.average_weight_bits
-        if average and not min(self.candidates) <= average <= max(self.candidates):
+        low, *_, high = sorted(stored_bits(bits, self.storage) for bits in self.candidates)
+        if average and not low <= average <= high:
             problems.append(
-                f"best.average_weight_bits is {average:g}, but candidates go from {min(self.candidates)} to "
-                f"{max(self.candidates)} bits; choose an average in between, or other candidates."
+                f"best.average_weight_bits is {average:g}, but candidates go from {low} to {high} bits; choose an "
+                "average in between, or other candidates."
             )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def weight_candidates(self) -> list[int]:
-        """Bits that weights can get, in rising order."""
-        return sorted(set(self.candidates))
+        """Bits that weights can get, in rising order: the most of those that take the same storage."""
+        most = {stored_bits(bits, self.storage): bits for bits in sorted(self.candidates)}
+        return sorted(most.values())
 
     @property
     def measurement(self) -> str:

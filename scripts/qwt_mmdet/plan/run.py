@@ -212,6 +212,19 @@ class Plan:
         searches = [self.searches[n] for n in wanted & self.searches.keys()]
         return {s.smallest.metric for s in searches if s.smallest and s.measurement == name}
 
+    def asked_sizes(self, model: str, measurement: str) -> dict[str, Search]:
+        """The searches, by name, that choose from a measurement and have a size in megabytes as their limit."""
+        name = without_repeat(measurement)
+        wanted = {row.quantization for row in self.combinations if row.model == model}
+        return {
+            key: search
+            for key, search in self.searches.items()
+            if key in wanted
+            and search.measurement == name
+            and search.best
+            and search.best.max_size_mb
+        }
+
     def _names(self, combination: Combination, **more: str | None) -> dict[str, str | None]:
         """The wildcards of the jobs that a combination needs; see :meth:`.rows.Stopped.causes`."""
         model, quantization, _ = combination

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ..record import quantization_of
 from .convert import calibrated_layers, quantized_layers
 
 FLOAT = 4
@@ -32,6 +33,25 @@ def full_precision_bytes(model: nn.Module) -> int:
     layers = quantized_layers(model).values()
     added = [layer.bias for layer in layers if not layer.had_bias and layer.bias is not None]
     return tensor_bytes(model.parameters()) - tensor_bytes(added)
+
+
+def size_range(model: nn.Module, bits: Mapping[str, tuple[int, int]]) -> tuple[float, float]:
+    """About the smallest and the largest bytes of a detector that is not calibrated yet.
+
+    Args:
+        model: from :func:`.convert.quantize_model`.
+        bits: fewest and most bits of weights by the layer's name, where they are not the layer's own.
+    """
+    corrected = quantization_of(model).settings.bias_correction
+    total = [float(full_precision_bytes(model))] * 2
+    for name, layer in quantized_layers(model).items():
+        own = bits.get(name, (layer.weight_bits, layer.weight_bits))
+        added = GRID * (len(layer.weight) + layer.most_input_scales) - tensor_bytes([layer.weight])
+        added += FLOAT * len(layer.weight) * (corrected and layer.bias is None)
+        total = [
+            t + added + code_bytes(layer.weight.numel(), b) for t, b in zip(total, own, strict=True)
+        ]
+    return total[0], total[1]
 
 
 def weight_bytes(module: nn.Module, bits: Mapping[str, int] | None = None) -> float:

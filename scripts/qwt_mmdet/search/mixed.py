@@ -18,6 +18,7 @@ from torch import nn
 
 from ..archives import Finished
 from ..config import Override, QuantizationSettings
+from ..config.search import Storage, stored_bits
 from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..quantization.convert import matching_override, own_bits, quantized_layers
@@ -74,7 +75,7 @@ class Choice:
     """Bits of a layer (no weight bits for attention), with their relative error and their cost.
 
     Args:
-        bytes: of the codes of its weights.
+        bytes: that the codes of its weights take.
         bit_operations: multiply-adds times the bits of both factors, in percent of the total of all searched
             layers at W8A8.
     """
@@ -205,14 +206,14 @@ def _own_multiply_adds(
     return {name: 100 * share / total for name, share in own.items()}
 
 
-def _choices(layer: SearchedLayer) -> list[Choice]:
+def _choices(layer: SearchedLayer, storage: Storage) -> list[Choice]:
     """All combinations of bits that a layer can get, the fewest first."""
     return [
         Choice(
             weight_bits,
             activation_bits,
             layer.relative_error(weight_bits, activation_bits),
-            code_bytes(layer.weights, weight_bits or 0),
+            code_bytes(layer.weights, stored_bits(weight_bits, storage) if weight_bits else 0),
             layer.multiply_adds_percent * (weight_bits or activation_bits) * activation_bits / 64,
         )
         for weight_bits in (*sorted(layer.weight_errors),) or (None,)
@@ -225,14 +226,17 @@ class ParetoFront:
 
     Args:
         objective: the cost: ``bytes`` or ``bit_operations``.
+        storage: what a weight takes: its ``bits``, or as in exported files (``onnx``).
     """
 
-    def __init__(self, layers: Iterable[SearchedLayer], objective: str) -> None:
+    def __init__(
+        self, layers: Iterable[SearchedLayer], objective: str, storage: Storage = "bits"
+    ) -> None:
         self._objective = objective
         self._cheapest: dict[str, Choice] = {}
         steps: list[tuple[float, int, str, Choice]] = []
         for layer in layers:
-            hull = _lower_hull(_choices(layer), objective)
+            hull = _lower_hull(_choices(layer, storage), objective)
             self._cheapest[layer.name] = hull[0]
             for number, (before, after) in enumerate(itertools.pairwise(hull)):
                 steps.append((_slope(before, after, objective), number, layer.name, after))

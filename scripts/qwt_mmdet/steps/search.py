@@ -17,13 +17,14 @@ from pydantic import TypeAdapter
 
 from ..archives import Finished
 from ..config import QuantizationSettings, Search, as_entry, as_plain
+from ..config.search import stored_bits
 from ..errors import QwtError
 from ..files import read_json, sha256_file, write_atomically, write_json
 from ..fingerprint import weights_fingerprint
 from ..quantization.calibrate import calibrate
-from ..quantization.convert import quantize_model
-from ..quantization.size import code_bytes
-from ..record import record_of
+from ..quantization.convert import matching_override, quantize_model, quantized_layers
+from ..quantization.size import code_bytes, size_range
+from ..record import quantization_of, record_of
 from ..search.mixed import (
     Choice,
     Measurement,
@@ -73,6 +74,7 @@ def measure(
     images: int,
     output: Pathlike,
     metrics: Iterable[str] = (),
+    asked: Mapping[str, Search] | None = None,
     activation_cache: Mapping[str, Any] | None = None,
 ) -> None:
     """Measure the error of each layer at each number of bits; write ``output`` (.json).
@@ -83,10 +85,14 @@ def measure(
         settings: of a plain quantization, whose bits are replaced.
         images: number of images to calibrate and to measure on; none of them scores recipes.
         metrics: types of AP by which recipes will be scored.
+        asked: searches that have a size as their limit, by name.
         activation_cache: as of :func:`choose`.
     """
     model = inputs.load()
     inputs.check_evaluation(model)
+    plain = QuantizationSettings.from_mapping(settings)
+    if asked:
+        check_sizes(quantize_model(inputs.load(), plain), asked)
     with split_images(inputs.annotations) as (calibration, scoring):
         for metric in metrics:
             check_scoring(model, scoring, metric)
@@ -98,7 +104,6 @@ def measure(
         options = {"noise_images": 0, "keep_weights": True, **(activation_cache or {})}
         return calibrate(model, batches, **options)
 
-    plain = QuantizationSettings.from_mapping(settings)
     hashes = [weights_fingerprint({"image": batch["inputs"][0]}) for batch in batches]
     unfinished = Path(f"{output}.unfinished")
     fingerprint = record_of(model).fingerprint
@@ -109,6 +114,34 @@ def measure(
     found = measure_candidates(calibrated, plain, weight_bits, activation_bits, batches, finished)
     write_json(output, _MEASUREMENT.dump_python(found, mode="json", by_alias=True), indent=1)
     unfinished.unlink(missing_ok=True)
+
+
+def check_sizes(model: BaseDetector, asked: Mapping[str, Search]) -> None:
+    """Refuse sizes that no recipe of a quantized model, not calibrated yet, can have.
+
+    Raises:
+        QwtError: names the key, and the sizes that there are.
+    """
+    overrides = quantization_of(model).settings.overrides
+    for name, search in asked.items():
+        bits = {}
+        for layer, own in quantized_layers(model).items():
+            if matching_override(layer, overrides) is None:
+                possible = sorted([own.weight_bits, *search.weight_candidates()])
+                low, high = (stored_bits(b, search.storage) for b in (possible[0], possible[-1]))
+                bits[layer] = low, high
+        check_size(name, search, *size_range(model, bits))
+
+
+def check_size(name: str, search: Search, smallest: float, largest: float) -> None:
+    """Refuse a size that is not between these, in bytes."""
+    assert search.best is not None, "the search has a budget"
+    asked = search.best.max_size_mb
+    if asked is not None and not smallest <= asked * 1e6 <= largest:
+        raise QwtError(
+            f"quantization.{name}.best.max_size_mb is {asked:g}, but recipes of its candidates have from "
+            f"{smallest / 1e6:.3g} to {largest / 1e6:.3g} MB; choose a size in between, other candidates or a larger scope."
+        )
 
 
 def _depends_on(
@@ -156,14 +189,14 @@ class Chooser:
 
     def front(self) -> ParetoFront:
         objective = {"size": "bytes"}.get(self.search.objective, self.search.objective)
-        return ParetoFront(self.measurement.layers, objective)
+        return ParetoFront(self.measurement.layers, objective, self.search.storage)
 
     def weight_bytes(self, recipe: Recipe) -> int:
         """Bytes of the detector, as its report will say."""
         return round(recipe.bytes + self.measurement.fixed_bytes)
 
     def average_weight_bits(self, recipe: Recipe) -> float:
-        """Bits per weight of the searched layers."""
+        """Bits per weight that the searched layers take."""
         return 8 * recipe.bytes / sum(c.weights for c in self.measurement.layers)
 
     def within_budget(self) -> Recipe:
@@ -178,13 +211,7 @@ class Chooser:
             weights = sum(c.weights for c in self.measurement.layers)
             return front.within(code_bytes(weights, best.average_weight_bits))
         assert best.max_size_mb is not None, "one of both is given"
-        smallest, largest = (self.weight_bytes(front[index]) / 1e6 for index in (0, -1))
-        if not smallest <= best.max_size_mb <= largest:
-            raise QwtError(
-                f"quantization.{self.name}.best.max_size_mb is {best.max_size_mb:g}, but recipes of its candidates "
-                f"have from {smallest:.3g} to {largest:.3g} MB; choose a size in between, other candidates or a "
-                "larger scope."
-            )
+        check_size(self.name, self.search, *(self.weight_bytes(front[index]) for index in (0, -1)))
         return front.within(best.max_size_mb * 1e6 - self.measurement.fixed_bytes)
 
     def smallest(
