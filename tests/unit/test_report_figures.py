@@ -10,6 +10,7 @@ from qwt_mmdet.reporting.figures import (
     QUANTIZED,
     Point,
     ap_by_bits,
+    ap_by_latency,
     ap_by_size,
     block_errors,
     pareto_front,
@@ -19,8 +20,8 @@ from qwt_mmdet.reporting.figures import (
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def point(name: str, bits: int, series: str, value: float, megabytes: float) -> Point:
-    return Point(name, (bits, 8), series, value, value - 0.02, value + 0.03, megabytes)
+def point(name: str, bits: int, series: str, value: float, cost: float) -> Point:
+    return Point(name, (bits, 8), series, value, value - 0.02, value + 0.03, cost)
 
 
 POINTS = [
@@ -32,6 +33,13 @@ POINTS = [
     point("w4", 4, "paper", 0.20, 5.5),
 ]
 
+TIMED = [
+    point("full precision", 32, "ONNX Runtime", 0.40, 20.0),
+    point("w8", 8, "ONNX Runtime", 0.39, 30.0),
+    point("full precision", 32, "OpenVINO", 0.40, 18.0),
+    point("w8", 8, "OpenVINO", 0.39, 9.0),
+]
+
 BLOCKS = [
     {"name": "backbone.a", "kept": True, "holdout_error_before": 0.5, "holdout_error_after": 0.2},
     {"name": "backbone.b", "kept": False, "holdout_error_before": 0.1, "holdout_error_after": 0.2},
@@ -41,6 +49,7 @@ BLOCKS = [
 DRAWN = {
     "bits": lambda: ap_by_bits(POINTS, "mask", "fig"),
     "size": lambda: ap_by_size(POINTS, "mask", "fig"),
+    "latency": lambda: ap_by_latency(TIMED, "box", "fig"),
     "blocks": lambda: block_errors(BLOCKS, "holdout", "fig"),
 }
 
@@ -56,6 +65,7 @@ def texts(svg: str) -> list[str]:
         ("bits", {"mask AP (0 to 1)", "bits of weights (W), activations (A)"}),
         ("size", {"size of weights and compensation (MB)", "w4", "w8", "Pareto front", "baseline",
                   "quantized", "qwt", "paper"}),
+        ("latency", {"latency for an image (ms)", "full precision", "w8", "ONNX Runtime", "OpenVINO", "Pareto front"}),
         ("blocks", {"a", "b", "compensated", "compensated (not kept)"}),
     ],
 )  # fmt: skip
@@ -81,14 +91,14 @@ def test_numbers_that_no_axis_holds_are_left_out(draw):
     spoiled = [
         POINTS[0]._replace(low=NAN, high=INF),
         POINTS[1]._replace(value=NAN),
-        POINTS[2]._replace(megabytes=INF),
+        POINTS[2]._replace(cost=INF),
         POINTS[3]._replace(low=0.1, high=0.1, value=0.0),
     ]
     shown = texts(draw(spoiled, "box", "a"))
     assert {"baseline", "quantized"} <= set(shown)
     assert "qwt" not in shown
     for nothing in ([], [POINTS[1]._replace(value=NAN)]):
-        with pytest.raises(QwtError, match="No variant has an AP and a size to draw"):
+        with pytest.raises(QwtError, match="No variant has an AP and a cost to draw"):
             draw(nothing, "box", "a")
 
 
@@ -96,7 +106,7 @@ def test_numbers_that_no_axis_holds_are_left_out(draw):
 def test_odd_variants_can_be_drawn(draw):
     for odd in (
         [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)],
-        [p._replace(value=0.0, low=0.0, high=0.0, megabytes=0.0) for p in POINTS],
+        [p._replace(value=0.0, low=0.0, high=0.0, cost=0.0) for p in POINTS],
         [POINTS[1]._replace(quantization="$w_4")],
     ):
         assert "quantized" in texts(draw(odd, "box", "a"))
@@ -120,7 +130,7 @@ def test_nothing_beats_the_front_in_both_size_and_ap():
     front = pareto_front(POINTS)
     assert [p.value for p in front] == [0.10, 0.30, 0.39, 0.395, 0.40]
     for p in POINTS:
-        beaten = any(o.value >= p.value and o.megabytes <= p.megabytes and o != p for o in POINTS)
+        beaten = any(o.value >= p.value and o.cost <= p.cost and o != p for o in POINTS)
         assert (p not in front) == beaten
 
 

@@ -443,7 +443,7 @@ def test_the_report_is_one_well_formed_file(case):
 
 
 SECTIONS = [
-    "What quantization cost", "Results", "Accuracy against bits and size", "Error of each block",
+    "What quantization cost", "Results", "Accuracy against bits, size and latency", "Error of each block",
     "Error of each layer", "Pictures", "AP by class", "Provenance",
 ]  # fmt: skip
 
@@ -690,7 +690,7 @@ def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
     assert "<i>" not in page.source.replace('<i style="border', "")
     lost = re.findall(r"cannot show (.+?)\. (.+?)\.", page.text)
     assert {about for _, about in lost} == {
-        "None of its variants was evaluated", "No variant has an AP and a size to draw"
+        "None of its variants was evaluated", "No variant has an AP and a cost to draw"
     }  # fmt: skip
     assert page.tags.count("svg") == 3
 

@@ -134,3 +134,4 @@ def test_the_report_has_a_section_of_them(folder):
     assert "no significant difference" in section
     assert "Latency with 1 thread, 30 rounds, on an old machine." in section
     assert "The report cannot show" not in page
+    assert 'aria-label="m: box AP against latency"' in page

@@ -52,7 +52,10 @@ STYLE: Any = {
 
 
 class Point(NamedTuple):
-    """AP of one variant: its series (baseline, quantized or a compensation's name) and its costs."""
+    """AP of one variant: its series (baseline, quantized, or the name of a compensation or runtime) and its costs.
+
+    ``cost`` is a size in MB or a latency in ms.
+    """
 
     quantization: str
     bits: tuple[int, int]
@@ -60,7 +63,7 @@ class Point(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    megabytes: float
+    cost: float
 
 
 def series_styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -106,10 +109,10 @@ def _drawable(points: Sequence[Point]) -> list[Point]:
     drawable = [
         point if _finite(point.low) and _finite(point.high) else point._replace(low=None, high=None)
         for point in points
-        if _finite(point.value) and _finite(point.megabytes)
+        if _finite(point.value) and _finite(point.cost)
     ]
     if not drawable:
-        raise QwtError("No variant has an AP and a size to draw.")
+        raise QwtError("No variant has an AP and a cost to draw.")
     return drawable
 
 
@@ -163,9 +166,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other point dominates in size and AP, by size."""
+    """Points that no other point dominates in cost and AP, by cost."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.megabytes, -p.value)):
+    for point in sorted(points, key=lambda p: (p.cost, -p.value)):
         if not front or point.value > front[-1].value:
             front.append(point)
     return front
@@ -178,7 +181,7 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
         top = point.value if point.high is None else point.high
         for rise in (4, 15, 26, 37):
             label = axes.annotate(
-                point.quantization, (point.megabytes, top), (0, rise),
+                point.quantization, (point.cost, top), (0, rise),
                 textcoords="offset points", ha="center", fontsize=10,
             )  # fmt: skip
             box = label.get_window_extent()
@@ -190,30 +193,42 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
 
 def ap_by_size(points: Sequence[Point], ap_type: str, name: str) -> Markup:
     """AP against the size of weights and compensation, with the Pareto front; see :func:`ap_by_bits`."""
+    labelled = [point for point in points if point.series == QUANTIZED]
+    return _ap_by_cost(points, labelled, ap_type, name, "size of weights and compensation (MB)")
+
+
+def ap_by_latency(points: Sequence[Point], ap_type: str, name: str) -> Markup:
+    """AP of exported files against their latency, with the Pareto front; a series for each runtime."""
+    return _ap_by_cost(points, points, ap_type, name, "latency for an image (ms)")
+
+
+def _ap_by_cost(
+    points: Sequence[Point], labelled: Sequence[Point], ap_type: str, name: str, cost: str
+) -> Markup:
     points = _drawable(points)
     styles = series_styles(point.series for point in points)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(4.2)
         front = pareto_front(points)
         axes.step(
-            [point.megabytes for point in front], [point.value for point in front],
+            [point.cost for point in front], [point.value for point in front],
             where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front",
         )  # fmt: skip
-        sizes = [point.megabytes for point in points]
-        beside = 0.008 * (max(sizes) - min(sizes))  # shift between points of the same size
+        costs = [point.cost for point in points]
+        beside = 0.008 * (max(costs) - min(costs))  # shift between points of the same cost
         for number, point in enumerate(points):
             colour, marker = styles[point.series]
-            shift = beside * sizes[:number].count(point.megabytes)
+            shift = beside * costs[:number].count(point.cost)
             axes.errorbar(
-                point.megabytes + shift, point.value, yerr=_error(point), color=colour, marker=marker,
+                point.cost + shift, point.value, yerr=_error(point), color=colour, marker=marker,
                 linestyle="none", capsize=3, label=point.series,
             )  # fmt: skip
         axes.margins(x=0.18, y=0.12)
-        axes.set_xlabel("size of weights and compensation (MB)")
+        axes.set_xlabel(cost)
         axes.set_ylabel(f"{ap_type} AP (0 to 1)")
         _legend(figure, axes)
         figure.draw_without_rendering()
-        _label_points(axes, [p for p in points if p.series == QUANTIZED])
+        _label_points(axes, [point for point in points if point in labelled])
         return _svg(figure, name)
 
 

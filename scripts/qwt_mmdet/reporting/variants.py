@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.estimates import value_of
+from ..evaluation.estimates import Estimate, value_of
 from ..plan.files import BASELINE, QUANTIZED
 from ..plan.run import unique
 from . import figures
-from .summary import Row
+from .summary import ExportedRow, Row
 
 
 def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -91,11 +91,25 @@ def points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
             value=line["ap"].value,
             low=line["ap"].low,
             high=line["ap"].high,
-            megabytes=line["bytes"] / 1e6,
+            cost=line["bytes"] / 1e6,
         )
         for line in lines
         if value_of(line["ap"]) is not None and line["bytes"] is not None
     ]
+
+
+def timed_points(baseline: Estimate | None, rows: Sequence[ExportedRow]) -> list[figures.Point]:
+    """Points of the figure of latency: exported files that were evaluated and timed, and full precision in each runtime."""
+    found = []
+    for title in unique(row.title or row.runtime for row in rows):
+        own = [row for row in rows if (row.title or row.runtime) == title]
+        full = next(filter(None, (row.full_precision_milliseconds for row in own)), None)
+        timed = [("full precision", baseline, full)]
+        timed += [(row.variant, row.ap, row.milliseconds) for row in own]
+        for name, ap, cost in timed:
+            if ap is not None and ap.value is not None and cost is not None:
+                found.append(figures.Point(name, (32, 32), title, ap.value, ap.low, ap.high, cost))
+    return found
 
 
 def featured(rows: Sequence[Row]) -> Row:

@@ -1,6 +1,7 @@
 """What the templates of the report show of a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from . import figures, text
 from .pictures import Picture, choose_pictures
 from .sentences import answers
 from .summary import Row, Summary
-from .variants import featured, points, variant_lines
+from .variants import featured, points, timed_points, variant_lines
 
 
 class Model:
@@ -51,19 +52,25 @@ class Model:
         ]
 
     def tradeoffs(self) -> list[dict[str, Any]]:
-        """Figures of AP against bits and against size: label and function that draws."""
-        return [
-            {
-                "label": f"{result['ap_type']} AP against {cost}",
-                "draw": lambda draw=draw, result=result, cost=cost: draw(
-                    points(result["lines"]),
-                    result["ap_type"],
-                    f"{self._id}-{result['ap_type']}-{cost}",
-                ),
-            }
-            for result in self.results()
-            for cost, draw in (("bits", figures.ap_by_bits), ("size", figures.ap_by_size))
-        ]
+        """Figures of AP against bits, size and (of exported files) latency: label and function that draws."""
+        found = []
+        for result in self.results():
+            own = points(result["lines"])
+            first = result["rows"][0]
+            exported = [row for row in self.exported if row.metrics == first.metrics]
+            timed = timed_points(first.ap["AP"].baseline, exported)
+            costs = [("bits", figures.ap_by_bits, own), ("size", figures.ap_by_size, own)]
+            costs += [("latency", figures.ap_by_latency, timed)] * bool(timed)
+            found += [
+                {
+                    "label": f"{result['ap_type']} AP against {cost}",
+                    "draw": partial(
+                        draw, drawn, result["ap_type"], f"{self._id}-{result['ap_type']}-{cost}"
+                    ),
+                }
+                for cost, draw, drawn in costs
+            ]
+        return found
 
     def blocks(self) -> list[dict[str, Any]]:
         """Compensations: title and function that reads the errors of the blocks."""
