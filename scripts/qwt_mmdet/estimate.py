@@ -253,7 +253,7 @@ def search_costs(
 
     The search is not part of the pilot: it would take longer than all other steps. Each ranking calibrates the
     detector, and runs it once in full precision and once per quantized layer. Each round calibrates a recipe on
-    half of the images and scores it on the others.
+    each half of the images and scores it on the other one.
     """
     steps = ("evaluate_baseline", "quantize_model", "evaluate_quantized")
     full, calibration, quantized = (costs[model, step] for step in steps)
@@ -266,9 +266,9 @@ def search_costs(
     )
     chosen = dataclasses.replace(
         calibration,
-        seconds=full.seconds + rounds * (calibration.seconds + quantized.seconds),
-        seconds_per_image=bool(rounds) * full.seconds_per_image / 2
-        + rounds * (calibration.seconds_per_image + quantized.seconds_per_image) / 2,
+        seconds=full.seconds + 2 * rounds * (calibration.seconds + quantized.seconds),
+        seconds_per_image=bool(rounds) * full.seconds_per_image
+        + rounds * (calibration.seconds_per_image + quantized.seconds_per_image),
     )
     return {(model, "measure_candidates"): measured, (model, "choose_recipe"): chosen}
 

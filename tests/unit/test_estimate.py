@@ -109,7 +109,7 @@ def test_a_search_costs_what_it_repeats():
     seconds = {step: (cost.seconds, cost.seconds_per_image) for (_, step), cost in found.items()}
     assert seconds == {
         "measure_candidates": (10 + 4 * 10, 4 * 0.5 + 5 * 10 * 0.5),
-        "choose_recipe": (10 + 2 * 20, 0.25 + 2 * 0.5),
+        "choose_recipe": (10 + 2 * 2 * 20, 0.5 + 2 * 2 * 0.5),
     }
 
 

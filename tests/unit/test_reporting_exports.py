@@ -122,6 +122,14 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     assert "(120 % of its time" in text.slow_files(only_wall)[0]
 
 
+def test_what_a_search_predicted_is_said_with_what_would_tell_more():
+    loss = {"value": 0.0071, "low": 0.0046, "high": 0.0096, "images": 100, "images_to_tell": None}
+    told = "From 100 calibration images, a loss of 0.007 AP was predicted (0.005 to 0.010)"
+    assert text.predicted_loss(loss) == f"{told}."
+    loss["images_to_tell"] = 430
+    assert text.predicted_loss(loss).startswith(f"{told}; about 430 annotated images would show")
+
+
 def test_the_report_has_a_section_of_them(folder):
     page = (folder / "report.html").read_text()
     section = page[page.index("<h2>Exported files</h2>") : page.index("<h2>Error of each block")]

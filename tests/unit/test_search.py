@@ -4,8 +4,10 @@ import itertools
 import json
 from dataclasses import replace
 from functools import partial
+from statistics import NormalDist
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,6 +19,7 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model, quantized_layers
 from qwt_mmdet.quantization.size import detector_bytes, size_range
 from qwt_mmdet.quantization.state import summarize_quantization
+from qwt_mmdet.search.judge import DISCREPANCY, Loss, LossModel, Scored, cheapest
 from qwt_mmdet.search.mixed import (
     Measurement,
     ParetoFront,
@@ -272,12 +275,16 @@ def annotations(tmp_path):
     return write
 
 
-def test_no_image_both_calibrates_and_scores(annotations):
-    with steps.split_images(annotations()) as paths:
-        calibration, scoring = (json.loads(path.read_text()) for path in paths)
-    ids = [{image["id"] for image in part["images"]} for part in (calibration, scoring)]
-    assert ids == [{0, 1, 3, 5, 7, 8, 9}, {2, 4, 6}]
-    assert {a["image_id"] for a in scoring["annotations"]} == ids[1]
+def test_no_image_calibrates_what_it_scores_and_each_annotated_one_scores_once(annotations):
+    def ids(path):
+        return {image["id"] for image in json.loads(path.read_text())["images"]}
+
+    with steps.cross_fitting(annotations()) as parts:
+        assert ids(parts.scored) == {1, 2, 3, 4, 5, 6, 7}, "a crowd alone is no object"
+        folds = [(ids(calibration), ids(scored)) for calibration, scored in parts.folds]
+        first = json.loads(parts.folds[0][1].read_text())
+    assert folds == [({0, 2, 4, 6, 8, 9}, {1, 3, 5, 7}), ({0, 1, 3, 5, 7, 8, 9}, {2, 4, 6})]
+    assert {a["image_id"] for a in first["annotations"]} == {1, 3, 5, 7}
 
 
 def chooser(**search):
@@ -286,49 +293,129 @@ def chooser(**search):
     )
 
 
+LUCK = 1 + 0.1 * np.random.default_rng(0).standard_normal(1000)
+"""Ratios of the losses under resamples to the loss."""
+
+
+def worst(confidence, luck=LUCK):
+    """The upper end of an interval by the value."""
+    return 1 + NormalDist().inv_cdf(confidence) * np.hypot(np.std(luck), DISCREPANCY)
+
+
 @pytest.fixture
 def scorer(monkeypatch):
-    """A scorer whose AP loss is proportional to the error; notes the bits that it was asked for."""
+    """A scorer whose recipes lose AP with their errors; notes the bits that it was asked for."""
     asked = []
 
     class Scorer:
         baseline, images, fingerprint = 0.5, 10, {"model": "tiny"}
+        luck, scale = LUCK, 1.0
 
         def __init__(self, *_):
             pass
 
-        def drop(self, settings):
+        def score(self, settings):
             bits = {entry.pattern: entry.weight_bits for entry in settings.overrides}
             asked.append(bits)
-            return sum(c.relative_error(bits.get(c.name, 8), 8) for c in LAYERS) / 10
+            error = sum(c.relative_error(bits.get(c.name, 8), 8) for c in LAYERS)
+            drop = self.scale * error / 10
+            return {"error": 2 * error, "drop": drop, "drops": (drop * self.luck).tolist()}
 
     monkeypatch.setattr(steps, "Scorer", Scorer)
     return asked
 
 
-@pytest.mark.parametrize("max_drop", [0.001, 0.01, 0.1])
-def test_the_smallest_recipe_is_the_cheapest_that_loses_at_most_so_much(
-    max_drop, scorer, annotations
+@pytest.mark.parametrize("confidence", [0.5, 0.9])
+@pytest.mark.parametrize("max_drop", [0.0005, 0.001, 0.01, 0.1])
+def test_the_smallest_recipe_is_the_cheapest_that_surely_loses_at_most_so_much(
+    max_drop, confidence, scorer, annotations
 ):
-    asks = chooser(smallest=Smallest(max_drop), rounds=20)
-    recipe, rounds = asks.smallest(SimpleNamespace(annotations=annotations()))
-    front = asks.front()
-    fitting = [
-        index for index, error in enumerate(front.relative_errors()) if error / 10 <= max_drop
-    ]
-    assert recipe == front[fitting[0]]
-    assert len(rounds) == len(scorer) <= 4  # of 13 recipes
+    asks = chooser(smallest=Smallest(max_drop, confidence=confidence), rounds=20)
+    answer = asks.smallest(SimpleNamespace(annotations=annotations()))
+    front, most = asks.front(), worst(confidence)
+    fitting = [i for i, e in enumerate(front.relative_errors()) if most * e / 10 <= max_drop]
+    assert answer.recipe == front[fitting[0]]
+    assert len(answer.rounds) == len(scorer) <= 3  # of 13 recipes
+    assert answer.loss.value == pytest.approx(answer.recipe.relative_error / 10)
+    assert answer.loss.high == pytest.approx(most * answer.loss.value)
+    assert answer.images_to_tell is None
 
 
-@pytest.mark.parametrize(("max_drop", "rounds"), [(0.01, 1), (0.0001, 2)])
-def test_rounds_bound_the_calibrations_and_the_best_that_was_tried_is_taken(
-    scorer, annotations, max_drop, rounds
+@pytest.mark.parametrize(("limit", "tells"), [(1.27, True), (0.9, False)])
+def test_a_limit_that_no_recipe_surely_meets_takes_the_largest_and_says_what_would_tell(
+    scorer, annotations, caplog, limit, tells
 ):
-    """The largest where every recipe loses too much."""
-    asks = chooser(smallest=Smallest(max_drop), rounds=rounds)
-    recipe, tried = asks.smallest(SimpleNamespace(annotations=annotations()))
-    assert len(tried) == len(scorer) == rounds
-    assert recipe.relative_error / 10 <= 0.01 if rounds == 1 else recipe == asks.front()[-1]
+    front = chooser(smallest=Smallest(0.1)).front()
+    steps.Scorer.scale = 0.01 / (front[-1].relative_error / 10)
+    asks = chooser(smallest=Smallest(0.01 * limit))
+    found = asks.smallest(SimpleNamespace(annotations=annotations()))
+    assert found.recipe == front[-1]
+    if not tells:
+        assert found.images_to_tell is None
+        assert "Its predicted loss is above the limit" in caplog.text
+        return
+    assert f"About {found.images_to_tell} annotated images would tell" in caplog.text
+    luck = np.std(LUCK) * (10 / found.images_to_tell) ** 0.5  # of so many in the place of 10
+    assert 0.01 * worst(0.9, [1 - luck, 1 + luck]) == pytest.approx(0.0127, rel=0.002)
+
+
+def test_rounds_bound_the_recipes_that_are_scored(scorer, annotations):
+    answer = chooser(smallest=Smallest(0.01), rounds=1).smallest(
+        SimpleNamespace(annotations=annotations())
+    )
+    assert len(answer.rounds) == len(scorer) == 1
+    assert answer.recipe.relative_error / 10 <= 0.01
+
+
+def test_where_no_loss_is_seen_a_worse_recipe_is_scored_next(scorer, annotations):
+    steps.Scorer.luck = 1 + 20 * np.random.default_rng(0).standard_normal(1000)
+    asks = chooser(smallest=Smallest(0.1), rounds=20)
+    answer = asks.smallest(SimpleNamespace(annotations=annotations()))
+    errors = [one.relative_error for one in answer.rounds]
+    assert errors[1] >= 4 * errors[0]
+    assert 0 in [one.index for one in answer.rounds]
+
+
+def scored(estimate, drop, spread=0.1, error=None):
+    luck = 1 + spread * np.random.default_rng(1).standard_normal(1000)
+    return Scored(estimate, estimate if error is None else error, drop, (drop * luck).tolist())
+
+
+def test_the_loss_is_proportional_to_the_error_that_was_measured():
+    model = LossModel([scored(0.1, 0.08, error=0.4), scored(0.01, 0.002, error=0.01)], 0.9)
+    assert model.error(0.1) == pytest.approx(0.4)
+    assert model.error(0.0316227766) == pytest.approx(0.0316227766 * 2), "the ratio is between"
+    assert model.error(0.001) == pytest.approx(0.001)
+    assert model.error(1.0) == pytest.approx(4.0)
+    loss = model.loss(0.01)
+    assert loss.value == pytest.approx(0.002)
+    assert loss.high == pytest.approx(0.002 * worst(0.9, [0.9, 1.1]), rel=0.02)
+    assert loss.high - loss.value == pytest.approx(loss.value - loss.low)
+
+
+def test_a_recipe_whose_loss_is_known_better_counts_more():
+    known, vague = scored(0.1, 0.1, 0.01), scored(0.1001, 0.3, 2.0)
+    assert LossModel([known, vague], 0.9).loss(0.1).value == pytest.approx(0.1, rel=0.02)
+    large = LossModel([scored(0.001, 0.001, 0.01), scored(0.1, 0.15, 0.01)], 0.9)
+    assert large.loss(0.001).value == pytest.approx(0.00125, rel=0.1), "both, where luck is small"
+
+
+def test_a_gain_is_no_negative_loss():
+    loss = LossModel([scored(0.1, -0.01)], 0.9).loss(0.1)
+    assert (loss.low, loss.value, loss.systematic) == (0, 0, 0)
+    assert 0 < loss.high < 0.002, "by luck"
+    assert not LossModel([scored(0.1, -0.01)], 0.9).is_seen
+
+
+def test_images_that_would_tell_narrow_the_interval_to_the_limit():
+    assert Loss(0.01, 0.0, 0.03, 0.01).images_to_tell(100, 0.02) == 400
+    assert Loss(0.01, 0.0, 0.015, 0.01).images_to_tell(100, 0.02) is None, "it is told"
+    assert Loss(0.03, 0.0, 0.05, 0.03).images_to_tell(100, 0.02) is None, "it is missed"
+    assert Loss(0.01, 0.0, 0.03, 0.021).images_to_tell(100, 0.02) is None, (
+        "images are not the reason"
+    )
+    losses = [Loss(value, value, value, value) for value in (0.4, 0.1, 0.2, 0.05, 0.01)]
+    assert [cheapest(losses, limit) for limit in (1, 0.15, 0.02, 0.001)] == [0, 3, 4, 4]
 
 
 def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
@@ -350,17 +437,17 @@ def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
 
     def choose(stop=None, **changes):
         """Choose a recipe, or be stopped in round ``stop``; return how many recipes were calibrated."""
-        drop = steps.Scorer.drop
+        score = steps.Scorer.score
 
         def stopped(self, settings):
             if stop is not None and len(scorer) == stop:
                 raise KeyboardInterrupt
-            return drop(self, settings)
+            return score(self, settings)
 
         scorer.clear()
         search = {"smallest": {"max_drop": 0.001}, "rounds": 20} | changes
         with monkeypatch.context() as patch:
-            patch.setattr(steps.Scorer, "drop", stopped)
+            patch.setattr(steps.Scorer, "score", stopped)
             steps.choose(
                 inputs, name="mixed", search=search, settings={"weight_bits": 8, "activation_bits": 8},
                 candidates=candidates, recipe=recipe, summary=summary,
@@ -369,29 +456,29 @@ def test_a_search_that_was_stopped_goes_on_after_its_finished_rounds(
 
     whole = choose()
     expected = recipe.read_text(), summary.read_text()
-    assert whole > 2
+    assert whole > 1
 
-    def stop_after_two():
+    def stop_after_one():
         with pytest.raises(KeyboardInterrupt):
-            choose(stop=2)
+            choose(stop=1)
 
-    stop_after_two()
-    assert choose() == whole - 2
+    stop_after_one()
+    assert choose() == whole - 1
     assert (recipe.read_text(), summary.read_text()) == expected
     assert not (tmp_path / "r.json.unfinished").exists()
 
-    stop_after_two()
+    stop_after_one()
     assert choose(rounds=21) == whole  # other settings
-    stop_after_two()
+    stop_after_one()
     (tmp_path / "images" / "3.jpg").write_bytes(b"others")
     assert choose() == whole
-    stop_after_two()
+    stop_after_one()
     candidates.write_bytes(dump(Measurement(LAYERS, 1001.0)))
     assert choose() == whole
-    stop_after_two()
+    stop_after_one()
     steps.Scorer.fingerprint = {"model": "other"}
     assert choose() == whole
-    stop_after_two()
+    stop_after_one()
     (tmp_path / "r.json.unfinished").write_text('{"inputs"')  # cut off
     assert choose() == whole
 
@@ -409,7 +496,7 @@ def test_a_size_between_is_kept():
 
 @pytest.mark.parametrize(
     ("images", "metric", "message"),
-    [((), "bbox", "scored on 3 images"), ((20, 20), "segm", "no masks; use bbox")],
+    [((), "bbox", "scored on 7 images"), ((20, 20), "segm", "no masks; use bbox")],
 )
 def test_recipes_that_cannot_be_scored_are_an_error(annotations, images, metric, message):
     inputs = Unloaded("", {}, "", annotations(*images), None, 0, 1, 0)
@@ -417,15 +504,22 @@ def test_recipes_that_cannot_be_scored_are_an_error(annotations, images, metric,
         chooser(smallest=Smallest(0.01, metric)).smallest(inputs)
 
 
+def stop_after_calibration(*_):
+    raise InterruptedError
+
+
 def test_a_recipe_is_calibrated_within_the_activation_cache(annotations, monkeypatch):
     limits, seen = {"device_gb": 1.0, "memory_gb": 0.5}, []
     monkeypatch.setattr(steps, "check_scoring", lambda *_: 10)
-    monkeypatch.setattr(steps.Scorer, "_ap", lambda *_: 0.5)
+    metrics = {"bbox": {"AP": 0.5}}
+    monkeypatch.setattr(steps, "evaluate_detector", lambda *_, **__: (metrics, []))
+    monkeypatch.setattr(steps, "predict", stop_after_calibration)
     monkeypatch.setattr(steps.Inputs, "loader", lambda *_: [])
     monkeypatch.setattr(steps, "quantize_model", lambda model, settings: model)
     monkeypatch.setattr(steps, "calibrate", lambda *_, **options: seen.append(options))
     inputs = Unloaded("", {}, "", annotations(20, 20), None, 0, 1, 0)
-    chooser(smallest=Smallest(0.01), rounds=1).smallest(inputs, activation_cache=limits)
+    with pytest.raises(InterruptedError):
+        chooser(smallest=Smallest(0.01), rounds=1).smallest(inputs, activation_cache=limits)
     assert limits.items() <= seen[0].items()
 
 

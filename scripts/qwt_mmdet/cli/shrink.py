@@ -9,10 +9,11 @@ from ..config import Best, QuantizationSettings, Search, Smallest
 from ..config.export import OwnRuntime
 from ..config.workflow import Targets
 from ..errors import QwtError
+from ..files import read_json
 from ..plan import Variant
 from ..plan.files import DOCUMENT
 from ..reporting.summary import read_summary
-from ..reporting.text import file_sentences
+from ..reporting.text import file_sentences, predicted_loss
 from .common import CoresOption, DeviceOption, DryRunOption, OutputOption, plain_errors
 from .options import Key, Table, Values, choices, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
@@ -99,5 +100,7 @@ def shrink(
             variant = Variant(model, name)
             recipe = output_dir / variant.calibrated("recipe.yaml")
             graph = output_dir / variant.exported / "model.onnx"
-            told = file_sentences(read_summary(output_dir / DOCUMENT))
+            loss = read_json(recipe.with_suffix(".json"))["loss"]
+            told = [predicted_loss(loss)] if loss else []
+            told += file_sentences(read_summary(output_dir / DOCUMENT))
             typer.echo("\n".join(["", f"Recipe: {recipe}", f"File: {graph}", *told]))

@@ -33,6 +33,8 @@ class Smallest:
     """Largest loss of AP, with AP from 0 to 1: 0.01 is one point."""
     metric: Literal["bbox", "segm"] = "bbox"
     """Box AP or mask AP."""
+    confidence: Annotated[float, Strict(), Field(ge=0.5, lt=1)] = 0.9
+    """How sure the limit is to be met, as the calibration images tell it."""
 
 
 @section
@@ -79,8 +81,8 @@ class Search:
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 4
     """Calibration images on which the error of each layer is measured at each number of bits."""
     rounds: Annotated[int, Strict(), Field(ge=1, le=100)] = 5
-    """Most recipes that `smallest` tries. Each is calibrated on some of the calibration images and evaluated on
-    the others."""
+    """Most recipes that `smallest` tries. Each is calibrated on a half of the annotated calibration images and evaluated on
+    the other half, both ways."""
 
     @model_validator(mode="after")
     def _agree(self) -> "Search":

@@ -113,6 +113,19 @@ def loss(row: Row) -> str | None:
     )
 
 
+def predicted_loss(loss: Mapping[str, Any]) -> str:
+    """What a search says of its recipe's loss: the ``loss`` of its recipe.json."""
+    sentence = (
+        f"From {loss['images']} calibration images, a loss of {number(loss['value'])} AP was predicted "
+        f"({number(loss['low'])} to {number(loss['high'])})"
+    )
+    if loss["images_to_tell"]:
+        sentence += (
+            f"; about {loss['images_to_tell']} annotated images would show whether the limit is met"
+        )
+    return f"{sentence}."
+
+
 def file_sentences(summary: Summary) -> list[str]:
     """A sentence about each exported quantization in a runtime: the file's size, its latency, and its detector's loss.
 

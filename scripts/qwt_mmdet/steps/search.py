@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import yaml
 from mmdet.models import BaseDetector
 from pydantic import TypeAdapter
@@ -18,13 +19,18 @@ from pydantic import TypeAdapter
 from ..archives import Finished
 from ..config import QuantizationSettings, Search, as_entry, as_plain
 from ..config.search import stored_bits
+from ..detectors.forward import head_tensors
 from ..errors import QwtError
+from ..evaluation.bootstrap import bootstrap
+from ..evaluation.predict import predict
 from ..files import read_json, sha256_file, write_atomically, write_json
 from ..fingerprint import weights_fingerprint
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import matching_override, quantize_model, quantized_layers
 from ..quantization.size import code_bytes, size_range
+from ..quantization.sqnr import HeadError
 from ..record import quantization_of, record_of
+from ..search.judge import Loss, LossModel, Scored, cheapest
 from ..search.mixed import (
     Choice,
     Measurement,
@@ -39,30 +45,53 @@ from .inputs import Inputs, Pathlike
 
 logger = logging.getLogger(__name__)
 
-LEAST_SCORED = 5
-"""Fewest images that recipes are scored on, which are half of the annotated calibration images."""
+LEAST_SCORED = 10
+"""Fewest annotated calibration images to score recipes on."""
+ERROR_IMAGES = 24
+"""Images of each fold on which the error at the heads is measured."""
+RESAMPLES = 1000
+MUCH_WORSE = 4.0
+"""Ratio of the errors of recipes, if no loss of AP was seen with the smaller error."""
 _MEASUREMENT = TypeAdapter(Measurement)
 
 
-@contextmanager
-def split_images(annotations: Pathlike) -> Iterator[tuple[Path, Path]]:
-    """Split an annotation file in two: images to calibrate on, and images to score recipes on.
+class Parts(NamedTuple):
+    """Annotation files of calibration images.
 
-    Every second image with annotated objects is for scoring; all others are for calibration.
+    Args:
+        scored: all that have annotated objects.
+        folds: two pairs: images to calibrate on, and the half of ``scored`` that took no part in it.
     """
+
+    scored: Path
+    folds: tuple[tuple[Path, Path], ...]
+
+
+@contextmanager
+def cross_fitting(annotations: Pathlike) -> Iterator[Parts]:
+    """Split an annotation file for cross-fitting: each annotated image scores a recipe that others calibrated."""
     content = read_json(annotations, what="annotation file")
     objects = {a["image_id"] for a in content["annotations"] if not a.get("iscrowd")}
-    scored = {image["id"] for image in content["images"] if image["id"] in objects}
-    scored = set(sorted(scored)[1::2])
+    scored = sorted(image["id"] for image in content["images"] if image["id"] in objects)
+    everything = {image["id"] for image in content["images"]}
     with tempfile.TemporaryDirectory(prefix="qwt-mmdet-") as folder:
-        paths = (Path(folder, "calibration.json"), Path(folder, "scoring.json"))
-        for path, wanted in zip(paths, (False, True), strict=True):
+
+        def write(name: str, wanted: Collection[int]) -> Path:
             part = {
-                key: [entry for entry in content[key] if (entry[image] in scored) == wanted]
+                key: [entry for entry in content[key] if entry[image] in wanted]
                 for key, image in (("images", "id"), ("annotations", "image_id"))
             }
-            write_json(path, content | part)
-        yield paths
+            write_json(Path(folder, name), content | part)
+            return Path(folder, name)
+
+        halves = {*scored[::2]}, {*scored[1::2]}
+        yield Parts(
+            write("scored.json", {*scored}),
+            tuple(
+                (write(f"calibration{n}.json", everything - half), write(f"scored{n}.json", half))
+                for n, half in enumerate(halves)
+            ),
+        )
 
 
 def measure(
@@ -83,7 +112,7 @@ def measure(
 
     Args:
         settings: of a plain quantization, whose bits are replaced.
-        images: number of images to calibrate and to measure on; none of them scores recipes.
+        images: number of images to calibrate and to measure on.
         metrics: types of AP by which recipes will be scored.
         asked: searches that have a size as their limit, by name.
         activation_cache: as of :func:`choose`.
@@ -93,11 +122,10 @@ def measure(
     plain = QuantizationSettings.from_mapping(settings)
     if asked:
         check_sizes(quantize_model(inputs.load(), plain), asked)
-    with split_images(inputs.annotations) as (calibration, scoring):
+    with cross_fitting(inputs.annotations) as parts:
         for metric in metrics:
-            check_scoring(model, scoring, metric)
-        part = dataclasses.replace(inputs, annotations=calibration, batch_size=1)
-        batches = list(islice(part.loader(model), images))
+            check_scoring(model, parts.scored, metric)
+    batches = list(islice(dataclasses.replace(inputs, batch_size=1).loader(model), images))
 
     def calibrated(settings: QuantizationSettings) -> BaseDetector:
         model = quantize_model(inputs.load(), settings)
@@ -163,6 +191,7 @@ class Round:
 
     Args:
         index: of the recipe on the Pareto front.
+        relative_error: at the heads, the sum of those of its layers. measured_error: of the recipe.
         drop: loss of AP (0 to 1) on the images for scoring.
     """
 
@@ -170,7 +199,24 @@ class Round:
     average_weight_bits: float
     weight_bytes: int
     relative_error: float
+    measured_error: float
     drop: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The chosen recipe of a search for a loss, and what was tried.
+
+    Args:
+        loss: predicted.
+        images: number of images for scoring. images_to_tell: see :meth:`..search.judge.Loss.images_to_tell`.
+    """
+
+    recipe: Recipe
+    rounds: list[Round]
+    loss: Loss
+    images: int
+    images_to_tell: int | None
 
 
 @dataclass(frozen=True)
@@ -219,11 +265,12 @@ class Chooser:
         inputs: Inputs,
         unfinished: Path | None = None,
         activation_cache: Mapping[str, Any] | None = None,
-    ) -> tuple[Recipe, list[Round]]:
-        """The cheapest recipe that loses at most ``search.smallest.max_drop``, by bisection of the Pareto front.
+    ) -> Answer:
+        """The cheapest recipe whose predicted loss is at most ``search.smallest.max_drop``, with the asked confidence.
 
-        Each round calibrates a recipe on one part of the images and scores it on the other. The next recipe has
-        the mean SQNR (in dB) of those that are left.
+        Each round scores a recipe by cross-fitting; the loss is predicted from all rounds
+        (:class:`..search.judge.LossModel`). The next recipe is the one that the fit would choose; or one with a larger
+        error, if no loss was seen yet.
 
         Args:
             unfinished: file that keeps the finished rounds.
@@ -234,29 +281,48 @@ class Chooser:
         limit, front = self.search.smallest, self.front()
         assert limit is not None, "the search has a limit"
         errors = front.relative_errors()
-        low, high = 0, len(front) - 1  # the recipe is one of these
-        rounds: list[Round] = []
-        with split_images(inputs.annotations) as (calibration, scoring):
-            scorer = Scorer(inputs, calibration, scoring, limit.metric, activation_cache)
+        scored: dict[int, Scored] = {}
+        middle = (errors[0] * errors[-1]) ** 0.5
+        index: int | None = next(i for i, error in enumerate(errors) if error <= middle)
+        with cross_fitting(inputs.annotations) as parts:
+            scorer = Scorer(inputs, parts, limit.metric, activation_cache)
             finished = self._finished(unfinished, inputs, scorer)
-            while low < high and len(rounds) < self.search.rounds:
-                middle = (errors[low] * errors[high]) ** 0.5
-                index = next(i for i in range(low, high + 1) if errors[i] <= middle)
-                index = min(index, high - 1)
-                recipe = front[index]
+            while index is not None and len(scored) < self.search.rounds:
                 if str(index) not in finished.results:
-                    finished.add(str(index), scorer.drop(recipe_settings(self.settings, recipe)))
-                drop = finished.results[str(index)]
-                average, size = self.average_weight_bits(recipe), self.weight_bytes(recipe)
-                rounds.append(Round(index, average, size, recipe.relative_error, drop))
-                low, high = (low, index) if drop <= limit.max_drop else (index + 1, high)
-                self._log(rounds, scorer)
-        best = best_round(rounds, limit.max_drop)
-        if best is None:
+                    settings = recipe_settings(self.settings, front[index])
+                    finished.add(str(index), scorer.score(settings))
+                scored[index] = Scored(errors[index], **finished.results[str(index)])
+                model = LossModel([*scored.values()], limit.confidence)
+                losses = [model.loss(error) for error in errors]
+                chosen = cheapest(losses, limit.max_drop)
+                self._log(self._round(front, index, scored[index]), losses[chosen], scorer)
+                index = self._next(chosen, scored, errors, seen=model.is_seen)
+        loss = losses[chosen]
+        images = loss.images_to_tell(scorer.images, limit.max_drop)
+        if loss.high > limit.max_drop:
             logger.warning(
-                "No recipe that was tried loses less than %g; the largest is taken.", limit.max_drop
-            )
-        return front[best.index if best else -1], rounds
+                "%d images cannot show that any recipe loses at most %g; the largest is taken. %s",
+                scorer.images, limit.max_drop,
+                f"About {images} annotated images would tell." if images
+                else "Its predicted loss is above the limit; take more candidates, or a larger limit.",
+            )  # fmt: skip
+        rounds = [self._round(front, index, one) for index, one in scored.items()]
+        return Answer(front[chosen], rounds, loss, scorer.images, images)
+
+    def _round(self, front: ParetoFront, index: int, scored: Scored) -> Round:
+        recipe = front[index]
+        sizes = self.average_weight_bits(recipe), self.weight_bytes(recipe)
+        return Round(index, *sizes, scored.estimate, scored.error, scored.drop)
+
+    @staticmethod
+    def _next(
+        chosen: int, scored: Mapping[int, Scored], errors: Sequence[float], *, seen: bool
+    ) -> int | None:
+        """The recipe to score next; None where nothing more is to be learned."""
+        if not seen and 0 not in scored:
+            wanted = MUCH_WORSE * max(one.estimate for one in scored.values())
+            return next((i for i in reversed(range(len(errors))) if errors[i] >= wanted), 0)
+        return None if chosen in scored else chosen
 
     def _finished(self, path: Pathlike | None, inputs: Inputs, scorer: "Scorer") -> Finished:
         """The losses of AP of evaluated recipes, by their indices on the Pareto front."""
@@ -274,20 +340,13 @@ class Chooser:
         )  # fmt: skip
         return Finished(path, depends_on)
 
-    def _log(self, rounds: Sequence[Round], scorer: "Scorer") -> None:
-        assert self.search.smallest is not None
-        last, best = rounds[-1], best_round(rounds, self.search.smallest.max_drop)
+    def _log(self, last: Round, loss: Loss, scorer: "Scorer") -> None:
         logger.info(
-            "Round %d of %d: %.2f bits per weight, %.2f MB: AP falls by %.4f of %.3f on %d calibration images; "
-            "best so far: %s",
-            len(rounds), self.search.rounds, last.average_weight_bits, last.weight_bytes / 1e6, last.drop,
-            scorer.baseline, scorer.images, f"{best.weight_bytes / 1e6:.2f} MB" if best else "none",
+            "%.2f bits per weight, %.2f MB: AP falls by %.4f of %.3f on %d calibration images; the "
+            "recipe for the limit would lose %.4f (%.4f to %.4f)",
+            last.average_weight_bits, last.weight_bytes / 1e6, last.drop, scorer.baseline, scorer.images, loss.value,
+            loss.low, loss.high,
         )  # fmt: skip
-
-
-def best_round(rounds: Sequence[Round], max_drop: float) -> Round | None:
-    """The round of the cheapest recipe that lost at most ``max_drop``, if any."""
-    return min((r for r in rounds if r.drop <= max_drop), key=lambda r: r.index, default=None)
 
 
 def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> int:
@@ -299,9 +358,9 @@ def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> int:
     images = len(read_json(scoring)["images"])
     if images < LEAST_SCORED:
         raise QwtError(
-            f"Recipes would be scored on {images} images: half of the calibration images that have annotations. "
-            f"`smallest` needs {LEAST_SCORED} at least, and hundreds to tell small losses from chance; choose more "
-            "calibration images, or ask for `best` with a size."
+            f"Recipes would be scored on {images} images: the calibration images that have annotations. `smallest` needs "
+            f"{LEAST_SCORED} at least, and hundreds to tell small losses from chance; choose more calibration images, or "
+            "ask for `best` with a size."
         )
     if metric == "segm" and not model.with_mask:
         raise QwtError("smallest.metric is segm, but this detector has no masks; use bbox.")
@@ -310,7 +369,7 @@ def check_scoring(model: BaseDetector, scoring: Path, metric: str) -> int:
 
 
 class Scorer:
-    """Calibrates recipes on some images and scores them on others.
+    """Calibrates recipes on some images and scores them on others, in two folds.
 
     Attributes:
         baseline: AP of the full-precision detector.
@@ -324,40 +383,66 @@ class Scorer:
     def __init__(
         self,
         inputs: Inputs,
-        calibration: Path,
-        scoring: Path,
+        parts: Parts,
         metric: str,
         activation_cache: Mapping[str, Any] | None,
     ) -> None:
-        self._calibration = dataclasses.replace(inputs, annotations=calibration)
-        self._scoring = dataclasses.replace(inputs, annotations=scoring)
-        self._metric, self._cache = metric, activation_cache or {}
-        model = inputs.load()
-        self.images = check_scoring(model, scoring, metric)
-        self.fingerprint = record_of(model).fingerprint
-        self.baseline = self._ap(model)
+        self._inputs, self._parts, self._metric = inputs, parts, metric
+        self._cache = activation_cache or {}
+        self._model = inputs.load()
+        self.images = check_scoring(self._model, parts.scored, metric)
+        self.fingerprint = record_of(self._model).fingerprint
+        metrics, self._found = evaluate_detector(self._model, parts.scored, workers=inputs.workers)
+        self.baseline = float(metrics.get(metric, {}).get("AP") or 0.0)
         if not self.baseline:
             raise QwtError(
                 f"The full-precision detector has no {metric} AP on the {self.images} calibration images that "
                 "recipes are scored on, so nothing can be lost; check their annotations."
             )
 
-    def _ap(self, model: BaseDetector) -> float:
-        scoring = self._scoring
-        metrics, _ = evaluate_detector(model, scoring.annotations, workers=scoring.workers)
-        return float(metrics.get(self._metric, {}).get("AP") or 0.0)
+    def _on(self, annotations: Path, **changes: Any) -> Iterable[dict[str, Any]]:
+        """Batches of the images of a file."""
+        return dataclasses.replace(self._inputs, annotations=annotations, **changes).loader(
+            self._model
+        )
 
-    def drop(self, settings: QuantizationSettings) -> float:
-        """Loss of AP of the detector with these settings."""
-        model = quantize_model(self._calibration.load(), settings)
-        calibrate(model, self._calibration.loader(model), noise_images=0, **self._cache)
-        return self.baseline - self._ap(model)
+    def score(self, settings: QuantizationSettings) -> dict[str, Any]:
+        """Error at the heads of the detector with these settings, its loss of AP, and that under each resample."""
+        error, found = HeadError(), []
+        for calibration, scored in self._parts.folds:
+            model = quantize_model(self._inputs.load(), settings)
+            calibrate(model, self._on(calibration), noise_images=0, **self._cache)
+            found += predict(model, self._on(scored), scored).records
+            with torch.no_grad():
+                for image in islice(self._on(scored, batch_size=1), ERROR_IMAGES):
+                    error.update(head_tensors(self._model, image), head_tensors(model, image))
+        ap = bootstrap(
+            self._parts.scored,
+            {"full": self._found, "recipe": found},
+            masks=self._metric == "segm",
+            classes=self._model.dataset_meta["classes"],
+            resamples=RESAMPLES,
+            seed=self._inputs.seed,
+        )
+        full, recipe = (ap.samples[name][self._metric]["AP"] for name in ("full", "recipe"))
+        drop = ap.difference("full", "recipe", self._metric, "AP").value or 0.0
+        return {"error": error.relative(), "drop": drop, "drops": (full - recipe).tolist()}
 
 
 def _as_json(item: Choice | Round) -> dict[str, Any]:
-    """The fields, with the relative error under the key that the file has for it."""
+    """The fields, with relative errors under the keys that the file has for them."""
     fields = dataclasses.asdict(item).items()
-    return {"noise" if key == "relative_error" else key: value for key, value in fields}
+    names = {"relative_error": "noise", "measured_error": "measured_noise"}
+    return {names.get(key, key): value for key, value in fields}
+
+
+def _predicted(answer: Answer) -> dict[str, Any]:
+    """The predicted loss of a recipe, for its summary."""
+    return {
+        **dataclasses.asdict(answer.loss),
+        "images": answer.images,
+        "images_to_tell": answer.images_to_tell,
+    }
 
 
 def choose(
@@ -388,12 +473,13 @@ def choose(
         QuantizationSettings.from_mapping(settings),
         _MEASUREMENT.validate_python(read_json(candidates, what="measurement")),
     )
-    rounds: list[Round] = []
+    answer: Answer | None = None
     unfinished = Path(f"{summary}.unfinished")
     if chooser.search.best is not None:
         chosen = chooser.within_budget()
     else:
-        chosen, rounds = chooser.smallest(inputs, unfinished, activation_cache)
+        answer = chooser.smallest(inputs, unfinished, activation_cache)
+        chosen = answer.recipe
     average, size = chooser.average_weight_bits(chosen), chooser.weight_bytes(chosen)
     note = f"# {average:.2f} bits per weight on average, {size / 1e6:.2f} MB. It can stand under `quantization:`.\n"
     entry = {f"{name}-recipe": as_entry(recipe_settings(chooser.settings, chosen))}
@@ -407,7 +493,8 @@ def choose(
         "weight_bytes": size,
         "bit_operations_percent": chosen.bit_operations,
         "noise": chosen.relative_error,
-        "rounds": [_as_json(r) for r in rounds],
+        "rounds": [_as_json(r) for r in answer.rounds] if answer else [],
+        "loss": answer and _predicted(answer),
         "layers": [
             {
                 "name": name,

@@ -1,0 +1,114 @@
+"""The loss of AP of recipes, predicted from the error at the detector's heads.
+
+AP on some hundred images is a poor ruler of small losses: its luck is larger than what is asked for. The relative error
+at the heads is measured well on few images, and the loss of AP is nearly proportional to it. So both are measured for a
+few recipes, also for some that lose more than what is asked, and ``loss = slope · error`` is fitted to all of them. Its
+interval comes from the same resamples of the images for all recipes (paired bootstrap), and from how far detectors were
+found to be from the proportion.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+SEEN = 0.1
+"""Probability of such a slope without a loss, from which on a loss is seen."""
+DISCREPANCY = 0.2
+"""Standard deviation of losses of AP from the proportion, as a part of them (docs/search.md has measurements)."""
+
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was measured of a recipe, on images that took no part in its calibration.
+
+    Args:
+        estimate: its relative error at the heads, as the sum of those of its layers.
+        error: its relative error at the heads.
+        drop: its loss of AP. drops: the same under each resample of the images.
+    """
+
+    estimate: float
+    error: float
+    drop: float
+    drops: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A predicted loss of AP.
+
+    Args:
+        low, high: ends of its interval: with the model's confidence it is above ``low``, and below ``high``.
+        systematic: what the upper end would be if no luck of the images was in it.
+    """
+
+    value: float
+    low: float
+    high: float
+    systematic: float
+
+    def images_to_tell(self, images: int, max_drop: float) -> int | None:
+        """About how many images for scoring, in the place of ``images``, would show that a limit is met.
+
+        The part of luck in the interval falls with the square root of the number of images. None where it is shown
+        already, or no number would.
+        """
+        if self.high <= max_drop or self.systematic >= max_drop:
+            return None
+        fixed = (self.systematic - self.value) ** 2
+        luck = (self.high - self.value) ** 2 - fixed
+        return math.ceil(images * luck / ((max_drop - self.value) ** 2 - fixed))
+
+
+def cheapest(losses: Sequence[Loss], max_drop: float) -> int:
+    """The first of recipes, in the order of their cost, from which on none may lose more; else the last one."""
+    above = [index for index, loss in enumerate(losses) if loss.high > max_drop]
+    return min(above[-1] + 1, len(losses) - 1) if above else 0
+
+
+class LossModel:
+    """Predicts the loss of AP of recipes from those that were scored.
+
+    Args:
+        scored: one recipe at least.
+        confidence: that the loss is below the upper end of its interval.
+    """
+
+    def __init__(self, scored: Sequence[Scored], confidence: float) -> None:
+        errors = np.array([one.error for one in scored])
+        drops = np.stack([np.append(one.drop, one.drops) for one in scored])
+        drops = drops[:, ~np.isnan(drops).any(axis=0)]
+        variances = drops[:, 1:].var(axis=1) if drops.shape[1] > 1 else np.zeros(len(scored))
+        variances += (DISCREPANCY * drops[:, 0]) ** 2 + TINY
+        weights = errors / variances
+        slope, *resampled = (weights @ drops / max(weights @ errors, TINY)).tolist()
+        self._slope = max(slope, 0.0)
+        luck = float(np.std(resampled)) if resampled else 0.0
+        self._discrepancy = DISCREPANCY * self._slope
+        self._deviation = math.hypot(luck, self._discrepancy)
+        self._quantile = NormalDist().inv_cdf(confidence)
+        self.is_seen = slope > NormalDist().inv_cdf(1 - SEEN) * luck
+        by_estimate = sorted((one.estimate, one.error) for one in scored)
+        self._estimates, self._errors = np.log(np.maximum(np.array(by_estimate), TINY)).T
+
+    def error(self, estimate: float) -> float:
+        """The relative error at the heads of a recipe, from the sum of those of its layers.
+
+        The ratio of both is interpolated between the scored recipes.
+        """
+        wanted = np.log(max(estimate, TINY))
+        ratio = np.interp(wanted, self._estimates, self._errors - self._estimates)
+        return float(np.exp(wanted + ratio))
+
+    def loss(self, estimate: float) -> Loss:
+        """The loss of a recipe, from the sum of its layers' errors."""
+        error = self.error(estimate)
+        value, half = self._slope * error, self._quantile * self._deviation * error
+        systematic = value + self._quantile * self._discrepancy * error
+        return Loss(value, max(value - half, 0.0), value + half, systematic)
