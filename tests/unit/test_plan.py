@@ -159,7 +159,7 @@ def test_a_question_has_a_recipe_a_limit_and_the_settings_of_what_it_is_like():
     made = plan(quantization={**CONFIG["quantization"], "small": QUESTION})
     row = next(row for row in made.rows if row.quantization == "small")
     assert row.recipe == "results/first/small/recipe.json"
-    assert row.limit == {"max_drop": 0.01, "metric": "bbox"}
+    assert row.limit == {"max_drop": 0.01, "metric": "bbox", "confidence": 0.9}
     assert row.settings["scope"] == "detector"
     settings = Settings(made)
     assert settings.plain("small") is None

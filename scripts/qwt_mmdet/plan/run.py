@@ -205,25 +205,24 @@ class Plan:
             "".join([self.searches[name].measurement, *repeat]) if name in self.searches else None
         )
 
-    def scored(self, model: str, measurement: str) -> set[str]:
-        """The types of AP by which recipes from a measurement are scored."""
-        name = without_repeat(measurement)
-        wanted = {row.quantization for row in self.combinations if row.model == model}
-        searches = [self.searches[n] for n in wanted & self.searches.keys()]
-        return {s.smallest.metric for s in searches if s.smallest and s.measurement == name}
-
-    def asked_sizes(self, model: str, measurement: str) -> dict[str, Search]:
-        """The searches, by name, that choose from a measurement and have a size in megabytes as their limit."""
-        name = without_repeat(measurement)
+    def _choosing(self, model: str, measurement: str) -> dict[str, Search]:
+        """The searches of a model that choose from a measurement, by name."""
         wanted = {row.quantization for row in self.combinations if row.model == model}
         return {
-            key: search
-            for key, search in self.searches.items()
-            if key in wanted
-            and search.measurement == name
-            and search.best
-            and search.best.max_size_mb
+            name: search
+            for name, search in self.searches.items()
+            if name in wanted and search.measurement == without_repeat(measurement)
         }
+
+    def scored(self, model: str, measurement: str) -> set[str]:
+        """The types of AP by which recipes from a measurement are scored."""
+        searches = self._choosing(model, measurement).values()
+        return {search.smallest.metric for search in searches if search.smallest}
+
+    def asked_sizes(self, model: str, measurement: str) -> dict[str, Search]:
+        """The searches that choose from a measurement and have a size in megabytes as their limit, by name."""
+        searches = self._choosing(model, measurement).items()
+        return {name: s for name, s in searches if s.best and s.best.max_size_mb}
 
     def _names(self, combination: Combination, **more: str | None) -> dict[str, str | None]:
         """The wildcards of the jobs that a combination needs; see :meth:`.rows.Stopped.causes`."""

@@ -77,7 +77,8 @@ def set_input_bits(run: Calibration) -> None:
     override = run.first and matching_override(run.first, settings.overrides)
     if run.first and (not override or override.activation_bits is None):
         quantizer = layer_by_name(run.model, run.first).input_quantizer
-        quantizer.bits = settings.input_bits if quantizer.rounds else quantizer.bits
+        if quantizer.rounds:
+            quantizer.bits = settings.input_bits
 
 
 def choose_ranges(run: Calibration) -> None:
