@@ -22,7 +22,7 @@ from qwt_mmdet.evaluation.estimates import Comparison, Difference, Estimate
 from qwt_mmdet.files import write_json
 from qwt_mmdet.plan import Failure, Plan, ResultRow, Stopped
 from qwt_mmdet.plan.rows import KINDS
-from qwt_mmdet.reporting import html, sentences, tables, text, view
+from qwt_mmdet.reporting import html, sentences, tables, terminal, view
 from qwt_mmdet.reporting.summary import ClassResult, Row, read_summary, with_dominance
 from random_detections import compressed, hexagon
 
@@ -364,7 +364,7 @@ def test_only_ten_classes_are_ranked():
 
 
 def test_the_terminal_table_shows_each_number_once(summary):
-    shown = text.summary_table(read_summary("summary.json"))
+    shown = terminal.summary_table(read_summary("summary.json"))
     line = next(line for line in shown.splitlines() if line.startswith("m "))
     for variant in KINDS:
         assert f"{float(summary[f'AP_{variant}']):.3f}" in line
@@ -478,7 +478,7 @@ def test_what_was_not_evaluated_is_empty_and_the_rest_as_ever(results, skipped):
             "compensated_dominated_by",
         ):
             assert value == ("" if missing else complete[column]), column
-    assert "–" in text.summary_table(read_summary("summary.json"))
+    assert "–" in terminal.summary_table(read_summary("summary.json"))
 
 
 def test_two_models_share_table_and_report(results):
@@ -640,7 +640,7 @@ def test_a_collapsed_variant_is_a_result_with_layers_to_blame(tmp_path, monkeypa
         recovered = float(line["AP_compensated"]) / float(line["AP_baseline"])
         assert float(line["AP_recovered"]) == pytest.approx(recovered)
         assert line["worst_layers"] == worst
-    shown = text.summary_table(read_summary("summary.json"))
+    shown = terminal.summary_table(read_summary("summary.json"))
     assert "0.000 collapsed" in shown
     assert f"m: w4 collapsed (no object is found). Layers with the lowest SQNR: {worst}." in shown
     page = render([row])
@@ -686,7 +686,7 @@ def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
         assert f"{entry.step} : {entry.sentence} {entry.log}" in page.text
     assert "w2 has no box AP; w2 + qwt is not complete (quantize_model m w2: No layer" in page.text
     assert "w4 keeps" in page.text
-    assert page.text.count("4.00 MB") == 1  # the size of the baseline
+    assert page.text.count("4.00 MB") == 2  # the size of the baseline, in the advice and in its row
     assert "<i>" not in page.source.replace('<i style="border', "")
     lost = re.findall(r"cannot show (.+?)\. (.+?)\.", page.text)
     assert {about for _, about in lost} == {
@@ -695,14 +695,14 @@ def test_a_run_that_failed_shows_what_is_finished_and_why_the_rest_is_missing(
     assert page.tags.count("svg") == 3
 
     Stopped(failed).write("results/unfinished.json")
-    shown = text.run_summary()
+    shown = terminal.run_summary()
     assert "Failed steps: 2\nquantize_model m w2: No layer <i> matches. (logs/a.log)" in shown
 
 
 def test_a_summary_that_is_cut_off_is_told_when_the_run_ends(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/summary.json").write_text("{")
-    assert "results/summary.json is not valid JSON" in text.run_summary(tmp_path)
+    assert "results/summary.json is not valid JSON" in terminal.run_summary(tmp_path)
 
 
 def test_the_sentence_of_a_failed_step_is_the_last_one_in_its_log(tmp_path):
@@ -714,10 +714,12 @@ def test_the_sentence_of_a_failed_step_is_the_last_one_in_its_log(tmp_path):
         f"{stamp} INFO traceback: \nTraceback (most recent call last):\n"
     )
     now = log.stat().st_mtime
-    assert text.last_error(log, since=now) == "It has two lines."
+    assert terminal.last_error(log, since=now) == "It has two lines."
     for path, since in ((log, now + 10), (tmp_path / "none.log", 0)):  # of another run; none at all
-        assert "ended without a message" in text.last_error(path, since=since, folders=[tmp_path])
-        said = text.last_error(path, since=since, folders=[tmp_path, "/sys"])
+        assert "ended without a message" in terminal.last_error(
+            path, since=since, folders=[tmp_path]
+        )
+        said = terminal.last_error(path, since=since, folders=[tmp_path, "/sys"])
         assert "/sys cannot be used" in said
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from qwt_mmdet.plan import ExportRow
-from qwt_mmdet.reporting import html, tables, text
+from qwt_mmdet.reporting import html, tables, terminal, text
 from qwt_mmdet.reporting.summary import read_summary
 from test_reporting import make_results
 
@@ -96,7 +96,7 @@ def test_sizes_are_those_of_the_files_and_of_what_was_computed(rows):
 
 def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     summary = read_summary(folder / "summary.json")
-    table = text.summary_table(summary).split("\n\n")[2]
+    table = terminal.summary_table(summary).split("\n\n")[2]
     equal, other, missing = table.splitlines()[2:]
     assert "w4 + qwt" in equal
     assert "no significant difference" in equal
@@ -109,7 +109,7 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
         "m: ONNX Runtime computes w4 + qwt (110 % of its time, 75 % in integers), w4 (110 % of its time, 75 % in "
         "integers) more slowly than full precision. activation_bits: 32"
     )
-    assert slow in text.summary_table(summary)
+    assert slow in terminal.summary_table(summary)
     (told,) = text.file_sentences(summary)
     assert told.startswith(
         "w4: 0.50 MB (25 % of full precision), 12.3 ms for an image in ONNX Runtime (120 % of full precision), loses 0."

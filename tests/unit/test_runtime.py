@@ -347,7 +347,7 @@ def test_steps_without_a_detector_do_not_pay_for_torch(tmp_path):
                               params={{}}, resources={{}}, threads=1)
         with step(job):
             assert "torch" not in sys.modules
-        import qwt_mmdet.config, qwt_mmdet.reporting.text
+        import qwt_mmdet.config, qwt_mmdet.reporting.terminal
         assert not {{"torch", "mmdet", "pandas", "snakemake"}} & set(sys.modules)
     """)
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,7 +22,7 @@ from qwt_mmdet.files import write_json
 from qwt_mmdet.plan import Failure, Plan, Stopped, Variant
 from qwt_mmdet.plan.files import DOCUMENT, EXPORTS_TABLE, REPORT, TABLE, UNFINISHED
 from qwt_mmdet.plan.settings import Settings
-from qwt_mmdet.reporting.text import last_error, run_summary
+from qwt_mmdet.reporting.terminal import last_error, run_summary
 from qwt_mmdet.resources import ESTIMATE, JOBS, memory_mb, minutes, read_estimate
 from qwt_mmdet.runtime import COMMAND, explain, unusable
 from qwt_mmdet.staleness import (

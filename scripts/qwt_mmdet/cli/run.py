@@ -23,7 +23,7 @@ from ..devices import count_gpus
 from ..errors import QwtError, suggestion
 from ..files import is_url, write_atomically
 from ..plan.files import UNFINISHED, snakefile
-from ..reporting.text import run_summary
+from ..reporting.terminal import run_summary
 from ..runtime import COMMAND
 from ..staleness import share_with_scripts
 from .common import (

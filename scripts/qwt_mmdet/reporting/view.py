@@ -13,6 +13,7 @@ from ..files import read_json
 from ..plan.rows import ResultRow
 from ..plan.run import unique
 from . import figures, text
+from .advice import advice
 from .pictures import Picture, choose_pictures
 from .sentences import answers
 from .summary import Row, Summary
@@ -39,6 +40,9 @@ class Model:
         first = featured(self._rows)
         names = (first.quantization, first.compensation)
         return sorted(rows, key=lambda row: (row.quantization, row.compensation) != names)
+
+    def advice(self) -> list[str]:
+        return advice(self._rows, self.exported)
 
     def answers(self) -> list[str]:
         return [*answers(self._rows), *text.overfitted_ranges_of(self._quantizations)]
