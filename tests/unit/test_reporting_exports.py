@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from qwt_mmdet.evaluation.estimates import Estimate
 from qwt_mmdet.plan import ExportRow
 from qwt_mmdet.reporting import html, tables, terminal, text
 from qwt_mmdet.reporting.summary import read_summary
+from qwt_mmdet.reporting.variants import timed_points
 from test_reporting import make_results
 
 BENCHMARK = {
@@ -128,6 +130,18 @@ def test_what_a_search_predicted_is_said_with_what_would_tell_more():
     assert text.predicted_loss(loss) == f"{told}."
     loss["images_to_tell"] = 430
     assert text.predicted_loss(loss).startswith(f"{told}; about 430 annotated images would show")
+
+
+def test_latencies_of_a_figure_are_ratios_to_one_full_precision(folder):
+    rows = read_summary(folder / "summary.json").exports
+    slower = replace(
+        rows[1], full_precision_milliseconds=30.0, milliseconds=24.0, latency_ratio=0.8
+    )
+    full, first, second = timed_points(Estimate(0.5), [rows[0], slower])
+    assert (full.quantization, full.value, full.cost) == ("full precision", 0.5, 20.0)
+    assert (first.quantization, first.cost) == ("w4 + qwt", pytest.approx(24.0))
+    assert (second.quantization, second.cost) == ("w4", pytest.approx(16.0))
+    assert timed_points(None, [replace(rows[0], latency_ratio=None)]) == []
 
 
 def test_the_report_has_a_section_of_them(folder):

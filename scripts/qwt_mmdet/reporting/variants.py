@@ -1,6 +1,7 @@
 """The variants of a model, as lines of its table and points of its figures."""
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from ..evaluation.estimates import Estimate, value_of
@@ -99,15 +100,19 @@ def points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
 
 
 def timed_points(baseline: Estimate | None, rows: Sequence[ExportedRow]) -> list[figures.Point]:
-    """Points of the figure of latency: exported files that were evaluated and timed, and full precision in each runtime."""
+    """Points of the figure of latency: exported files that were evaluated and timed, and full precision in each runtime.
+
+    Latencies are ratios to full precision, which were measured in turn, times full precision's median of all files.
+    """
     found = []
     for title in unique(row.title or row.runtime for row in rows):
         own = [row for row in rows if (row.title or row.runtime) == title]
-        full = next(filter(None, (row.full_precision_milliseconds for row in own)), None)
-        timed = [("full precision", baseline, full)]
-        timed += [(row.variant, row.ap, row.milliseconds) for row in own]
-        for name, ap, cost in timed:
-            if ap is not None and ap.value is not None and cost is not None:
+        full = [ms for row in own if (ms := row.full_precision_milliseconds) is not None]
+        timed = [("full precision", baseline, 1.0 if full else None)]
+        timed += [(row.variant, row.ap, row.latency_ratio) for row in own]
+        for name, ap, ratio in timed:
+            if ap is not None and ap.value is not None and ratio is not None:
+                cost = ratio * median(full)
                 found.append(figures.Point(name, (32, 32), title, ap.value, ap.low, ap.high, cost))
     return found
 
