@@ -19,7 +19,7 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model, quantized_layers
 from qwt_mmdet.quantization.size import detector_bytes, size_range
 from qwt_mmdet.quantization.state import summarize_quantization
-from qwt_mmdet.search.judge import DISCREPANCY, Loss, LossModel, Scored, cheapest
+from qwt_mmdet.search.judge import DISCREPANCY, EXPONENT, Loss, LossModel, Scored, cheapest
 from qwt_mmdet.search.mixed import (
     Measurement,
     ParetoFront,
@@ -302,6 +302,11 @@ def worst(confidence, luck=LUCK):
     return 1 + NormalDist().inv_cdf(confidence) * np.hypot(np.std(luck), DISCREPANCY)
 
 
+def loss_of(estimate):
+    """Of a recipe whose error at the heads is twice the estimate."""
+    return (2 * estimate) ** EXPONENT / 10
+
+
 @pytest.fixture
 def scorer(monkeypatch):
     """A scorer whose recipes lose AP with their errors; notes the bits that it was asked for."""
@@ -318,7 +323,7 @@ def scorer(monkeypatch):
             bits = {entry.pattern: entry.weight_bits for entry in settings.overrides}
             asked.append(bits)
             error = sum(c.relative_error(bits.get(c.name, 8), 8) for c in LAYERS)
-            drop = self.scale * error / 10
+            drop = self.scale * loss_of(error)
             return {"error": 2 * error, "drop": drop, "drops": (drop * self.luck).tolist()}
 
     monkeypatch.setattr(steps, "Scorer", Scorer)
@@ -333,10 +338,10 @@ def test_the_smallest_recipe_is_the_cheapest_that_surely_loses_at_most_so_much(
     asks = chooser(smallest=Smallest(max_drop, confidence=confidence), rounds=20)
     answer = asks.smallest(SimpleNamespace(annotations=annotations()))
     front, most = asks.front(), worst(confidence)
-    fitting = [i for i, e in enumerate(front.relative_errors()) if most * e / 10 <= max_drop]
+    fitting = [i for i, e in enumerate(front.relative_errors()) if most * loss_of(e) <= max_drop]
     assert answer.recipe == front[fitting[0]]
     assert len(answer.rounds) == len(scorer) <= 3  # of 13 recipes
-    assert answer.loss.value == pytest.approx(answer.recipe.relative_error / 10)
+    assert answer.loss.value == pytest.approx(loss_of(answer.recipe.relative_error))
     assert answer.loss.high == pytest.approx(most * answer.loss.value)
     assert answer.images_to_tell is None
 
@@ -346,7 +351,7 @@ def test_a_limit_that_no_recipe_surely_meets_takes_the_largest_and_says_what_wou
     scorer, annotations, caplog, limit, tells
 ):
     front = chooser(smallest=Smallest(0.1)).front()
-    steps.Scorer.scale = 0.01 / (front[-1].relative_error / 10)
+    steps.Scorer.scale = 0.01 / loss_of(front[-1].relative_error)
     asks = chooser(smallest=Smallest(0.01 * limit))
     found = asks.smallest(SimpleNamespace(annotations=annotations()))
     assert found.recipe == front[-1]
@@ -364,7 +369,7 @@ def test_rounds_bound_the_recipes_that_are_scored(scorer, annotations):
         SimpleNamespace(annotations=annotations())
     )
     assert len(answer.rounds) == len(scorer) == 1
-    assert answer.recipe.relative_error / 10 <= 0.01
+    assert worst(0.9) * loss_of(answer.recipe.relative_error) <= 0.01
 
 
 def test_where_no_loss_is_seen_a_worse_recipe_is_scored_next(scorer, annotations):
@@ -381,23 +386,27 @@ def scored(estimate, drop, spread=0.1, error=None):
     return Scored(estimate, estimate if error is None else error, drop, (drop * luck).tolist())
 
 
-def test_the_loss_is_proportional_to_the_error_that_was_measured():
-    model = LossModel([scored(0.1, 0.08, error=0.4), scored(0.01, 0.002, error=0.01)], 0.9)
+def test_the_loss_is_proportional_to_a_power_of_the_error_that_was_measured():
+    model = LossModel(
+        [scored(0.1, 0.4**EXPONENT, error=0.4), scored(0.01, 0.01**EXPONENT, error=0.01)], 0.9
+    )
     assert model.error(0.1) == pytest.approx(0.4)
-    assert model.error(0.0316227766) == pytest.approx(0.0316227766 * 2), "the ratio is between"
-    assert model.error(0.001) == pytest.approx(0.001)
-    assert model.error(1.0) == pytest.approx(4.0)
+    assert model.error(0.055) == pytest.approx(0.205), "on the line between"
+    assert model.error(0.19) == pytest.approx(0.79), "and beyond"
+    assert 0 < model.error(0.001) < 1e-6, "but never below 0"
     loss = model.loss(0.01)
-    assert loss.value == pytest.approx(0.002)
-    assert loss.high == pytest.approx(0.002 * worst(0.9, [0.9, 1.1]), rel=0.02)
+    assert loss.value == pytest.approx(0.01**EXPONENT)
+    assert loss.high == pytest.approx(loss.value * worst(0.9, [0.9, 1.1]), rel=0.02)
     assert loss.high - loss.value == pytest.approx(loss.value - loss.low)
+    assert LossModel([scored(0.1, 0.1, error=0.4)], 0.9).error(0.2) == pytest.approx(0.8)
 
 
 def test_a_recipe_whose_loss_is_known_better_counts_more():
     known, vague = scored(0.1, 0.1, 0.01), scored(0.1001, 0.3, 2.0)
     assert LossModel([known, vague], 0.9).loss(0.1).value == pytest.approx(0.1, rel=0.02)
-    large = LossModel([scored(0.001, 0.001, 0.01), scored(0.1, 0.15, 0.01)], 0.9)
-    assert large.loss(0.001).value == pytest.approx(0.00125, rel=0.1), "both, where luck is small"
+    small, large = scored(0.001, 0.001**EXPONENT, 0.01), scored(0.1, 1.5 * 0.1**EXPONENT, 0.01)
+    both = LossModel([small, large], 0.9).loss(0.001)
+    assert both.value == pytest.approx(1.25 * 0.001**EXPONENT, rel=0.1), "where luck is small"
 
 
 def test_a_gain_is_no_negative_loss():

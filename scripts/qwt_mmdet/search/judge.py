@@ -1,10 +1,10 @@
 """The loss of AP of recipes, predicted from the error at the detector's heads.
 
 AP on some hundred images is a poor ruler of small losses: its luck is larger than what is asked for. The relative error
-at the heads is measured well on few images, and the loss of AP is nearly proportional to it. So both are measured for a
-few recipes, also for some that lose more than what is asked, and ``loss = slope · error`` is fitted to all of them. Its
-interval comes from the same resamples of the images for all recipes (paired bootstrap), and from how far detectors were
-found to be from the proportion.
+at the heads is measured well on few images, and the loss of AP is nearly proportional to a power of it. So both are
+measured for a few recipes, also for some that lose more than what is asked, and ``loss = factor · error ** EXPONENT`` is
+fitted to all of them. Its interval comes from the same resamples of the images for all recipes (paired bootstrap), and
+from how far detectors were found to be from the proportion.
 """
 
 import math
@@ -15,7 +15,9 @@ from statistics import NormalDist
 import numpy as np
 
 SEEN = 0.1
-"""Probability of such a slope without a loss, from which on a loss is seen."""
+"""Probability of such a loss by luck alone, below which a loss is seen."""
+EXPONENT = 1.25
+"""Of the error, to which losses of AP are proportional."""
 DISCREPANCY = 0.2
 """Standard deviation of losses of AP from the proportion, as a part of them (docs/search.md has measurements)."""
 
@@ -81,34 +83,38 @@ class LossModel:
     """
 
     def __init__(self, scored: Sequence[Scored], confidence: float) -> None:
-        errors = np.array([one.error for one in scored])
+        powers = np.array([one.error for one in scored]) ** EXPONENT
         drops = np.stack([np.append(one.drop, one.drops) for one in scored])
         drops = drops[:, ~np.isnan(drops).any(axis=0)]
         variances = drops[:, 1:].var(axis=1) if drops.shape[1] > 1 else np.zeros(len(scored))
         variances += (DISCREPANCY * drops[:, 0]) ** 2 + TINY
-        weights = errors / variances
-        slope, *resampled = (weights @ drops / max(weights @ errors, TINY)).tolist()
-        self._slope = max(slope, 0.0)
+        weights = powers / variances
+        factor, *resampled = (weights @ drops / max(weights @ powers, TINY)).tolist()
+        self._factor = max(factor, 0.0)
         luck = float(np.std(resampled)) if resampled else 0.0
-        self._discrepancy = DISCREPANCY * self._slope
+        self._discrepancy = DISCREPANCY * self._factor
         self._deviation = math.hypot(luck, self._discrepancy)
         self._quantile = NormalDist().inv_cdf(confidence)
-        self.is_seen = slope > NormalDist().inv_cdf(1 - SEEN) * luck
-        by_estimate = sorted((one.estimate, one.error) for one in scored)
-        self._estimates, self._errors = np.log(np.maximum(np.array(by_estimate), TINY)).T
+        self.is_seen = factor > NormalDist().inv_cdf(1 - SEEN) * luck
+        self._errors = dict(sorted((one.estimate, one.error) for one in scored))
 
     def error(self, estimate: float) -> float:
         """The relative error at the heads of a recipe, from the sum of those of its layers.
 
-        The ratio of both is interpolated between the scored recipes.
+        It is a line between scored recipes. Beyond them, the line of the last two goes on.
         """
-        wanted = np.log(max(estimate, TINY))
-        ratio = np.interp(wanted, self._estimates, self._errors - self._estimates)
-        return float(np.exp(wanted + ratio))
+        known, errors = [*self._errors], [*self._errors.values()]
+        if len(known) == 1:
+            return errors[0] / known[0] * estimate
+        if known[0] <= estimate <= known[-1]:
+            return float(np.interp(estimate, known, errors))
+        end = slice(-2, None) if estimate > known[-1] else slice(None, 2)
+        (x, further), (y, there) = known[end], errors[end]
+        return max(y + (there - y) / (further - x) * (estimate - x), TINY)
 
     def loss(self, estimate: float) -> Loss:
         """The loss of a recipe, from the sum of its layers' errors."""
-        error = self.error(estimate)
-        value, half = self._slope * error, self._quantile * self._deviation * error
-        systematic = value + self._quantile * self._discrepancy * error
+        power = self.error(estimate) ** EXPONENT
+        value, half = self._factor * power, self._quantile * self._deviation * power
+        systematic = value + self._quantile * self._discrepancy * power
         return Loss(value, max(value - half, 0.0), value + half, systematic)

@@ -269,8 +269,8 @@ class Chooser:
         """The cheapest recipe whose predicted loss is at most ``search.smallest.max_drop``, with the asked confidence.
 
         Each round scores a recipe by cross-fitting; the loss is predicted from all rounds
-        (:class:`..search.judge.LossModel`). The next recipe is the one that the fit would choose; or one with a larger
-        error, if no loss was seen yet.
+        (:class:`..search.judge.LossModel`). The first recipes are the largest one and one in the middle. The next one is
+        what the fit would choose; or one with a larger error, if no loss was seen yet.
 
         Args:
             unfinished: file that keeps the finished rounds.
@@ -282,8 +282,7 @@ class Chooser:
         assert limit is not None, "the search has a limit"
         errors = front.relative_errors()
         scored: dict[int, Scored] = {}
-        middle = (errors[0] * errors[-1]) ** 0.5
-        index: int | None = next(i for i, error in enumerate(errors) if error <= middle)
+        index: int | None = len(errors) - 1
         with cross_fitting(inputs.annotations) as parts:
             scorer = Scorer(inputs, parts, limit.metric, activation_cache)
             finished = self._finished(unfinished, inputs, scorer)
@@ -319,6 +318,9 @@ class Chooser:
         chosen: int, scored: Mapping[int, Scored], errors: Sequence[float], *, seen: bool
     ) -> int | None:
         """The recipe to score next; None where nothing more is to be learned."""
+        if len(scored) == 1:
+            middle = (errors[0] + errors[-1]) / 2
+            return next(i for i, error in enumerate(errors) if error <= middle)
         if not seen and 0 not in scored:
             wanted = MUCH_WORSE * max(one.estimate for one in scored.values())
             return next((i for i in reversed(range(len(errors))) if errors[i] >= wanted), 0)
