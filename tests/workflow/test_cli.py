@@ -15,6 +15,7 @@ from qwt_mmdet.cli.run import OPTIONS, quantization_name, run
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.config.datasets import PARTS, Coco, CocoCalibration, CocoEvaluation
 from qwt_mmdet.config.section import default_of
+from qwt_mmdet.files import write_json
 from qwt_mmdet.steps.prepare import prepare_dataset
 from qwt_mmdet.steps.select import select_images
 from running import ROOT
@@ -124,6 +125,10 @@ def test_a_full_disk_of_the_output_folder_is_named(coco, tmp_path, monkeypatch):
         (["--max-size-mb", "-1"], "Error: --max-size-mb is -1"),
         (["--max-drop", "0.01", "--export", "x"], "Error: --export is 'x'"),
         (["--max-drop", "0.01", "--rounds", "0"], "--rounds is 0"),
+        (
+            ["--max-drop", "0.01", "--a-bit", "0"],
+            "--a-bit is 0; it should be from 2 to 8, or be 32",
+        ),
     ],
 )
 def test_a_limit_that_is_none_is_named(tmp_path, monkeypatch, options, message):
@@ -152,6 +157,46 @@ def test_shrink_searches_quantizes_and_exports(coco, tmp_path):
     assert written["quantization"]["w8a8"]["activation_bits"] == 8
     assert written["quantization"]["w8a8"]["grids"] == "integer", "a file that is fast, too"
     assert written["targets"] == [{"quantization": ["smallest"]}], "w8a8 itself is not evaluated"
+
+
+@pytest.mark.parametrize(("integers", "chosen"), [(0.7, 8), (1.5, 32)])
+def test_shrink_takes_the_activations_whose_files_are_faster(
+    coco, tmp_path, monkeypatch, integers, chosen
+):
+    """Of files that are made from few images and without a refit."""
+    asked = []
+
+    def run(configuration, folder, *, files=(), **_):
+        asked.append(configuration)
+        for path in files:
+            ratio = integers if "w8a8" in path else 1.01
+            write_json(folder / path, {"processor_ratio": ratio, "title": "OpenVINO"})
+        if not files:
+            raise InterruptedError
+
+    monkeypatch.setattr("qwt_mmdet.cli.shrink.run_workflow", run)
+    arguments = [
+        *MODEL,
+        *SPLITS,
+        "--coco-root",
+        coco,
+        "--average-bits",
+        "5",
+        "--output-dir",
+        tmp_path,
+    ]
+    done = command("shrink", *arguments, "--export", "openvino", "--repeats", "3")
+    assert isinstance(done.exception, InterruptedError)
+    trial, search = asked
+    assert trial.datasets["coco"].calibration.images == 4
+    assert trial.repeats == 1
+    assert trial.datasets["coco"].evaluation.images == 1
+    assert {entry.refit for entry in trial.quantization.values()} == {"none"}
+    assert {entry.grids for entry in trial.quantization.values()} == {"integer"}
+    assert search.repeats == 3
+    assert search.quantization["best"].max_activation_bits == chosen
+    assert search.quantization[f"w8a{chosen}"].activation_bits == chosen
+    assert f"files take with activations of 8 bits {100 * integers:.0f} %" in done.output
 
 
 def test_shrink_and_run_leave_activations_in_floating_point(coco, tmp_path):

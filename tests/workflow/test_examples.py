@@ -307,6 +307,7 @@ def check_readme(folder: Path, names: dict, said: dict[str, str]) -> None:
     assert exported["failed"] == ""
     assert float(exported["file_bytes"]) < 0.4 * float(exported["full_precision_file_bytes"])
     assert str(Path("small/results", MODEL, "smallest/model.onnx")) in said["shrink"]
+    assert "So activations have" in said["shrink"], "after files of both forms were timed"
     last = said["shrink"].strip().splitlines()[-1]
     assert re.match(
         r"smallest: \d\.\d\d MB \(\d+ % of full precision\), .* ms for an image in ONNX Runtime",

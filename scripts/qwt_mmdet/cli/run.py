@@ -266,8 +266,13 @@ def run_workflow(
     device: Device,
     cores: int | None = None,
     dry_run: bool = False,
+    files: Sequence[str] = (),
 ) -> None:
-    """Write a configuration into a folder, run the workflow there and print the table of results."""
+    """Write a configuration into a folder, run the workflow there and print the table of results.
+
+    Args:
+        files: of the workflow, to make these alone and print no table.
+    """
     workflow = snakefile()
     content = as_entry(configuration)
     check_files(resolve(content))
@@ -286,6 +291,7 @@ def run_workflow(
         *("--configfile", str(path), "--cores", str(cores or "all")),
         *("--resources", f"gpu={0 if device == 'cpu' else max(1, count_gpus())}"),
         "--rerun-incomplete",
+        *files,
         *(["--dry-run", "--quiet", "rules"] if dry_run else ["--logger", "qwt"]),
     ]
     share_with_scripts()
@@ -295,7 +301,7 @@ def run_workflow(
     failures = folder / UNFINISHED
     failures.unlink(missing_ok=True)  # of an earlier run
     status = _follow(command, environment)
-    if status == 0 or failures.is_file():
+    if failures.is_file() or (status == 0 and not files):
         typer.echo(f"\n{run_summary(folder)}")
     if failures.is_file():
         raise QwtError("A step failed; see the message above and its file under logs/.")

@@ -5,16 +5,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..config import Best, QuantizationSettings, Search, Smallest
+from ..config import Best, Configuration, QuantizationSettings, Search, Smallest
+from ..config.datasets import CocoCalibration, CocoEvaluation
 from ..config.export import OwnRuntime
+from ..config.quantization import FLOAT_BITS
 from ..config.workflow import Targets
 from ..errors import QwtError
 from ..files import read_json
 from ..plan import Variant
 from ..plan.files import DOCUMENT
 from ..reporting.summary import read_summary
-from ..reporting.text import file_sentences, predicted_loss
-from .common import CoresOption, DeviceOption, DryRunOption, OutputOption, plain_errors
+from ..reporting.text import file_sentences, percent, predicted_loss
+from .common import CoresOption, Device, DeviceOption, DryRunOption, OutputOption, plain_errors
 from .options import Key, Table, Values, choices, options_named, with_options
 from .run import FURTHER, OPTIONS, make_configuration, run_workflow
 
@@ -25,7 +27,6 @@ SHRINK_OPTIONS: Table = {
         "grids": Key("grids", default="integer"),  # the file is to be fast, too
     },
     Search: {
-        "a_bit": Key("max_activation_bits"),
         "storage": Key("storage", default="onnx"),  # sizes are those of the file
         "search_images": Key("images"),
         "rounds": Key("rounds"),
@@ -33,12 +34,18 @@ SHRINK_OPTIONS: Table = {
 }
 """The options that set a key of the configuration."""
 
+ACTIVATIONS = (8, FLOAT_BITS)
+"""Bits of activations, of which the faster ones are taken."""
+
 LIMITS = {
     "max_drop": "--max-drop",
     "max_size_mb": "--max-size-mb",
     "average_weight_bits": "--average-bits",
 }
 """Options of the limits, by key."""
+
+ACTIVATION_KEYS = dict.fromkeys(("activation_bits", "max_activation_bits"), "--a-bit")
+"""The option of the bits of activations, by key."""
 
 
 @with_options(SHRINK_OPTIONS)
@@ -55,6 +62,13 @@ def shrink(
     ] = None,
     average_bits: Annotated[
         float | None, typer.Option(help="Instead: bits per weight, on average.")
+    ] = None,
+    a_bit: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of activations: 2 to 8, or 32 for floating point. Default: 8 or 32, whichever is faster in the first "
+            "runtime of --export."
+        ),
     ] = None,
     export: Annotated[
         list[str],
@@ -80,20 +94,33 @@ def shrink(
         given = [limit is not None for limit in (max_drop, max_size_mb, average_bits)]
         if sum(given) != 1:
             raise QwtError(f"Give one limit of {', '.join(LIMITS.values())}.")
-        with options_named(SHRINK_OPTIONS, **FURTHER, **LIMITS):
-            activations = values[Search]["max_activation_bits"]
-            plain = QuantizationSettings(8, activations, **values[QuantizationSettings])
-            smallest = Smallest(max_drop, metric) if max_drop is not None else None
-            best = Best(average_bits, max_size_mb) if smallest is None else None
-            name = "best" if smallest is None else "smallest"
-            like = f"w8a{activations}"  # whose bits the search replaces
-            search = Search(smallest=smallest, best=best, like=like, **values[Search])
-            configuration = make_configuration(
-                values,
-                {like: plain, name: search},
-                runtimes=export,
-                targets=(Targets(quantization=(name,)),),
-            )
+        with options_named(SHRINK_OPTIONS, **FURTHER, **LIMITS, **ACTIVATION_KEYS):
+            name = "best" if max_drop is None else "smallest"
+
+            def configured(activations: int) -> Configuration:
+                plain = QuantizationSettings(8, activations, **values[QuantizationSettings])
+                search = Search(
+                    smallest=None if max_drop is None else Smallest(max_drop, metric),
+                    best=Best(average_bits, max_size_mb) if max_drop is None else None,
+                    like=f"w8a{activations}",  # whose bits the search replaces
+                    max_activation_bits=activations,
+                    **values[Search],
+                )
+                return make_configuration(
+                    values,
+                    {f"w8a{activations}": plain, name: search},
+                    runtimes=export,
+                    targets=(Targets(quantization=(name,)),),
+                )
+
+            configuration = configured(ACTIVATIONS[0] if a_bit is None else a_bit)
+            grids = values[QuantizationSettings]["grids"]
+            if a_bit is None and not dry_run and grids != "symmetric":  # which has no other bits
+                configuration = configured(
+                    faster_activations(
+                        values, export[0], output_dir / "forms", device=device, cores=cores
+                    )
+                )
             run_workflow(configuration, output_dir, device=device, cores=cores, dry_run=dry_run)
         if not dry_run:
             (model,) = configuration.models
@@ -104,3 +131,43 @@ def shrink(
             told = [predicted_loss(loss)] if loss else []
             told += file_sentences(read_summary(output_dir / DOCUMENT))
             typer.echo("\n".join(["", f"Recipe: {recipe}", f"File: {graph}", *told]))
+
+
+def faster_activations(
+    values: Values, runtime: str, folder: Path, *, device: Device, cores: int | None
+) -> int:
+    """The bits of activations whose files are faster in a runtime, of :data:`ACTIVATIONS`.
+
+    Files of both are made in a folder, from few images, and timed beside full precision.
+    """
+    settings = {**values[QuantizationSettings], "refit": "none"}
+    trial: Values = {
+        **values,
+        CocoCalibration: {**values[CocoCalibration], "images": "4"},
+        CocoEvaluation: {**values[CocoEvaluation], "images": "1"},
+        Configuration: {**values[Configuration], "repeats": 1},
+    }
+    names = {bits: f"w8a{bits}" for bits in ACTIVATIONS}
+    configuration = make_configuration(
+        trial,
+        {name: QuantizationSettings(8, bits, **settings) for bits, name in names.items()},
+        runtimes=[runtime],
+        skip=("evaluate_baseline",),
+    )
+    (model,) = configuration.models
+    files = {
+        bits: f"{Variant(model, name).exported}/{runtime}/benchmark.json"
+        for bits, name in names.items()
+    }
+    run_workflow(configuration, folder, device=device, cores=cores, files=[*files.values()])
+    timed = {bits: read_json(folder / file) for bits, file in files.items()}
+    ratios = {bits: found["processor_ratio"] for bits, found in timed.items()}
+    chosen = min(ratios, key=lambda bits: ratios[bits])
+    told = ", ".join(
+        f"with activations of {bits} bits {percent(ratio)}" for bits, ratio in ratios.items()
+    )
+    typer.echo(
+        f"Of full precision's time in {timed[chosen]['title']}, files take {told}. So activations have {chosen} bits "
+        "(--a-bit chooses others)."
+    )
+    return chosen
