@@ -314,6 +314,15 @@ def test_weights_are_shared_in_the_file_and_each_readers_own_for_16_bit_sums(
         near(torch.from_numpy(values), torch.from_numpy(expected[name]))
 
 
+def test_weights_of_their_own_are_given_once(images):
+    """As ncnn's writer does with a graph that was made for a processor without VNNI."""
+    graph = graph_of(quantized(images, weight_bits=7, activation_bits=8, grids="integer"))
+    packing.own_weights(graph)
+    once = onnx_ir.to_proto(graph).SerializeToString()
+    packing.own_weights(graph)
+    assert onnx_ir.to_proto(graph).SerializeToString() == once
+
+
 def test_whole_numbers_take_a_byte_each_in_the_file():
     mask = np.where(np.eye(64) > 0, 0, -100).astype(np.float32)
     for values, expected in ((mask, onnx_ir.DataType.INT8), (mask + 0.5, onnx_ir.DataType.FLOAT)):

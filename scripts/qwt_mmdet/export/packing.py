@@ -139,13 +139,15 @@ class _WeightWriter:
 def own_weights(model: ir.Model) -> None:
     """Compute what is constant, and give each DequantizeLinear its own codes and zero points, in place.
 
-    On processors without VNNI, ONNX Runtime makes both unsigned for exact kernels, and fails if they are shared.
+    On processors without VNNI, ONNX Runtime makes both unsigned for exact kernels, and fails if they are shared. A second
+    time changes nothing.
     """
     fold_constants(model, input_size_limit=MOST_BYTES, output_size_limit=MOST_BYTES)
     for node in list(weight_nodes(model)):
         for index in (0, 2)[: len(node.inputs) - 1]:
-            values = constant(node.inputs[index])
-            set_input(model, node, index, values, fresh_name(node, index, "own"))
+            name = fresh_name(node, index, "own")
+            if input_of(node, index).name != name:
+                set_input(model, node, index, constant(node.inputs[index]), name)
 
 
 def largest_weight(model: ir.Model) -> int:
