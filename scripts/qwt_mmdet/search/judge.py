@@ -3,7 +3,8 @@
 AP on some hundred images is a poor ruler of small losses: its luck is larger than what is asked for. The relative error
 at the heads is measured well on few images, and the loss of AP is nearly proportional to a power of it. So both are
 measured for a few recipes, also for some that lose more than what is asked, and ``loss = factor · error ** EXPONENT`` is
-fitted to all of them. Its interval comes from the same resamples of the images for all recipes (paired bootstrap), and
+fitted to all of them, with an offset that they share: the luck of the full-precision detector, which may have been trained
+on these images. The interval comes from the same resamples of the images for all recipes (paired bootstrap), and
 from how far detectors were found to be from the proportion.
 """
 
@@ -22,6 +23,8 @@ DISCREPANCY = 0.2
 """Standard deviation of losses of AP from the proportion, as a part of them (docs/search.md has measurements)."""
 
 
+APART = 4.0
+"""Ratio of the largest and the smallest power of an error, from which on an offset is fitted."""
 TINY = 1e-12
 
 
@@ -88,8 +91,10 @@ class LossModel:
         drops = drops[:, ~np.isnan(drops).any(axis=0)]
         variances = drops[:, 1:].var(axis=1) if drops.shape[1] > 1 else np.zeros(len(scored))
         variances += (DISCREPANCY * drops[:, 0]) ** 2 + TINY
-        weights = powers / variances
-        factor, *resampled = (weights @ drops / max(weights @ powers, TINY)).tolist()
+        weights = 1 / variances
+        apart = powers.max() > APART * powers.min()  # else nothing tells an offset
+        centred = powers - (weights @ powers / weights.sum() if apart else 0.0)
+        factor, *resampled = ((weights * centred) @ drops / ((weights * centred) @ powers)).tolist()
         self._factor = max(factor, 0.0)
         luck = float(np.std(resampled)) if resampled else 0.0
         self._discrepancy = DISCREPANCY * self._factor
