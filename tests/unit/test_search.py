@@ -364,6 +364,19 @@ def test_a_limit_that_no_recipe_surely_meets_takes_the_largest_and_says_what_wou
     assert 0.01 * worst(0.9, [1 - luck, 1 + luck]) == pytest.approx(0.0127, rel=0.002)
 
 
+@pytest.mark.parametrize("errors", [{8: 0.1}, {4: 0.2, 8: 0.1}, {3: 0.3, 4: 0.29, 8: 0.01}])
+def test_a_front_of_few_recipes_ends_the_search(scorer, annotations, errors):
+    """Also where the largest recipe is the only one with half of the first one's error."""
+    asks = chooser(smallest=Smallest(0.001), rounds=20)
+    own = replace(
+        asks, measurement=Measurement([SearchedLayer("a", 10, 100.0, errors, A8, 0.0)], 0.0)
+    )
+    answer = own.smallest(SimpleNamespace(annotations=annotations()))
+    indices = [one.index for one in answer.rounds]
+    assert indices[0] == len(own.front()) - 1
+    assert len(indices) == len({*indices}) <= len(own.front())
+
+
 def test_rounds_bound_the_recipes_that_are_scored(scorer, annotations):
     answer = chooser(smallest=Smallest(0.01), rounds=1).smallest(
         SimpleNamespace(annotations=annotations())

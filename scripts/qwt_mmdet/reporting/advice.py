@@ -25,14 +25,12 @@ class Candidate:
 
     Args:
         changes: of its AP to full precision's, by type of AP.
-        kept: least part of full precision's AP that it keeps.
         files: its exported files, the fastest first.
     """
 
     title: str
     bytes: int
     changes: Mapping[str, Difference]
-    kept: float
     files: tuple[ExportedRow, ...]
 
     @property
@@ -113,7 +111,7 @@ def candidates(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Cand
         size = sizes[name]
         if size is not None and kept and min(kept) >= USEFUL:
             title = " + ".join(filter(None, name))
-            found.append(Candidate(title, size, by_type, min(kept), tuple(files)))
+            found.append(Candidate(title, size, by_type, tuple(files)))
     return found
 
 

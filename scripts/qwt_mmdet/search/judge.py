@@ -94,7 +94,8 @@ class LossModel:
         weights = 1 / variances
         apart = powers.max() > APART * powers.min()  # else nothing tells an offset
         centred = powers - (weights @ powers / weights.sum() if apart else 0.0)
-        factor, *resampled = ((weights * centred) @ drops / ((weights * centred) @ powers)).tolist()
+        directions = weights * centred
+        factor, *resampled = (directions @ drops / max(directions @ powers, TINY)).tolist()
         self._factor = max(factor, 0.0)
         luck = float(np.std(resampled)) if resampled else 0.0
         self._discrepancy = DISCREPANCY * self._factor

@@ -318,9 +318,11 @@ class Chooser:
         chosen: int, scored: Mapping[int, Scored], errors: Sequence[float], *, seen: bool
     ) -> int | None:
         """The recipe to score next; None where nothing more is to be learned."""
-        if len(scored) == 1:
+        if len(scored) == 1 and len(errors) > 1:  # the largest one is scored
             middle = (errors[0] + errors[-1]) / 2
-            return next(i for i, error in enumerate(errors) if error <= middle)
+            return next(
+                (i for i, error in enumerate(errors[:-1]) if error <= middle), len(errors) - 2
+            )
         if not seen and 0 not in scored:
             wanted = MUCH_WORSE * max(one.estimate for one in scored.values())
             return next((i for i in reversed(range(len(errors))) if errors[i] >= wanted), 0)
