@@ -50,6 +50,9 @@ LEAST_SCORED = 10
 ERROR_IMAGES = 24
 """Images of each fold on which the error at the heads is measured."""
 RESAMPLES = 1000
+"""Of the images, for the interval of a loss."""
+ROOM = 0.02
+"""Part of a size by which it may differ before a calibration, at most; what is this close is checked after it."""
 MUCH_WORSE = 4.0
 """Ratio of the errors of recipes, if no loss of AP was seen with the smaller error."""
 _MEASUREMENT = TypeAdapter(Measurement)
@@ -158,7 +161,8 @@ def check_sizes(model: BaseDetector, asked: Mapping[str, Search]) -> None:
                 possible = sorted([own.weight_bits, *search.weight_candidates()])
                 low, high = (stored_bits(b, search.storage) for b in (possible[0], possible[-1]))
                 bits[layer] = low, high
-        check_size(name, search, *size_range(model, bits))
+        smallest, largest = size_range(model, bits)
+        check_size(name, search, (1 - ROOM) * smallest, (1 + ROOM) * largest)
 
 
 def check_size(name: str, search: Search, smallest: float, largest: float) -> None:
