@@ -16,4 +16,5 @@ with step(snakemake):
         failed=[Failure(**failure) for failure in snakemake.params.failed],
         exports=[ExportRow(**row) for row in snakemake.params.exports],
         exports_table=snakemake.output.get("exports"),
+        tradeoffs=snakemake.params.tradeoffs,
     )

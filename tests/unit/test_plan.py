@@ -132,7 +132,7 @@ def test_a_row_names_what_was_computed_for_it():
     }
     assert row.warmup == "results/second/w8/warmup.pth"
     assert row.settings["scope"] == "detector"
-    assert (row.failed, row.recipe, row.limit) == ([], None, None)
+    assert (row.failed, row.recipe, row.asked) == ([], None, {})
 
 
 def test_rows_are_the_same_after_they_were_params():
@@ -159,7 +159,7 @@ def test_a_question_has_a_recipe_a_limit_and_the_settings_of_what_it_is_like():
     made = plan(quantization={**CONFIG["quantization"], "small": QUESTION})
     row = next(row for row in made.rows if row.quantization == "small")
     assert row.recipe == "results/first/small/recipe.json"
-    assert row.limit == {"max_drop": 0.01, "metric": "bbox", "confidence": 0.9}
+    assert row.asked == {"max_drop": 0.01, "metric": "bbox", "confidence": 0.9}
     assert row.settings["scope"] == "detector"
     settings = Settings(made)
     assert settings.plain("small") is None

@@ -287,7 +287,7 @@ def test_the_document_has_the_rows_of_the_table(summary):
                     ends = {f"_{end}": found for end, found in entry.items() if end not in plain}
                     for end, found in {"": entry["value"], **ends}.items():
                         flat[f"{metric}_{name}{end}"] = found
-        elif key not in ("seconds", "limit", "classes", "lost_most", "regained_most"):
+        elif key not in ("seconds", "asked", "limit", "classes", "lost_most", "regained_most"):
             flat[key] = value
     assert list(flat) == list(summary)
     for column, value in flat.items():

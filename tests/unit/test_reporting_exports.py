@@ -63,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
         ]
         tables.summarize(
             rows, "summary.csv", "summary.json", resamples=100, exports=exports,
-            exports_table="exports.csv",
+            exports_table="exports.csv", tradeoffs={"m": "tradeoff.csv"},
         )  # fmt: skip
         html.render(rows, "summary.json", "report.html")
     return folder
@@ -83,6 +83,13 @@ def test_a_file_with_the_detections_of_the_simulation_equals_it(rows):
     assert float(other["exported_minus_simulated"]) > 0.1
     assert other["exported_minus_simulated_significant"] == "True"
     assert other["compensation"] == ""
+
+
+def test_the_table_of_costs_has_simulated_variants_and_files(folder):
+    with open(folder / "tradeoff.csv", newline="") as stream:
+        found = [(row["variant"], row["runtime"]) for row in csv.DictReader(stream)]
+    assert found[:3] == [("full precision", ""), ("w4", ""), ("w4 + qwt", "")]
+    assert found[3:] == [(name, "ONNX Runtime") for name in ("full precision", "w4 + qwt", "w4")]
 
 
 def test_sizes_are_those_of_the_files_and_of_what_was_computed(rows):

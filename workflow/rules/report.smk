@@ -10,6 +10,7 @@ rule summarize_results:
         compensations=PLAN.result_files("compensation.json", kinds=["compensated"]),
     output:
         **({"exports": EXPORTS_TABLE} if PLAN.exports else {}),
+        tradeoffs=list(PLAN.tradeoffs.values()),
         table=report(
             TABLE,
             caption="../report/summary.rst",
@@ -37,6 +38,7 @@ rule summarize_results:
         resamples=config["bootstrap"]["resamples"],
         seed=config["seed"],
         failed=plain(PLAN.stopped.failed),
+        tradeoffs=PLAN.tradeoffs,
         code=source_hash("summarize_results"),
     script:
         "../../scripts/summarize_results.py"

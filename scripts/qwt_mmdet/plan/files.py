@@ -51,6 +51,11 @@ def measured(model: str, measurement: str) -> str:
     return f"results/{model}/candidates/{measurement}.json"
 
 
+def tradeoff(model: str) -> str:
+    """Table of a model's AP against its costs."""
+    return f"results/{model}/tradeoff.csv"
+
+
 @dataclass(frozen=True)
 class Variant:
     """A detector in full precision, quantized (perhaps with the number of a repeat), or compensated, too."""

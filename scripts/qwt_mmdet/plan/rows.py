@@ -21,7 +21,7 @@ class ResultRow:
     Args:
         failed: in a run that failed, sentences about why something is missing.
         settings: of the quantization; for a search, those of the entry named by ``like``.
-        recipe: file with the result of a search. limit: ``max_drop`` and ``metric``, if it has such a limit.
+        recipe: file with the result of a search. asked: its ``smallest`` or ``best``; empty without a search.
         annotations: file of the evaluation images. warmup: file of the first repeat.
         repeats: folders with metrics.json and predictions.json, one for each repeat, by kind (``KINDS``); none
             where it was not evaluated.
@@ -34,7 +34,7 @@ class ResultRow:
     failed: Sequence[str]
     settings: Mapping[str, Any]
     recipe: str | None
-    limit: Mapping[str, Any] | None
+    asked: Mapping[str, Any]
     compensation_settings: Mapping[str, Any] | None
     annotations: str | None
     repeats: Mapping[str, Sequence[str]]

@@ -23,6 +23,7 @@ from .files import (
     Variant,
     chosen_images,
     repeated,
+    tradeoff,
     without_repeat,
 )
 from .rows import KINDS, ExportRow, ResultRow, Stopped
@@ -268,13 +269,14 @@ class Plan:
             for kind, folders in wanted.items()
         }
         names = self._names(combination, variant=None)
+        entry = self.config["quantization"][quantization]
         return ResultRow(
             **combination._asdict(),
             dataset=self.dataset(model),
             failed=self.stopped.causes(names) if found != wanted else [],
             settings=searched_settings(self.config["quantization"], quantization),
             recipe=finished(first.calibrated("recipe.json")) if searched else None,
-            limit=self.config["quantization"][quantization].get("smallest"),
+            asked=entry.get("smallest") or entry.get("best") or {},
             compensation_settings=self.config["compensation"].get(compensation),
             annotations=finished(chosen_images(self.dataset(model), "evaluation")),
             repeats=found,
@@ -301,6 +303,11 @@ class Plan:
                 )
                 rows.append(row)
         return rows
+
+    @property
+    def tradeoffs(self) -> dict[str, str]:
+        """The table of AP against costs of each model."""
+        return {row.model: tradeoff(row.model) for row in self.rows}
 
     def result_files(self, *names: str, kinds: Iterable[str] = KINDS) -> list[str]:
         """Files with these names in all result folders, each once."""

@@ -20,6 +20,7 @@ from matplotlib.transforms import Bbox
 
 from ..errors import QwtError
 from ..plan.files import BASELINE, QUANTIZED
+from .tradeoff import pareto_front
 
 WIDTH = 5.6  # inches of 72 units; text of 11 units is readable on a phone that is 390 pixels wide
 
@@ -27,6 +28,7 @@ INK, LINE = "#010203", "#010204"
 PAGE_COLOURS = {INK: "var(--ink)", LINE: "var(--line)"}
 
 VERMILLION = "#D55E00"
+SEARCHED = "searched bits"
 COMPENSATION_STYLES = (
     ("#0072B2", "s"),
     ("#009E73", "^"),
@@ -52,7 +54,7 @@ STYLE: Any = {
 
 
 class Point(NamedTuple):
-    """AP of one variant: its series (baseline, quantized, or the name of a compensation or runtime) and its costs.
+    """AP of one variant: its series (baseline, quantized, searched bits, or the name of a compensation or runtime) and its costs.
 
     ``cost`` is a size in MB or a latency in ms.
     """
@@ -68,9 +70,9 @@ class Point(NamedTuple):
 
 def series_styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each series."""
-    compensations = dict.fromkeys(name for name in series if name not in (BASELINE, QUANTIZED))
-    styles = dict(zip(compensations, itertools.cycle(COMPENSATION_STYLES), strict=False))
-    return {BASELINE: (INK, "D"), QUANTIZED: (VERMILLION, "o"), **styles}
+    known = {BASELINE: (INK, "D"), QUANTIZED: (VERMILLION, "o"), SEARCHED: ("#882255", "*")}
+    others = dict.fromkeys(name for name in series if name not in known)
+    return known | dict(zip(others, itertools.cycle(COMPENSATION_STYLES), strict=False))
 
 
 def _svg(figure: Figure, name: str) -> Markup:
@@ -165,15 +167,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
     )
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other point dominates in cost and AP, by cost."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, -p.value)):
-        if not front or point.value > front[-1].value:
-            front.append(point)
-    return front
-
-
 def _label_points(axes: Axes, points: Sequence[Point]) -> None:
     """Write the quantization's name above each error bar, higher where it would overlap another name."""
     placed: list[Bbox] = []
@@ -191,29 +184,45 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
         placed.append(box)
 
 
-def ap_by_size(points: Sequence[Point], ap_type: str, name: str) -> Markup:
-    """AP against the size of weights and compensation, with the Pareto front; see :func:`ap_by_bits`."""
-    labelled = [point for point in points if point.series == QUANTIZED]
-    return _ap_by_cost(points, labelled, ap_type, name, "size of weights and compensation (MB)")
+def ap_by_size(
+    points: Sequence[Point], ap_type: str, name: str, *, asked: Mapping[str, float] | None = None
+) -> Markup:
+    """AP against the size of weights and compensation, with the Pareto front; see :func:`ap_by_bits`.
+
+    Args:
+        asked: the least AP that a search was asked for, by the words for it.
+    """
+    labelled = [point for point in points if point.series in (QUANTIZED, SEARCHED)]
+    cost = "size of weights and compensation (MB)"
+    return _ap_by_cost(points, labelled, ap_type, name, cost, asked or {})
 
 
-def ap_by_latency(points: Sequence[Point], ap_type: str, name: str) -> Markup:
-    """AP of exported files against their latency, with the Pareto front; a series for each runtime."""
-    return _ap_by_cost(points, points, ap_type, name, "latency for an image (ms)")
+def ap_by_latency(
+    points: Sequence[Point], ap_type: str, name: str, *, asked: Mapping[str, float] | None = None
+) -> Markup:
+    """AP of exported files against their latency, with the Pareto front; a series for each runtime; see :func:`ap_by_size`."""
+    return _ap_by_cost(points, points, ap_type, name, "latency for an image (ms)", asked or {})
 
 
 def _ap_by_cost(
-    points: Sequence[Point], labelled: Sequence[Point], ap_type: str, name: str, cost: str
+    points: Sequence[Point],
+    labelled: Sequence[Point],
+    ap_type: str,
+    name: str,
+    cost: str,
+    asked: Mapping[str, float],
 ) -> Markup:
     points = _drawable(points)
     styles = series_styles(point.series for point in points)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_figure(4.2)
-        front = pareto_front(points)
+        front = pareto_front(points, lambda p: p.cost, lambda p: p.value)
         axes.step(
             [point.cost for point in front], [point.value for point in front],
             where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front",
         )  # fmt: skip
+        for words, least in asked.items():
+            axes.axhline(least, color=INK, linewidth=1, linestyle="--", label=f"asked: {words}")
         costs = [point.cost for point in points]
         beside = 0.008 * (max(costs) - min(costs))  # shift between points of the same cost
         for number, point in enumerate(points):

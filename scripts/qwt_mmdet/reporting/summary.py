@@ -36,7 +36,7 @@ class Row:
     ``reporting.tables`` describes them.
 
     Args:
-        limit: of a search with a limit for the loss of AP.
+        asked: a search's ``smallest`` or ``best``. limit: of a search with a limit for the loss of AP.
         seconds: duration of the steps that the row depends on, by rule; none for supplied warmup files.
         classes: those that have objects.
         lost_most, regained_most: names of the classes with the largest loss by quantization, and gain by
@@ -73,6 +73,7 @@ class Row:
     quantized_dominated_by: str | None = None
     compensated_dominated_by: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
     limit: Limit | None = None
     classes: list[ClassResult] = field(default_factory=list)
     lost_most: list[str] = field(default_factory=list)

@@ -47,7 +47,8 @@ objects of that size, no loss to recover, no compensation, or a variant that was
     the best other variant of the model that is at most as large and at least as good; empty on the Pareto front
     of AP against size.
 
-exports.csv, where detectors are exported, has the fields of ``reporting.summary.ExportedRow``.
+exports.csv, where detectors are exported, has the fields of ``reporting.summary.ExportedRow``. tradeoff.csv of each model has
+the columns of ``reporting.tradeoff``.
 
 summary.json holds the same rows, in which ``ap`` has these numbers by metric, each as value, low and high
 (differences also ``significant``). For its further fields see ``reporting.summary``.
@@ -69,6 +70,7 @@ from ..evaluation.estimates import Comparison, Limit, value_of
 from ..files import read_json, write_atomically
 from ..plan.rows import KINDS, ExportRow, Failure, ResultRow
 from .summary import ClassResult, ExportedRow, Row, Summary, with_dominance
+from .tradeoff import columns, lines
 
 RANKED_CLASSES = 10
 
@@ -249,6 +251,7 @@ class _Model:
             or None,
             **_cost_fields(quantized, compensation.get("summary", {})),
             "repeats": max(1, *map(len, row.repeats.values())),
+            "asked": {**row.asked},
             "seconds": {step: value for step, value in seconds.items() if value is not None},
         }
 
@@ -271,12 +274,12 @@ class _Model:
 
     def _limit(self, row: ResultRow, iou_type: str) -> Limit | None:
         """The loss of a searched quantization, compared with its limit."""
-        limit, (baseline, quantized, _) = row.limit, map(row.evaluated().get, KINDS)
-        if limit is None or limit["metric"] != iou_type:
+        baseline, quantized, _ = map(row.evaluated().get, KINDS)
+        if row.asked.get("metric") != iou_type:
             return None
         if self._statistics is None or baseline is None or quantized is None:
             return None
-        return self._statistics.limit(baseline, quantized, iou_type, limit["max_drop"])
+        return self._statistics.limit(baseline, quantized, iou_type, row.asked["max_drop"])
 
     def _classes(self, row: ResultRow, iou_type: str) -> list[ClassResult]:
         """AP of each class that has objects."""
@@ -351,12 +354,14 @@ def summarize(
     failed: Sequence[Failure] = (),
     exports: Sequence[ExportRow] = (),
     exports_table: str | os.PathLike[str] | None = None,
+    tradeoffs: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> None:
     """Write all results as numbers; this module's docstring describes both files.
 
     Args:
         rows: of the plan. Rows of one model share an annotation file.
         table: the CSV file. document: the JSON file. exports_table: the CSV file of the exports, if there are any.
+        tradeoffs: CSV files of AP against costs, by model.
         resamples, seed, processes: of the bootstrap.
         failed: the steps of the run that failed.
 
@@ -377,13 +382,16 @@ def summarize(
         found += (own := model.rows())
         quantizations += model.quantizations()
         exported += model.exports(own)
-    _write_csv(table, found)
+    _write_csv(table, [row.columns() for row in found])
     if exports_table is not None:
-        _write_csv(exports_table, exported)
+        _write_csv(exports_table, [row.columns() for row in exported])
+    for name, path in (tradeoffs or {}).items():
+        rows_of = [row for row in found if row.model == name]
+        files_of = [row for row in exported if row.model == name]
+        _write_csv(path, columns(lines(rows_of, files_of)))
     Summary(CONFIDENCE, seed, list(failed), found, quantizations, exported).write(document)
 
 
-def _write_csv(path: str | os.PathLike[str], rows: Sequence[Row] | Sequence[ExportedRow]) -> None:
-    columns = [row.columns() for row in rows]
+def _write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     with write_atomically(path) as partial:
-        pandas.DataFrame(columns, dtype=object).to_csv(partial, index=False)
+        pandas.DataFrame(rows, dtype=object).to_csv(partial, index=False)

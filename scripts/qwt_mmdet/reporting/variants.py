@@ -1,7 +1,6 @@
 """The variants of a model, as lines of its table and points of its figures."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from ..evaluation.estimates import Estimate, value_of
@@ -9,6 +8,7 @@ from ..plan.files import BASELINE, QUANTIZED
 from ..plan.run import unique
 from . import figures
 from .summary import ExportedRow, Row
+from .tradeoff import asked_for, file_lines
 
 
 def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -37,6 +37,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "variant": name,
                 "title": name,
                 "series": QUANTIZED,
+                "searched": bool(row.asked),
                 "note": f"W{row.weight_bits} A{row.activation_bits}, {row.scope}",
                 "ap": row.ap["AP"].quantized,
                 "loss": row.ap["AP"].quantized_minus_baseline,
@@ -88,7 +89,7 @@ def points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
         figures.Point(
             quantization=line.get("quantization", ""),
             bits=line.get("bits", (32, 32)),
-            series=line["series"],
+            series=figures.SEARCHED if line.get("searched") else line["series"],
             value=line["ap"].value,
             low=line["ap"].low,
             high=line["ap"].high,
@@ -100,21 +101,23 @@ def points(lines: Sequence[Mapping[str, Any]]) -> list[figures.Point]:
 
 
 def timed_points(baseline: Estimate | None, rows: Sequence[ExportedRow]) -> list[figures.Point]:
-    """Points of the figure of latency: exported files that were evaluated and timed, and full precision in each runtime.
-
-    Latencies are ratios to full precision, which were measured in turn, times full precision's median of all files.
-    """
+    """Points of the figure of latency: exported files that were evaluated and timed, and full precision in each runtime."""
     found = []
-    for title in unique(row.title or row.runtime for row in rows):
-        own = [row for row in rows if (row.title or row.runtime) == title]
-        full = [ms for row in own if (ms := row.full_precision_milliseconds) is not None]
-        timed = [("full precision", baseline, 1.0 if full else None)]
-        timed += [(row.variant, row.ap, row.latency_ratio) for row in own]
-        for name, ap, ratio in timed:
-            if ap is not None and ap.value is not None and ratio is not None:
-                cost = ratio * median(full)
-                found.append(figures.Point(name, (32, 32), title, ap.value, ap.low, ap.high, cost))
+    for line in file_lines(baseline, rows, {}):
+        if line.milliseconds is not None:
+            numbers = line.ap, line.ap_low, line.ap_high, line.milliseconds
+            found.append(figures.Point(line.variant, (32, 32), line.runtime or "", *numbers))
     return found
+
+
+def least_ap(rows: Sequence[Row]) -> dict[str, float]:
+    """The least AP that searches with a limit for its loss were asked for, by the words for it."""
+    limits = {asked_for(row): (row.ap["AP"].baseline, row.limit) for row in rows}
+    return {
+        words: full.value - limit.max_drop
+        for words, (full, limit) in limits.items()
+        if words and limit and full and full.value is not None
+    }
 
 
 def featured(rows: Sequence[Row]) -> Row:

@@ -1,6 +1,6 @@
 """What the templates of the report show of a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .advice import advice
 from .pictures import Picture, choose_pictures
 from .sentences import answers
 from .summary import Row, Summary
-from .variants import featured, points, timed_points, variant_lines
+from .variants import featured, least_ap, points, timed_points, variant_lines
 
 
 class Model:
@@ -63,8 +63,13 @@ class Model:
             first = result["rows"][0]
             exported = [row for row in self.exported if row.metrics == first.metrics]
             timed = timed_points(first.ap["AP"].baseline, exported)
-            costs = [("bits", figures.ap_by_bits, own), ("size", figures.ap_by_size, own)]
-            costs += [("latency", figures.ap_by_latency, timed)] * bool(timed)
+            drawings: list[tuple[str, Callable[..., Any], Any]] = [
+                ("bits", figures.ap_by_bits, own)
+            ]
+            asked = least_ap(result["rows"])
+            drawings.append(("size", partial(figures.ap_by_size, asked=asked), own))
+            if timed:
+                drawings.append(("latency", partial(figures.ap_by_latency, asked=asked), timed))
             found += [
                 {
                     "label": f"{result['ap_type']} AP against {cost}",
@@ -72,7 +77,7 @@ class Model:
                         draw, drawn, result["ap_type"], f"{self._id}-{result['ap_type']}-{cost}"
                     ),
                 }
-                for cost, draw, drawn in costs
+                for cost, draw, drawn in drawings
             ]
         return found
 
