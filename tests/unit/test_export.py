@@ -428,20 +428,7 @@ def two_stages() -> nn.Module:
     settings = {"weight_bits": 8, "activation_bits": 8, "scope": "detector", "grids": "integer"}
     settings |= {"weight_range": "minmax", "activation_range": "minmax", "rounding": "nearest"}
     quantize_model(model, QuantizationSettings.from_mapping(settings))
-    return calibrate(model, photos())
-
-
-def photos() -> list[dict]:
-    generator = torch.Generator().manual_seed(0)
-    keys = ("img_shape", "ori_shape", "batch_input_shape", "pad_shape")
-    meta = {**dict.fromkeys(keys, SIZE), "scale_factor": (1.0, 1.0)}
-    return [
-        {
-            "inputs": [torch.randint(0, 256, (3, *SIZE), generator=generator, dtype=torch.uint8)],
-            "data_samples": [DetDataSample(metainfo=meta)],
-        }
-        for _ in range(2)
-    ]
+    return calibrate(model, tiny.photos())
 
 
 @torch.no_grad()
@@ -459,7 +446,7 @@ def test_two_stages_are_graphs_with_mmdets_own_code_between(tmp_path, caplog):
         file.stat().st_size for file in files
     )
     exported = loading.load_exported(path).model
-    batch = photos()[1]
+    batch = tiny.photos()[1]
     found = forward_scope(exported, copy.deepcopy(batch), "detector")[0].pred_instances
     assert len(found.masks) == len(found.bboxes) == len(found.labels) > 0
 
@@ -565,13 +552,15 @@ def test_a_graph_with_suppression_returns_what_mmdet_does(tmp_path):
 def test_a_detector_on_a_gpu_is_exported_as_on_the_cpu_and_its_file_runs_beside_a_gpu(tmp_path):
     model = two_stages()
     paths = {place: tmp_path / f"{place}.onnx" for place in ("cpu", "gpu")}
-    onnx_file.export_onnx(model, paths["cpu"], size=SIZE, calibration=photos())
+    onnx_file.export_onnx(model, paths["cpu"], size=SIZE, calibration=tiny.photos())
     with tiny.computing_on("pretended") as gpu:
         model.to(gpu)
-        there = [{**one, "inputs": [image.to(gpu) for image in one["inputs"]]} for one in photos()]
+        there = [
+            {**one, "inputs": [image.to(gpu) for image in one["inputs"]]} for one in tiny.photos()
+        ]
         onnx_file.export_onnx(model, paths["gpu"], size=SIZE, calibration=there)
         exported = loading.load_exported(paths["gpu"]).model.cuda()
-        (found,) = forward_scope(exported, photos()[1], "detector")
+        (found,) = forward_scope(exported, tiny.photos()[1], "detector")
         assert found.pred_instances.bboxes.is_cuda
     assert paths["cpu"].read_bytes() == paths["gpu"].read_bytes()
 

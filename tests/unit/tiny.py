@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_cuda import pretended_gpu
 from mmdet.models.backbones import CSPDarknet, ResNet, SwinTransformer
+from mmdet.structures import DetDataSample
 from qwt_mmdet.config import QuantizationSettings
 from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import quantize_model
@@ -38,6 +39,21 @@ SMALL_MASK_RCNN = {
     "model.test_cfg.rcnn.score_thr": 0.0,
 }  # fmt: skip
 """Changes to the demo's config: a small ResNet, and weights that need no training to find something."""
+
+
+def photos() -> list[dict[str, Any]]:
+    """Two batches of one image of 64 × 64 pixels, for whole detectors."""
+    generator = torch.Generator().manual_seed(0)
+    keys = ("img_shape", "ori_shape", "batch_input_shape", "pad_shape")
+    meta = {**dict.fromkeys(keys, (64, 64)), "scale_factor": (1.0, 1.0)}
+    return [
+        {
+            "inputs": [torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)],
+            "data_samples": [DetDataSample(metainfo=meta)],
+        }
+        for _ in range(2)
+    ]
+
 
 KINDS = ("swin", "resnet", pytest.param("cspdarknet", marks=pytest.mark.slow_if_pretended))
 """Of :func:`backbone`, for tests with each of them."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from mmdet.models import BaseDetector
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.roi_heads import CascadeRoIHead, MaskScoringRoIHead, StandardRoIHead
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,12 +50,17 @@ def dense_head(model: BaseDetector) -> BaseDenseHead | None:
     return head if isinstance(head, BaseDenseHead) else None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
+def computes_on_regions(roi_head: Any) -> bool:
+    """Whether a second stage takes maps, and regions of them, and nothing else."""
+    known = (StandardRoIHead, CascadeRoIHead, MaskScoringRoIHead)
+    return getattr(type(roi_head), "forward", None) in [cls.forward for cls in known]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested lists and tuples, in their order."""
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in tensors_of(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
@@ -64,14 +70,14 @@ def head_tensors(model: BaseDetector, batch: dict[str, Any]) -> list[Tensor]:
     """
     features = model.extract_feat(model.data_preprocessor(batch, False)["inputs"])
     head = dense_head(model)
-    return list(_tensors(features if head is None else head(features)))
+    return tensors_of(features if head is None else head(features))
 
 
 def scope_tensors(model: BaseDetector, batch: dict[str, Any], scope: str) -> list[Tensor]:
     """The outputs of a scope: the maps of backbone or neck; for the whole detector :func:`head_tensors`."""
     if scope == "detector":
         return head_tensors(model, batch)
-    return list(_tensors(forward_scope(model, batch, scope)))
+    return tensors_of(forward_scope(model, batch, scope))
 
 
 @contextlib.contextmanager

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from mmdet.models import (
     BaseDetector,
-    CascadeRoIHead,
-    MaskScoringRoIHead,
     SingleStageDetector,
-    StandardRoIHead,
     TwoStageDetector,
 )
 from mmdet.models.backbones.swin import ShiftWindowMSA
@@ -28,6 +25,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..detectors.forward import computes_on_regions
 from ..errors import QwtError, Registry
 from ..quantization.convert import activation_quantizers
 from .operators import lacking
@@ -222,8 +220,7 @@ class TwoStage(SingleStage):
 
     def __init__(self, model: BaseDetector) -> None:
         super().__init__(model)
-        known = (StandardRoIHead, CascadeRoIHead, MaskScoringRoIHead)
-        if type(model.roi_head).forward not in [cls.forward for cls in known]:
+        if not computes_on_regions(model.roi_head):
             raise QwtError(
                 f"The module roi_head is a {type(model.roi_head).__name__}, whose heads take other inputs than maps of "
                 "regions; this detector cannot be exported."

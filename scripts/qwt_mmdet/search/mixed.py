@@ -19,11 +19,11 @@ from torch import nn
 from ..archives import Finished
 from ..config import Override, QuantizationSettings
 from ..config.search import Storage, stored_bits
-from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..quantization.convert import matching_override, own_bits, quantized_layers
 from ..quantization.size import code_bytes, detector_bytes
 from ..quantization.sqnr import count_multiply_adds
+from .outputs import Reference
 from .sensitivity import Sensitivity, leave_one_out_gains, rank_layers
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def measure_candidates(
 ) -> Measurement:
     """Measure the error of each layer at each number of bits, and its leave-one-out gain at the fewest.
 
-    A layer is not searched if an override names it or the heads do not depend on it.
+    A layer is not searched if an override names it or the outputs do not depend on it.
 
     Args:
         calibrated: returns the calibrated detector of some settings, its weights not rounded yet.
@@ -196,7 +196,7 @@ def _own_multiply_adds(
 ) -> dict[str, float]:
     """Each module's percentage of the multiply-adds of all ``names``; without those of modules inside of it."""
     with count_multiply_adds(model, names) as shares, torch.no_grad():
-        head_tensors(model, image)
+        Reference.of(model, image)
     own = {
         name: shares.get(name, 0.0)
         - sum(shares.get(inner, 0.0) for inner in names if inner.startswith(f"{name}."))

@@ -9,15 +9,15 @@ import torch
 from mmdet.models import BaseDetector
 from torch import Tensor, nn
 
-from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..progress import progress
 from ..quantization.calibrate import quantize_weights_alone
 from ..quantization.convert import Unit, full_precision, quantized_units
 from ..quantization.layers import QuantizedLayer
-from ..quantization.sqnr import HeadError, sqnr_db
+from ..quantization.sqnr import sqnr_db
 from ..quantization.weight_fit import WEIGHT_FITS, Affine
 from ..record import quantization_of
+from .outputs import OutputError, Reference
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,15 @@ def rank_layers(model: BaseDetector, loader: Iterable[dict[str, Any]]) -> list[S
         loader = [*loader]
         quantize_weights_alone(model, loader)
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
-    errors = {name: HeadError() for name in units}
+    errors = {name: OutputError() for name in units}
     images = 0
     with full_precision(model, {}):
         for batch in progress(loader, "Quantizing each layer alone", unit="batch"):
-            expected = head_tensors(model, batch)
+            reference = Reference.of(model, batch)
             images += 1
             for name, unit in units.items():
                 with _quantized_alone(unit, about.fitted.get(name)):
-                    errors[name].update(expected, head_tensors(model, batch))
+                    errors[name].update(reference, model)
     if images == 0:
         raise QwtError("There are no calibration images; choose at least one.")
     ranked = [
@@ -159,18 +159,18 @@ def leave_one_out_gains(model: BaseDetector, loader: Iterable[dict[str, Any]]) -
     units = {name: unit for name, unit in quantized_units(model).items() if unit.is_calibrated}
     fitted = quantization_of(model).fitted
     full: dict[str, Tensor] = {}
-    expected = []
+    references = []
     with full_precision(model, {}):
         for batch in loader:
-            expected.append((batch, head_tensors(model, batch)))
+            references.append(Reference.of(model, batch))
     for name, unit in units.items():
         if isinstance(unit, QuantizedLayer):
             full[name] = unit.weight.data.clone()
             unit.restore_weight()
-    together, without = HeadError(), {name: HeadError() for name in units}
-    for batch, tensors in progress(expected, "Leaving out each layer", unit="batch"):
-        together.update(tensors, head_tensors(model, batch))
+    together, without = OutputError(), {name: OutputError() for name in units}
+    for reference in progress(references, "Leaving out each layer", unit="batch"):
+        together.update(reference, model)
         for name, unit in units.items():
             with _left_out(unit, full.get(name), fitted.get(name)):
-                without[name].update(tensors, head_tensors(model, batch))
+                without[name].update(reference, model)
     return {name: together.relative() - error.relative() for name, error in without.items()}

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from mmdet.models import BaseDetector
 from pydantic import TypeAdapter
@@ -19,7 +18,6 @@ from pydantic import TypeAdapter
 from ..archives import Finished
 from ..config import QuantizationSettings, Search, as_entry, as_plain
 from ..config.search import stored_bits
-from ..detectors.forward import head_tensors
 from ..errors import QwtError
 from ..evaluation.bootstrap import bootstrap
 from ..evaluation.predict import predict
@@ -28,7 +26,6 @@ from ..fingerprint import weights_fingerprint
 from ..quantization.calibrate import calibrate
 from ..quantization.convert import matching_override, quantize_model, quantized_layers
 from ..quantization.size import code_bytes, size_range
-from ..quantization.sqnr import HeadError
 from ..record import quantization_of, record_of
 from ..search.judge import Loss, LossModel, Scored, cheapest
 from ..search.mixed import (
@@ -39,6 +36,7 @@ from ..search.mixed import (
     measure_candidates,
     recipe_settings,
 )
+from ..search.outputs import OutputError, Reference
 from ..staleness import source_hash
 from .evaluate import check_ground_truth, evaluate_detector
 from .inputs import Inputs, Pathlike
@@ -416,14 +414,13 @@ class Scorer:
 
     def score(self, settings: QuantizationSettings) -> dict[str, Any]:
         """Error at the heads of the detector with these settings, its loss of AP, and that under each resample."""
-        error, found = HeadError(), []
+        error, found = OutputError(), []
         for calibration, scored in self._parts.folds:
             model = quantize_model(self._inputs.load(), settings)
             calibrate(model, self._on(calibration), noise_images=0, **self._cache)
             found += predict(model, self._on(scored), scored).records
-            with torch.no_grad():
-                for image in islice(self._on(scored, batch_size=1), ERROR_IMAGES):
-                    error.update(head_tensors(self._model, image), head_tensors(model, image))
+            for image in islice(self._on(scored, batch_size=1), ERROR_IMAGES):
+                error.update(Reference.of(self._model, image), model)
         ap = bootstrap(
             self._parts.scored,
             {"full": self._found, "recipe": found},
