@@ -20,10 +20,10 @@ def full():
     return random_detector(tiny.DEMO, tiny.SMALL_MASK_RCNN)
 
 
-def quantized(full, **settings):
-    chosen = QuantizationSettings(4, 4, scope="detector", refit="none", **settings)
-    model = quantize_model(copy.deepcopy(full), chosen)
-    return calibrate(model, tiny.photos(), keep_weights=True, noise_images=0)
+def quantized(full, *, keep_weights, **settings):
+    settings |= {"scope": "detector", "refit": "none", "bias_correction": False}
+    model = quantize_model(copy.deepcopy(full), QuantizationSettings(4, 4, **settings))
+    return calibrate(model, tiny.photos(), keep_weights=keep_weights, noise_images=0)
 
 
 def test_the_reference_has_both_stages_on_the_best_proposals(full):
@@ -48,14 +48,14 @@ def test_full_precision_has_no_error_and_one_stage_has_no_proposals(full):
 
 def test_layers_of_the_second_stage_have_the_error_of_a_model_with_them_alone_quantized(full):
     name = "roi_head.bbox_head.fc_cls"
-    model = quantized(full)
+    model = quantized(full, keep_weights=True)
     ranked = {entry.name: entry for entry in rank_layers(model, tiny.photos()[:1])}
     second = {key: entry.relative_error for key, entry in ranked.items() if "roi_head" in key}
     assert {"roi_head.bbox_head.fc_reg", "roi_head.mask_head.conv_logits"} < {*second}
     assert all(second.values())
     reference = Reference.of(full, tiny.photos()[0])
     others = tuple(Override(other, skip=True) for other in ranked if other != name)
-    alone = quantized(full, overrides=others, input_bits=4)
+    alone = quantized(full, keep_weights=False, overrides=others, input_bits=4)
     error = OutputError()
     error.update(reference, alone)
     assert ranked[name].relative_error == pytest.approx(error.relative(), rel=1e-3)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -23,7 +22,7 @@ from ..errors import QwtError
 from ..quantization.convert import matching_override, own_bits, quantized_layers
 from ..quantization.size import code_bytes, detector_bytes
 from ..quantization.sqnr import count_multiply_adds
-from .outputs import Reference
+from .outputs import Reference, outputs
 from .sensitivity import Sensitivity, leave_one_out_gains, rank_layers
 
 logger = logging.getLogger(__name__)
@@ -195,8 +194,9 @@ def _own_multiply_adds(
     model: nn.Module, names: Sequence[str], image: dict[str, Any]
 ) -> dict[str, float]:
     """Each module's percentage of the multiply-adds of all ``names``; without those of modules inside of it."""
-    with count_multiply_adds(model, names) as shares, torch.no_grad():
-        Reference.of(model, image)
+    proposals = Reference.of(model, image).proposals
+    with count_multiply_adds(model, names) as shares:
+        outputs(model, image, proposals)
     own = {
         name: shares.get(name, 0.0)
         - sum(shares.get(inner, 0.0) for inner in names if inner.startswith(f"{name}."))

@@ -37,13 +37,14 @@ class Reference:
             features = model.extract_feat(data["inputs"])
             found = model.rpn_head.predict(features, data["data_samples"], rescale=False)
             proposals = [boxes[:PROPOSALS] for boxes in found]
-        return cls(batch, proposals, _outputs(model, batch, proposals))
+        return cls(batch, proposals, outputs(model, batch, proposals))
 
 
 @torch.no_grad()
-def _outputs(
+def outputs(
     model: BaseDetector, batch: dict[str, Any], proposals: list[Any] | None
 ) -> list[list[Tensor]]:
+    """The outputs of each stage of a detector for one batch; see :class:`Reference`."""
     head = dense_head(model)
     if proposals is None or head is None:
         return [head_tensors(model, batch)]
@@ -61,7 +62,7 @@ class OutputError:
 
     def update(self, reference: Reference, model: BaseDetector) -> None:
         """Run a detector on the image of a reference, and add its error."""
-        found = _outputs(model, reference.batch, reference.proposals)
+        found = outputs(model, reference.batch, reference.proposals)
         self._stages = self._stages or [HeadError() for _ in found]
         for stage, *pair in zip(self._stages, reference.stages, found, strict=True):
             stage.update(*pair)
