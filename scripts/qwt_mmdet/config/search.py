@@ -80,7 +80,7 @@ class Search:
     byte. With `onnx` only the most candidates of each are measured: 4 and 8, by default."""
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 4
     """Calibration images on which the error of each layer is measured at each number of bits."""
-    rounds: Annotated[int, Strict(), Field(ge=1, le=100)] = 5
+    rounds: Annotated[int, Strict(), Field(ge=1, le=100)] = 4
     """Most recipes that `smallest` tries. Each is calibrated on a half of the annotated calibration images and evaluated on
     the other half, both ways."""
 
