@@ -7,7 +7,7 @@ EXTRAS := $(VENV)/.extras
 WITH_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all bench demo estimate lint docs config-docs clean
+.PHONY: help env test test-all bench demo gallery estimate lint docs config-docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +49,12 @@ bench: env ## measure time and memory on a Swin-T backbone, and exported files (
 demo: env ## run the default configuration from checkpoint to report
 	@$(WITH_VENV) snakemake --cores all --resources gpu=$$($(VENV)/bin/python -c \
 	  'from qwt_mmdet.devices import count_gpus; print(count_gpus())') $(ARGS)
+
+# The report of real detectors, whose files lie beside the repository; GALLERY names a config of your own.
+gallery: env ## compute and report five detectors on real images, as docs/gallery/results/report.html (hours)
+	@mkdir -p docs/gallery
+	@PYTHONPATH="$(CURDIR)/../shared/real_detectors" $(WITH_VENV) snakemake --cores all --directory docs/gallery \
+	  --configfile $(or $(GALLERY),config/gallery.yaml) $(ARGS)
 
 estimate: env ## tell what a run would take (CONFIG=config/coco.yaml names another config)
 	@$(VENV)/bin/qwt-mmdet estimate $(or $(CONFIG),config/config.yaml)
