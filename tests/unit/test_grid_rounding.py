@@ -32,6 +32,16 @@ def test_compiled_and_in_place_results_are_equal_bit_for_bit(device, monkeypatch
             assert results[0].shape == x.shape
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_tensor_that_is_rounded_in_chunks_gets_the_values_of_torch(device, overwrite):
+    x = torch.randn(3, grid_rounding.CHUNK + 5, device=device)
+    scale, zero_point = grid(device, 4)
+    expected = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), 0, 15)
+    before = x.clone()
+    assert torch.equal(fake_quantize(x, scale, zero_point, 4, overwrite=overwrite), expected)
+    assert torch.equal(x, expected if overwrite else before)
+
+
 def test_automatic_compilation_starts_once_it_pays(device, monkeypatch):
     calls = []
 

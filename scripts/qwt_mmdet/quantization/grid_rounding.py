@@ -22,6 +22,9 @@ COMPILE_VARIABLE = "QWT_COMPILE"
 WORTH_COMPILING = 3e10
 """Elements rounded in place after which compiling pays: about half a minute on one core."""
 
+CHUNK = 2**17
+"""Elements of a large tensor that a CPU rounds at a time, so that they stay in its cache."""
+
 _rounded_in_place = 0
 
 
@@ -56,9 +59,22 @@ def round_to_grid(
                 flat = [t.reshape(-1) for t in (x, inverse_scale, low, high, scale)]
                 return compiled(*flat).view_as(x)
         _rounded_in_place += x.numel()
+    in_chunks = plain and x.numel() > 2 * CHUNK and x.device.type == "cpu"
+    if in_chunks and x.dtype == scale.dtype == torch.float32:
+        y = x if overwrite else torch.empty_like(x)
+        _round_in_chunks(x, y, *map(float, (inverse_scale, low, high, scale)))
+        return y
     y = torch.mul(x, inverse_scale, out=x if overwrite else None)
     # One limit at a time: torch does not vectorize a clamp between two tensors that broadcast.
     return y.round_().clamp_(min=low).clamp_(max=high).mul_(scale)
+
+
+def _round_in_chunks(
+    x: Tensor, y: Tensor, inverse_scale: float, low: float, high: float, scale: float
+) -> None:
+    """:func:`round_to_grid` of ``x`` into ``y``, which may be ``x``."""
+    for part, place in zip(*(t.view(-1).split(CHUNK) for t in (x, y)), strict=True):
+        torch.mul(part, inverse_scale, out=place).round_().clamp_(low, high).mul_(scale)
 
 
 def _fused(x: Tensor, inverse_scale: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
