@@ -110,12 +110,12 @@ class RangeObserver:
             low, high = rows.amin(1), rows.amax(1)
         else:  # over all of a tensor much faster than over the one row of a matrix
             low, high = map(torch.atleast_1d, rows.aminmax())
-        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        largest = torch.maximum(low.abs(), high.abs())  # NaN if one of them is
+        if not torch.isfinite(largest).all():
             raise QwtError(
                 f"The input of layer {self.name} holds NaN or infinite values during calibration; "
                 "check that the checkpoint is sound and that the full-precision model evaluates."
             )
-        largest = torch.maximum(low.abs(), high.abs())
         # frexp: largest = mantissa · 2^e with mantissa < 1, so every |x| < 2^e fits half the bins.
         _, exponent = torch.frexp(largest)
         exponent = exponent.long() - (self.bins // 2).bit_length() + 1
@@ -130,11 +130,10 @@ class RangeObserver:
         inverse_width = _power_of_two(-self.exponent, torch.float32)[:, None]
         # Every |x| is below half the bins, in units of a bin. Small chunks stay in the processor's cache.
         channels, bins = self.counts.shape
-        first = torch.arange(channels, device=rows.device, dtype=torch.int32)[:, None] * bins
+        kind = torch.int16 if channels == 1 else torch.int32
+        zero = torch.arange(channels, device=rows.device, dtype=kind)[:, None] * bins + bins // 2
         for chunk in rows.split(max(CHUNK // channels, bins), dim=1):
-            index = (chunk * inverse_width).floor_().to(torch.int16).add_(bins // 2)
-            if channels > 1:
-                index = first + index
+            index = (chunk * inverse_width).floor_().to(kind).add_(zero)
             # In the order in which they lie in memory: any order counts the same.
             index = index if index.is_contiguous() else index.T
             counts = torch.bincount(index.flatten(), minlength=channels * bins)
@@ -184,6 +183,8 @@ class RangeObserver:
         """Widen the bins to 2^exponent by merging neighbours; index −1 goes with −2, 0 with 1."""
         shift = (exponent - self.exponent).clamp(max=62)
         rows = torch.nonzero(shift).flatten()
+        if not len(rows):
+            return
         position = torch.arange(self.bins, device=self.counts.device) - self.bins // 2
         position = (position >> shift[rows, None]) + self.bins // 2
         counts = self.counts[rows]
