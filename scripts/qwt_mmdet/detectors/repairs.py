@@ -1,5 +1,7 @@
 """Repairs of faults in mmdet 3.3 that inference meets."""
 
+import math
+
 from mmdet.models.dense_heads import SSDHead
 from mmdet.models.roi_heads.mask_heads import fcn_mask_head
 from torch import Tensor, nn
@@ -21,14 +23,12 @@ def paste_masks(
     Returns:
         The pasted masks [n, h, w], and the region of the image that they are.
     """
-    x1, y1, x2, y2 = boxes.unbind(1)
-    reach = (
-        boxes.isfinite().all()
-        and x1.min() < width
-        and y1.min() < height
-        and min(x2.max(), y2.max()) > 0
-    )
-    return _paste(masks, boxes, height, width, skip_empty=skip_empty and bool(reach))
+    if skip_empty:  # in numbers, since this is called for each box on a CPU
+        x1, y1, x2, y2 = zip(*boxes.tolist(), strict=True)
+        is_finite = all(map(math.isfinite, (*x1, *y1, *x2, *y2)))
+        beside = min(x1) >= width or min(y1) >= height or min(max(x2), max(y2)) <= 0
+        skip_empty = is_finite and not beside
+    return _paste(masks, boxes, height, width, skip_empty=skip_empty)
 
 
 def repair(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from mmdet.models import BaseDetector
@@ -64,8 +65,10 @@ def detections(
         for box, score, label in zip(boxes, scores, labels, strict=True)
     ]
     if "masks" in instances:
-        masks = instances.masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0)
-        encoded = mask_api.encode(np.asfortranarray(masks)) if masks.shape[2] else []
+        masks = instances.masks.cpu().numpy().astype(np.uint8)
+        # pycocotools takes [height, width, n] in Fortran's order; OpenCV transposes faster than numpy
+        columns = np.array([cv2.transpose(mask) for mask in masks]).T
+        encoded = mask_api.encode(columns) if len(masks) else []
         for result, rle in zip(results, encoded, strict=True):
             counts = rle["counts"].decode("ascii")
             result["segmentation"] = {"size": list(rle["size"]), "counts": counts}
