@@ -25,7 +25,6 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from scipy import stats
 
 from ..errors import QwtError
 from ..files import read_json
@@ -102,6 +101,8 @@ class Bootstrap:
         Args:
             repeats: the variants that are repeats, by the variant that becomes their mean; a single one does not change.
         """
+        from scipy import stats  # takes longer to import than all else here
+
         repeated: dict[str, Any] = {}
         values, samples = (dict[str, Any](found) for found in (self.values, self.samples))
         for variant, names in repeats.items():

@@ -6,6 +6,7 @@ of equal score by image id. Here second copies have larger ids than all first co
 ones, and so on.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,40 +73,53 @@ def _expand_ties(
     return detection[order], copy[order]
 
 
-def _thresholds_reached(
-    hits: NDArray[np.int32], objects: NDArray[np.int64], recall_thresholds: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """Number of recall thresholds that ``hits`` [H, R] of ``objects`` [R] reach, [H, R].
+def _accumulated(function: np.ufunc, rows: NDArray[Any]) -> NDArray[Any]:
+    """``function.accumulate`` over the first axis, in place. numpy goes along columns, which is slow in long rows."""
+    if len(rows) > rows.shape[1]:
+        return function.accumulate(rows, axis=0, out=rows)
+    for before, row in itertools.pairwise(rows):
+        function(before, row, out=row)
+    return rows
+
+
+class Recall:
+    """Number of recall thresholds that hits reach, by their weight.
 
     Few different numbers of objects occur, so recall is compared once for each.
+
+    Args:
+        objects: weight of the objects in each resample, [R].
     """
-    numbers, which = np.unique(objects, return_inverse=True)
-    recall = np.arange(hits.max(initial=0) + 1)[:, None] / np.maximum(numbers, 1)
-    reached = np.searchsorted(recall_thresholds, recall, side="right")
-    return reached.ravel()[hits * len(numbers) + which]
+
+    def __init__(self, objects: NDArray[np.int64], recall_thresholds: NDArray[np.float64]) -> None:
+        numbers, self._which = np.unique(objects, return_inverse=True)
+        recall = np.arange(numbers[-1] + 1)[:, None] / np.maximum(numbers, 1)
+        reached = np.searchsorted(recall_thresholds, recall, side="right")
+        self._reached, self._numbers = reached.ravel().astype(float), len(numbers)
+
+    def reached(self, hits: NDArray[np.int32], resamples: slice) -> NDArray[np.float64]:
+        """Number of thresholds, [H, R of the slice], for weights ``hits`` of this shape."""
+        return self._reached[hits * self._numbers + self._which[resamples]]
 
 
 def _interpolated_precision(
-    hits: NDArray[np.int32],
-    counted: NDArray[np.int32],
-    objects: NDArray[np.int64],
-    recall_thresholds: NDArray[np.float64],
+    hits: NDArray[np.int32], counted: NDArray[np.int32], reached: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """COCO's interpolated AP of precision-recall curves, which are given at their hits, [R].
+    """COCO's interpolated precision, summed over the recall thresholds, [R], of curves given at their hits.
 
     Precision at a recall threshold is the largest precision at that recall or a higher one. It changes only at
     hits. So each hit contributes this precision times the number of thresholds that its recall reaches first.
 
     Args:
         hits, counted: weight of the hits, and of hits and false positives, up to each hit, [H, R].
-        objects: weight of the objects, [R].
+        reached: number of recall thresholds up to each hit, [H, R]; it is overwritten.
     """
     # COCOeval's expression, so that rounding is the same.
     precision = hits / (counted + np.spacing(1))
-    envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    reached = _thresholds_reached(hits, objects, recall_thresholds)
+    envelope = _accumulated(np.maximum, precision[::-1])[::-1]
     reached[1:] -= reached[:-1].copy()
-    return (envelope * reached).sum(axis=0) / len(recall_thresholds)
+    envelope *= reached
+    return envelope.sum(axis=0)
 
 
 class _Chunk(NamedTuple):
@@ -265,6 +279,7 @@ class ApTable:
                 sparse.csr_array((ones, (row[used], column[used])), shape=(hits, len(columns)))
             )
             hit_columns.append(column[hit_t])
+        recall = Recall(objects, self.recall_thresholds)
         result = np.zeros((len(hit), len(objects)))
         size = max(CHUNK_ELEMENTS // max(len(columns), *map(len, hit_columns), 1), 1)
         for start in range(0, len(objects), size):
@@ -272,10 +287,8 @@ class ApTable:
             times, copy = drawn[images, chunk], copies[:, None]
             weights = np.where(copy == 0, times, times >= copy).astype(np.int32)  # [C, R]
             for threshold, interval_sums in enumerate(intervals):
+                hits = _accumulated(np.add, weights[hit_columns[threshold]])
                 result[threshold, chunk] = _interpolated_precision(
-                    np.cumsum(weights[hit_columns[threshold]], axis=0),
-                    np.cumsum(interval_sums @ weights, axis=0),
-                    objects[chunk],
-                    self.recall_thresholds,
+                    hits, _accumulated(np.add, interval_sums @ weights), recall.reached(hits, chunk)
                 )
-        return result
+        return result / len(self.recall_thresholds)
