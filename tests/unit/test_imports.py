@@ -41,6 +41,21 @@ def test_mmdet_is_imported_lean_and_lacks_nothing():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("steps.prepare", {"torch", "mmdet", "mmcv", "numpy", "matplotlib", "scipy"}),
+        ("steps.select", {"torch", "mmdet", "mmcv", "matplotlib", "scipy"}),
+        ("reporting.tables", {"torch", "mmdet", "mmcv", "matplotlib", "scipy.stats"}),
+        ("reporting.html", {"torch", "mmdet", "mmcv", "scipy"}),
+    ],
+)
+def test_a_step_without_a_detector_imports_nothing_heavy_that_it_does_not_need(module, heavy):
+    program = f"import sys, qwt_mmdet.{module}; print(*set({sorted(heavy)}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package ``outer.heavy`` with the functions ``half`` and ``double`` and a submodule ``part``."""
