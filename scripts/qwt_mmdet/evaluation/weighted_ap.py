@@ -287,8 +287,10 @@ class ApTable:
             times, copy = drawn[images, chunk], copies[:, None]
             weights = np.where(copy == 0, times, times >= copy).astype(np.int32)  # [C, R]
             for threshold, interval_sums in enumerate(intervals):
-                hits = _accumulated(np.add, weights[hit_columns[threshold]])
+                hit_sums = _accumulated(np.add, weights[hit_columns[threshold]])
                 result[threshold, chunk] = _interpolated_precision(
-                    hits, _accumulated(np.add, interval_sums @ weights), recall.reached(hits, chunk)
+                    hit_sums,
+                    _accumulated(np.add, interval_sums @ weights),
+                    recall.reached(hit_sums, chunk),
                 )
         return result / len(self.recall_thresholds)
