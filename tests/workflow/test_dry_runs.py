@@ -76,7 +76,12 @@ def test_a_configuration_asks_for_its_targets(workflow: Workflow, name: str):
 
 def test_the_default_configuration_asks_for_the_demo(workflow: Workflow):
     (workflow.folder / "config").symlink_to(ROOT / "config")
-    assert workflow.jobs() == expected(1, 3, 5, 2)
+    assert workflow.jobs() == expected(1, 3, 1, 2)
+
+
+def test_the_demo_has_a_configuration_with_more_rows(workflow: Workflow):
+    config = str(ROOT / "config" / "demo_all.yaml")
+    assert workflow.jobs("--configfile", config) == expected(1, 3, 5, 2)
 
 
 def test_the_headline_configuration_asks_for_five_detectors(workflow: Workflow):
