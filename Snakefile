@@ -35,6 +35,7 @@ onstart:
 
 
 onsuccess:
+    end_progress()
     atexit.unregister(tell_unusable)
     print(f"\n{run_summary()}")
 

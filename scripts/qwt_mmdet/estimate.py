@@ -182,6 +182,7 @@ def run_pilot(pilot: Plan, folder: Path, *, threads: int, gpu: bool) -> None:
         [
             *(sys.executable, "-m", "snakemake", *pilot.detector_results()),
             *("--snakefile", str(snakefile()), "--directory", str(folder), "--nocolor"),
+            *("--workflow-profile", "none"),
             *("--configfile", str(folder / "config.yaml"), "--cores", str(threads)),
             *("--default-resources", "pilot=1", "--resources", "pilot=1", f"gpu={int(gpu)}"),
         ],

@@ -6,6 +6,7 @@
 import contextlib
 import errno
 import gc
+import io
 import logging
 import os
 import platform
@@ -42,10 +43,13 @@ EVALUATIONS = (
     "evaluate_shard",
 )
 
+CLEAR_LINE = "\r\x1b[2K"
+"""Removes the bar of the workflow (which draws itself anew) from the line that a terminal writes on."""
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class _LineWriter:
+class _LineWriter(io.TextIOBase):
     """Stream that logs the lines that are printed to it."""
 
     def __init__(self, log: logging.Logger) -> None:
@@ -95,12 +99,17 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def _logging_to(path: Path, name: str) -> Iterator[None]:
-    """Inside: log everything to a file, and our messages and errors of others also to the terminal."""
+    """Inside: log everything to a file, and our warnings and all errors also to the terminal.
+
+    What Python code prints is logged, too, so that it does not get between the lines of progress of the workflow.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = _LogFile(path, mode="w", encoding="utf-8")
     to_file.setFormatter(logging.Formatter(LOG_FORMAT))
     to_terminal = logging.StreamHandler(sys.stderr)
-    to_terminal.setFormatter(logging.Formatter(f"[{name}] %(message)s"))
+    line = CLEAR_LINE if sys.stderr.isatty() else ""
+    to_terminal.setFormatter(logging.Formatter(f"{line}[{name}] %(message)s"))
+    to_terminal.setLevel(logging.WARNING)
     to_terminal.addFilter(
         lambda record: record.name.startswith("qwt_mmdet") or record.levelno >= logging.ERROR
     )
@@ -110,12 +119,13 @@ def _logging_to(path: Path, name: str) -> Iterator[None]:
     for handler in (to_file, to_terminal):
         root.addHandler(handler)
     logging.captureWarnings(True)
-    printed = _LineWriter(logging.getLogger("stdout"))
+    printed, complained = (_LineWriter(logging.getLogger(name)) for name in ("stdout", "stderr"))
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complained):
             yield
     finally:
         printed.flush()
+        complained.flush()
         logging.captureWarnings(False)
         to_file.close()
         for handler in (to_file, to_terminal):

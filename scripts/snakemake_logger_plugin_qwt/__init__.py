@@ -1,7 +1,8 @@
-"""What Snakemake says, in few words: `snakemake --logger qwt`, which `qwt-mmdet run` uses.
+"""What Snakemake shows of a run, in few words: `--logger qwt`, the default (`workflow/profiles/default`).
 
-It shows how many steps are done, and why a workflow cannot run. A step that fails says so itself. A dry
-run (`-n`) shows how many jobs of each rule would run.
+A line for each step that ends, and in a terminal a bar below it with the time left for the whole run. A step that
+fails says why by itself; this adds its log. A dry run (`-n`) shows how many jobs of each rule would run. Messages of
+Snakemake about the run itself are in `.snakemake/log/`.
 
 Snakemake imports its plugins before it reads the config files of its command line, for whose mistakes it has
 no plain words. So those of this workflow are read here first.
@@ -10,13 +11,36 @@ no plain words. So those of this workflow are read here first.
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from logging import ERROR, LogRecord
+from logging import ERROR, INFO, WARNING, LogRecord
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from .bar import Bar
+from .time_left import TimeLeft, earlier_seconds, in_words
+
 __all__ = ["LogHandler"]
+
+COLUMNS = 80
+TARGETS = ("all", "sensitivity")
+"""Rules that only name what is wanted; they are no steps."""
+CHATTER = (
+    "Assuming unrestricted shared filesystem",
+    "Building DAG of jobs",
+    "Config file ",  # is extended by --config
+    "Using shell",
+    "Group jobs: inactive",
+    "Conda environments: ignored",
+    "Singularity containers: ignored",
+)
+"""Beginnings of messages before the first step that tell users nothing."""
+AFTER_FAILURES = (
+    "Exiting because a job execution failed",
+    "WorkflowError:\nAt least one job did not complete",
+)
+"""Beginnings of messages that tell of failed steps again."""
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -48,8 +72,27 @@ if Path(sys.argv[0]).name in ("snakemake", "__main__.py"):
     check_config_files(sys.argv[1:])
 
 
+class Running(NamedTuple):
+    """A job that runs: its rule, its name with wildcards, its start in seconds of ``time.time``."""
+
+    rule: str
+    name: str
+    start: float
+
+
+def shortened(text: str, columns: int) -> str:
+    """The text, with an ellipsis in its middle if it is longer than ``columns``."""
+    if len(text) <= columns:
+        return text
+    end = (columns - 1) // 2
+    return f"{text[: columns - 1 - end]}…{text[-end:]}"
+
+
 class LogHandler(LogHandlerBase):
-    """Takes the place of Snakemake's own output on standard error."""
+    """Takes the place of Snakemake's own output on standard error (of a dry run: standard output).
+
+    Snakemake calls it from a thread of its own. ``flush`` ends the bar, so that something else can be printed.
+    """
 
     writes_to_stream = True
     writes_to_file = False
@@ -58,27 +101,99 @@ class LogHandler(LogHandlerBase):
     needs_rulegraph = False
 
     def __post_init__(self) -> None:
-        self._step_failed = False
-        self._planned = not self.common_settings.dryrun  # whether there is nothing left to tell
+        self._stream = sys.stdout if self.common_settings.stdout else sys.stderr
+        self._bar: Bar | None = None
+        self._running: dict[int, Running] = {}
+        self._planned = False
+        self._done = self._total = 0
+        self._time = TimeLeft({}, {})
 
     def emit(self, record: LogRecord) -> None:
         said = vars(record)
         event = said.get("event")
-        if event == LogEvent.PROGRESS:
-            self._say(f"{said['done']} of {said['total']} steps")
-        elif event == LogEvent.RUN_INFO and not self._planned:
-            self._planned = True  # a dry run says it again at its end
-            self._say(self.format(record))
-        elif event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR):
-            self._step_failed = True  # what follows tells of it again
-        elif record.levelno >= ERROR and not self._step_failed:
-            self._planned = True
-            self._say(self.format(record))
+        if event == LogEvent.RUN_INFO and not self._planned:  # a dry run says it again at its end
+            self._plan(record)
+        elif event == LogEvent.JOB_INFO and not self.common_settings.dryrun:
+            self._begin(said)
+        elif event == LogEvent.JOB_FINISHED:
+            self._finish(said)
+        elif event == LogEvent.JOB_ERROR:
+            self._fail(said)
+        elif event in (None, LogEvent.ERROR):
+            text = self.format(record)
+            hidden = AFTER_FAILURES if record.levelno >= ERROR else CHATTER
+            wanted = record.levelno >= WARNING or (record.levelno >= INFO and not self._planned)
+            if wanted and not text.startswith(hidden):
+                self._say(text)
+
+    def flush(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
 
     def close(self) -> None:
-        if not self._planned:
-            self._say("Every result is up to date.")
+        self.flush()
         super().close()
 
+    def _plan(self, record: LogRecord) -> None:
+        self._planned = True
+        if self.common_settings.dryrun:
+            self._say(self.format(record))
+            return
+        counts = {
+            rule: count
+            for rule, count in vars(record)["stats"].items()
+            if rule not in ("total", *TARGETS)
+        }
+        self._total = sum(counts.values())
+        self._time = TimeLeft(counts, earlier_seconds(Path("benchmarks")))
+
+    def _begin(self, said: dict[str, Any]) -> None:
+        if said["rule_name"] in TARGETS:
+            return
+        name = " ".join([said["rule_name"], *map(str, said["wildcards"].values())])
+        self._running[said["jobid"]] = Running(said["rule_name"], name, said["created"])
+        self._time.begin(said["jobid"], said["rule_name"], said["created"])
+        if not self._bar and Bar.fits(self._stream):
+            self._bar = Bar(self._stream, colours=not self.common_settings.nocolor)
+        self._draw(said["created"])
+
+    def _finish(self, said: dict[str, Any]) -> None:
+        job = self._running.pop(said["job_id"], None)
+        if job is None:  # a target, or --quiet rules
+            return
+        self._done += 1
+        self._time.finish(said["job_id"], said["created"])
+        count = f"[{self._done:{len(str(self._total))}} of {self._total}]"
+        end = f"({in_words(said['created'] - job.start)})"
+        left = self._left(said["created"])
+        if left and not self._bar:
+            end += f", {left}"
+        room = COLUMNS - len(f"{count}  {end}")
+        self._say(f"{count} {shortened(job.name, room)} {end}")
+        self._draw(said["created"])
+
+    def _fail(self, said: dict[str, Any]) -> None:
+        job = self._running.pop(said["jobid"], None)
+        self._time.stop(said["jobid"])
+        name, end = said["rule_name"], ""
+        if job:
+            name, end = job.name, f" ({in_words(said['created'] - job.start)})"
+        self._say(f"[failed] {shortened(name, COLUMNS - len('[failed] ' + end))}{end}")
+        for path in said["log"]:
+            self._say(f"  log: {path}")
+        self._draw(said["created"])
+
+    def _left(self, now: float) -> str:
+        return self._time.in_words(now) if self._done < self._total else ""
+
+    def _draw(self, now: float) -> None:
+        if self._bar:
+            names = [job.name for job in self._running.values()]
+            self._bar.draw(self._done, self._total, self._left(now), names)
+
     def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        if self._bar:
+            self._bar.say(text)
+        else:
+            print(text, file=self._stream, flush=True)

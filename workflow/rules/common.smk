@@ -101,6 +101,16 @@ wildcard_constraints:
     runtime=any_of({r: None for e in PLAN.exports.values() for r in e.runtime}),
 
 
+def end_progress():
+    """Wait until the loggers, which have a thread of their own, have shown all, and let them end their bar."""
+    manager = workflow.logger_manager
+    if manager.queue_listener:
+        manager.queue_listener.stop()
+        manager.queue_listener.start()
+    for handler in manager.get_log_handlers():
+        handler.flush()
+
+
 def runs_here():
     """Whether jobs run on this machine, not on a cluster."""
     return workflow.local_exec and not workflow.remote_exec

@@ -30,6 +30,7 @@ def summarize_finished():
     pending jobs come from Snakemake's scheduler and DAG: a killed job leaves no message, and an existing file may
     be outdated.
     """
+    end_progress()
     atexit.unregister(tell_unusable)
     entries = workflow.scheduler.failed
     failed = [job for one in entries for job in (one if one.is_group() else [one])]
@@ -57,6 +58,7 @@ def summarize_finished():
         methods = [method.item_to_choice() for method in chosen]
         command = [sys.executable, "-m", "snakemake", TABLE, REPORT]
         command += ["--snakefile", f"{workflow.basedir}/Snakefile"]
+        command += ["--workflow-profile", "none"]
         command += ["--configfile", given, "--cores", str(all_cores(None))]
         command += ["--allowed-rules", "summarize_results", "render_report"]
         command += ["--nolock", "--notemp", "--no-hooks", "--quiet", "all"]

@@ -288,7 +288,7 @@ def run_workflow(
     command = [
         *(sys.executable, "-m", "snakemake", "--nocolor"),
         *("--snakefile", str(workflow), "--directory", str(folder)),
-        *("--configfile", str(path), "--cores", str(cores or "all")),
+        *("--workflow-profile", "none", "--configfile", str(path), "--cores", str(cores or "all")),
         *("--resources", f"gpu={0 if device == 'cpu' else max(1, count_gpus())}"),
         "--rerun-incomplete",
         *files,
@@ -312,16 +312,18 @@ def run_workflow(
 def _follow(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run Snakemake, show its messages and those of the steps, and return its exit status.
 
+    In a terminal, Snakemake writes there itself, so that it can draw its bar.
     At Ctrl-C, wait until Snakemake has stopped its jobs, removed unfinished files and unlocked the folder.
     """
+    messages = None if sys.stderr.isatty() else subprocess.PIPE
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=messages, text=True
     ) as process:
         try:
             for line in process.stderr or ():
                 typer.echo(line, nl=False, err=True)
+            return process.wait()
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.communicate()
             raise
-        return process.wait()
