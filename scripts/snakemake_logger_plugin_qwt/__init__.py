@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from .bar import Bar
-from .time_left import TimeLeft, earlier_seconds, in_words
+from .bar import Bar, can_draw
+from .time_left import TimeLeft, earlier_seconds, in_words, left_in_words
 
 __all__ = ["LogHandler"]
 
@@ -36,11 +36,12 @@ CHATTER = (
     "Singularity containers: ignored",
 )
 """Beginnings of messages before the first step that tell users nothing."""
-AFTER_FAILURES = (
+TOLD_ANYWAY = (
+    "RuleException:\nCalledProcessError in file",
     "Exiting because a job execution failed",
     "WorkflowError:\nAt least one job did not complete",
 )
-"""Beginnings of messages that tell of failed steps again."""
+"""Beginnings of messages that tell of a failed step, which is told in other words."""
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -109,6 +110,12 @@ class LogHandler(LogHandlerBase):
         self._time = TimeLeft({}, {})
 
     def emit(self, record: LogRecord) -> None:
+        try:
+            self._show(record)
+        except Exception:  # else the thread ends, and nothing is shown any more
+            self.handleError(record)
+
+    def _show(self, record: LogRecord) -> None:
         said = vars(record)
         event = said.get("event")
         if event == LogEvent.RUN_INFO and not self._planned:  # a dry run says it again at its end
@@ -121,7 +128,7 @@ class LogHandler(LogHandlerBase):
             self._fail(said)
         elif event in (None, LogEvent.ERROR):
             text = self.format(record)
-            hidden = AFTER_FAILURES if record.levelno >= ERROR else CHATTER
+            hidden = TOLD_ANYWAY if record.levelno >= ERROR else CHATTER
             wanted = record.levelno >= WARNING or (record.levelno >= INFO and not self._planned)
             if wanted and not text.startswith(hidden):
                 self._say(text)
@@ -154,7 +161,7 @@ class LogHandler(LogHandlerBase):
         name = " ".join([said["rule_name"], *map(str, said["wildcards"].values())])
         self._running[said["jobid"]] = Running(said["rule_name"], name, said["created"])
         self._time.begin(said["jobid"], said["rule_name"], said["created"])
-        if not self._bar and Bar.fits(self._stream):
+        if not self._bar and can_draw(self._stream):
             self._bar = Bar(self._stream, colours=not self.common_settings.nocolor)
         self._draw(said["created"])
 
@@ -166,7 +173,7 @@ class LogHandler(LogHandlerBase):
         self._time.finish(said["job_id"], said["created"])
         count = f"[{self._done:{len(str(self._total))}} of {self._total}]"
         end = f"({in_words(said['created'] - job.start)})"
-        left = self._left(said["created"])
+        left = left_in_words(self._time.seconds(said["created"]))
         if left and not self._bar:
             end += f", {left}"
         room = COLUMNS - len(f"{count}  {end}")
@@ -184,13 +191,13 @@ class LogHandler(LogHandlerBase):
             self._say(f"  log: {path}")
         self._draw(said["created"])
 
-    def _left(self, now: float) -> str:
-        return self._time.in_words(now) if self._done < self._total else ""
-
     def _draw(self, now: float) -> None:
         if self._bar:
-            names = [job.name for job in self._running.values()]
-            self._bar.draw(self._done, self._total, self._left(now), names)
+            left = self._time.seconds(now)
+            ends = None if left is None else now + left
+            self._bar.draw(
+                self._done, self._total, ends, [job.name for job in self._running.values()]
+            )
 
     def _say(self, text: str) -> None:
         if self._bar:

@@ -1,59 +1,71 @@
 """The line at the bottom of a terminal that is drawn again and again."""
 
+import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
+
+from .time_left import left_in_words
+
 REFRESH_PER_SECOND = 2.0
 BAR_COLUMNS = 16
+FREE_COLUMNS = 3
+"""At the end of the line, for the ^C that a terminal writes there. It must not begin another line."""
+
+
+def can_draw(stream: TextIO) -> bool:
+    """Whether the stream is a terminal that can draw a line again."""
+    return stream.isatty() and not Console(file=stream).is_dumb_terminal
 
 
 class Bar:
-    """A bar, steps done, the time left and the steps that run; what is said stands above it.
+    """A bar, steps done, the time left and the steps that run, in one line; what is said stands above it.
 
     Args:
         stream: of a terminal.
     """
 
-    @staticmethod
-    def fits(stream: TextIO) -> bool:
-        """Whether the stream is a terminal that can draw a line again."""
-        if not stream.isatty():
-            return False
-        from rich.console import Console
-
-        return not Console(file=stream).is_dumb_terminal
-
     def __init__(self, stream: TextIO, *, colours: bool = True) -> None:
-        from rich.console import Console  # a tenth of a second, which jobs need not spend
-        from rich.progress import BarColumn, Progress, TextColumn
-        from rich.table import Column
-
-        self._progress = Progress(
-            BarColumn(BAR_COLUMNS),
-            TextColumn(
-                "{task.description}",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-            ),
-            console=Console(file=stream, no_color=None if colours else True, highlight=False),
+        self._done = self._total = 0
+        self._ends: float | None = None
+        self._running: Sequence[str] = ()
+        self._console = Console(file=stream, no_color=None if colours else True)
+        self._live = Live(
+            get_renderable=self._line,
+            console=self._console,
             refresh_per_second=REFRESH_PER_SECOND,
             transient=True,
             redirect_stdout=False,
-            expand=True,
         )
-        self._task = self._progress.add_task("", total=None)
-        self._progress.start()
+        self._live.start()
 
-    def draw(self, done: int, total: int, left: str, running: Sequence[str]) -> None:
-        """Show ``done`` of ``total`` steps, the time left and the names of the steps that run."""
-        words = ", ".join(filter(None, [f"{done} of {total}", left]))
-        text = f"{words}: {', '.join(running)}" if running else words
-        self._progress.update(self._task, completed=done, total=total, description=text)
+    def _line(self) -> RenderableType:
+        left = left_in_words(self._ends and self._ends - time.time())
+        words = ", ".join(filter(None, [f"{self._done} of {self._total}", left]))
+        line = Table.grid(
+            Column(width=BAR_COLUMNS), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 1)
+        )
+        line.add_row(
+            ProgressBar(self._total, self._done),
+            Text(": ".join(filter(None, [words, ", ".join(self._running)]))),
+        )
+        return Constrain(line, self._console.width - FREE_COLUMNS)
+
+    def draw(self, done: int, total: int, ends: float | None, running: Sequence[str]) -> None:
+        """Show the steps done, when all of them end (in seconds of ``time.time``), and the names of those that run."""
+        self._done, self._total, self._ends, self._running = done, total, ends, running
+        self._live.refresh()
 
     def say(self, text: str) -> None:
         """Print lines above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Remove the bar."""
-        self._progress.stop()
+        self._live.stop()

@@ -9,7 +9,7 @@ from statistics import fmean
 
 def earlier_seconds(folder: Path) -> dict[str, float]:
     """Mean seconds of each rule's jobs, from the benchmark files ``folder/RULE/….tsv`` that can be read."""
-    seconds = defaultdict(list)
+    seconds: dict[str, list[float]] = defaultdict(list)
     for path in folder.rglob("*.tsv"):
         try:
             with open(path, encoding="utf-8", newline="") as stream:
@@ -30,12 +30,17 @@ def in_words(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def left_in_words(seconds: float | None) -> str:
+    """``about 4 min left``; empty where it is unknown, and when the time is up."""
+    return f"about {in_words(seconds)} left" if seconds and seconds >= 0.5 else ""
+
+
 class TimeLeft:
     """The time left of a run.
 
     A job takes as long as the finished jobs of its rule in this run, or else in earlier runs. If that is known for at
     least half of the remaining jobs, the others are taken to need the mean of these. The sum is divided by the number
-    of jobs that ran at once so far; the longest job is a lower limit.
+    of jobs that run at once, now or on average so far, whichever is larger; the longest job is a lower limit.
 
     Args:
         counts: jobs of each rule. earlier: mean seconds of a rule's jobs in earlier runs.
@@ -76,10 +81,5 @@ class TimeLeft:
             return None
         spent = sum(map(sum, self._finished.values()))
         spent += sum(now - start for _, start in self._running.values())
-        at_once = max(1.0, spent / max(now - self._start, 1e-3))
+        at_once = max(1.0, len(self._running), spent / max(now - self._start, 1e-3))
         return max(fmean(known) * len(jobs) / at_once, *known)
-
-    def in_words(self, now: float) -> str:
-        """``about 4 min left``; empty where too little is known, and when the time is up."""
-        left = self.seconds(now)
-        return f"about {in_words(left)} left" if left and left >= 0.5 else ""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
@@ -315,15 +315,29 @@ def _follow(command: Sequence[str], environment: dict[str, str]) -> int:
     In a terminal, Snakemake writes there itself, so that it can draw its bar.
     At Ctrl-C, wait until Snakemake has stopped its jobs, removed unfinished files and unlocked the folder.
     """
-    messages = None if sys.stderr.isatty() else subprocess.PIPE
+    terminal = sys.stderr.isatty()
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=messages, text=True
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=None if terminal else subprocess.PIPE,
+        text=True,
     ) as process:
+
+        def stop(*_: object) -> NoReturn:
+            if terminal:
+                process.send_signal(signal.SIGINT)
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             for line in process.stderr or ():
                 typer.echo(line, nl=False, err=True)
             return process.wait()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
+            if not terminal:  # which sends Ctrl-C to Snakemake, too; it does not stand it twice
+                process.send_signal(signal.SIGINT)
             process.communicate()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
