@@ -193,7 +193,7 @@ def test_a_log_that_cannot_be_written_is_told_once_and_costs_no_result(tmp_path,
     log.symlink_to("/dev/full")
     with runtime.step(snakemake):
         for message in ("one", "two"):
-            logging.getLogger("qwt_mmdet").info(message)
+            logging.getLogger("qwt_mmdet").warning(message)
     shown = capsys.readouterr().err.splitlines()
     assert [line.partition("] ")[2] for line in shown] == [
         f"The log of this step ends here. The disk or the quota of {log.parent} is full; free some space and run "
@@ -264,19 +264,35 @@ def test_a_truncated_file_gets_the_advice_of_its_role(tmp_path, read, advice):
         read(tmp_path / "x.json")
 
 
-def test_the_terminal_shows_our_messages_and_the_log_has_everything(tmp_path, capsys):
+def test_the_terminal_shows_our_warnings_and_the_log_has_everything(tmp_path, capsys):
     snakemake = job(tmp_path)
     with runtime.step(snakemake):
         logging.getLogger("qwt_mmdet.steps.quantize").info("half done")
-        logging.getLogger("mmengine").info("chatter")
+        logging.getLogger("qwt_mmdet.steps.quantize").warning("few images")
+        logging.getLogger("mmengine").warning("chatter")
         print("printed by a library")
+        print("complained by a library", file=sys.stderr)
         warnings.warn("old function", FutureWarning, stacklevel=1)
     text = log_of(snakemake)
-    for part in ("half done", "chatter", "printed by a library", "old function"):
+    for part in (
+        "half done",
+        "few images",
+        "chatter",
+        "printed by",
+        "complained by",
+        "old function",
+    ):
         assert part in text
     shown = capsys.readouterr()
-    assert shown.err == "[quantize_model demo w4a4] half done\n"
+    assert shown.err == "[quantize_model demo w4a4] few images\n"
     assert shown.out == ""
+
+
+def test_on_a_terminal_a_message_takes_the_place_of_the_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with runtime.step(job(tmp_path)):
+        logging.getLogger("qwt_mmdet").warning("few images")
+    assert capsys.readouterr().err == "\r\x1b[2K[quantize_model demo w4a4] few images\n"
 
 
 def test_logging_is_as_before_after_a_step(tmp_path):

@@ -24,7 +24,11 @@ class Workflow:
     folder: Path
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run Snakemake; its whole output is ``stdout``."""
+        """Run Snakemake with its own log; its whole output is ``stdout``."""
+        return self.run_with_profile("--workflow-profile", "none", *arguments)
+
+    def run_with_profile(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake with the workflow's default profile; its whole output is ``stdout``."""
         return subprocess.run(
             [
                 *(sys.executable, "-m", "snakemake", "--snakefile", str(self.root / "Snakefile")),
