@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console, RenderableType
-from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from .time_left import left_in_words
@@ -48,14 +47,12 @@ class Bar:
     def _line(self) -> RenderableType:
         left = left_in_words(self._ends and self._ends - time.time())
         words = ", ".join(filter(None, [f"{self._done} of {self._total}", left]))
-        line = Table.grid(
-            Column(width=BAR_COLUMNS), Column(no_wrap=True, overflow="ellipsis"), padding=(0, 1)
-        )
-        line.add_row(
-            ProgressBar(self._total, self._done),
-            Text(": ".join(filter(None, [words, ", ".join(self._running)]))),
-        )
-        return Constrain(line, self._console.width - FREE_COLUMNS)
+        text = Text(": ".join(filter(None, [words, ", ".join(self._running)])), no_wrap=True)
+        room = self._console.width - BAR_COLUMNS - 1 - FREE_COLUMNS
+        text.truncate(max(1, room), overflow="ellipsis")
+        line = Table.grid(padding=(0, 1))
+        line.add_row(ProgressBar(self._total, self._done, BAR_COLUMNS), text)
+        return line
 
     def draw(self, done: int, total: int, ends: float | None, running: Sequence[str]) -> None:
         """Show the steps done, when all of them end (in seconds of ``time.time``), and the names of those that run."""

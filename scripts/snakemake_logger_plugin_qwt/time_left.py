@@ -3,6 +3,7 @@
 import csv
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -35,11 +36,15 @@ def left_in_words(seconds: float | None) -> str:
     return f"about {in_words(seconds)} left" if seconds and seconds >= 0.5 else ""
 
 
+def _verb(rule: str) -> str:
+    return rule.partition("_")[0]
+
+
 class TimeLeft:
     """The time left of a run.
 
-    A job takes as long as the finished jobs of its rule in this run, or else in earlier runs. If that is known for at
-    least half of the remaining jobs, the others are taken to need the mean of these. The sum is divided by the number
+    A job takes as long as the finished jobs of its rule in this run, or else in earlier runs, or else as those of rules
+    with the same verb (``evaluate_baseline`` and ``evaluate_quantized``). If that is known for at least half of the remaining jobs, the others are taken to need the mean of these. The sum is divided by the number
     of jobs that run at once, now or on average so far, whichever is larger; the longest job is a lower limit.
 
     Args:
@@ -69,8 +74,12 @@ class TimeLeft:
         self._running.pop(job, None)
 
     def _expected(self, rule: str) -> float | None:
-        finished = self._finished.get(rule)
-        return fmean(finished) if finished else self._earlier.get(rule)
+        if finished := self._finished.get(rule):
+            return fmean(finished)
+        if rule in self._earlier:
+            return self._earlier[rule]
+        alike = [s for name, s in self._finished.items() if _verb(name) == _verb(rule)]
+        return fmean(chain.from_iterable(alike)) if alike else None
 
     def seconds(self, now: float) -> float | None:
         """Seconds left, estimated; None before the start and while too little is known."""

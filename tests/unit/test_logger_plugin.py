@@ -123,7 +123,7 @@ def test_a_terminal_draws_one_line_again_and_keeps_none_of_it(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     log(*TWO)
     screen = terminal.getvalue()
-    assert "0 of 2: fit demo w4a4, fit demo www" in screen
+    assert re.search(r"━{16}\S* 0 of 2: fit demo w4a4, fit demo www", screen)
     pieces = re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", screen))
     assert max(map(len, pieces)) <= 80
     kept = re.sub(r"[^\n]*(\r\x1b\[2K|\n\r\x1b\[1A\x1b\[2K)", "", screen.replace("\x1b[?25h", ""))
@@ -154,6 +154,13 @@ def test_the_time_left_is_that_of_the_jobs_that_remain_over_those_at_once():
     assert time.seconds(14) == pytest.approx((3 * 10 + 26) / (24 / 14))
     time.stop(3)
     assert time.seconds(20) == pytest.approx(30)
+
+
+def test_a_rule_without_a_finished_job_is_like_those_of_its_verb():
+    time = TimeLeft({"fit_a": 1, "fit_b": 2}, {})
+    time.begin(1, "fit_a", 0)
+    time.finish(1, 10)
+    assert time.seconds(10) == pytest.approx(20)
 
 
 def test_earlier_runs_tell_the_seconds_of_each_rule(tmp_path):
