@@ -365,11 +365,12 @@ def test_only_ten_classes_are_ranked():
 
 def test_the_terminal_table_shows_each_number_once(summary):
     shown = terminal.summary_table(read_summary("summary.json"))
-    line = next(line for line in shown.splitlines() if line.startswith("m "))
+    line = next(line for line in shown.splitlines() if line.startswith("w4 + qwt "))
     for variant in KINDS:
         assert f"{float(summary[f'AP_{variant}']):.3f}" in line
     assert "* (+" in line
     assert "12 images" in shown
+    assert max(map(len, shown.split("\n\n")[0].splitlines())) <= 80
 
 
 def test_a_name_that_looks_like_a_number_stays_a_name(tmp_path):

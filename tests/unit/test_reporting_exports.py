@@ -108,11 +108,14 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     table = terminal.summary_table(summary).split("\n\n")[2]
     equal, other, missing = table.splitlines()[2:]
     assert "w4 + qwt" in equal
-    assert "no significant difference" in equal
-    assert "0.50 MB  25 %" in equal
-    assert "12.3 ms    120 % / 240 %  75 %" in equal
-    assert "differs" in other
-    assert missing.split()[-2:] == ["–", "–"]
+    assert "0.50 (25 %)" in equal
+    assert "12.3 (120 % / 240 %)  75 %" in equal
+    assert missing.split()[-4:] == ["(–)", "–", "(–)", "–"]
+    usual = [replace(row, bfloat16_latency_ratio=None) for row in summary.exports]
+    assert max(map(len, terminal.exports_table(usual).splitlines())) <= 80
+    said = terminal.summary_table(summary)
+    assert "m w4 in ONNX Runtime: box AP of the file differs significantly" in said
+    assert "No file's AP differs" not in said
     (slow,) = text.slow_files(summary.exports)
     assert slow.startswith(
         "m: ONNX Runtime computes w4 + qwt (110 % of its time, 75 % in integers), w4 (110 % of its time, 75 % in "

@@ -5,8 +5,9 @@ Imports nothing heavy: Snakemake's own process prints it.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tabulate import tabulate
 
@@ -17,7 +18,7 @@ from ..plan.rows import Stopped
 from ..plan.run import unique
 from ..runtime import unusable
 from .advice import advice
-from .summary import ExportedRow, Summary, read_summary
+from .summary import ExportedRow, Row, Summary, read_summary
 from .text import (
     AP_TYPES,
     NOTHING,
@@ -26,7 +27,6 @@ from .text import (
     interval,
     latency_share,
     limit_sentence,
-    megabytes,
     number,
     overfitted_ranges_of,
     percent,
@@ -34,6 +34,8 @@ from .text import (
     signed,
     slow_files,
 )  # fmt: skip
+
+T = TypeVar("T", Row, ExportedRow)
 
 
 def advice_by_model(summary: Summary) -> list[str]:
@@ -55,57 +57,69 @@ def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
     return " ".join(filter(None, words))
 
 
-def exports_table(rows: Iterable[ExportedRow]) -> str:
-    """Return the exported detectors of a run as a table for the terminal."""
-    lines = [
-        [
-            row.model,
-            row.variant,
-            row.title or row.runtime,
-            AP_TYPES[row.metrics],
-            number(value_of(row.ap)),
-            number(value_of(row.simulated)),
-            equality(row) or NOTHING,
-            megabytes(row.file_bytes),
-            percent(row.file_share),
-            NOTHING if row.milliseconds is None else f"{row.milliseconds:.1f} ms",
-            latency_share(row),
+def exports_table(rows: Sequence[ExportedRow]) -> str:
+    """Return the exported detectors of a model as a table for the terminal."""
+    lines = []
+    for row in rows:
+        first = row.metrics == rows[0].metrics  # sizes and times are the same for all types of AP
+        latency = NOTHING if row.milliseconds is None else f"{row.milliseconds:.1f}"
+        size = NOTHING if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f}"
+        about = [
+            f"{size} ({percent(row.file_share)})",
+            f"{latency} ({latency_share(row)})",
             percent(row.integer_share),
         ]
-        for row in rows
-    ]
-    headers = [
-        "model", "exported", "runtime", "AP", "file", "simulated", "", "size", "of full", "latency",
-        "of full", "in integers",
-    ]  # fmt: skip
+        lines.append(
+            [
+                row.variant if first else "",
+                (row.title or row.runtime) if first else "",
+                AP_TYPES[row.metrics],
+                number(value_of(row.ap)),
+                number(value_of(row.simulated)),
+                *(about if first else [""] * 3),
+            ]
+        )
+    headers = ["exported", "runtime", "AP", "file", "torch", "MB", "ms", "integer"]
     return tabulate(lines, headers, disable_numparse=True)
 
 
-def summary_table(summary: Summary) -> str:
-    """Return the results of a run as a table for the terminal."""
+def results_table(rows: Iterable[Row]) -> str:
+    """Return the results of a model as a table for the terminal."""
     lines = []
-    for row in summary.rows:
+    for row in rows:
         ap, gain = row.ap["AP"], row.ap["AP"].compensated_minus_quantized
         mark, ends = "*" if gain and gain.significant else " ", interval(gain)
         lines.append(
             {
-                "model": row.model,
-                "quantization": row.quantization,
-                "compensation": row.compensation or NOTHING,
+                "variant": row.compensated_name if row.compensation else row.quantization,
                 "AP": AP_TYPES[row.metrics],
-                "baseline": _cell(ap.baseline),
+                "full": _cell(ap.baseline),
                 "quantized": _cell(ap.quantized, row.collapsed_quantized),
-                "compensated": _cell(ap.compensated, row.collapsed_compensated),
+                "with QwT": _cell(ap.compensated, row.collapsed_compensated),
                 "gain (interval)": f"{signed(value_of(gain))}{mark} {ends and f'({ends})'}",
-                "recovered": percent(value_of(ap.recovered)),
             }
         )
-    table = tabulate(lines, headers="keys", disable_numparse=True)
+    return tabulate(lines, headers="keys", disable_numparse=True)
+
+
+def _by_model(rows: Sequence[T], table: Callable[[list[T]], str]) -> str:
+    """A table for each model, below its name where there are several."""
+    models = unique(row.model for row in rows)
+    found = []
+    for model in models:
+        own = table([row for row in rows if row.model == model])
+        found.append(f"{model}:\n{own}" if len(models) > 1 else own)
+    return "\n\n".join(found)
+
+
+def summary_table(summary: Summary) -> str:
+    """Return the results of a run as tables for the terminal, of 80 columns where names are short."""
     images = ", ".join(sorted({str(row.images) for row in summary.rows if row.images}))
     repeats = max(row.repeats for row in summary.rows)
     over = f"{images} images and {repeats} calibrations" if repeats > 1 else f"{images} images"
+    test = f" (paired bootstrap over {over})" if images else ""
     notes = [
-        f"gain: compensated minus quantized AP; * the interval excludes 0 (paired bootstrap over {over})",
+        f"full: full precision; gain: by QwT's compensation; *: its interval excludes 0{test}",
         *(["AP: mean ± standard deviation of these calibrations"] if repeats > 1 else []),
         *collapses(summary.rows),
         *overfitted_ranges_of(summary.quantizations),
@@ -115,13 +129,30 @@ def summary_table(summary: Summary) -> str:
     if summary.exports:
         reduced = any(row.bfloat16_latency_ratio is not None for row in summary.exports)
         exported = [
-            exports_table(summary.exports),
-            "of full: of the same model's file in full precision"
-            f"{' (behind /: computed in bfloat16)' * reduced}; in integers: multiply-adds that the runtime computes "
-            "with integers",
-            *slow_files(summary.exports),
+            _by_model(summary.exports, exports_table),
+            "\n".join(
+                [
+                    f"%: of full precision's file{' (behind /: computed in bfloat16)' * reduced}; integer: multiply-adds that "
+                    "are computed with integers",
+                    *_equalities(summary.exports),
+                    *slow_files(summary.exports),
+                ]
+            ),
         ]
-    return "\n\n".join([table, "\n".join(notes), *exported])
+    return "\n\n".join([_by_model(summary.rows, results_table), "\n".join(notes), *exported])
+
+
+def _equalities(rows: Iterable[ExportedRow]) -> list[str]:
+    """Whether the AP of files differs from the simulation's in torch."""
+    known = [(row, said) for row in rows if (said := equality(row))]
+    differ = [
+        f"{row.model} {row.variant} in {row.title or row.runtime}: {AP_TYPES[row.metrics]} AP of the file differs "
+        "significantly from that in torch"
+        for row, said in known
+        if said == "differs"
+    ]
+    same = "No file's AP differs significantly from that in torch"
+    return differ or [same] if known else []
 
 
 def last_error(
