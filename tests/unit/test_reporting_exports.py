@@ -106,7 +106,7 @@ def test_sizes_are_those_of_the_files_and_of_what_was_computed(rows):
 def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     summary = read_summary(folder / "summary.json")
     table = terminal.summary_table(summary).split("\n\n")[2]
-    equal, other, missing = table.splitlines()[2:]
+    equal, _, missing = table.splitlines()[2:]
     assert "w4 + qwt" in equal
     assert "0.50 (25 %)" in equal
     assert "12.3 (120 % / 240 %)  75 %" in equal

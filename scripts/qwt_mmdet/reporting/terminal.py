@@ -79,7 +79,7 @@ def exports_table(rows: Sequence[ExportedRow]) -> str:
                 *(about if first else [""] * 3),
             ]
         )
-    headers = ["exported", "runtime", "AP", "file", "torch", "MB", "ms", "integer"]
+    headers = ["file", "runtime", "AP", "ONNX", "torch", "MB", "ms", "int."]
     return tabulate(lines, headers, disable_numparse=True)
 
 
@@ -132,8 +132,8 @@ def summary_table(summary: Summary) -> str:
             _by_model(summary.exports, exports_table),
             "\n".join(
                 [
-                    f"%: of full precision's file{' (behind /: computed in bfloat16)' * reduced}; integer: multiply-adds that "
-                    "are computed with integers",
+                    f"%: of full precision's file{' (behind /: computed in bfloat16)' * reduced}; int.: part of the multiply-adds that "
+                    "is computed with integers",
                     *_equalities(summary.exports),
                     *slow_files(summary.exports),
                 ]
