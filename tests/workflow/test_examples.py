@@ -54,7 +54,7 @@ NOT_RUN = {
     "python envs/install.py": "it changes the environment",
     "snakemake --workflow-profile workflow/profiles/slurm": "needs a Slurm (tests/slurm runs it)",
     "executor: cluster-generic": "settings of Snakemake for clusters that are not here",
-    "from qwt_mmdet import (\n    CompensationSettings": "test_python.py runs it, on the demo",
+    "import qwt_mmdet as qwt": "test_python.py runs it, on the demo",
 }
 """Beginnings of examples that cannot be run here, with the reason."""
 MODEL = "yolox_nano_8xb8-300e_coco"

@@ -168,7 +168,8 @@ def _compensation(rows: Sequence[Row]) -> list[str]:
         return ["Compensation gains nothing that these images can show."]
     return [
         f"Compensation helps: {best.compensation} brings {best.quantization} from {text.number(value_of(ap.quantized))} "
-        f"to {text.number(value_of(ap.compensated))} box AP ({text.interval(gain)})."
+        f"to {text.number(value_of(ap.compensated))} box AP ({text.interval(gain)}), for "
+        f"{text.megabytes(best.compensation_bytes)} more."
     ]
 
 
