@@ -16,6 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setuptools._distutils import ccompiler, sysconfig
 
 ROOT = Path(__file__).parents[2]
 ENVS = ROOT / "envs"
@@ -231,6 +232,13 @@ def test_mmcv_gets_cuda_kernels_only_from_the_nvcc_that_torch_was_built_with(
     assert said in sentence
 
 
+def compiler_flags() -> list[str]:
+    """What setup.py of any package passes to the compiler in this process' environment."""
+    compiler = ccompiler.new_compiler()
+    sysconfig.customize_compiler(compiler)
+    return compiler.compiler_so[1:]
+
+
 def test_build_keeps_the_users_number_of_jobs(monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "7")
     settings, _ = install.build_settings()
@@ -238,7 +246,18 @@ def test_build_keeps_the_users_number_of_jobs(monkeypatch):
     monkeypatch.delenv("MAX_JOBS")
     settings, _ = install.build_settings()
     assert 1 <= int(settings["MAX_JOBS"]) <= (os.cpu_count() or 1)
-    assert settings["CFLAGS"].endswith("-g0")
+
+
+def test_mmcv_is_compiled_with_the_optimization_that_python_was_compiled_with(monkeypatch):
+    monkeypatch.delenv("CFLAGS", raising=False)
+    monkeypatch.setenv("CPPFLAGS", "-DOF_THE_USER")
+    theirs = compiler_flags()
+    settings, _ = install.build_settings()
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert "-DOF_THE_USER" in theirs
+    assert [flag for flag in compiler_flags() if flag != "-g0"] == theirs
+    assert "-g0" in compiler_flags()
 
 
 @pytest.mark.parametrize(
