@@ -3,11 +3,14 @@
 mmcv is compiled against the torch that is installed, so it comes after all other packages. With a
 CUDA build of torch and an nvcc of the same major version its operators get their CUDA kernels too,
 with or without a GPU in this machine (FORCE_CUDA=0 declines). Not tested: no machine with a CUDA
-build of torch was at hand.
+build of torch was at hand. The wheel is kept in pip's cache folder, by the torch that it is for.
 """
 
+import math
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,8 +19,13 @@ from pathlib import Path
 
 ENVS = Path(__file__).resolve().parent
 REQUIREMENTS = ENVS / "requirements.txt"
+LOG = Path(sys.prefix, "mmcv-build.log")
 BYTES_PER_JOB = 2 * 1024**3  # a compiler process needs 0.6 to 0.8 GiB, for pybind.cpp 2 GiB
 NO_DEBUG = "-g0"
+HEADER_SPACE = (
+    2 * 1024**3
+)  # torch's headers take 0.4 GiB once they are parsed; the build needs the rest
+SECONDS_BETWEEN_LINES = 60  # of progress, where the output is no terminal
 
 
 def split_requirements(text: str) -> tuple[str, str]:
@@ -88,6 +96,7 @@ def build_settings() -> tuple[dict[str, str], str]:
         # flags that Python was compiled with; CFLAGS would take their place, its -O3 included.
         "CPPFLAGS": f"{os.environ.get('CPPFLAGS', '')} {NO_DEBUG}".strip(),
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(jobs)),
+        "NINJA_STATUS": "[%f/%t] ",  # what files_compiled reads
         # torch's extension builder looks for ninja on PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **settings,
@@ -105,55 +114,203 @@ def install_all_but_mmcv(requirements: str) -> None:
         subprocess.run(pip("install", "-r", str(path)), check=True)
 
 
-def run_visibly(command: list[str], settings: dict[str, str]) -> None:
-    """Run a command, print its output as it comes, and keep it for the error.
+def kept_wheels(cuda: bool) -> Path | None:
+    """The folder of the wheels that were compiled for this torch, and for these GPUs.
+
+    pip's own cache of wheels does not ask which torch a wheel was compiled for.
+
+    Returns:
+        A folder that need not exist yet; None where pip is told to keep nothing.
+    """
+    import torch
+
+    done = subprocess.run(pip("cache", "dir"), capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    name = f"torch-{torch.__version__}"
+    if cuda:
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        found = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+        listed = asked or " ".join(f"{major}.{minor}" for major, minor in sorted(found))
+        name += "-cuda-" + (re.sub(r"[^\w.+]+", "-", listed) or "all")
+    return Path(done.stdout.strip(), "qwt-mmdet", name)
+
+
+def find_wheel(requirement: str, kept: Path | None, folder: Path) -> bool:
+    """Copy a ready wheel into the folder: one that was kept, or one that pip is offered.
+
+    Returns:
+        Whether there is one.
+    """
+    places = ("--find-links", str(kept)) if kept and kept.is_dir() else ()
+    options = ("--no-deps", "--only-binary", "mmcv", *places, "--wheel-dir", str(folder))
+    done = subprocess.run(pip("wheel", *options, requirement), capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def keep_wheel(wheel: Path, kept: Path | None) -> None:
+    if kept is None:
+        return
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(wheel, kept)
+    except OSError as error:
+        say(f"mmcv's wheel is not kept for the next time ({error})")
+
+
+def precompile_headers(folder: Path) -> str:
+    """Let GCC parse torch's headers once, in the place of once for each file of mmcv.
+
+    Where version or flags of the compiler differ later, GCC reads the headers as it always does.
+    Clang would fail there instead, so it gets none.
+
+    Returns:
+        Flags for the compiler; empty where there is another compiler, an error or too little space.
+    """
+    from setuptools._distutils import ccompiler, sysconfig
+    from torch.utils.cpp_extension import get_cxx_compiler, include_paths
+
+    compiler = ccompiler.new_compiler()
+    sysconfig.customize_compiler(compiler)
+    header = folder / "torch_headers.h"
+    header.write_text("#include <torch/types.h>\n", encoding="utf-8")
+    cxx = shlex.split(get_cxx_compiler())
+    # As in torch's extension builder and in mmcv's setup.
+    flags = [*compiler.compiler_so[1:], NO_DEBUG, "-std=c++17", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_python_inc())]
+    target = ("-x", "c++-header", str(header), "-o", f"{header}.gch")
+    try:
+        version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=True)
+        if "Free Software Foundation" not in version.stdout:
+            return ""
+        if shutil.disk_usage(folder).free < HEADER_SPACE:
+            return ""
+        subprocess.run([*cxx, *flags, *includes, *target], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"-include {shlex.quote(str(header))}"
+
+
+def files_compiled(line: str) -> tuple[int, int] | None:
+    """How many files are compiled, and of how many, if the line is one of ninja's."""
+    found = re.match(r"\s*\[(\d+)/(\d+)\] ", line)
+    return (int(found.group(1)), int(found.group(2))) if found else None
+
+
+def progress_sentence(done: int, total: int, seconds: float) -> str:
+    """What is compiled, and how long the rest takes at the rate of the seconds since the first file."""
+    sentence = f"Compiling mmcv: {done} of {total} files"
+    if done == 1:
+        return sentence
+    left = seconds / (done - 1) * (total - done) / 60
+    return f"{sentence}, {math.ceil(left)} min left" if left > 1 else f"{sentence}, almost done"
+
+
+class ProgressLine:
+    """A line that a terminal shows redrawn; elsewhere a new one now and then."""
+
+    def __init__(self) -> None:
+        self.redrawn = sys.stdout.isatty()
+        self.printed = -math.inf
+
+    def show(self, sentence: str, now: float) -> None:
+        if self.redrawn:
+            print(f"\r{sentence:<60}", end="", flush=True)
+        elif now - self.printed >= SECONDS_BETWEEN_LINES:
+            print(sentence, flush=True)
+        else:
+            return
+        self.printed = now
+
+    def close(self) -> None:
+        if self.redrawn and self.printed >= 0:
+            print(flush=True)
+
+
+def run_build(command: list[str], settings: dict[str, str], log: Path) -> None:
+    """Run pip's build, write its output into a file and show how many files are compiled.
 
     Raises:
         subprocess.CalledProcessError: with the output.
     """
-    output = []
-    with subprocess.Popen(
-        command,
-        env=os.environ | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
+    started = None  # when the first file was compiled: before it, pip prepares the build
+    progress = ProgressLine()
+    with (
+        log.open("w", encoding="utf-8", buffering=1) as file,
+        subprocess.Popen(
+            command,
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
         for line in process.stdout:
-            print(line, end="", flush=True)
-            output.append(line)
+            file.write(line)
+            if count := files_compiled(line):
+                started = time.monotonic() if started is None else started
+                seconds = time.monotonic() - started
+                progress.show(progress_sentence(*count, seconds), seconds)
+    progress.close()
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, "".join(output))
+        output = log.read_text(encoding="utf-8")
+        raise subprocess.CalledProcessError(process.returncode, command, output)
 
 
-def install_mmcv(requirement: str) -> None:
-    """Compile mmcv, or take a wheel of it where pip is offered one.
+def compile_wheel(requirement: str, settings: dict[str, str], folder: Path) -> None:
+    """Compile mmcv into a wheel in the folder.
 
     Raises:
         subprocess.CalledProcessError: with the build's output.
     """
-    settings, sentence = build_settings()
-    say(
-        f"Installing {requirement}, {sentence} (MAX_JOBS={settings['MAX_JOBS']}): compiling it takes "
-        "6 to 15 minutes on two cores; seconds where pip is offered a wheel (PIP_FIND_LINKS)"
-    )
+    # pip's cache of wheels would be asked for the next torch as well.
+    options = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", str(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        include = precompile_headers(Path(scratch))
+        flags = {"CPPFLAGS": f"{settings['CPPFLAGS']} {include}".strip()}
+        # pip shows the build's output only if it is asked to.
+        run_build(pip("wheel", "--verbose", *options, requirement), settings | flags, LOG)
+
+
+def install_mmcv(
+    requirement: str, settings: dict[str, str], sentence: str, kept: Path | None
+) -> bool:
+    """Install a ready wheel of mmcv, or compile one and keep it.
+
+    Returns:
+        Whether it was compiled.
+
+    Raises:
+        subprocess.CalledProcessError: with the build's output.
+    """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = find_wheel(requirement, kept, folder)
+        if not found:
+            say(
+                f"Compiling {requirement}, {sentence} (MAX_JOBS={settings['MAX_JOBS']}), which takes "
+                f"2 to 6 minutes on two cores and nothing the next time; the compiler's output goes to {LOG}"
+            )
+            compile_wheel(requirement, settings, folder)
         # Two steps: `pip install` of older versions answers a failed build by building once more.
-        # pip's cache may hold a wheel that was compiled against another torch.
-        options = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", folder)
-        run_visibly(pip("wheel", *options, requirement), settings)
-        (wheel,) = Path(folder).glob("*.whl")
-        run_visibly(pip("install", "--no-deps", "--force-reinstall", str(wheel)), {})
-    say(f"mmcv installed after {(time.monotonic() - started) / 60:.1f} minutes")
+        (wheel,) = folder.glob("*.whl")
+        subprocess.run(pip("install", "--no-deps", "--force-reinstall", str(wheel)), check=True)
+        if not found:
+            keep_wheel(wheel, kept)
+    how = (
+        "from a ready wheel" if found else f"after {(time.monotonic() - started) / 60:.1f} minutes"
+    )
+    say(f"mmcv installed {how}")
+    return not found
 
 
 def build_failure(output: str) -> str:
     """One sentence out of the output of a failed build: the compiler's first error."""
     errors = re.findall(r"^.*(?:\berror:|Error:|: not found$).*$", output, flags=re.MULTILINE)
     own = [line for line in errors if "subprocess-exited" not in line]
-    reason = own[0].strip() if own else "its output above has no error line"
+    reason = own[0].strip() if own else f"{LOG} has no error line"
     return (
         f"mmcv could not be compiled: {reason} (it needs g++, Python's headers and 2 GiB of memory per "
         "job: MAX_JOBS=1 takes least; FORCE_CUDA=0 leaves its CUDA kernels out)"
@@ -176,12 +333,24 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         say(f"pip could not install {REQUIREMENTS.name}; its message is above")
         return error.returncode
+    settings, sentence = build_settings()
+    kept = kept_wheels(cuda=settings["FORCE_CUDA"] == "1")
     try:
-        install_mmcv(mmcv)
+        compiled = install_mmcv(mmcv, settings, sentence, kept)
+        outcome = subprocess.run(proof, check=False).returncode
+        if outcome and not compiled and kept and kept.is_dir():
+            say(f"the wheel in {kept} is removed, since it does not run here")
+            shutil.rmtree(kept)
+            install_mmcv(mmcv, settings, sentence, kept)
+            outcome = subprocess.run(proof, check=False).returncode
     except subprocess.CalledProcessError as error:
-        say(build_failure(error.output))
+        say(
+            "pip could not install mmcv's wheel; its message is above"
+            if error.output is None
+            else build_failure(error.output)
+        )
         return error.returncode
-    return subprocess.run(proof, check=False).returncode
+    return outcome
 
 
 if __name__ == "__main__":

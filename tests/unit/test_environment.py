@@ -3,12 +3,14 @@
 import ast
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -258,6 +260,162 @@ def test_mmcv_is_compiled_with_the_optimization_that_python_was_compiled_with(mo
     assert "-DOF_THE_USER" in theirs
     assert [flag for flag in compiler_flags() if flag != "-g0"] == theirs
     assert "-g0" in compiler_flags()
+
+
+COMPILER = """#!/bin/sh
+echo "$@" >> {folder}/calls
+case "$1" in --version) echo "{version}";; *) exit {code};; esac
+"""
+GCC = "g++ 12.2.0, Copyright (C) 2022 Free Software Foundation, Inc."
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Makes a script the compiler, and hands over its folder, where `calls` lists its arguments."""
+
+    def make(version: str, code: int = 0) -> Path:
+        script = tmp_path / "c++"
+        script.write_text(COMPILER.format(folder=tmp_path, version=version, code=code))
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        return tmp_path
+
+    return make
+
+
+def test_headers_are_parsed_with_the_flags_that_files_are_compiled_with(compiler, monkeypatch):
+    """GCC would refuse them otherwise, and parse the headers for each file again."""
+    folder = compiler(GCC)
+    include = install.precompile_headers(folder)
+    monkeypatch.setenv("CPPFLAGS", f"{install.build_settings()[0]['CPPFLAGS']} {include}")
+    option, header = include.split()
+    call = (folder / "calls").read_text().splitlines()[-1].split()
+    assert option == "-include"
+    assert Path(header).is_file()
+    assert call[call.index("-o") + 1] == f"{header}.gch"
+    files = set(compiler_flags()) | {"-std=c++17", "-DTORCH_API_INCLUDE_EXTENSION_H"}
+    headers = call[: call.index("-x")]
+    assert files - {option, header} == {flag for flag in headers if not flag.startswith("-I")}
+
+
+def test_without_parsed_headers_files_are_compiled_all_the_same(compiler, monkeypatch):
+    folder = compiler("clang version 19.1.0")
+    assert install.precompile_headers(folder) == ""
+    assert install.precompile_headers(compiler(GCC, code=1)) == ""
+    compiler(GCC)
+    assert install.precompile_headers(folder) != ""
+    monkeypatch.setattr(install, "HEADER_SPACE", math.inf)
+    assert install.precompile_headers(folder) == ""
+    monkeypatch.setattr(install, "HEADER_SPACE", 0)
+    monkeypatch.setenv("CXX", str(folder / "nonesuch"))
+    assert install.precompile_headers(folder) == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("  [3/77] c++ -MMD -MF nms.o.d -c nms.cpp -o nms.o\n", (3, 77)),
+        ("[77/77] c++ x.cpp\n", (77, 77)),
+        ("  copying mmcv/ops/nms.py -> build/lib\n", None),
+        ("    int sizes[3/77];\n", None),
+    ],
+)
+def test_progress_is_read_from_the_lines_of_ninja(line, count):
+    assert install.files_compiled(line) == count
+
+
+def test_progress_tells_how_long_the_rest_takes():
+    assert install.progress_sentence(1, 81, 0.0) == "Compiling mmcv: 1 of 81 files"
+    assert install.progress_sentence(21, 81, 60.0) == "Compiling mmcv: 21 of 81 files, 3 min left"
+    assert install.progress_sentence(80, 81, 60.0) == "Compiling mmcv: 80 of 81 files, almost done"
+    assert install.progress_sentence(81, 81, 60.0) == "Compiling mmcv: 81 of 81 files, almost done"
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(False, "0\n60\n"), (True, "\r0\r1\r60\r61\n")])
+def test_progress_is_one_line_on_a_terminal_and_a_line_a_minute_in_a_file(
+    terminal, shown, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    progress = install.ProgressLine()
+    for second in (0, 1, 60, 61):
+        progress.show(str(second), second)
+    progress.close()
+    assert capsys.readouterr().out.replace(" ", "") == shown
+
+
+def test_output_of_a_build_goes_to_a_file_and_into_its_error(tmp_path, capsys):
+    log = tmp_path / "build.log"
+    script = "import os; print('  [1/2] c++ x.cpp'); print(os.environ['FLAG']); raise SystemExit(3)"
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        install.run_build([sys.executable, "-c", script], {"FLAG": "x.cpp: error: wrong"}, log)
+    assert log.read_text() == failed.value.output == "  [1/2] c++ x.cpp\nx.cpp: error: wrong\n"
+    assert "error" not in capsys.readouterr().out
+    assert "x.cpp: error: wrong" in install.build_failure(failed.value.output)
+
+
+def write_wheel(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / "mmcv-2.1.0-py3-none-any.whl", "w") as wheel:
+        info = "mmcv-2.1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_a_wheel_is_found_where_it_was_kept_and_where_pip_is_told_to_look(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    kept, shared, target = tmp_path / "kept", tmp_path / "shared", tmp_path / "target"
+    write_wheel(shared)
+    (wheel,) = shared.iterdir()
+    assert not install.find_wheel("mmcv==2.1.0", kept, target)
+    install.keep_wheel(wheel, kept)
+    assert install.find_wheel("mmcv==2.1.0", kept, target)
+    assert (target / wheel.name).read_bytes() == wheel.read_bytes()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shared))
+    assert install.find_wheel("mmcv==2.1.0", None, tmp_path / "other")
+
+
+def test_wheels_are_kept_for_the_torch_and_the_gpus_that_they_were_compiled_for(monkeypatch):
+    import torch
+
+    monkeypatch.delenv("PIP_NO_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PIP_CACHE_DIR", "/cache")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    folders = [install.kept_wheels(cuda=False), install.kept_wheels(cuda=True)]
+    monkeypatch.setattr(torch, "__version__", "9.9.9+cpu")
+    folders.append(install.kept_wheels(cuda=False))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    folders.append(install.kept_wheels(cuda=True))
+    assert len(set(folders)) == 4
+    assert {folder.parent for folder in folders} == {Path("/cache/qwt-mmdet")}
+    assert folders[1].name.endswith("-cuda-8.0-9.0+PTX")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    assert install.kept_wheels(cuda=False) is None
+
+
+@pytest.mark.parametrize(("found", "installations"), [(True, 2), (False, 1)])
+def test_a_kept_wheel_that_does_not_run_is_compiled_anew_once(
+    found, installations, tmp_path, monkeypatch
+):
+    kept = tmp_path / "kept"
+    write_wheel(kept)
+    done = []
+
+    def install_mmcv(*_: object) -> bool:
+        done.append(kept.is_dir())
+        return not found
+
+    def fail(*_: object, **__: object) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess([], 1, stdout="", stderr="")
+
+    monkeypatch.setattr(install, "install_all_but_mmcv", lambda _: None)
+    monkeypatch.setattr(install, "kept_wheels", lambda cuda: kept)
+    monkeypatch.setattr(install, "install_mmcv", install_mmcv)
+    monkeypatch.setattr(install, "build_settings", lambda: ({"FORCE_CUDA": "0"}, ""))
+    monkeypatch.setattr(install.subprocess, "run", fail)
+    assert install.main() == 1
+    assert done == [True, False][:installations]
 
 
 @pytest.mark.parametrize(
