@@ -22,9 +22,7 @@ REQUIREMENTS = ENVS / "requirements.txt"
 LOG = Path(sys.prefix, "mmcv-build.log")
 BYTES_PER_JOB = 2 * 1024**3  # a compiler process needs 0.6 to 0.8 GiB, for pybind.cpp 2 GiB
 NO_DEBUG = "-g0"
-HEADER_SPACE = (
-    2 * 1024**3
-)  # torch's headers take 0.4 GiB once they are parsed; the build needs the rest
+HEADER_SPACE = 2 * 1024**3  # parsed headers take 0.4 GiB, the build less
 SECONDS_BETWEEN_LINES = 60  # of progress, where the output is no terminal
 
 
@@ -299,21 +297,22 @@ def install_mmcv(
         subprocess.run(pip("install", "--no-deps", "--force-reinstall", str(wheel)), check=True)
         if not found:
             keep_wheel(wheel, kept)
-    how = (
-        "from a ready wheel" if found else f"after {(time.monotonic() - started) / 60:.1f} minutes"
-    )
-    say(f"mmcv installed {how}")
+    minutes = (time.monotonic() - started) / 60
+    say(f"mmcv installed {'from a ready wheel' if found else f'after {minutes:.1f} minutes'}")
     return not found
 
 
 def build_failure(output: str) -> str:
     """One sentence out of the output of a failed build: the compiler's first error."""
-    errors = re.findall(r"^.*(?:\berror:|Error:|: not found$).*$", output, flags=re.MULTILINE)
+    errors = re.findall(
+        r"^.*(?:\berror:|Error:|ERROR:|: not found$).*$", output, flags=re.MULTILINE
+    )
     own = [line for line in errors if "subprocess-exited" not in line]
-    reason = own[0].strip() if own else f"{LOG} has no error line"
+    reason = own[0].strip() if own else "its output has no error line"
     return (
-        f"mmcv could not be compiled: {reason} (it needs g++, Python's headers and 2 GiB of memory per "
-        "job: MAX_JOBS=1 takes least; FORCE_CUDA=0 leaves its CUDA kernels out)"
+        f"mmcv could not be compiled: {reason} (all output is in {LOG}; the build needs g++, Python's "
+        "headers and 2 GiB of memory per job: MAX_JOBS=1 takes least; FORCE_CUDA=0 leaves its CUDA "
+        "kernels out)"
     )
 
 

@@ -426,6 +426,7 @@ def test_a_kept_wheel_that_does_not_run_is_compiled_anew_once(
         ("  /bin/sh: 1: c++: not found\n  CalledProcessError: Command '['ninja'", "c++: not found"),
         ("error: command 'g++' failed: No such file or directory\n", "'g++' failed"),
         ("ModuleNotFoundError: No module named 'pkg_resources'\n", "'pkg_resources'"),
+        ("ERROR: No matching distribution found for mmcv==2.1.0\n", "No matching distribution"),
         ("Killed\n", "no error line"),
     ],
 )  # fmt: skip
