@@ -289,7 +289,7 @@ def install_mmcv(
         if not found:
             say(
                 f"Compiling {requirement}, {sentence} (MAX_JOBS={settings['MAX_JOBS']}), which takes "
-                f"2 to 6 minutes on two cores and nothing the next time; the compiler's output goes to {LOG}"
+                f"3 to 8 minutes on two cores and nothing the next time; the compiler's output goes to {LOG}"
             )
             compile_wheel(requirement, settings, folder)
         # Two steps: `pip install` of older versions answers a failed build by building once more.

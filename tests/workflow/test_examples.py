@@ -52,6 +52,7 @@ REPLACED = {
 NOT_RUN = {
     "pip install": "it changes the environment",
     "python envs/install.py": "it changes the environment",
+    "cp $(.venv/bin/pip cache dir)": "it copies what `make env` has compiled",
     "snakemake --workflow-profile workflow/profiles/slurm": "needs a Slurm (tests/slurm runs it)",
     "executor: cluster-generic": "settings of Snakemake for clusters that are not here",
     "import qwt_mmdet as qwt": "test_python.py runs it, on the demo",
