@@ -30,7 +30,7 @@ def row(name, size, change, *, compensation=None, compensated=None, half=0.002, 
     unknown = dict.fromkeys(field.name for field in dataclasses.fields(Row))
     known = {
         "model": "m", "quantization": name, "compensation": compensation, "metrics": "bbox", "images": 300,
-        "baseline_bytes": 12_450_000, "quantized_bytes": size,
+        "baseline_bytes": 12_450_000, "quantized_bytes": size, "weight_bits": int(name[1]),
         "compensation_bytes": compensation and 100_000,
     }  # fmt: skip
     ap = {"AP": Comparison(Estimate(BASELINE), **estimates)}
@@ -41,7 +41,7 @@ def exported(name, ratio, runtime="onnxruntime", title="ONNX Runtime", **changes
     unknown = dict.fromkeys(field.name for field in dataclasses.fields(ExportedRow))
     known = {
         "model": "m", "quantization": name, "metrics": "bbox", "runtime": runtime, "title": title,
-        "file_bytes": 3_500_000, "latency_ratio": ratio,
+        "file_bytes": 3_500_000, "full_precision_file_bytes": 14_000_000, "latency_ratio": ratio,
     }  # fmt: skip
     return ExportedRow(**{**unknown, **known, **changes})
 
@@ -55,10 +55,11 @@ LADDER = [
 
 def test_the_answer_goes_from_what_loses_nothing_to_what_is_smallest():
     assert advice(LADDER, [exported("w8a8", 0.7), exported("w8a8", 1.5, "openvino", "OpenVINO")]) == [
-        "Take w8a8: 3.25 of 12.45 MB, a file of 3.50 MB, 1.4 times as fast as full precision in ONNX Runtime, no loss "
-        "that 300 images can show (box AP -0.002 to +0.002).",
-        "Smaller, for less than a point: w6a6: 2.60 of 12.45 MB, loses 0.006 (-0.008 to -0.004).",
-        "If it must be smaller still: w4a4: 1.65 of 12.45 MB, loses 0.030 (-0.032 to -0.028).",
+        "Take w8a8: 3.25 of 12.45 MB, a file of 3.50 MB (25 % of full precision's), 1.4 times as fast as full precision in "
+        "ONNX Runtime, no loss that 300 images can show (box AP -0.002 to +0.002).",
+        "Deploy results/m/w8a8/model.*: the ONNX file and what belongs to it.",
+        "Smaller, for less than 0.01 AP: w6a6: 2.60 of 12.45 MB, loses 0.006 AP (0.004 to 0.008).",
+        "If it must be smaller still: w4a4: 1.65 of 12.45 MB, loses 0.030 AP (0.028 to 0.032); no file of it was made.",
         "Compensation helps: auto brings w4a4 from 0.570 to 0.583 box AP (+0.011 to +0.015), for 0.10 MB more.",
     ]  # fmt: skip
 
@@ -68,7 +69,7 @@ def test_the_answer_goes_from_what_loses_nothing_to_what_is_smallest():
     [
         (1.02, "as fast as full precision in ONNX Runtime"),
         (1.5, "slower than full precision in ONNX Runtime (1.5 times its time)"),
-        (None, "a file of 3.50 MB, no loss"),
+        (None, "a file of 3.50 MB (25 % of full precision's), no loss"),
     ],
 )
 def test_the_speed_is_that_of_the_file(ratio, said):
@@ -77,12 +78,20 @@ def test_the_speed_is_that_of_the_file(ratio, said):
     assert "file" not in advice(LADDER[:1], with_another)[0], "of that variant alone"
 
 
+def test_a_file_stores_no_less_than_four_bits_for_a_weight():
+    told = advice([*LADDER[:1], row("w2a8", 900_000, -0.03)], [exported("w8a8", 0.7)])
+    assert told[2].endswith("no file of it was made, which would store its 2 bits in 4.")
+    assert not any("no file" in sentence for sentence in advice(LADDER)), "nobody asked for files"
+
+
 def test_where_all_lose_the_least_loss_comes_first():
     first, second, *_ = advice([row("w4a8", 2_000_000, -0.05), row("w8a8", 3_000_000, -0.02)])
     assert first == (
-        "Everything here loses AP. w8a8: 3.00 of 12.45 MB, loses 0.020 (-0.022 to -0.018), the least of all."
+        "Everything here loses AP. w8a8: 3.00 of 12.45 MB, loses 0.020 AP (0.018 to 0.022), the least of all."
     )
-    assert second.startswith("If it must be smaller still: w4a8: 2.00 of 12.45 MB, loses 0.050")
+    assert second.startswith(
+        "If it must be smaller still: w4a8: 2.00 of 12.45 MB, loses 0.050 AP ("
+    )
 
 
 def test_where_nothing_is_found_nothing_is_advised():
@@ -113,8 +122,8 @@ def test_a_loss_of_masks_alone_is_a_loss():
     masks = dataclasses.replace(row("w8a8", 3_250_000, -0.02), metrics="segm")
     (first,) = advice([row("w8a8", 3_250_000, 0.0), masks])
     assert first == (
-        "Everything here loses AP. w8a8: 3.25 of 12.45 MB, loses 0.000 box AP (-0.002 to +0.002) and loses 0.020 mask AP "
-        "(-0.022 to -0.018), the least of all."
+        "Everything here loses AP. w8a8: 3.25 of 12.45 MB, loses 0.000 box AP (-0.002 to 0.002) and loses 0.020 mask AP "
+        "(0.018 to 0.022), the least of all."
     )
     equal = dataclasses.replace(row("w8a8", 3_250_000, 0.001), metrics="segm")
     (first,) = advice([row("w8a8", 3_250_000, 0.0), equal])
@@ -137,7 +146,7 @@ def test_without_full_precision_or_intervals_nothing_is_claimed():
     single = row("w8a8", 3_250_000, None)
     ap = Comparison(Estimate(0.6), Estimate(0.59), quantized_minus_baseline=Difference(-0.01))
     assert advice([dataclasses.replace(single, ap={"AP": ap})]) == [
-        "Everything here loses AP. w8a8: 3.25 of 12.45 MB, loses 0.010 (without an interval), the least of all."
+        "Everything here loses AP. w8a8: 3.25 of 12.45 MB, loses 0.010 AP (without an interval), the least of all."
     ]
 
 
@@ -148,4 +157,4 @@ def test_each_model_has_an_answer_of_its_own():
     )
     first, second = advice_by_model(summary)
     assert first.startswith("m:\n- Take w8a8: 3.25 of 12.45 MB, no loss")
-    assert second.startswith("n:\n- Take w8a8: 3.25 of 12.45 MB, a file of 3.50 MB, 2.0 times")
+    assert second.startswith("n:\n- Take w8a8: 3.25 of 12.45 MB, a file of 3.50 MB (25 % of")

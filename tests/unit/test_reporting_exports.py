@@ -109,7 +109,7 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     equal, _, missing = table.splitlines()[2:]
     assert "w4 + qwt" in equal
     assert "0.50 (25 %)" in equal
-    assert "12.3 (120 % / 240 %)  75 %" in equal
+    assert "12.0 (120 % / 240 %)  75 %" in equal
     assert missing.split()[-4:] == ["(–)", "–", "(–)", "–"]
     usual = [replace(row, bfloat16_latency_ratio=None) for row in summary.exports]
     assert max(map(len, terminal.exports_table(usual).splitlines())) <= 80

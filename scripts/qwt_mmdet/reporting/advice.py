@@ -3,10 +3,13 @@
 Imports nothing heavy: Snakemake's own process prints them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..config.search import stored_bits
 from ..evaluation.estimates import Difference, value_of
+from ..plan.files import Variant
 from ..plan.run import unique
 from . import text
 from .summary import ExportedRow, Row
@@ -24,11 +27,14 @@ class Candidate:
     """A quantized detector, with or without compensation.
 
     Args:
+        weight_bits: of the quantization.
         changes: of its AP to full precision's, by type of AP.
-        files: its exported files, the fastest first.
+        files: its exported files, the fastest first. folder: where they are.
     """
 
     title: str
+    weight_bits: int | float
+    folder: str
     bytes: int
     changes: Mapping[str, Difference]
     files: tuple[ExportedRow, ...]
@@ -68,7 +74,7 @@ def advice(rows: Sequence[Row], exports: Sequence[ExportedRow] = ()) -> list[str
     free = [one for one in found if not one.loses]
     if free:
         chosen = min(free, key=lambda one: (one.bytes, one.title))
-        sentences = [f"Take {_described(chosen, full, images)}."]
+        sentences = [f"Take {_described(chosen, full, images)}.", *_place(chosen)]
     else:
         chosen = max(found, key=lambda one: (one.change, -one.bytes))
         sentences = [
@@ -78,12 +84,16 @@ def advice(rows: Sequence[Row], exports: Sequence[ExportedRow] = ()) -> list[str
     if smaller:
         chosen_smaller = min(smaller, key=lambda one: (one.bytes, one.title))
         sentences.append(
-            f"Smaller, for less than a point: {_described(chosen_smaller, full, images)}."
+            f"Smaller, for less than {POINT:g} AP: {_described(chosen_smaller, full, images)}."
         )
+        sentences += _place(chosen_smaller)
     limit = min(one.bytes for one in (chosen, *smaller))
     smallest = min(found, key=lambda one: (one.bytes, one.title))
     if smallest.bytes < limit:
-        sentences.append(f"If it must be smaller still: {_described(smallest, full, images)}.")
+        unmade = "" if smallest.files or not exports else _unmade(smallest)
+        sentences.append(
+            f"If it must be smaller still: {_described(smallest, full, images)}{unmade}."
+        )
     return [*sentences, *_compensation(rows), *_images(chosen, images)]
 
 
@@ -91,6 +101,7 @@ def candidates(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Cand
     """The variants of one model that were compared with full precision and keep a useful part of its AP."""
     changes: dict[tuple[str, str | None], dict[str, Difference]] = {}
     sizes: dict[tuple[str, str | None], int | None] = {}
+    bits = {row.quantization: row.weight_bits for row in rows}
     baselines = {row.metrics: value_of(row.ap["AP"].baseline) for row in rows}
     for row in rows:
         ap = row.ap["AP"]
@@ -111,7 +122,8 @@ def candidates(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Cand
         size = sizes[name]
         if size is not None and kept and min(kept) >= USEFUL:
             title = " + ".join(filter(None, name))
-            found.append(Candidate(title, size, by_type, tuple(files)))
+            folder = Variant(rows[0].model, *name).exported
+            found.append(Candidate(title, bits[name[0]], folder, size, by_type, tuple(files)))
     return found
 
 
@@ -127,8 +139,10 @@ def _file(one: Candidate) -> list[str]:
     """Size and speed of a variant's fastest file; empty without a file."""
     if not one.files:
         return []
-    file = one.files[0]
-    size, ratio = f"a file of {text.megabytes(file.file_bytes)}", file.latency_ratio
+    file, share = one.files[0], ""
+    if file.file_share is not None:
+        share = f" ({text.percent(file.file_share)} of full precision's)"
+    size, ratio = f"a file of {text.megabytes(file.file_bytes)}{share}", file.latency_ratio
     if ratio is None:
         return [size]
     title = file.title or file.runtime
@@ -142,18 +156,36 @@ def _file(one: Candidate) -> list[str]:
 def _loss(one: Candidate, images: int | None) -> str:
     """What a variant loses, in all types of AP."""
     several = len(one.changes) > 1
-    ends = {key: text.interval(change) for key, change in one.changes.items()}
     if not one.loses:
+        ends = {key: text.interval(change) for key, change in one.changes.items()}
         shown = "; ".join(f"{text.AP_TYPES[key]} AP {end}" for key, end in ends.items() if end)
         return (
             f"no loss that {images or 'these'} images can show ({shown or 'without an interval'})"
         )
-    lost = [
-        f"{'gains' if (change.value or 0) > 0 else 'loses'} {abs(change.value or 0):.3f}"
-        f"{f' {text.AP_TYPES[key]} AP' if several else ''} ({ends[key] or 'without an interval'})"
-        for key, change in one.changes.items()
-    ]
+    lost = []
+    for key, change in one.changes.items():
+        gains = (change.value or 0) > 0
+        known = change.low is not None and change.high is not None
+        sides = (change.low or 0.0, change.high or 0.0)
+        low, high = sides if gains else (0.0 - sides[1], 0.0 - sides[0])
+        interval = f"{low:.3f} to {high:.3f}" if known else "without an interval"
+        unit = f"{text.AP_TYPES[key]} AP" if several else "AP"
+        verb = "gains" if gains else "loses"
+        lost.append(f"{verb} {abs(change.value or 0):.3f} {unit} ({interval})")
     return " and ".join(lost)
+
+
+def _place(one: Candidate) -> list[str]:
+    """Where the files of a variant are; empty without a file."""
+    return [f"Deploy {one.folder}/model.*: the ONNX file and what belongs to it."] * bool(one.files)
+
+
+def _unmade(one: Candidate) -> str:
+    """That there is no file of a variant, and what a file would store."""
+    stored = stored_bits(math.ceil(one.weight_bits), "onnx")
+    if stored <= one.weight_bits:
+        return "; no file of it was made"
+    return f"; no file of it was made, which would store its {one.weight_bits:g} bits in {stored}"
 
 
 def _compensation(rows: Sequence[Row]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 from tabulate import tabulate
@@ -62,7 +63,10 @@ def exports_table(rows: Sequence[ExportedRow]) -> str:
     lines = []
     for row in rows:
         first = row.metrics == rows[0].metrics  # sizes and times are the same for all types of AP
-        latency = NOTHING if row.milliseconds is None else f"{row.milliseconds:.1f}"
+        full = [r.full_precision_milliseconds for r in rows if r.runtime == row.runtime]
+        known = [ms for ms in full if ms is not None]
+        ratio = row.latency_ratio
+        latency = f"{ratio * median(known):.1f}" if known and ratio is not None else NOTHING
         size = NOTHING if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f}"
         about = [
             f"{size} ({percent(row.file_share)})",
@@ -132,7 +136,7 @@ def summary_table(summary: Summary) -> str:
             _by_model(summary.exports, exports_table),
             "\n".join(
                 [
-                    f"%: of full precision's file{' (behind /: computed in bfloat16)' * reduced}; int.: part of the multiply-adds that "
+                    f"%: of full precision's file, timed in turns{' (behind /: computed in bfloat16)' * reduced}; int.: part of the multiply-adds that "
                     "is computed with integers",
                     *_equalities(summary.exports),
                     *slow_files(summary.exports),
