@@ -4,7 +4,6 @@ from typing import Any
 
 import mmcv.ops
 import pytest
-import test_export
 import tiny
 import torch
 from mmcv.ops import (
@@ -23,6 +22,7 @@ from qwt_mmdet.quantization.convert import quantize_model
 from torch import nn
 
 SIZE = (128, 160)
+"""Large enough for the queries of DINO."""
 BACKBONE = tiny.SMALL_MASK_RCNN["model.backbone"]
 ONE_LAYER = {f"model.{part}.num_layers": 1 for part in ("encoder", "decoder")}
 ONE_MAP = {"model.backbone": BACKBONE | {"out_indices": (1,)}, "model.neck.in_channels": [16]}
@@ -90,13 +90,6 @@ def test_corner_pooling_is_the_largest_value_so_far(mode):
         assert torch.equal(module(x), expected)
 
 
-def photos() -> list[dict[str, Any]]:
-    """Two images that are large enough for the queries of DINO."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_export, "SIZE", SIZE)
-        return test_export.photos()
-
-
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
@@ -109,12 +102,12 @@ def test_a_transformer_is_one_graph(config, quantized, tmp_path):
     model, path = random_detector(config, TRANSFORMERS[config]), tmp_path / "model.onnx"
     if quantized:
         settings = QuantizationSettings(8, 8, scope="detector", grids="integer", refit="none")
-        calibrate(quantize_model(model, settings), photos())
+        calibrate(quantize_model(model, settings), tiny.photos(SIZE))
     onnx_file.export_onnx(model, path, size=SIZE, dynamic=False)
     exported = loading.load_exported(path).model
-    image = model.data_preprocessor(photos()[0], False)["inputs"]
+    image = model.data_preprocessor(tiny.photos(SIZE)[0], False)["inputs"]
     found, expected = (cut.cut_of(detector).first(image)[0] for detector in (exported, model))
-    detections = forward_scope(exported, photos()[0], "detector")[0].pred_instances
+    detections = forward_scope(exported, tiny.photos(SIZE)[0], "detector")[0].pred_instances
     assert len(detections) > 5
     for mine, its in zip(found, expected, strict=True):
         if quantized:  # ties round either way, which random layers enlarge

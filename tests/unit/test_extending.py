@@ -80,7 +80,7 @@ def test_a_cut(mylab, tmp_path):
     del cut.CUTS["mylab.detr"]
     exported = loading.load_exported(path).model
     found, expected = (
-        forward_scope(detector, test_export.photos()[0], "detector")[0].pred_instances
+        forward_scope(detector, tiny.photos()[0], "detector")[0].pred_instances
         for detector in (exported, model)
     )
     torch.testing.assert_close(found.bboxes, expected.bboxes, rtol=1e-4, atol=1e-3)

@@ -41,14 +41,14 @@ SMALL_MASK_RCNN = {
 """Changes to the demo's config: a small ResNet, and weights that need no training to find something."""
 
 
-def photos() -> list[dict[str, Any]]:
-    """Two batches of one image of 64 × 64 pixels, for whole detectors."""
+def photos(size: tuple[int, int] = (64, 64)) -> list[dict[str, Any]]:
+    """Two batches of one image of ``size`` (height, width), for whole detectors."""
     generator = torch.Generator().manual_seed(0)
     keys = ("img_shape", "ori_shape", "batch_input_shape", "pad_shape")
-    meta = {**dict.fromkeys(keys, (64, 64)), "scale_factor": (1.0, 1.0)}
+    meta = {**dict.fromkeys(keys, size), "scale_factor": (1.0, 1.0)}
     return [
         {
-            "inputs": [torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)],
+            "inputs": [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)],
             "data_samples": [DetDataSample(metainfo=meta)],
         }
         for _ in range(2)

@@ -206,6 +206,8 @@ class OpenVino(Runtime):
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
+            # else it rounds the inputs of linear layers with weights of 4 bits, which the detector does not
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
         in_floats = {**options, "LP_TRANSFORMS_MODE": "OFF"}  # quantized values, in floating point
         core = openvino.Core()
