@@ -44,8 +44,9 @@ class TimeLeft:
     """The time left of a run.
 
     A job takes as long as the finished jobs of its rule in this run, or else in earlier runs, or else as those of rules
-    with the same verb (``evaluate_baseline`` and ``evaluate_quantized``). If that is known for at least half of the remaining jobs, the others are taken to need the mean of these. The sum is divided by the number
-    of jobs that run at once, now or on average so far, whichever is larger; the longest job is a lower limit.
+    with the same verb (``evaluate_baseline`` and ``evaluate_quantized``). If that is known for at least half of the
+    remaining jobs, the others are taken to need the mean of these. The sum is divided by the number of jobs that run at
+    once, now or on average so far, whichever is larger; the longest job is a lower limit.
 
     Args:
         counts: jobs of each rule. earlier: mean seconds of a rule's jobs in earlier runs.

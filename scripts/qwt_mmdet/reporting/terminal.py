@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import TypeVar
 
 from tabulate import tabulate
@@ -35,6 +34,7 @@ from .text import (
     signed,
     slow_files,
 )  # fmt: skip
+from .tradeoff import milliseconds
 
 T = TypeVar("T", Row, ExportedRow)
 
@@ -63,10 +63,8 @@ def exports_table(rows: Sequence[ExportedRow]) -> str:
     lines = []
     for row in rows:
         first = row.metrics == rows[0].metrics  # sizes and times are the same for all types of AP
-        full = [r.full_precision_milliseconds for r in rows if r.runtime == row.runtime]
-        known = [ms for ms in full if ms is not None]
-        ratio = row.latency_ratio
-        latency = f"{ratio * median(known):.1f}" if known and ratio is not None else NOTHING
+        timed = milliseconds(row, rows)
+        latency = NOTHING if timed is None else f"{timed:.1f}"
         size = NOTHING if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f}"
         about = [
             f"{size} ({percent(row.file_share)})",

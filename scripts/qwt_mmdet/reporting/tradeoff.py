@@ -69,12 +69,24 @@ def lines(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Line]:
     return found
 
 
+def milliseconds(row: ExportedRow, rows: Sequence[ExportedRow]) -> float | None:
+    """Latency of a file: its ratio to full precision, measured in turn, times full precision's median of all files.
+
+    Args:
+        rows: of its model, whose other runtimes do not count.
+    """
+    full = [
+        ms
+        for other in rows
+        if other.runtime == row.runtime and (ms := other.full_precision_milliseconds) is not None
+    ]
+    return row.latency_ratio * median(full) if full and row.latency_ratio is not None else None
+
+
 def file_lines(
     baseline: Estimate | None, rows: Sequence[ExportedRow], asked: Mapping[str, str | None]
 ) -> list[Line]:
     """Lines of exported files in one type of AP, and of full precision's in each runtime.
-
-    Latencies are ratios to full precision, which were measured in turn, times full precision's median of all files.
 
     Args:
         baseline: AP of full precision. asked: what searches were asked for, by variant.
@@ -84,13 +96,12 @@ def file_lines(
         own = [row for row in rows if (row.title or row.runtime) == title]
         full = [ms for row in own if (ms := row.full_precision_milliseconds) is not None]
         size = next(filter(None, (row.full_precision_file_bytes for row in own)), None)
-        parts = [(row.variant, row.ap, row.file_bytes, row.latency_ratio) for row in own]
+        parts = [(row.variant, row.ap, row.file_bytes, milliseconds(row, own)) for row in own]
         if full:
-            parts = [(FULL_PRECISION, baseline, size, 1.0), *parts]
-        for name, ap, size, ratio in parts:
+            parts = [(FULL_PRECISION, baseline, size, median(full)), *parts]
+        for name, ap, size, timed in parts:
             if ap is not None and ap.value is not None:
                 numbers = ap.value, ap.low, ap.high, size
-                timed = ratio * median(full) if ratio is not None and full else None
                 found.append(Line(own[0].metrics, name, asked.get(name), title, *numbers, timed))
     return found
 
