@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ENVS = Path(__file__).resolve().parent
 REQUIREMENTS = ENVS / "requirements.txt"
+PIP_LOG = Path(sys.prefix, "pip-install.log")
 LOG = Path(sys.prefix, "mmcv-build.log")
 BYTES_PER_JOB = 2 * 1024**3  # a compiler process needs 0.6 to 0.8 GiB, for pybind.cpp 2 GiB
 NO_DEBUG = "-g0"
@@ -106,10 +108,16 @@ def pip(*arguments: str) -> list[str]:
 
 
 def install_all_but_mmcv(requirements: str) -> None:
+    """Install the packages of a list.
+
+    Raises:
+        subprocess.CalledProcessError: with pip's output.
+    """
+    say(f"Installing the packages of {REQUIREMENTS.name}; pip's output goes to {PIP_LOG}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "requirements.txt")
         path.write_text(requirements, encoding="utf-8")
-        subprocess.run(pip("install", "-r", str(path)), check=True)
+        run_logged(pip("install", "-r", str(path)), {}, PIP_LOG, PipProgress().sentence)
 
 
 def kept_wheels(cuda: bool) -> Path | None:
@@ -189,6 +197,38 @@ def precompile_headers(folder: Path) -> str:
     return f"-include {shlex.quote(str(header))}"
 
 
+class PipProgress:
+    """What pip does, by its lines."""
+
+    def __init__(self) -> None:
+        self.collected = 0
+
+    def sentence(self, line: str) -> str | None:
+        """What a terminal shows after a line; None for what it showed before."""
+        if line.startswith("Installing collected packages: "):
+            return f"Installing {line.count(',') + 1} packages"
+        if not line.startswith(("Collecting ", "Processing ")):
+            return None
+        self.collected += 1
+        return f"Collecting packages: {self.collected}"
+
+
+class NinjaProgress:
+    """How many files ninja has compiled, by its lines, and how long the rest takes at this rate."""
+
+    def __init__(self) -> None:
+        self.started: float | None = None  # before the first one, pip prepares the build
+
+    def sentence(self, line: str) -> str | None:
+        """What a terminal shows after a line; None for what it showed before."""
+        count = files_compiled(line)
+        if count is None:
+            return None
+        now = time.monotonic()
+        self.started = now if self.started is None else self.started
+        return progress_sentence(*count, now - self.started)
+
+
 def files_compiled(line: str) -> tuple[int, int] | None:
     """How many files are compiled, and of how many, if the line is one of ninja's."""
     found = re.match(r"\s*\[(\d+)/(\d+)\] ", line)
@@ -225,13 +265,21 @@ class ProgressLine:
             print(flush=True)
 
 
-def run_build(command: list[str], settings: dict[str, str], log: Path) -> None:
-    """Run pip's build, write its output into a file and show how many files are compiled.
+def run_logged(
+    command: list[str],
+    settings: dict[str, str],
+    log: Path,
+    sentence: Callable[[str], str | None],
+) -> None:
+    """Run a command, write its output into a file and show how far it is.
+
+    Args:
+        sentence: what to show after a line of the output; None for nothing new.
 
     Raises:
         subprocess.CalledProcessError: with the output.
     """
-    started = None  # when the first file was compiled: before it, pip prepares the build
+    started = time.monotonic()
     progress = ProgressLine()
     with (
         log.open("w", encoding="utf-8", buffering=1) as file,
@@ -246,10 +294,8 @@ def run_build(command: list[str], settings: dict[str, str], log: Path) -> None:
     ):
         for line in process.stdout:
             file.write(line)
-            if count := files_compiled(line):
-                started = time.monotonic() if started is None else started
-                seconds = time.monotonic() - started
-                progress.show(progress_sentence(*count, seconds), seconds)
+            if shown := sentence(line):
+                progress.show(shown, time.monotonic() - started)
     progress.close()
     if process.returncode:
         output = log.read_text(encoding="utf-8")
@@ -268,7 +314,8 @@ def compile_wheel(requirement: str, settings: dict[str, str], folder: Path) -> N
         include = precompile_headers(Path(scratch))
         flags = {"CPPFLAGS": f"{settings['CPPFLAGS']} {include}".strip()}
         # pip shows the build's output only if it is asked to.
-        run_build(pip("wheel", "--verbose", *options, requirement), settings | flags, LOG)
+        build = pip("wheel", "--verbose", *options, requirement)
+        run_logged(build, settings | flags, LOG, NinjaProgress().sentence)
 
 
 def install_mmcv(
@@ -289,12 +336,13 @@ def install_mmcv(
         if not found:
             say(
                 f"Compiling {requirement}, {sentence} (MAX_JOBS={settings['MAX_JOBS']}), which takes "
-                f"3 to 8 minutes on two cores and nothing the next time; the compiler's output goes to {LOG}"
+                f"2 to 8 minutes on two cores and nothing the next time; the compiler's output goes to {LOG}"
             )
             compile_wheel(requirement, settings, folder)
         # Two steps: `pip install` of older versions answers a failed build by building once more.
         (wheel,) = folder.glob("*.whl")
-        subprocess.run(pip("install", "--no-deps", "--force-reinstall", str(wheel)), check=True)
+        install = pip("install", "--quiet", "--no-deps", "--force-reinstall", str(wheel))
+        subprocess.run(install, check=True)
         if not found:
             keep_wheel(wheel, kept)
     minutes = (time.monotonic() - started) / 60
@@ -302,15 +350,19 @@ def install_mmcv(
     return not found
 
 
-def build_failure(output: str) -> str:
-    """One sentence out of the output of a failed build: the compiler's first error."""
+def first_error(output: str) -> str:
+    """The first line of an output that tells of an error."""
     errors = re.findall(
         r"^.*(?:\berror:|Error:|ERROR:|: not found$).*$", output, flags=re.MULTILINE
     )
     own = [line for line in errors if "subprocess-exited" not in line]
-    reason = own[0].strip() if own else "its output has no error line"
+    return own[0].strip() if own else "its output has no error line"
+
+
+def build_failure(output: str) -> str:
+    """One sentence out of the output of a failed build: the compiler's first error."""
     return (
-        f"mmcv could not be compiled: {reason} (all output is in {LOG}; the build needs g++, Python's "
+        f"mmcv could not be compiled: {first_error(output)} (all output is in {LOG}; the build needs g++, Python's "
         "headers and 2 GiB of memory per job: MAX_JOBS=1 takes least; FORCE_CUDA=0 leaves its CUDA "
         "kernels out)"
     )
@@ -330,7 +382,8 @@ def main() -> int:
     try:
         install_all_but_mmcv(others)
     except subprocess.CalledProcessError as error:
-        say(f"pip could not install {REQUIREMENTS.name}; its message is above")
+        reason = first_error(error.output)
+        say(f"pip could not install {REQUIREMENTS.name}: {reason} (all output is in {PIP_LOG})")
         return error.returncode
     settings, sentence = build_settings()
     kept = kept_wheels(cuda=settings["FORCE_CUDA"] == "1")

@@ -42,6 +42,8 @@ TOLD_ANYWAY = (
     "WorkflowError:\nAt least one job did not complete",
 )
 """Beginnings of messages that tell of a failed step, which is told in other words."""
+NOTHING_TO_DO = "Nothing to be done"
+"""Beginning of the message after which Snakemake calls none of the workflow's hooks."""
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -132,6 +134,8 @@ class LogHandler(LogHandlerBase):
             wanted = record.levelno >= WARNING or (record.levelno >= INFO and not self._planned)
             if wanted and not text.startswith(hidden):
                 self._say(text)
+                if text.startswith(NOTHING_TO_DO) and not self.common_settings.dryrun:
+                    self._say_results()
 
     def flush(self) -> None:
         if self._bar:
@@ -190,6 +194,13 @@ class LogHandler(LogHandlerBase):
         for path in said["log"]:
             self._say(f"  log: {path}")
         self._draw(said["created"])
+
+    def _say_results(self) -> None:
+        """What an earlier run has printed at its end."""
+        from qwt_mmdet.reporting.terminal import run_summary
+
+        if results := run_summary():
+            print(f"\n{results}", flush=True)
 
     def _draw(self, now: float) -> None:
         if self._bar:

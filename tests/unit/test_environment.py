@@ -347,10 +347,43 @@ def test_output_of_a_build_goes_to_a_file_and_into_its_error(tmp_path, capsys):
     log = tmp_path / "build.log"
     script = "import os; print('  [1/2] c++ x.cpp'); print(os.environ['FLAG']); raise SystemExit(3)"
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        install.run_build([sys.executable, "-c", script], {"FLAG": "x.cpp: error: wrong"}, log)
+        install.run_logged(
+            [sys.executable, "-c", script],
+            {"FLAG": "x.cpp: error: wrong"},
+            log,
+            install.NinjaProgress().sentence,
+        )
     assert log.read_text() == failed.value.output == "  [1/2] c++ x.cpp\nx.cpp: error: wrong\n"
-    assert "error" not in capsys.readouterr().out
+    assert capsys.readouterr().out == "Compiling mmcv: 1 of 2 files\n"
     assert "x.cpp: error: wrong" in install.build_failure(failed.value.output)
+
+
+def test_progress_of_pip_is_the_number_of_packages():
+    lines = ["Collecting mmdet==3.3.0\n", "  Downloading mmdet.whl\n", "Processing /a/torch.whl\n",
+             "Installing collected packages: torch, mmdet\n"]  # fmt: skip
+    progress = install.PipProgress()
+    assert [progress.sentence(line) for line in lines] == [
+        "Collecting packages: 1",
+        None,
+        "Collecting packages: 2",
+        "Installing 2 packages",
+    ]
+
+
+def test_a_package_that_pip_does_not_find_is_named_in_one_line(monkeypatch, capsys):
+    output = "Collecting a\nERROR: No matching distribution found for a==9\n"
+
+    def fail(command: list[str], *_: object) -> None:
+        raise subprocess.CalledProcessError(1, command, output)
+
+    def unproven(*_: object, **__: object) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess([], 1, stdout="", stderr="")
+
+    monkeypatch.setattr(install, "run_logged", fail)
+    monkeypatch.setattr(install.subprocess, "run", unproven)
+    assert install.main() == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert "ERROR: No matching distribution found for a==9 (all output is in" in last
 
 
 def write_wheel(folder: Path) -> None:

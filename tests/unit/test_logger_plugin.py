@@ -95,6 +95,15 @@ def test_what_is_told_is_what_concerns_the_user(capsys, messages, dryrun, shown)
     assert (captured.out if dryrun else captured.err) == shown
 
 
+def test_a_run_with_nothing_to_do_tells_the_results_of_the_earlier_one(capsys):
+    Path("results").mkdir()
+    Path("results/report.html").touch()
+    log(BUILDING, NOTHING)
+    assert capsys.readouterr().out == "\nReport: results/report.html\n"
+    log(BUILDING, NOTHING, dryrun=True)
+    assert "Report" not in capsys.readouterr().out
+
+
 def test_a_file_gets_one_line_of_80_columns_for_each_finished_step(capsys):
     log(*TWO)
     first, second = capsys.readouterr().err.splitlines()

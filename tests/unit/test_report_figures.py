@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from qwt_mmdet.errors import QwtError
 from qwt_mmdet.reporting.figures import (
-    BASELINE,
+    FULL_PRECISION,
     QUANTIZED,
     Point,
     ap_by_bits,
@@ -25,7 +25,7 @@ def point(name: str, bits: int, series: str, value: float, cost: float) -> Point
 
 
 POINTS = [
-    Point("", (32, 32), BASELINE, 0.40, 0.37, 0.45, 40.0),
+    Point("", (32, 32), FULL_PRECISION, 0.40, 0.37, 0.45, 40.0),
     point("w8", 8, QUANTIZED, 0.39, 10.0),
     point("w8", 8, "qwt", 0.395, 10.5),
     point("w4", 4, QUANTIZED, 0.10, 5.0),
@@ -63,7 +63,7 @@ def texts(svg: str) -> list[str]:
     ("name", "said"),
     [
         ("bits", {"mask AP (0 to 1)", "bits of weights (W), activations (A)"}),
-        ("size", {"size of weights and compensation (MB)", "w4", "w8", "Pareto front", "baseline",
+        ("size", {"size of weights and compensation (MB)", "w4", "w8", "Pareto front", "full precision",
                   "quantized", "qwt", "paper"}),
         ("latency", {"latency for an image (ms)", "full precision", "w8", "ONNX Runtime", "OpenVINO", "Pareto front"}),
         ("blocks", {"a", "b", "compensated", "compensated (not kept)"}),
@@ -95,7 +95,7 @@ def test_numbers_that_no_axis_holds_are_left_out(draw):
         POINTS[3]._replace(low=0.1, high=0.1, value=0.0),
     ]
     shown = texts(draw(spoiled, "box", "a"))
-    assert {"baseline", "quantized"} <= set(shown)
+    assert {"full precision", "quantized"} <= set(shown)
     assert "qwt" not in shown
     for nothing in ([], [POINTS[1]._replace(value=NAN)]):
         with pytest.raises(QwtError, match="No variant has an AP and a cost to draw"):
@@ -105,7 +105,11 @@ def test_numbers_that_no_axis_holds_are_left_out(draw):
 @pytest.mark.parametrize("draw", [ap_by_bits, ap_by_size])
 def test_odd_variants_can_be_drawn(draw):
     for odd in (
-        [p._replace(low=None, high=None) for p in POINTS if p.series in (BASELINE, QUANTIZED)],
+        [
+            p._replace(low=None, high=None)
+            for p in POINTS
+            if p.series in (FULL_PRECISION, QUANTIZED)
+        ],
         [p._replace(value=0.0, low=0.0, high=0.0, cost=0.0) for p in POINTS],
         [POINTS[1]._replace(quantization="$w_4")],
     ):
@@ -135,6 +139,6 @@ def test_nothing_beats_the_front_in_both_size_and_ap():
 
 
 def test_series_differ_in_colour_and_in_marker():
-    styles = series_styles([BASELINE, QUANTIZED, "a", "b", "c", "d", "e"])
+    styles = series_styles([FULL_PRECISION, QUANTIZED, "a", "b", "c", "d", "e"])
     colours, markers = zip(*styles.values(), strict=True)
     assert len(set(colours)) == len(set(markers)) == 8, "searched bits too"

@@ -81,6 +81,15 @@ def test_equal_points_share_a_place_on_the_front():
     assert front == [(1, 0.5), (2, 0.7)]
 
 
+def test_a_variants_line_has_the_size_and_the_time_of_its_first_file():
+    slower = dataclasses.replace(file("w8a8", 1.5), runtime="openvino", title="OpenVINO")
+    found = {line["variant"]: line for line in variant_lines(ROWS, [file("w8a8", 0.5), slower])}
+    files = {name: (line["file_bytes"], line["file_time"]) for name, line in found.items()}
+    assert files["full precision"] == (4_200_000, None)
+    assert files["w8a8"] == (1_200_000, 0.5)
+    assert files["w4a8"] == files["+ auto"] == (None, None)
+
+
 def test_the_figure_shows_searched_bits_and_the_least_ap_that_was_asked_for():
     assert least_ap(ROWS) == {"loses at most 0.01": 0.59}
     found = points(variant_lines(ROWS))

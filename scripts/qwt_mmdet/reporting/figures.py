@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..errors import QwtError
-from ..plan.files import BASELINE, QUANTIZED
-from .tradeoff import pareto_front
+from ..plan.files import QUANTIZED
+from .tradeoff import FULL_PRECISION, pareto_front
 
 WIDTH = 5.6  # inches of 72 units; text of 11 units is readable on a phone that is 390 pixels wide
 
@@ -54,7 +54,7 @@ STYLE: Any = {
 
 
 class Point(NamedTuple):
-    """AP of one variant: its series (baseline, quantized, searched bits, or the name of a compensation or runtime) and its costs.
+    """AP of one variant: its series (full precision, quantized, searched bits, or the name of a compensation or runtime) and its costs.
 
     ``cost`` is a size in MB or a latency in ms.
     """
@@ -70,7 +70,7 @@ class Point(NamedTuple):
 
 def series_styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each series."""
-    known = {BASELINE: (INK, "D"), QUANTIZED: (VERMILLION, "o"), SEARCHED: ("#882255", "*")}
+    known = {FULL_PRECISION: (INK, "D"), QUANTIZED: (VERMILLION, "o"), SEARCHED: ("#882255", "*")}
     others = dict.fromkeys(name for name in series if name not in known)
     return known | dict(zip(others, itertools.cycle(COMPENSATION_STYLES), strict=False))
 
@@ -119,7 +119,7 @@ def _drawable(points: Sequence[Point]) -> list[Point]:
 
 
 def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
-    """AP of each quantization and its compensations, most bits on top, with the baseline's.
+    """AP of each quantization and its compensations, most bits on top, with full precision's.
 
     Args:
         ap_type: ``box`` or ``mask``. name: of the figure, for the ids within it.
@@ -129,7 +129,7 @@ def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
     """
     points = _drawable(points)
     styles = series_styles(point.series for point in points)
-    variants = [point for point in points if point.series != BASELINE]
+    variants = [point for point in points if point.series != FULL_PRECISION]
     shown = list(dict.fromkeys(point.series for point in variants))
     lines = sorted({(point.bits, point.quantization) for point in variants})
     height = 1.5 + 0.3 * len(lines) * max(len(shown), 1.5)
@@ -137,8 +137,8 @@ def ap_by_bits(points: Sequence[Point], ap_type: str, name: str) -> Markup:
         figure, axes = _new_figure(height)
         for point in points:
             colour, marker = styles[point.series]
-            if point.series == BASELINE:
-                axes.axvline(point.value, color=colour, linestyle="--", label=BASELINE)
+            if point.series == FULL_PRECISION:
+                axes.axvline(point.value, color=colour, linestyle="--", label=FULL_PRECISION)
                 if point.low is not None and point.high is not None:
                     axes.axvspan(point.low, point.high, color=colour, alpha=0.1, linewidth=0)
                 continue

@@ -39,7 +39,7 @@ def answer(rows: Sequence[Row]) -> str:
         start = f"{row.quantization} was not evaluated without compensation ({ap_type} AP)"
     elif baseline:
         start = (
-            f"{row.quantization} keeps {text.percent(quantized / baseline)} of the baseline {ap_type} AP "
+            f"{row.quantization} keeps {text.percent(quantized / baseline)} of full precision's {ap_type} AP "
             f"({text.number(quantized)} of {text.number(baseline)})"
         )
     else:
@@ -101,7 +101,7 @@ def recommendation(rows: Sequence[Row]) -> str | None:
     ]
     sentence = f"Best box AP for the size: {', '.join(best)}"
     dominated = [
-        f"{line['title']} is dominated by {line['dominated_by']}"
+        f"{line['dominated_by']} is no larger than {line['title']} and no worse"
         for line in lines
         if line["dominated_by"] and line["series"] != QUANTIZED
     ]

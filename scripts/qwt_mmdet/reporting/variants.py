@@ -4,27 +4,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.estimates import Estimate, value_of
-from ..plan.files import BASELINE, QUANTIZED
+from ..plan.files import QUANTIZED
 from ..plan.run import unique
 from . import figures
 from .summary import ExportedRow, Row
-from .tradeoff import asked_for, file_lines
+from .tradeoff import FULL_PRECISION, asked_for, file_lines
 
 
-def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line for the baseline, each quantization and each compensation of a model, in one type of AP."""
+def variant_lines(rows: Sequence[Row], exports: Sequence[ExportedRow] = ()) -> list[dict[str, Any]]:
+    """A line for full precision, each quantization and each compensation of a model, in one type of AP.
+
+    Args:
+        exports: of the model and the type of AP; the first file of a variant is in its line.
+    """
     first = rows[0]
+    files = {row.variant: row for row in reversed(exports)}
+    full_files = (row.full_precision_file_bytes for row in exports)
+
+    def file_of(title: str) -> dict[str, Any]:
+        row = files.get(title)
+        return {"file_bytes": row and row.file_bytes, "file_time": row and row.latency_ratio}
+
     lines: list[dict[str, Any]] = [
         {
-            "variant": "baseline",
-            "series": BASELINE,
-            "note": "full precision",
+            "variant": FULL_PRECISION,
+            "series": FULL_PRECISION,
+            "note": "",
+            "file_bytes": next(filter(None, full_files), None),
+            "file_time": None,
             "dominated_by": None,
             "faults": [],
             "ap": first.ap["AP"].baseline,
             # unknown in rows of failed quantizations
             "bytes": next(filter(None, (row.baseline_bytes for row in rows)), None),
-            "evaluated": first.seconds.get("evaluate_baseline"),
         }
     ]
     for name in unique(row.quantization for row in rows):
@@ -34,6 +46,7 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
         lines.append(
             {
                 **about,
+                **file_of(name),
                 "variant": name,
                 "title": name,
                 "series": QUANTIZED,
@@ -45,12 +58,12 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "bytes": row.quantized_bytes,
                 "dominated_by": row.quantized_dominated_by,
                 "made": row.seconds.get("quantize_model"),
-                "evaluated": row.seconds.get("evaluate_quantized"),
             }
         )
         lines += [
             {
                 **about,
+                **file_of(row.compensated_name),
                 "variant": f"+ {row.compensation}",
                 "title": row.compensated_name,
                 "series": row.compensation,
@@ -67,7 +80,6 @@ def variant_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "multiply_adds": row.compensation_multiply_adds,
                 "multiply_adds_percent": row.compensation_multiply_adds_percent,
                 "made": row.seconds.get("fit_compensation"),
-                "evaluated": row.seconds.get("evaluate_compensated"),
             }
             for row in chosen
             if row.compensation is not None

@@ -16,7 +16,8 @@ from . import figures, text
 from .advice import advice
 from .pictures import Picture, choose_pictures
 from .sentences import answers
-from .summary import Row, Summary
+from .summary import ExportedRow, Row, Summary
+from .tradeoff import FULL_PRECISION
 from .variants import featured, least_ap, points, timed_points, variant_lines
 
 
@@ -50,10 +51,18 @@ class Model:
     def results(self) -> list[dict[str, Any]]:
         """Rows and lines of each type of AP that the model has."""
         return [
-            {"ap_type": ap_type, "rows": chosen, "lines": variant_lines(chosen)}
+            {
+                "ap_type": ap_type,
+                "rows": chosen,
+                "lines": variant_lines(chosen, self._files(metrics)),
+            }
             for metrics, ap_type in text.AP_TYPES.items()
             if (chosen := [row for row in self._rows if row.metrics == metrics])
         ]
+
+    def _files(self, metrics: str) -> list[ExportedRow]:
+        """The exported files, with their AP of one type."""
+        return [row for row in self.exported if row.metrics == metrics]
 
     def tradeoffs(self) -> list[dict[str, Any]]:
         """Figures of AP against bits, size and (of exported files) latency: label and function that draws."""
@@ -61,8 +70,7 @@ class Model:
         for result in self.results():
             own = points(result["lines"])
             first = result["rows"][0]
-            exported = [row for row in self.exported if row.metrics == first.metrics]
-            timed = timed_points(first.ap["AP"].baseline, exported)
+            timed = timed_points(first.ap["AP"].baseline, self._files(first.metrics))
             drawings: list[tuple[str, Callable[..., Any], Any]] = [
                 ("bits", figures.ap_by_bits, own)
             ]
@@ -235,7 +243,7 @@ def _layer_section(quantization: Mapping[str, Any]) -> dict[str, Any]:
 def _titles(row: ResultRow) -> dict[str, str]:
     """Names in the report of a combination's evaluated variants."""
     titles = {
-        "baseline": "baseline",
+        "baseline": FULL_PRECISION,
         "quantized": row.quantization,
         "compensated": f"{row.quantization} + {row.compensation}",
     }
