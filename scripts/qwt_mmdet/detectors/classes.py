@@ -268,10 +268,16 @@ def check_annotations(model: BaseDetector, annotations: Mapping[str, Any]) -> No
         )
 
 
-def log_left_out(classes: Sequence[str], annotations: Mapping[str, Any]) -> None:
-    """Log which classes of the model or of the annotations an evaluation leaves out."""
+def log_left_out(
+    classes: Sequence[str], annotations: Mapping[str, Any], level: int = logging.WARNING
+) -> None:
+    """Log which classes of the model or of the annotations an evaluation leaves out.
+
+    Args:
+        level: of the message about annotated classes that the model lacks.
+    """
     categories = [category["name"] for category in annotations["categories"]]
     if missing := [name for name in classes if name not in categories]:
         logger.info("Not evaluated, since the annotations have no such class: %s", few(missing))
     if unknown := [name for name in categories if name not in classes]:
-        logger.warning("Not evaluated, since the model has no such class: %s", few(unknown))
+        logger.log(level, "Not evaluated, since the model has no such class: %s", few(unknown))

@@ -12,7 +12,7 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as mask_api
 
 from ..data.batches import count_images, same_shapes
-from ..detectors.classes import category_ids, log_left_out
+from ..detectors.classes import category_ids
 from ..files import read_json
 from ..progress import progress
 
@@ -95,7 +95,6 @@ def predict(
     content = read_json(annotations, what="annotation file")
     classes = model.dataset_meta["classes"]
     label_to_category = category_ids(classes, content)
-    log_left_out(classes, content)
     records: list[dict[str, Any]] = []
     not_finite, masks = 0, False
 

@@ -9,7 +9,7 @@ from mmdet.models import BaseDetector
 from ..archives import worst_layers
 from ..data.batches import shard_of
 from ..data.loaders import make_loader
-from ..detectors.classes import category_ids
+from ..detectors.classes import category_ids, log_left_out
 from ..detectors.forward import check_precision
 from ..errors import QwtError
 from ..evaluation.coco import coco_metrics, load_ground_truth
@@ -53,12 +53,14 @@ def evaluate_detector(
             full precision has no detections or some that are not finite.
     """
     classes = model.dataset_meta["classes"]
+    quantized = record_of(model).quantization is not None
     check_ground_truth(model, annotations)
+    content = read_json(annotations, what="annotation file")
+    log_left_out(classes, content, logging.INFO if quantized else logging.WARNING)  # told once
     if found is None:
         check_precision(model)
         loader = make_loader(model.cfg, annotations, batch_size=batch_size, workers=workers)
         found = predict(model, loader, annotations)
-    quantized = record_of(model).quantization is not None
     if not quantized and found.not_finite:
         raise QwtError(
             f"{found.not_finite} detections of the full-precision model are NaN or infinite; check "
