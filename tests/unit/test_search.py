@@ -19,7 +19,7 @@ from qwt_mmdet.quantization.calibrate import calibrate
 from qwt_mmdet.quantization.convert import activation_quantizers, quantize_model, quantized_layers
 from qwt_mmdet.quantization.size import detector_bytes, size_range
 from qwt_mmdet.quantization.state import summarize_quantization
-from qwt_mmdet.search.judge import DISCREPANCY, EXPONENT, Loss, LossModel, Scored, cheapest
+from qwt_mmdet.search.judge import DISCREPANCY, EXPONENT, LEAST, Loss, LossModel, Scored, cheapest
 from qwt_mmdet.search.mixed import (
     Measurement,
     ParetoFront,
@@ -410,7 +410,10 @@ def test_the_loss_is_proportional_to_a_power_of_the_error_that_was_measured():
     loss = model.loss(0.01)
     assert loss.value == pytest.approx(0.01**EXPONENT)
     assert loss.high == pytest.approx(loss.value * worst(0.9, [0.9, 1.1]), rel=0.02)
-    assert loss.high - loss.value == pytest.approx(loss.value - loss.low)
+    quantiles = [NormalDist().inv_cdf(probability) for probability in (0.9, LEAST)]
+    assert (loss.value - loss.low) / (loss.high - loss.value) == pytest.approx(
+        quantiles[1] / quantiles[0]
+    )
     assert LossModel([scored(0.1, 0.1, error=0.4)], 0.9).error(0.2) == pytest.approx(0.8)
 
 

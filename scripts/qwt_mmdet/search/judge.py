@@ -25,6 +25,9 @@ DISCREPANCY = 0.2
 
 APART = 4.0
 """Ratio of the largest and the smallest power of an error, from which on an offset is fitted."""
+LEAST = 0.99
+"""Probability that a loss is above the lower end of its interval. Were it the confidence of the upper end, 0.9, the loss would
+be between both with a probability of 0.8 only."""
 TINY = 1e-12
 
 
@@ -49,7 +52,8 @@ class Loss:
     """A predicted loss of AP.
 
     Args:
-        low, high: ends of its interval: with the model's confidence it is above ``low``, and below ``high``.
+        low, high: ends of its interval: with the model's confidence it is below ``high``, and with that of :data:`LEAST`
+            above ``low``.
         systematic: what the upper end would be if no luck of the images was in it.
     """
 
@@ -123,4 +127,5 @@ class LossModel:
         power = self.error(estimate) ** EXPONENT
         value, half = self._factor * power, self._quantile * self._deviation * power
         systematic = value + self._quantile * self._discrepancy * power
-        return Loss(value, max(value - half, 0.0), value + half, systematic)
+        low = value - NormalDist().inv_cdf(LEAST) * self._deviation * power
+        return Loss(value, max(low, 0.0), value + half, systematic)
