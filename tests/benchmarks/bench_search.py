@@ -100,7 +100,10 @@ def main() -> None:
 
         def ap(model: Any) -> float:
             found = trial.found(model, options.evaluation)
-            return coco_metrics(options.evaluation, found, masks=False)["bbox"]["AP"]
+            classes = trial.model.dataset_meta["classes"]
+            return coco_metrics(options.evaluation, found, masks=False, classes=classes)["bbox"][
+                "AP"
+            ]
 
         front = ParetoFront(measured.layers, "bytes")
         errors = front.relative_errors()

@@ -379,6 +379,32 @@ def test_exports_are_quantized_detectors_or_those_with_a_compensation_that_is_na
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("search", "export", "storage"),
+    [
+        ({}, [{"quantization": ["small"]}], "onnx"),
+        ({}, [{}], "onnx"),
+        ({}, [{"quantization": ["w8a8"]}], "bits"),
+        ({}, [{"weights": "bytes"}], "bits"),
+        ({"storage": "bits"}, [{}], "bits"),
+        ({"candidates": [5, 6, 8]}, [{}], "bits"),
+        ({"objective": "bit_operations"}, [{}], "bits"),
+        ({}, [], "bits"),
+    ],
+)
+def test_a_search_counts_the_bytes_of_its_file_where_one_is_exported(search, export, storage):
+    entries = changed("quantization/small", {"smallest": {"max_drop": 0.01}, **search})
+    assert (
+        config.resolve(entries | {"export": export})["quantization"]["small"]["storage"] == storage
+    )
+
+
+def test_mistakes_in_an_exported_search_are_told_as_ever():
+    entries = changed("quantization/small", {"smallest": {"max_drop": "much"}}) | {"export": [{}]}
+    with pytest.raises(QwtError, match=r"quantization\.small\.smallest\.max_drop is 'much'"):
+        config.resolve(entries)
+
+
 def test_what_cannot_be_repeated_is_refused():
     entries = changed("repeats", 2)
     assert config.resolve(entries)["repeats"] == 2

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
 
+from ..errors import QwtError
 from .quantization import (
     FLOAT_BITS,
     LEAST_BITS,
@@ -77,7 +78,8 @@ class Search:
     """What `smallest` minimizes: bytes of weights, or multiply-adds times the bits of both factors."""
     storage: Storage = "bits"
     """What a weight takes of a size: its `bits`, or what exported files store (`onnx`): half a byte up to 4 bits, else a
-    byte. With `onnx` only the most candidates of each are measured: 4 and 8, by default."""
+    byte. With `onnx` only the most candidates of each are measured: 4 and 8, by default. Omitted: `onnx` where `export` names
+    the search and `onnx` can be asked for, else `bits`."""
     images: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] = 4
     """Calibration images on which the error of each layer is measured at each number of bits."""
     rounds: Annotated[int, Strict(), Field(ge=1, le=100)] = 4
@@ -166,6 +168,15 @@ def searched_settings(
     if "like" in entry:
         return quantizations[entry["like"]]
     return as_plain(QuantizationSettings(8, 8))
+
+
+def can_be(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry, as it was read, is a search without mistakes."""
+    try:
+        Search(**entry)
+    except (QwtError, TypeError):
+        return False
+    return True
 
 
 def is_search(entry: Any) -> bool:

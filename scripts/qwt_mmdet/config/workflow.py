@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -26,7 +26,7 @@ from .models import Model
 from .names import Name
 from .quantization import QuantizationSettings
 from .reading import check_values
-from .search import Search, is_search
+from .search import Search, can_be, is_search
 from .section import Flag, Gigabytes, Nested, Seed, Text, raise_problems, section, sentences, shown
 
 RESERVED_NAMES: dict[str, tuple[str, ...]] = {
@@ -191,6 +191,31 @@ class Configuration:
     """Settings of `snakemake sensitivity`."""
     bootstrap: Annotated[Bootstrap, Nested] = Field(default_factory=Bootstrap)
     """Settings of the paired bootstrap over evaluation images, for 95 % intervals."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _searches_for_files(cls, values: Any) -> Any:
+        """A search for a size counts what a file stores, if it is exported and can be asked of a file.
+
+        Nothing of the values was checked before.
+        """
+        if not isinstance(values, Mapping) or not isinstance(values.get("quantization"), Mapping):
+            return values
+        exports = values.get("export")
+        named = [
+            entry.get("quantization")
+            for entry in (exports if isinstance(exports, Sequence) else ())
+            if isinstance(entry, Mapping) and entry.get("weights", "packed") == "packed"
+        ]
+        found = dict(values["quantization"])
+        for name, entry in found.items():
+            if not isinstance(entry, Mapping) or not is_search(entry) or "storage" in entry:
+                continue
+            of_file = {**entry, "storage": "onnx"}
+            is_exported = any(n is None or (isinstance(n, Sequence) and name in n) for n in named)
+            if is_exported and entry.get("objective", "size") == "size" and can_be(of_file):
+                found[name] = of_file
+        return {**values, "quantization": found}
 
     @model_validator(mode="after")
     def _agree(self) -> "Configuration":
