@@ -342,7 +342,7 @@ def test_the_smallest_recipe_is_the_cheapest_that_surely_loses_at_most_so_much(
     assert answer.recipe == front[fitting[0]]
     assert len(answer.rounds) == len(scorer) <= 3  # of 13 recipes
     assert answer.loss.value == pytest.approx(loss_of(answer.recipe.relative_error))
-    assert answer.loss.high == pytest.approx(most * answer.loss.value)
+    assert answer.loss.high == pytest.approx(most * answer.loss.value, rel=0.01)
     assert answer.images_to_tell is None
 
 
@@ -417,7 +417,8 @@ def test_the_loss_is_proportional_to_a_power_of_the_error_that_was_measured():
     assert LossModel([scored(0.1, 0.1, error=0.4)], 0.9).error(0.2) == pytest.approx(0.8)
 
 
-def test_the_luck_that_all_recipes_share_is_no_loss():
+@pytest.mark.parametrize("errors", [(0.003, 0.016), (0.0053, 0.0156)])
+def test_the_luck_that_all_recipes_share_is_no_loss(errors):
     """Full precision's own, on images that it was trained on."""
     offset = 0.005 * (1 + np.random.default_rng(2).standard_normal(1000))
 
@@ -425,9 +426,9 @@ def test_the_luck_that_all_recipes_share_is_no_loss():
         loss = 4 * error**EXPONENT
         return Scored(error, error, loss + 0.005, (loss + offset).tolist())
 
-    found = LossModel([shifted(0.003), shifted(0.016)], 0.9).loss(0.006)
-    assert found.value == pytest.approx(4 * 0.006**EXPONENT)
-    assert found.high == pytest.approx(found.systematic), (
+    found = LossModel([*map(shifted, errors)], 0.9).loss(0.006)
+    assert found.value == pytest.approx(4 * 0.006**EXPONENT, rel=0.05)
+    assert found.high == pytest.approx(found.systematic, rel=0.05), (
         "the same luck in both says nothing of the factor"
     )
     assert LossModel([shifted(0.003)], 0.9).loss(0.003).value == pytest.approx(
@@ -443,7 +444,7 @@ def test_a_recipe_whose_loss_is_known_better_counts_more():
 def test_a_gain_is_no_negative_loss():
     loss = LossModel([scored(0.1, -0.01)], 0.9).loss(0.1)
     assert (loss.low, loss.value, loss.systematic) == (0, 0, 0)
-    assert 0 < loss.high < 0.002, "by luck"
+    assert 0 < loss.high < 0.02, "by luck, and by what full precision gains on these images"
     assert not LossModel([scored(0.1, -0.01)], 0.9).is_seen
 
 
