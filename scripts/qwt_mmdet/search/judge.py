@@ -21,8 +21,6 @@ EXPONENT = 1.25
 """Of the error, to which losses of AP are proportional."""
 DISCREPANCY = 0.2
 """Standard deviation of losses of AP from the proportion, as a part of them (docs/search.md has measurements)."""
-
-
 OFFSET = 0.01
 """Standard deviation of the AP that full precision gains on calibration images by having been trained on them. Losses of
 W8A8 there were up to 0.017, and 0.001 on images that took no part in training."""
