@@ -196,6 +196,7 @@ def test_shrink_takes_the_activations_whose_files_are_faster(
     assert search.repeats == 3
     assert search.quantization["best"].max_activation_bits == chosen
     assert search.quantization[f"w8a{chosen}"].activation_bits == chosen
+    assert done.output.startswith("First, files with activations of 8 and of 32 bits are made")
     assert f"files take with activations of 8 bits {100 * integers:.0f} %" in done.output
 
 

@@ -155,6 +155,10 @@ def faster_activations(
         skip=("evaluate_baseline",),
     )
     (model,) = configuration.models
+    typer.echo(
+        f"First, files with activations of {' and of '.join(map(str, ACTIVATIONS))} bits are made of a few images and timed in "
+        f"{runtime}; then the search begins (--a-bit leaves this out)."
+    )
     files = {
         bits: f"{Variant(model, name).exported}/{runtime}/benchmark.json"
         for bits, name in names.items()
