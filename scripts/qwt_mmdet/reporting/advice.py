@@ -206,15 +206,16 @@ def _compensation(rows: Sequence[Row]) -> list[str]:
 
 
 def _images(chosen: Candidate, images: int | None) -> list[str]:
-    """How many images would show a small loss."""
+    """Which losses luck hides, and how many images would show a small one."""
     change = next(iter(chosen.changes.values()))
     if images is None or change.low is None or change.high is None:
         return []
     half = (change.high - change.low) / 2
-    if half <= SMALL:
+    shown = round(half, 3)
+    if not shown:
         return []
-    wanted = images * (half / SMALL) ** 2
-    return [
-        f"On {images} images, losses below about {half:.3f} cannot be told from luck; about "
-        f"{float(f'{wanted:.2g}'):,.0f} images would show {SMALL:g}."
-    ]
+    told = f"On {images} images, losses below about {shown:.3f} cannot be told from luck"
+    if shown > SMALL:
+        wanted = images * (half / SMALL) ** 2
+        told += f"; about {float(f'{wanted:.2g}'):,.0f} images would show {SMALL:g}"
+    return [f"{told}."]
