@@ -242,6 +242,7 @@ def test_a_resample_without_loss_widens_the_fraction_at_both_ends():
         # 10 images, (0.045 / (0.037 - 0.01))² times as many would tell
         (0.037, 0.01, None, "with 10 images; about 28 would tell"),
         (-0.060, 0.01, True, "gains 0.060 (interval +0.013 to +0.107) on 0.360 box AP"),
+        (-0.0004, 0.1, True, "loses 0.000 (interval -0.048 to +0.047) of 0.360 box AP"),
     ],
 )
 def test_a_drop_is_what_the_variant_has_less_than_the_baseline(drop, max_drop, met, words):

@@ -94,7 +94,7 @@ def loss(row: Row) -> str | None:
     change = row.ap["AP"].quantized_minus_baseline
     if change is None or change.value is None:
         return None
-    gains, ends = change.value > 0, ""
+    gains, ends = round(change.value, 3) > 0, ""
     if change.low is not None and change.high is not None:
         low, high = (change.low, change.high) if gains else (-change.high, -change.low)
         ends = f" (interval {signed(low)} to {signed(high)})"
