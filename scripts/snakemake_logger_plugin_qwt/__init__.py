@@ -109,6 +109,7 @@ class LogHandler(LogHandlerBase):
         self._running: dict[int, Running] = {}
         self._planned = False
         self._done = self._total = 0
+        self._started: float | None = None
         self._time = TimeLeft({}, {})
 
     def emit(self, record: LogRecord) -> None:
@@ -163,6 +164,8 @@ class LogHandler(LogHandlerBase):
         if said["rule_name"] in TARGETS:
             return
         name = " ".join([said["rule_name"], *map(str, said["wildcards"].values())])
+        if self._started is None:
+            self._started = said["created"]
         self._running[said["jobid"]] = Running(said["rule_name"], name, said["created"])
         self._time.begin(said["jobid"], said["rule_name"], said["created"])
         if not self._bar and can_draw(self._stream):
@@ -182,6 +185,8 @@ class LogHandler(LogHandlerBase):
             end += f", {left}"
         room = COLUMNS - len(f"{count}  {end}")
         self._say(f"{count} {shortened(job.name, room)} {end}")
+        if self._done == self._total and self._started is not None:
+            self._say(f"Finished after {in_words(said['created'] - self._started)}")
         self._draw(said["created"])
 
     def _fail(self, said: dict[str, Any]) -> None:

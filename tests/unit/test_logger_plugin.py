@@ -106,10 +106,11 @@ def test_a_run_with_nothing_to_do_tells_the_results_of_the_earlier_one(capsys):
 
 def test_a_file_gets_one_line_of_80_columns_for_each_finished_step(capsys):
     log(*TWO)
-    first, second = capsys.readouterr().err.splitlines()
+    first, second, last = capsys.readouterr().err.splitlines()
     assert first == "[1 of 2] fit demo w4a4 (31 s)"
     assert re.fullmatch(r"\[2 of 2\] fit demo w+…w+ \(2 min\)", second)
     assert len(second) == 80
+    assert last == "Finished after 2 min"
 
 
 def test_a_file_tells_the_time_left_where_it_is_known(capsys):

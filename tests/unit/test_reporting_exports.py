@@ -124,7 +124,7 @@ def test_the_table_of_the_terminal_has_a_line_for_each(folder):
     assert slow in terminal.summary_table(summary)
     (told,) = text.file_sentences(summary)
     assert told.startswith(
-        "w4: 0.50 MB (25 % of full precision), 12.3 ms for an image in ONNX Runtime (120 % of full precision), loses 0."
+        "w4: 0.50 MB (25 % of full precision), 12.0 ms for an image in ONNX Runtime (120 % of full precision), loses 0."
     )
     assert re.search(
         r"loses 0\.\d{3} \(interval \+0\.\d{3} to \+0\.\d{3}\) of 0\.\d{3} box AP\.$", told

@@ -74,7 +74,7 @@ def advice(rows: Sequence[Row], exports: Sequence[ExportedRow] = ()) -> list[str
     free = [one for one in found if not one.loses]
     if free:
         chosen = min(free, key=lambda one: (one.bytes, one.title))
-        sentences = [f"Take {_described(chosen, full, images)}.", *_place(chosen)]
+        sentences = [f"Take {_described(chosen, full, images)}.{_place(chosen)}"]
     else:
         chosen = max(found, key=lambda one: (one.change, -one.bytes))
         sentences = [
@@ -84,9 +84,9 @@ def advice(rows: Sequence[Row], exports: Sequence[ExportedRow] = ()) -> list[str
     if smaller:
         chosen_smaller = min(smaller, key=lambda one: (one.bytes, one.title))
         sentences.append(
-            f"Smaller, for less than {POINT:g} AP: {_described(chosen_smaller, full, images)}."
+            f"Smaller, with an estimated loss below {POINT:g} AP: {_described(chosen_smaller, full, images)}."
+            f"{_place(chosen_smaller)}"
         )
-        sentences += _place(chosen_smaller)
     limit = min(one.bytes for one in (chosen, *smaller))
     smallest = min(found, key=lambda one: (one.bytes, one.title))
     if smallest.bytes < limit:
@@ -94,7 +94,10 @@ def advice(rows: Sequence[Row], exports: Sequence[ExportedRow] = ()) -> list[str
         sentences.append(
             f"If it must be smaller still: {_described(smallest, full, images)}{unmade}."
         )
-    return [*sentences, *_compensation(rows), *_images(chosen, images)]
+    sentences += [*_compensation(rows), *_images(chosen, images)]
+    return sentences + ["docs/export.md tells how to run the files."] * any(
+        "Deploy" in s for s in sentences
+    )
 
 
 def candidates(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Candidate]:
@@ -129,28 +132,33 @@ def candidates(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Cand
 
 def _described(one: Candidate, full: int | None, images: int | None) -> str:
     """Name, size, speed and loss of a variant."""
-    size = text.megabytes(one.bytes)
-    if full:
-        size = f"{size.removesuffix(' MB')} of {text.megabytes(full)}"
-    return ", ".join([f"{one.title}: {size}", *_file(one), _loss(one, images)])
+    about = _file(one.files[0]) if one.files else _weights(one.bytes, full)
+    return f"{one.title}: {about}, {_loss(one, images)}"
 
 
-def _file(one: Candidate) -> list[str]:
-    """Size and speed of a variant's fastest file; empty without a file."""
-    if not one.files:
-        return []
-    file, share = one.files[0], ""
+def _weights(size: int, full: int | None) -> str:
+    """Size of a variant without a file."""
+    if not full:
+        return f"weights of {text.megabytes(size)}"
+    return f"weights of {size / 1e6:.2f} in the place of {text.megabytes(full)}"
+
+
+def _file(file: ExportedRow) -> str:
+    """Size and speed of a file."""
+    size, ratio = f"a file of {text.megabytes(file.file_bytes)}", file.latency_ratio
     if file.file_share is not None:
-        share = f" ({text.percent(file.file_share)} of full precision's)"
-    size, ratio = f"a file of {text.megabytes(file.file_bytes)}{share}", file.latency_ratio
+        size = (
+            f"{size.removesuffix(' MB')} in the place of {text.megabytes(file.full_precision_file_bytes)} "
+            f"({text.percent(file.file_share)})"
+        )
     if ratio is None:
-        return [size]
+        return size
     title = file.title or file.runtime
     if 1 / text.SLOWER <= ratio <= text.SLOWER:
-        return [size, f"as fast as full precision in {title}"]
+        return f"{size}, as fast as full precision in {title}"
     if ratio < 1:
-        return [size, f"{1 / ratio:.1f} times as fast as full precision in {title}"]
-    return [size, f"slower than full precision in {title} ({ratio:.1f} times its time)"]
+        return f"{size}, {1 / ratio:.1f} times as fast as full precision in {title}"
+    return f"{size}, slower than full precision in {title} ({ratio:.1f} times its time)"
 
 
 def _loss(one: Candidate, images: int | None) -> str:
@@ -158,10 +166,9 @@ def _loss(one: Candidate, images: int | None) -> str:
     several = len(one.changes) > 1
     if not one.loses:
         ends = {key: text.interval(change) for key, change in one.changes.items()}
-        shown = "; ".join(f"{text.AP_TYPES[key]} AP {end}" for key, end in ends.items() if end)
-        return (
-            f"no loss that {images or 'these'} images can show ({shown or 'without an interval'})"
-        )
+        shown = ", of ".join(f"{text.AP_TYPES[key]} AP {end}" for key, end in ends.items() if end)
+        shown = f"change of {shown}" if shown else "without an interval"
+        return f"no loss that {images or 'these'} images can show ({shown})"
     lost = []
     for key, change in one.changes.items():
         gains = (change.value or 0) > 0
@@ -169,15 +176,16 @@ def _loss(one: Candidate, images: int | None) -> str:
         sides = (change.low or 0.0, change.high or 0.0)
         low, high = sides if gains else (0.0 - sides[1], 0.0 - sides[0])
         interval = f"{low:.3f} to {high:.3f}" if known else "without an interval"
+        interval += ", not significant" * (known and not change.significant)
         unit = f"{text.AP_TYPES[key]} AP" if several else "AP"
         verb = "gains" if gains else "loses"
         lost.append(f"{verb} {abs(change.value or 0):.3f} {unit} ({interval})")
     return " and ".join(lost)
 
 
-def _place(one: Candidate) -> list[str]:
-    """Where the files of a variant are; empty without a file."""
-    return [f"Deploy {one.folder}/model.*: the ONNX file and what belongs to it."] * bool(one.files)
+def _place(one: Candidate) -> str:
+    """A sentence about where the files of a variant are; empty without a file."""
+    return f" Deploy {one.folder}/model.*." if one.files else ""
 
 
 def _unmade(one: Candidate) -> str:
@@ -185,7 +193,7 @@ def _unmade(one: Candidate) -> str:
     stored = stored_bits(math.ceil(one.weight_bits), "onnx")
     if stored <= one.weight_bits:
         return "; no file of it was made"
-    return f"; no file of it was made, which would store its {one.weight_bits:g} bits in {stored}"
+    return f"; no file of it was made (files store {one.weight_bits:g} bits in {stored})"
 
 
 def _compensation(rows: Sequence[Row]) -> list[str]:

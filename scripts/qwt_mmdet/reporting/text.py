@@ -9,6 +9,7 @@ from typing import Any
 from ..archives import overfitted_ranges
 from ..evaluation.estimates import Estimate, value_of
 from .summary import ExportedRow, Row, Summary
+from .tradeoff import milliseconds
 
 AP_TYPES = {"bbox": "box", "segm": "mask"}
 NOTHING = "–"
@@ -127,8 +128,9 @@ def file_sentences(summary: Summary) -> list[str]:
     for row in summary.exports:
         lost = losses.get((row.model, row.quantization, row.metrics))
         if row.compensation is None and lost and row.file_bytes is not None:
-            latency = "" if row.milliseconds is None else (
-                f", {row.milliseconds:.1f} ms for an image in {row.title or row.runtime} "
+            timed = milliseconds(row, [one for one in summary.exports if one.model == row.model])
+            latency = "" if timed is None else (
+                f", {timed:.1f} ms for an image in {row.title or row.runtime} "
                 f"({percent(row.latency_ratio)} of full precision)"
             )  # fmt: skip
             size = f"{megabytes(row.file_bytes)} ({percent(row.file_share)} of full precision)"

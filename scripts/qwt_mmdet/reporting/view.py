@@ -17,7 +17,7 @@ from .advice import advice
 from .pictures import Picture, choose_pictures
 from .sentences import answers
 from .summary import ExportedRow, Row, Summary
-from .tradeoff import FULL_PRECISION
+from .tradeoff import FULL_PRECISION, milliseconds
 from .variants import featured, least_ap, points, timed_points, variant_lines
 
 
@@ -59,6 +59,10 @@ class Model:
             for metrics, ap_type in text.AP_TYPES.items()
             if (chosen := [row for row in self._rows if row.metrics == metrics])
         ]
+
+    def milliseconds(self, row: ExportedRow) -> float | None:
+        """Latency of an exported file (:func:`.tradeoff.milliseconds`)."""
+        return milliseconds(row, self.exported)
 
     def _files(self, metrics: str) -> list[ExportedRow]:
         """The exported files, with their AP of one type."""
