@@ -509,7 +509,7 @@ def test_the_report_answers_first(page, summary):
 
 def test_the_report_shows_sizes_times_blocks_exceptions_classes_and_provenance(page):
     for said in (
-        "Intervals are approximate", "4.00 MB", "1.02 MB", "5.0 M 1.2 % of backbone",
+        "nominal 95 % intervals", "4.00 MB", "1.02 MB", "5.0 M 1.2 % of backbone",
         "1 of 2 blocks kept", "neck.conv Conv2d out of scope 12.3 %", "torch: 2", "warmup: cafe",
         "of_train.png",
     ):  # fmt: skip
