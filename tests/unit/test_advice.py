@@ -63,7 +63,6 @@ def test_the_answer_goes_from_what_loses_nothing_to_what_is_smallest():
         "file of it was made.",
         "Compensation helps: auto brings w4a4 from 0.570 to 0.583 box AP (+0.011 to +0.015), for 0.10 MB more.",
         "On 300 images, losses below about 0.002 cannot be told from luck.",
-        "docs/export.md tells how to run the files.",
     ]  # fmt: skip
 
 

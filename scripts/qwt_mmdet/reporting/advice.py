@@ -92,12 +92,9 @@ def advice(rows: Sequence[Row], exports: Sequence[ExportedRow] = ()) -> list[str
     if smallest.bytes < limit:
         unmade = "" if smallest.files or not exports else _unmade(smallest)
         sentences.append(
-            f"If it must be smaller still: {_described(smallest, full, images)}{unmade}."
+            f"If it must be smaller still: {_described(smallest, full, images)}{unmade}.{_place(smallest)}"
         )
-    sentences += [*_compensation(rows), *_images(chosen, images)]
-    return sentences + ["docs/export.md tells how to run the files."] * any(
-        "Deploy" in s for s in sentences
-    )
+    return [*sentences, *_compensation(rows), *_images(chosen, images)]
 
 
 def candidates(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Candidate]:

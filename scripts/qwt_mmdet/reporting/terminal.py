@@ -12,7 +12,7 @@ from typing import TypeVar
 from tabulate import tabulate
 
 from ..errors import QwtError
-from ..evaluation.estimates import Estimate, value_of
+from ..evaluation.estimates import Difference, Estimate, value_of
 from ..plan.files import DOCUMENT, REPORT, TABLE, UNFINISHED
 from ..plan.rows import Stopped
 from ..plan.run import unique
@@ -58,6 +58,11 @@ def _cell(estimate: Estimate | None, collapsed: bool | None = False) -> str:
     return " ".join(filter(None, words))
 
 
+def _difference(difference: Difference | None) -> str:
+    mark, ends = "*" if difference and difference.significant else " ", interval(difference)
+    return f"{signed(value_of(difference))}{mark} {ends and f'({ends})'}"
+
+
 def exports_table(rows: Sequence[ExportedRow]) -> str:
     """Return the exported detectors of a model as a table for the terminal."""
     lines = []
@@ -87,20 +92,23 @@ def exports_table(rows: Sequence[ExportedRow]) -> str:
 
 def results_table(rows: Iterable[Row]) -> str:
     """Return the results of a model as a table for the terminal."""
+    rows = [*rows]
+    compensated = any(row.compensation for row in rows)
     lines = []
     for row in rows:
-        ap, gain = row.ap["AP"], row.ap["AP"].compensated_minus_quantized
-        mark, ends = "*" if gain and gain.significant else " ", interval(gain)
-        lines.append(
-            {
-                "variant": row.compensated_name if row.compensation else row.quantization,
-                "AP": AP_TYPES[row.metrics],
-                "full": _cell(ap.baseline),
-                "quantized": _cell(ap.quantized, row.collapsed_quantized),
-                "with QwT": _cell(ap.compensated, row.collapsed_compensated),
-                "gain (interval)": f"{signed(value_of(gain))}{mark} {ends and f'({ends})'}",
-            }
-        )
+        ap = row.ap["AP"]
+        line = {
+            "variant": row.compensated_name if row.compensation else row.quantization,
+            "AP": AP_TYPES[row.metrics],
+            "full": _cell(ap.baseline),
+            "quantized": _cell(ap.quantized, row.collapsed_quantized),
+        }
+        if compensated:
+            line["with QwT"] = _cell(ap.compensated, row.collapsed_compensated)
+            line["gain (interval)"] = _difference(ap.compensated_minus_quantized)
+        else:
+            line["change (interval)"] = _difference(ap.quantized_minus_baseline)
+        lines.append(line)
     return tabulate(lines, headers="keys", disable_numparse=True)
 
 
@@ -121,7 +129,7 @@ def summary_table(summary: Summary) -> str:
     over = f"{images} images and {repeats} calibrations" if repeats > 1 else f"{images} images"
     test = f" (paired bootstrap over {over})" if images else ""
     notes = [
-        f"full: full precision; gain: by QwT's compensation; *: its interval excludes 0{test}",
+        f"full: full precision; change: to full; gain: by QwT's compensation; *: its interval excludes 0{test}",
         *(["AP: mean ± standard deviation of these calibrations"] if repeats > 1 else []),
         *collapses(summary.rows),
         *overfitted_ranges_of(summary.quantizations),
@@ -138,6 +146,7 @@ def summary_table(summary: Summary) -> str:
                     "is computed with integers",
                     *_equalities(summary.exports),
                     *slow_files(summary.exports),
+                    "docs/export.md tells how to run the files.",
                 ]
             ),
         ]
