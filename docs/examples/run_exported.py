@@ -3,7 +3,7 @@
 python run_exported.py model.onnx photo.jpg
 
 It knows files of `qwt-mmdet export --nms`, YOLOX, heads with anchors or points that decode as mmdet's base class does (RetinaNet,
-ATSS, FCOS, SSD, RTMDet), and Faster R-CNN.
+ATSS, FCOS, SSD, RTMDet), Faster R-CNN, and the boxes of Mask R-CNN.
 """
 
 import json
@@ -154,11 +154,18 @@ def second_stage(run, maps, boxes, rule, inside):
     return found[chosen], best[chosen], labels[chosen]
 
 
+def sums_overflow():
+    """Whether ONNX Runtime's integer kernels add 8-bit products in 16 bits here: x86 without VNNI."""
+    processor = Path("/proc/cpuinfo")
+    flags = processor.read_text() if processor.exists() else ""
+    return "avx2" in flags and "vnni" not in flags
+
+
 def opened(path):
     """A function that runs a graph: inputs by name to outputs by name."""
     options = onnxruntime.SessionOptions()
-    # Without VNNI, sums of 8-bit products overflow in ONNX Runtime's fast kernels.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if sums_overflow():  # at this level, ONNX Runtime computes with floats
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = onnxruntime.InferenceSession(path, options)
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
@@ -177,12 +184,11 @@ def detect(path, photo):
     """Scores, boxes (x1, y1, x2, y2 in pixels of the photo) and class names, the best first."""
     about = json.loads(Path(path).with_suffix(".json").read_text())
     rule, heads = about["postprocessing"], about["region_heads"]
-    known = rule["scores"] and list(heads) == ["roi_head.bbox_head"] * (
-        rule["second_stage"] is not None
-    )
+    known = rule["scores"] and (rule["second_stage"] or not heads)
     if not about["suppression"] and not known:
         sys.exit(
-            f"{path} is of a {rule['head']}, whose boxes only mmdet's own code makes; try to export it with --nms."
+            f"{path} is of a {rule['head']}, whose boxes only mmdet's own code makes; use qwt_mmdet.load_exported, or "
+            "try to export it with --nms."
         )
     image = cv2.imread(str(photo))
     if image is None:
@@ -195,10 +201,11 @@ def detect(path, photo):
     else:
         decode = yolox if rule["head"] == "YOLOXHead" else dense
         boxes, scores, labels = decode(outputs, rule, inside)
-    for head in heads.values():
+    if heads:
+        head = heads["roi_head.bbox_head"]
         graph, (name,) = opened(Path(path).with_name(head["file"])), head["inputs"]
 
-        def run(regions, graph=graph, name=name, head=head):
+        def run(regions):
             return filled(head["outputs"], graph({name: regions}))
 
         maps = filled(about["features"], values)
