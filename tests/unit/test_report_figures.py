@@ -142,3 +142,19 @@ def test_series_differ_in_colour_and_in_marker():
     styles = series_styles([FULL_PRECISION, QUANTIZED, "a", "b", "c", "d", "e"])
     colours, markers = zip(*styles.values(), strict=True)
     assert len(set(colours)) == len(set(markers)) == 8, "searched bits too"
+
+
+def test_a_name_goes_below_its_bar_where_another_bar_is_above():
+    """The higher the place, the smaller is y of an SVG."""
+    full, w8 = POINTS[:2]
+    low = Point("w4", (4, 8), QUANTIZED, 0.20, 0.18, 0.22, 5.0)
+    beside = Point("w4", (4, 8), "qwt", 0.30, 0.19, 0.40, 5.2)
+
+    def height(points):
+        found = ElementTree.fromstring(ap_by_size(points, "box", "fig")).iter(f"{SVG}text")
+        (label,) = (element for element in found if element.text == "w4")
+        return float(
+            re.search(r"translate\(\S+ (\S+)\)|$", label.get("transform", ""))[1] or label.get("y")
+        )
+
+    assert height([full, w8, low, beside]) > height([full, w8, low]) + 20

@@ -37,6 +37,10 @@ COMPENSATION_STYLES = (
     ("#56B4E9", "X"),
 )
 
+RISES, BELOW = (4, 15, 26, 37), -13
+"""Of names above and below error bars, in points."""
+BAR = 4
+"""Half of what an error bar or a marker takes, in pixels."""
 STYLE: Any = {
     "font.size": 11,
     "svg.fonttype": "none",
@@ -167,20 +171,29 @@ def _legend(figure: Figure, axes: Axes) -> None:
     )
 
 
-def _label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Write the quantization's name above each error bar, higher where it would overlap another name."""
+def _bar(axes: Axes, point: Point) -> Bbox:
+    """Where a point and its error bar are drawn, in pixels."""
+    low, high = (point.value if end is None else end for end in (point.low, point.high))
+    (x, bottom), (_, top) = axes.transData.transform([(point.cost, low), (point.cost, high)])
+    return Bbox.from_extents(x - BAR, bottom - BAR, x + BAR, top + BAR)
+
+
+def _label_points(axes: Axes, labelled: Sequence[Point], points: Sequence[Point]) -> None:
+    """Write a quantization's name above each error bar; higher or below, where it overlaps a name or another one's bar."""
     placed: list[Bbox] = []
-    for point in points:
-        top = point.value if point.high is None else point.high
-        for rise in (4, 15, 26, 37):
-            label = axes.annotate(
-                point.quantization, (point.cost, top), (0, rise),
-                textcoords="offset points", ha="center", fontsize=10,
-            )  # fmt: skip
+    for point in labelled:
+        low, high = (point.value if end is None else end for end in (point.low, point.high))
+        taken = placed + [_bar(axes, other) for other in points if other is not point]
+        label = axes.annotate(
+            point.quantization, (point.cost, high), textcoords="offset points", ha="center", fontsize=10,
+        )  # fmt: skip
+        spots = [*((high, rise) for rise in RISES), (low, BELOW)]
+        for end, rise in (*spots, spots[0]):  # the first one again where none is free
+            label.xy = (point.cost, end)
+            label.set_position((0, rise))
             box = label.get_window_extent()
-            if not any(box.overlaps(other) for other in placed):
+            if not any(box.overlaps(other) for other in taken):
                 break
-            label.remove()
         placed.append(box)
 
 
@@ -237,7 +250,7 @@ def _ap_by_cost(
         axes.set_ylabel(f"{ap_type} AP (0 to 1)")
         _legend(figure, axes)
         figure.draw_without_rendering()
-        _label_points(axes, [point for point in points if point in labelled])
+        _label_points(axes, [point for point in points if point in labelled], points)
         return _svg(figure, name)
 
 
