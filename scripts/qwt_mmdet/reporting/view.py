@@ -69,7 +69,7 @@ class Model:
         return [row for row in self.exported if row.metrics == metrics]
 
     def tradeoffs(self) -> list[dict[str, Any]]:
-        """Figures of AP against bits, size and (of exported files) latency: label and function that draws."""
+        """Figures of AP against bits, size and (of exported files) latency: type of AP, label and function that draws."""
         found = []
         for result in self.results():
             own = points(result["lines"])
@@ -84,6 +84,7 @@ class Model:
                 drawings.append(("latency", partial(figures.ap_by_latency, asked=asked), timed))
             found += [
                 {
+                    "ap_type": result["ap_type"],
                     "label": f"{result['ap_type']} AP against {cost}",
                     "draw": partial(
                         draw, drawn, result["ap_type"], f"{self._id}-{result['ap_type']}-{cost}"
