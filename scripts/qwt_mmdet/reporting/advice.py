@@ -129,25 +129,22 @@ def candidates(rows: Sequence[Row], exports: Sequence[ExportedRow]) -> list[Cand
 
 def _described(one: Candidate, full: int | None, images: int | None) -> str:
     """Name, size, speed and loss of a variant."""
-    about = _file(one.files[0]) if one.files else _weights(one.bytes, full)
+    about = _file(one.files[0]) if one.files else f"weights of {_sizes(one.bytes, full)}"
     return f"{one.title}: {about}, {_loss(one, images)}"
 
 
-def _weights(size: int, full: int | None) -> str:
-    """Size of a variant without a file."""
-    if not full:
-        return f"weights of {text.megabytes(size)}"
-    return f"weights of {size / 1e6:.2f} in the place of {text.megabytes(full)}"
+def _sizes(size: int | None, full: int | None) -> str:
+    """``4.24 in the place of 13.32 MB``, or the size alone."""
+    own = text.megabytes(size)
+    return f"{own.removesuffix(' MB')} in the place of {text.megabytes(full)}" if full else own
 
 
 def _file(file: ExportedRow) -> str:
     """Size and speed of a file."""
-    size, ratio = f"a file of {text.megabytes(file.file_bytes)}", file.latency_ratio
+    size = f"a file of {_sizes(file.file_bytes, file.full_precision_file_bytes)}"
     if file.file_share is not None:
-        size = (
-            f"{size.removesuffix(' MB')} in the place of {text.megabytes(file.full_precision_file_bytes)} "
-            f"({text.percent(file.file_share)})"
-        )
+        size += f" ({text.percent(file.file_share)})"
+    ratio = file.latency_ratio
     if ratio is None:
         return size
     title = file.title or file.runtime

@@ -71,6 +71,11 @@ class Point(NamedTuple):
     high: float | None
     cost: float
 
+    def ends(self) -> tuple[float, float]:
+        """Of the error bar; the value itself where there is none."""
+        low, high = (self.value if end is None else end for end in (self.low, self.high))
+        return low, high
+
 
 def series_styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each series."""
@@ -173,7 +178,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _bar(axes: Axes, point: Point) -> Bbox:
     """Where a point and its error bar are drawn, in pixels."""
-    low, high = (point.value if end is None else end for end in (point.low, point.high))
+    low, high = point.ends()
     (x, bottom), (_, top) = axes.transData.transform([(point.cost, low), (point.cost, high)])
     return Bbox.from_extents(x - BAR, bottom - BAR, x + BAR, top + BAR)
 
@@ -182,7 +187,7 @@ def _label_points(axes: Axes, labelled: Sequence[Point], points: Sequence[Point]
     """Write a quantization's name above each error bar; higher or below, where it overlaps a name or another one's bar."""
     placed: list[Bbox] = []
     for point in labelled:
-        low, high = (point.value if end is None else end for end in (point.low, point.high))
+        low, high = point.ends()
         taken = placed + [_bar(axes, other) for other in points if other is not point]
         label = axes.annotate(
             point.quantization, (point.cost, high), textcoords="offset points", ha="center", fontsize=10,
